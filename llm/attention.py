@@ -1,0 +1,132 @@
+"""Causal attention inside documents: the one place that knows how it is computed fast, on CPU and on GPU.
+
+Letters: B rows, T positions, H query heads, K key and value heads, G = H / K, E head size, S cache slots.
+
+On CPU, torch's flash kernel reaches about a third of what plain matrix products do, forward and backward (73 against 430
+GFLOP/s in bf16 on one 2-core machine), and a boolean mask costs it as much as causal attention. So here blocks of queries are
+multiplied with the keys that can matter to them by plain batched products; keys before the first document of a block and after
+its last query are never touched. Elsewhere SDPA does the work. Nothing here draws random numbers: attention has no dropout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+
+BLOCK = 128  # queries per block: best of 64, 128, 256 at T = 256 and 512 on 2 cores, bf16 and fp32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries `start..stop` see keys `first..stop`, plus `bias`."""
+
+    start: int
+    stop: int
+    first: int
+    bias: Tensor  # (1 or B, 1, 1, stop - start, stop - first) with document borders, else the last stop - start keys only
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which positions see which, prepared once per batch and used by every layer."""
+
+    blocks: tuple[Block, ...] | None  # on CPU
+    mask: Tensor | None  # elsewhere: (B, 1, T, T), True where visible; None means all that lie before
+
+
+def visibility(length: int, *, documents: Tensor | None, dtype: torch.dtype, device: torch.device) -> Visibility:
+    """What each of `length` positions sees: itself and earlier ones of the same document. `documents` is (B, T) or None."""
+    if device.type != "cpu":
+        if documents is None:
+            return Visibility(None, None)
+        same = documents[:, :, None] == documents[:, None, :]
+        return Visibility(None, same.tril()[:, None])
+    if documents is not None and bool((documents == documents[:, :1]).all()):
+        documents = None
+    # The first key that any row needs for the block: positions before the document of the block's first query never matter.
+    blocks = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        rows = torch.arange(start, stop)[:, None]
+        if documents is None:
+            first = 0
+            hidden = (torch.arange(start, stop) > rows)[None]
+        else:
+            same = documents[:, start : start + 1] == documents[:, : start + 1]
+            first = int(same.int().argmax(1).min())
+            hidden = (documents[:, start:stop, None] != documents[:, None, first:stop]) | (torch.arange(first, stop) > rows)
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        blocks.append(Block(start, stop, first, bias[:, None, None]))
+    return Visibility(tuple(blocks), None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
+    """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `visible`. Returns (B, H, T, E)."""
+    if visible.blocks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)
+    return out
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor) -> Tensor:
+    """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E): all slots up to each query's position (B, T).
+
+    A query at position -1 is padding: its result means nothing (it sees slot 0, so that it is a number).
+    """
+    rows, heads, length, size = q.shape
+    slots = k.shape[2]
+    grouped = (q * size**-0.5).reshape(rows, k.shape[1], -1, size)  # (B, K, G T, E)
+    scores = (grouped @ k.transpose(-1, -2)).view(rows, heads, length, slots)
+    late = torch.arange(slots, device=q.device) > positions.clamp(min=0)[:, :, None]  # (B, T, S)
+    weights = scores.masked_fill(late[:, None], -torch.inf).float().softmax(-1).to(q.dtype)
+    mixed: Tensor = weights.view(rows, k.shape[1], -1, slots) @ v
+    return mixed.view(rows, heads, length, size)
+
+
+class BlockedAttention(Function):
+    """Softmax attention by blocks of queries, with the probabilities kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:  # noqa: D102
+        rows, kv_heads, length, size = k.shape
+        group = q.shape[1] // kv_heads
+        q = (q * size**-0.5).view(rows, kv_heads, group, length, size)
+        k, v = k.reshape(-1, length, size), v.reshape(-1, length, size)
+        out = torch.empty_like(q)
+        kept: list[Tensor] = []
+        for block in blocks:
+            width, keys = block.stop - block.start, block.stop - block.first
+            part = q[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
+            scores = torch.bmm(part, k[:, block.first : block.stop].transpose(1, 2))  # (B K, G width, keys)
+            seen = scores.view(rows, kv_heads, group, width, keys)
+            seen[..., keys - block.bias.shape[-1] :] += block.bias
+            weights = torch.softmax(scores, -1)
+            result = torch.bmm(weights, v[:, block.first : block.stop])
+            out[:, :, :, block.start : block.stop] = result.view(rows, kv_heads, group, width, size)
+            kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.blocks = blocks  # type: ignore[attr-defined]  # a context takes any attribute
+        return out.view(rows, -1, length, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: D102
+        q, k, v, *kept = ctx.saved_tensors
+        rows, kv_heads, group, length, size = q.shape
+        grad = grad.reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block, weights in zip(ctx.blocks, kept, strict=True):
+            width, keys = block.stop - block.start, slice(block.first, block.stop)
+            part = q[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
+            wanted = grad[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
+            dv[:, keys] += torch.bmm(weights.transpose(1, 2), wanted)
+            dweights = torch.bmm(wanted, v[:, keys].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dq[:, :, :, block.start : block.stop] = torch.bmm(dscores, k[:, keys]).view(rows, kv_heads, group, width, size)
+            dk[:, keys] += torch.bmm(dscores.transpose(1, 2), part)
+        shape = (rows, kv_heads, length, size)
+        return (dq * size**-0.5).view(rows, -1, length, size), dk.view(shape), dv.view(shape), None

@@ -1,0 +1,256 @@
+"""Where text comes from: files and iterables of rows, read one after the other and cut into shards of work.
+
+Reading is sequential and cheap: decompress, split into lines, hand on. Parsing and everything after it happens in
+`llm.corpus.shards`, in as many processes as there are cores. Nothing here judges a text.
+
+A file's format is its suffix: `.jsonl` (an object a line), `.txt` (the whole file is one document, its field is `text`),
+`.csv` (the first line names the fields), each also with `.gz` or `.zst`, and `.parquet`.
+"""
+
+import csv
+import glob
+import string
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from llm.errors import InputError
+
+READ = 1 << 16  # bytes of a file at a time; a gzip block of this size grows to at most 64 MiB
+ABOUT = ("license", "source", "language")  # fields of a row that are kept for credit, where they are there
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Fault(str):
+    """Stands where the content of a row that cannot be read would be; says why."""
+
+
+class Row(NamedTuple):
+    """One row as it was read: a line of JSON not yet parsed, fields, or the reason why there are none."""
+
+    place: str  # the file, or the dataset
+    number: int  # line of the file (row of a parquet file or dataset), from 1
+    content: bytes | dict[str, Any] | Fault
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of one source: the unit of work."""
+
+    index: int  # counts through all sources
+    source: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a corpus. Rows come from `files`, or from `rows` where the caller knows how to get them."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    rows: Callable[[], Iterable[Mapping[str, Any]]] | None = field(default=None, compare=False)
+    place: str = ""  # what `rows` are called in messages
+    text: str = "text"  # a field, or a template over fields: "{title}\n{text}"
+    weight: float = 1.0  # passes over the source; a fraction chooses documents by hash
+    language: str | None = None  # of rows that do not tell theirs in a field `language`
+    where: Mapping[str, str | int | bool] = field(default_factory=dict)  # only rows whose fields equal these
+    limit: int | None = None  # rows read at most
+
+
+@cache
+def fields_of(text: str) -> tuple[str, ...]:
+    """The fields that a `text` setting reads: `title` and `text` for "{title}\\n{text}"."""
+    if "{" not in text:
+        return (text,)
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise InputError(f"text = {text!r}: wants a field, or a template such as '{{title}}\\n{{text}}'; {error}") from error
+    if not names or not all(name.isidentifier() for name in names):
+        raise InputError(f"text = {text!r}: wants fields by name in braces, such as '{{title}}\\n{{text}}'")
+    return tuple(names)
+
+
+def expand(pattern: str) -> tuple[Path, ...]:
+    """The files that a path or glob names, sorted by path."""
+    found = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    if not found:
+        raise InputError(f"{pattern}: no such file")
+    return tuple(found)
+
+
+def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Shard]:
+    """All rows of all sources, in order, in shards of about `shard_bytes` bytes; a shard holds rows of one source."""
+    index = 0
+    for number, source in enumerate(sources):
+        rows: list[Row] = []
+        size = 0
+        for row in _rows(source):
+            rows.append(row)
+            size += _size(row)
+            if size >= shard_bytes:
+                yield Shard(index, number, rows)
+                index, rows, size = index + 1, [], 0
+        if rows:
+            yield Shard(index, number, rows)
+            index += 1
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    left = source.limit
+    for row in _all_rows(source):
+        if left is not None:
+            if left == 0:
+                return
+            left -= 1
+        yield row
+
+
+def _all_rows(source: Source) -> Iterator[Row]:
+    if source.rows is not None:
+        for number, row in enumerate(source.rows(), start=1):
+            yield Row(source.place, number, dict(row))
+    wanted = {*fields_of(source.text), *source.where}
+    for path in source.files:
+        yield from _FORMATS[_format(path)](path, wanted)
+
+
+def _size(row: Row) -> int:
+    if isinstance(row.content, dict):
+        return sum(len(value) for value in row.content.values() if isinstance(value, str)) + 1
+    return len(row.content) + 1
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
+    found = suffixes[-1] if suffixes else ""
+    if found not in _FORMATS or (found == ".parquet" and path.suffix != ".parquet"):
+        raise InputError(f"{path}: wants a file named *.jsonl, *.txt or *.csv (also with .gz or .zst), or *.parquet")
+    return found
+
+
+def _json_lines(path: Path, wanted: set[str]) -> Iterator[Row]:
+    place = str(path)
+    for number, line in enumerate(_lines(path), start=1):
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if content and not content.isspace():
+            yield Row(place, number, content)
+
+
+def _whole_text(path: Path, wanted: set[str]) -> Iterator[Row]:
+    content = b"\n".join(_lines(path)).removeprefix(BYTE_ORDER_MARK)
+    try:
+        yield Row(str(path), 1, {"text": content.decode()})
+    except UnicodeDecodeError as error:
+        yield Row(str(path), content.count(b"\n", 0, error.start) + 1, Fault(f"is not UTF-8 ({error.reason})"))
+
+
+def _comma_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
+    table = csv.DictReader(_decoded(path), strict=True)
+    number = 1
+    try:
+        names = table.fieldnames or []
+        if missing := sorted(wanted.difference(names)):
+            raise InputError(f"{path}:1: has no column {missing[0]!r}; the first line names: {', '.join(names)}")
+        number = table.line_num + 1
+        for row in table:
+            complete = None not in row and None not in row.values()
+            yield Row(
+                str(path), number, row if complete else Fault(f"does not have the {len(names)} columns of the first line")
+            )
+            number = table.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{number}: is not CSV ({error})") from error
+
+
+def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := sorted(wanted.difference(names)):
+                raise InputError(f"{path}: has no column {missing[0]!r}; its columns are: {', '.join(names)}")
+            number = 1
+            for batch in file.iter_batches(batch_size=1024, columns=[name for name in names if name in {*wanted, *ABOUT}]):
+                for row in batch.to_pylist():
+                    yield Row(str(path), number, row)
+                    number += 1
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+
+
+_FORMATS: dict[str, Callable[[Path, set[str]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".txt": _whole_text,
+    ".csv": _comma_separated,
+    ".parquet": _parquet,
+}
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode() + "\n"
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: is not UTF-8 ({error.reason})") from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines without their "\\n"; what follows the last one is a line if it is not empty."""
+    import zstandard
+
+    rest: list[bytes] = []  # the pieces of a line that is longer than a block
+    number = 1
+    try:
+        for block in _blocks(path):
+            first, *others = block.split(b"\n")
+            rest.append(first)
+            if others:
+                yield b"".join(rest)
+                yield from others[:-1]
+                rest = [others[-1]]
+                number += len(others)
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise InputError(f"{path}:{number}: the compressed file is damaged after this line ({error})") from error
+    if last := b"".join(rest):
+        yield last
+
+
+class _Decoder(Protocol):
+    """What zlib's and zstandard's decompression objects share."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, decompressed; a file that ends too early is an EOFError (`zstandard.open` says nothing then)."""
+    import zstandard
+
+    decoders: dict[str, Callable[[], _Decoder]] = {
+        ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with a gzip header, whose checksum is verified
+        ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    }
+    with path.open("rb") as file:
+        if path.suffix not in decoders:
+            while data := file.read(READ):
+                yield data
+            return
+        decoder = decoders[path.suffix]()
+        while data := file.read(READ):
+            while data:
+                if decoder.eof:  # another member of the same file
+                    decoder = decoders[path.suffix]()
+                yield decoder.decompress(data)
+                data = decoder.unused_data
+        if not decoder.eof:
+            raise EOFError("it ends too early")

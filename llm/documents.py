@@ -1,0 +1,84 @@
+"""The documents of a cleaned corpus, as the stages after it read them: one JSON object a line. Not where corpora are made.
+
+A cleaned corpus is our own file, so its lines are trusted. Which documents belong to a sample is decided by the hash of
+their text: adding a document moves no other in or out.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+SCRIPT_SAMPLE = 2000  # characters of a document that its language is judged by
+_KANA = "ja"
+_SCRIPTS = {
+    "zh": r"[㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff]",
+    _KANA: r"[ぁ-ヿㇰ-ㇿ]",
+    "ko": r"[가-힣ᄀ-ᇿ]",
+    "en": r"[A-Za-z]",
+    "latin": r"[À-ɏḀ-ỿ]",
+    "cyrillic": r"[Ѐ-ԯ]",
+    "greek": r"[Ͱ-Ͽ]",
+    "arabic": r"[؀-ۿݐ-ݿ]",
+    "hebrew": r"[֐-׿]",
+    "devanagari": r"[ऀ-ॿ]",
+    "thai": r"[฀-๿]",
+}
+_PATTERNS = {name: re.compile(pattern) for name, pattern in _SCRIPTS.items()}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a cleaned corpus."""
+
+    text: str
+    passes: int  # how often an epoch of training sees it
+    told_language: str | None  # what its source says
+    line_bytes: int  # of its line in the file, for progress
+
+    @property
+    def language(self) -> str:
+        """The language that its source tells, else the one that its script suggests."""
+        return self.told_language or language_by_script(self.text)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of `path` in order, one at a time."""
+    with path.open("rb") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield Document(row["text"], row["passes"], row.get("language"), len(line))
+
+
+def sample_documents(path: Path, wanted_bytes: int) -> Iterator[Document]:
+    """About `wanted_bytes` of the documents of `path`, in order: those whose hash falls under the share that is wanted."""
+    share = wanted_bytes / max(path.stat().st_size, 1)
+    return (document for document in read_documents(path) if hash_share(document.text) < share)
+
+
+def hash_share(text: str) -> float:
+    """A number from 0 to 1 that depends on the text alone and spreads evenly over texts."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def language_by_script(text: str) -> str:
+    """The language that most of the letters suggest: Han is Chinese, plain Latin English; else the name of the script.
+
+    A Han character counts as three letters, as it does in bytes; a tenth of kana makes a text Japanese. Accented letters
+    count for "latin" many times over, since English has none and the languages that do still write most letters plain.
+    """
+    beginning = text[:SCRIPT_SAMPLE]
+    counts = {name: len(pattern.findall(beginning)) for name, pattern in _PATTERNS.items()}
+    if counts[_KANA] * 10 > counts["zh"] and counts[_KANA] * 3 > counts["en"]:
+        return _KANA
+    weights = counts | {"zh": counts["zh"] * 3, "ko": counts["ko"] * 2, "latin": counts["latin"] * 50}
+    best = max(weights, key=lambda name: weights[name])
+    return best if counts[best] else "other"

@@ -1,0 +1,64 @@
+"""Dropout whose mask is a function of where it acts, not of a generator's state.
+
+The mask of an element is a hash of (seed, step, row of the optimizer step, site, position, channel). So it is the same
+whatever process or micro-batch computes the row, and after a resume. It is not cryptographic: it only has to look independent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64 values within 32 bits: each output bit depends on each input bit (the finalizer of MurmurHash3)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of x (B, T, C) while training and scales up the rest. `set_counters` first."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.counters: Tensor | None = None  # (B,): one hash per row, of seed, step, row and site
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x."""
+        if self.rate == 0 or not self.training:
+            return x
+        if self.counters is None:
+            raise RuntimeError("dropout has no counters: call set_counters before a forward pass in training")
+        return x * (self.keep(x) * (1 / (1 - self.rate))).to(x.dtype)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """The mask for x (B, T, C): True where it stays. Each 32-bit hash decides two channels, 16 bits each."""
+        assert self.counters is not None
+        _, length, channels = x.shape
+        position = _mix(self.counters[:, None] + torch.arange(length, device=x.device) * 0x9E3779B1)  # (B, T)
+        channel = _mix(torch.arange((channels + 1) // 2, device=x.device) + 0x632BE59B)
+        # 32-bit arithmetic from here on, which wraps around: half the memory of int64, and this is the costly part.
+        mixed = position.to(torch.int32)[:, :, None] + channel.to(torch.int32)  # (B, T, C / 2)
+        mixed ^= (mixed >> 16) & 0xFFFF
+        mixed *= 0x7FEB352D  # constants: the two-round `lowbias32` of C. Wellons's hash prospector
+        mixed ^= (mixed >> 15) & 0x1FFFF
+        mixed *= -0x7B935975  # 0x846CA68B
+        mixed ^= (mixed >> 16) & 0xFFFF
+        halves = mixed.view(torch.int16)[:, :, :channels]  # uniform on -32768..32767
+        return halves >= round(self.rate * 65536) - 32768
+
+    def extra_repr(self) -> str:
+        """The rate, in the model's print-out."""
+        return f"rate={self.rate}"
+
+
+def set_counters(model: nn.Module, *, seed: int, step: int, rows: Tensor) -> None:
+    """Tell every Dropout in `model` which rows (B,) of which optimizer step come next; sites are numbered in module order."""
+    sites = [module for module in model.modules() if isinstance(module, Dropout) and module.rate > 0]
+    if not sites:
+        return
+    start = torch.tensor((seed * 0x9E3779B1) ^ (step * 0x85EBCA77) ^ ((seed >> 32) * 0x27D4EB2F), device=rows.device)
+    row = _mix(_mix(start) + rows.to(torch.int64) * 0xC2B2AE3D)
+    for site, module in enumerate(sites):
+        module.counters = _mix(row + (site + 1) * 0x27D4EB2F)

@@ -1,0 +1,198 @@
+"""Low-rank adapters (Hu et al. 2021) on the hand-written model, through PEFT: attached, saved and opened again.
+
+PEFT changes the layers inside the model, and the model stays itself: the training loop sees a Llama of which only the
+adapter asks for gradients. What is saved opens in stock PEFT on the stock Transformers base. The base may be held in four
+bits meanwhile (QLoRA, Dettmers et al. 2023); an adapter does not know it, and is merged into the full weights.
+
+Importing peft takes 2.3 s after torch, in whatever way: its own first line imports bitsandbytes, and all model classes of
+Transformers that it names. So it is imported once, where an adapter is wanted.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm.dropout import Dropout
+from llm.errors import InputError
+from llm.models.llama.model import Llama
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+# On some processors bitsandbytes warns at import that it did not find a package which would fetch code from the Hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+_PREFIX = "base_model.model."  # stock PEFT's wrappers around the model, which weights are named by
+_NAME = "default"  # of the adapter inside PEFT
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter is."""
+
+    r: int  # rank of the update
+    alpha: int  # the update counts alpha / r
+    dropout: float = 0.0  # of what the adapter reads
+    target_modules: Sequence[str] | Literal["all-linear"] = ALL_LINEAR
+    rslora: bool = False  # the update counts alpha / sqrt(r) (Kalajdzievski 2023)
+    dora: bool = False  # length and direction of each row are learned apart (Liu et al. 2024)
+
+
+def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list[str]:
+    """The names of modules that `wanted` means, sorted: linear layers of the decoder. A name that is none is an InputError."""
+    possible = sorted({name.rpartition(".")[2] for name, _ in _linear_layers(model)})
+    if wanted == ALL_LINEAR:
+        return possible
+    if wrong := [name for name in wanted if name not in possible]:
+        raise InputError(f'target_modules wants names of {", ".join(possible)} or "all-linear"; found {wrong[0]!r}')
+    return sorted(set(wanted))
+
+
+def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = None) -> None:
+    """Hold the linear layers of the decoder in 4-bit NormalFloat; embedding, norms and head stay as they are.
+
+    `double` quantizes the scales of the blocks as well. Products are computed in `compute_dtype`, else in the input's.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    form: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": double}
+    for name, linear in list(_linear_layers(model)):
+        quantized = Linear4bit(  # type: ignore[no-untyped-call]  # bitsandbytes has no types
+            linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, device="meta", **form
+        )
+        quantized.weight = Params4bit(linear.weight.detach(), requires_grad=False, module=quantized, **form)
+        model.set_submodule(name, quantized.to(linear.weight.device))  # moving to a device is what quantizes
+
+
+def attach(model: Llama, settings: Settings, *, seed: int) -> None:
+    """Put a new adapter into `model`, drawn from `seed`; nothing else in it asks for gradients any more."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets(model, settings.target_modules),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _inject(model, config)
+    for _, layer in adapted_layers(model):
+        if settings.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
+            layer.lora_dropout[_NAME] = Dropout(settings.dropout)
+
+
+def adapted_layers(model: Llama) -> Iterator[tuple[str, "LoraLayer"]]:
+    """The layers of `model` that carry an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def save_adapter(folder: Path, model: Llama, *, base_digest: str | None = None) -> None:
+    """Write the adapter in `model` as stock PEFT does, without the place its base was read from.
+
+    `base_digest`, the sha256 of the base's weights, is kept in the metadata of the adapter's weights.
+    """
+    config = _config_of(model)
+    fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    fields |= {"base_model_name_or_path": None, "inference_mode": True}
+    del fields["peft_version"]  # what an artifact holds does not depend on versions
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    weights = {_PREFIX + name: tensor.detach().to("cpu").contiguous() for name, tensor in _state(model).items()}
+    metadata = {"format": "pt"} | ({"base_sha256": base_digest} if base_digest else {})
+    temporary = folder / f"{WEIGHTS}.tmp"
+    save_file(weights, temporary, metadata=metadata)
+    temporary.replace(folder / WEIGHTS)
+
+
+def load_adapter(model: Llama, folder: Path) -> None:
+    """Put the adapter of `folder` into `model`; an InputError says where it does not fit.
+
+    Any LoRA adapter that PEFT has written for this architecture will do.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    config = LoraConfig.from_pretrained(str(folder))
+    weights = load_file(folder / WEIGHTS)
+    _inject(model, config)
+    _check_fit(model, weights, folder)
+    set_peft_model_state_dict(model, weights)
+    model.eval()
+
+
+def trainable_share(model: Llama) -> tuple[int, float]:
+    """Parameters that ask for gradients, and their share of all; a layer held in four bits counts what it stands for."""
+    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(_numbers_in(weight) for weight in model.parameters())
+    return learned, learned / total
+
+
+def _numbers_in(weight: Tensor) -> int:
+    packed = getattr(weight, "quant_state", None)  # what bitsandbytes keeps of a weight in four bits
+    return weight.numel() if packed is None else math.prod(packed.shape)
+
+
+def _linear_layers(model: Llama) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers inside the decoder: a head, which may be the embedding, is not among them."""
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            yield f"model.layers.{name}", module
+
+
+def _inject(model: Llama, config: Any) -> None:
+    from peft import inject_adapter_in_model
+
+    quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    if quantized:
+        # How PEFT knows; without it, it wraps these layers as if they held plain weights.
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # a module takes any attribute
+    try:
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    finally:
+        if quantized:
+            del model.is_loaded_in_4bit  # accelerate reads it too, and wants then what only from_pretrained sets
+
+
+def _config_of(model: Llama) -> Any:
+    return model.peft_config[_NAME]  # type: ignore[index]  # PEFT puts it there
+
+
+def _state(model: Llama) -> dict[str, Tensor]:
+    """The adapter's weights by PEFT's names, without the prefix of its wrappers."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+
+
+def _check_fit(model: Llama, weights: dict[str, Tensor], folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    found = {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"{folder / WEIGHTS}: the adapter was made for another base: {name} wants shape "
+                f"{wanted.get(name, 'none, there is no such layer here')}, found {found.get(name, 'no such weight')}"
+            )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,55 @@
+"""The architectures that can be trained: one folder each, found by being there.
+
+A folder holds `config.py` (a frozen Pydantic model whose `name` field is the name recipes use; imports no torch, because it is
+read while planning) and `model.py` (the modules). Adding a folder adds an architecture; nothing else lists them.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import BaseModel, Discriminator, Tag
+
+if TYPE_CHECKING:
+    from llm.models.llama.model import Llama
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One entry of the registry. `build` imports torch; the rest does not."""
+
+    name: str
+    config: type[BaseModel]
+
+    def build(self, config: BaseModel, *, vocab_size: int) -> "Llama":
+        """The model with freshly drawn weights, from torch's default generator; every architecture has Llama's methods."""
+        model: Any = importlib.import_module(f"llm.models.{self.name}.model")
+        built: Llama = model.build(config, vocab_size=vocab_size)
+        return built
+
+
+@cache
+def architectures() -> Mapping[str, Architecture]:
+    """Every architecture by name."""
+    found: dict[str, Architecture] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.ispkg:
+            config: type[BaseModel] = importlib.import_module(f"llm.models.{module.name}.config").Config
+            found[module.name] = Architecture(module.name, config)
+    return found
+
+
+def architecture_tables() -> Any:
+    """The type of a field that holds any architecture's table, told apart by its `name`; "llama" where that is left out."""
+    configs = {name: architecture.config for name, architecture in architectures().items()}
+    if len(configs) == 1:  # pydantic has no union of one
+        return next(iter(configs.values()))
+
+    def name_of(table: Any) -> Any:
+        return table.get("name", "llama") if isinstance(table, dict) else getattr(table, "name", None)
+
+    tagged = tuple(Annotated[config, Tag(name)] for name, config in configs.items())
+    return Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007  # the members are known only now

@@ -1,0 +1,1 @@
+"""LLaMA: `config` says its shape without torch, `model` computes it."""

@@ -1,0 +1,234 @@
+"""LLaMA: a decoder of RMSNorm, rotary grouped-query attention and SwiGLU, written out in plain PyTorch.
+
+Modules, weight names and the rotary convention are those of Transformers' LlamaForCausalLM, so a checkpoint needs no
+conversion and adapters attach by the same names. Rows may hold several documents; none sees another.
+
+Letters: B rows, T positions, D hidden size, H heads, K key and value heads, E head size, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm.attention import Visibility, attend, attend_cached, visibility
+from llm.dropout import Dropout
+from llm.models.llama.config import LlamaConfig
+from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
+
+
+class Cache:
+    """Keys and values of one batch while text is generated, for `length` positions; the last slot takes the padding."""
+
+    def __init__(self, shape: tuple[int, int, int, int], *, layers: int, dtype: torch.dtype, device: torch.device) -> None:
+        rows, kv_heads, length, size = shape
+        self.keys = [torch.zeros(rows, kv_heads, length + 1, size, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.rows = torch.arange(rows, device=device)[:, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, *, positions: Tensor) -> None:
+        """Put keys and values (B, K, T, E) at `positions` (B, T); position -1 goes to the slot nobody reads."""
+        self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2).to(self.keys[layer].dtype)
+        self.values[layer][self.rows, :, positions] = values.transpose(1, 2).to(self.values[layer].dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization with a weight per channel."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        *,
+        visible: Visibility | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """x (B, T, D) to (B, T, D): over the row under `visible`, or over the cache up to each of `positions`."""
+        shape = (*x.shape[:2], -1, self.head_size)
+        q = rotate(self.q_proj(x).view(shape), *angles)  # (B, H, T, E)
+        k = rotate(self.k_proj(x).view(shape), *angles)  # (B, K, T, E)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
+        if cache is None:
+            assert visible is not None
+            mixed = attend(q, k, v, visible=visible)
+        else:
+            assert positions is not None
+            cache.write(self.layer, k, v, positions=positions)
+            # On CPU, slots that nobody has reached are left out; on a GPU asking how many would stop the queue.
+            slots = int(positions.max()) + 1 if x.device.type == "cpu" else cache.keys[self.layer].shape[2] - 1
+            keys, values = (stored[self.layer][:, :, :slots].to(q.dtype) for stored in (cache.keys, cache.values))
+            mixed = attend_cached(q, keys, values, positions=positions)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward layer (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) to (B, T, D)."""
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches."""
+
+    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer=layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_dropout = Dropout(config.dropout)
+        self.feed_forward_dropout = Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        *,
+        visible: Visibility | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """x (B, T, D) to (B, T, D)."""
+        mixed = self.self_attn(self.input_layernorm(x), angles, visible=visible, positions=positions, cache=cache)
+        x = x + self.attention_dropout(mixed)
+        out: Tensor = x + self.feed_forward_dropout(self.mlp(self.post_attention_layernorm(x)))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: all but the head."""
+
+    def __init__(self, config: LlamaConfig, *, vocab_size: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.embedding_dropout = Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config, layer=layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class Llama(nn.Module):
+    """The whole language model, with Transformers' names for modules and weights."""
+
+    def __init__(self, config: LlamaConfig, *, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
+        self.model = Decoder(config, vocab_size=vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                nn.init.xavier_uniform_(weight)
+                if self.config.init == "scaled" and name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.data.div_(math.sqrt(2 * self.config.layers))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for tokens (B, T); the arguments are those of `hidden`."""
+        logits: Tensor = self.lm_head(self.hidden(tokens, documents=documents, positions=positions, cache=cache))
+        return logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, D).
+
+        `documents` (B, T) numbers the document of each position (attention stays inside); `positions` (B, T) counts from the
+        start of each document. Without them a row is one document. With a `cache`, new keys and values are stored at
+        `positions` and attention is over all slots up to there; position -1 marks padding, neither stored nor seen.
+        """
+        x: Tensor = self.model.embedding_dropout(self.model.embed_tokens(tokens))
+        dtype = compute_dtype(x)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        angles = self._angles(positions, dtype=dtype)
+        visible = None
+        if cache is None:
+            visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
+        for layer in self.model.layers:
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, angles, visible=visible, positions=None, cache=None, use_reentrant=False)
+            else:
+                x = layer(x, angles, visible=visible, positions=positions, cache=cache)
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def _angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (1 or B, 1, T, E / 2), of position * base^(-2i / E) (Su et al. 2021)."""
+        size = self.config.head_size
+        exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.int64).float() / size
+        angle = positions[:, None, :, None].float() * (1.0 / self.config.rope_base**exponent)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def flops_per_token(self, context: int) -> float:
+        """Floating-point operations of a forward and backward pass per position of full rows: an estimate.
+
+        6 per weight of a matrix product (the head counts, the embedding does not) and, for scores and mixing, 12 per layer,
+        channel and visible position, of which there are context / 2 on average.
+        """
+        products = sum(weight.numel() for weight in self.model.layers.parameters() if weight.dim() == 2)
+        products += self.lm_head.weight.numel()
+        width = self.config.heads * self.config.head_size
+        return 6.0 * products + 12.0 * self.config.layers * width * context / 2
+
+    def new_cache(
+        self, batch: int, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Cache:
+        """An empty cache for `batch` rows of up to `length` positions."""
+        shape = (batch, self.config.kv_heads, length, self.config.head_size)
+        return Cache(shape, layers=self.config.layers, dtype=dtype, device=torch.device(device))
+
+
+def build(config: LlamaConfig, *, vocab_size: int) -> Llama:
+    """The registry's entry: a model with freshly drawn weights."""
+    return Llama(config, vocab_size=vocab_size)

@@ -1,0 +1,118 @@
+"""Optimizers, built from a recipe's settings: AdamW, and Muon for the matrices of the layers.
+
+The learning rate over time is not here: that is `llm.settings.Schedule`.
+
+Weight decay acts on matrices only: the two-dimensional weights inside the layers and an untied head. Embeddings (and with
+them a tied head) and norms are left alone: a row of an embedding that rarely gets a gradient would only shrink.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.settings import Optimizer, Schedule
+
+# Newton-Schulz coefficients of Muon (Jordan et al. 2024): they push singular values of any size up to 1 to about 0.7 .. 1.2.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+STACK = 2**21  # elements orthogonalized in one batch; more falls out of the processor's cache (measured: 582 against 442 ms)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized (Jordan et al. 2024), for two-dimensional weights; equal shapes go in one batch.
+
+    `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much.
+    """
+
+    def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
+        """One update from the gradients."""
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            gradients = [weight.grad for weight in weights]
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            for chosen in _stacks(weights):
+                stacked = torch.stack([updates[index] for index in chosen])
+                rows, columns = stacked.shape[1:]
+                scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
+                for index, update in zip(chosen, orthogonalize(stacked).unbind(), strict=True):
+                    weights[index].add_(update, alpha=scale)
+
+
+def _stacks(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of weights of equal shape, as many together as STACK allows."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_shape.setdefault(weight.shape, []).append(index)
+    return [
+        indices[start : start + most]
+        for shape, indices in by_shape.items()
+        for most in [max(1, STACK // shape.numel())]
+        for start in range(0, len(indices), most)
+    ]
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """x (N, rows, columns) with all singular values near 1, by Newton-Schulz iteration in bf16."""
+    wide = x.shape[1] <= x.shape[2]
+    y = (x if wide else x.mT).bfloat16()
+    y = y / (torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        square = torch.bmm(y, y.mT)
+        polynomial = torch.bmm(square, square).mul_(c).add_(square, alpha=b)
+        y = torch.bmm(polynomial, y).add_(y, alpha=a)
+    return (y if wide else y.mT).to(x.dtype)
+
+
+def build_optimizers(model: nn.Module, settings: Optimizer, *, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """The optimizers of all weights that learn; each group knows its highest rate as `peak`."""
+    matrices, embeddings, rest = [], [], []
+    # A tied head is found once, under the embedding's name. LoRA's factors are matrices inside layers like any other.
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    muon: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if weight.dim() != 2:
+            rest.append(weight)
+        elif id(weight) in embedded:
+            embeddings.append(weight)
+        elif settings.kind == "muon" and "layers" in name.split(".") and "lora" not in name:
+            muon.append(weight)
+        else:
+            matrices.append(weight)
+    rate = schedule.learning_rate
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay, "peak": rate},
+        {"params": embeddings + rest, "weight_decay": 0.0, "peak": rate},
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        betas = (settings.beta1, settings.beta2)
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True))
+    if muon:
+        peak = settings.muon_learning_rate
+        orthogonal = Muon(muon, lr=peak, momentum=settings.muon_momentum, weight_decay=settings.weight_decay)
+        orthogonal.param_groups[0]["peak"] = peak
+        optimizers.append(orthogonal)
+    return optimizers
+
+
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    """Give every group `factor` times its highest rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor

@@ -1,0 +1,100 @@
+"""RMSNorm, rotary embedding and SwiGLU with hand-written gradients: fewer passes over memory than autograd would make.
+
+Each computes in the dtype it is given and knows nothing of the model. Between matrix products these passes are what a step
+costs, so each keeps only its inputs for the backward pass.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products of `x` will have: autocast's where it is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(Function):
+    """weight * x / sqrt(mean(x^2) + eps), written in `dtype` (Zhang and Sennrich 2019)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out: Tensor = (wide * scale).mul_(weight)
+        return out.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: D102
+        x, weight, scale = ctx.saved_tensors
+        grad = grad.float()
+        normal = x.float() * scale
+        inward = grad * normal
+        dweight = inward.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (inward @ weight.float()).div_(x.shape[-1])  # (...,): mean over channels of grad * weight * normal
+        dx = (grad * weight).addcmul_(normal, along[..., None], value=-1).mul_(scale)
+        return dx.to(x.dtype), dweight, None, None
+
+
+class Rotate(Function):
+    """Rotary embedding of x (B, T, H, E), heads moved before positions: (B, H, T, E).
+
+    The halves of a head are the two coordinates of each pair (Transformers' `rotate_half`).
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x.transpose(1, 2), cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+        cosine, sine = ctx.saved_tensors
+        return _turn(grad, cosine, -sine).transpose(1, 2), None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate the pairs of x (B, H, T, E) by angles (1 or B, 1, T, E / 2)."""
+    left, right = x.chunk(2, -1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(left, cosine, out=out[..., : left.shape[-1]]).addcmul_(right, sine, value=-1)
+    torch.mul(right, cosine, out=out[..., left.shape[-1] :]).addcmul_(left, sine)
+    return out
+
+
+class SwiGLU(Function):
+    """silu(gate) * up (Shazeer 2020)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """Root-mean-square normalization over the last dimension, in the dtype of the products that follow."""
+    out: Tensor = RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    return out
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding: x (B, T, H, E), cosine and sine (1 or B, 1, T, E / 2). Returns (B, H, T, E)."""
+    out: Tensor = Rotate.apply(x, cosine, sine)
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    out: Tensor = SwiGLU.apply(gate, up)
+    return out

@@ -1,0 +1,88 @@
+"""What a training eats: rows of packed documents, and batches of them. Not where they come from: `llm.tokens`, `llm.chat`.
+
+A source of rows is a pure function of the row's index, so the order of data depends on the seed and the step alone, and
+neither a restart nor the number of processes changes it. Rows are numpy, batches are torch; torch is imported only when
+a batch is made, because rows are also packed by processes that never compute with them.
+
+Letters: B rows in a batch, T tokens in a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+IGNORE = -100  # as a target: nothing is learned here; the value that torch's cross_entropy leaves out by default
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: documents, or pieces of them, one after the other."""
+
+    tokens: NDArray[np.int64]  # (T,)
+    targets: NDArray[np.int64]  # (T,) the token after this one in the same document; IGNORE where nothing is learned
+    documents: NDArray[np.int32]  # (T,) which document of this row, counted from 0; -1 on padding
+
+
+class RowSource(Protocol):
+    """Rows of equal length in an order that is fixed by the seed."""
+
+    @property
+    def context(self) -> int:
+        """Tokens in a row."""
+        ...
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows until the data has been seen once."""
+        ...
+
+    def row(self, index: int) -> Row:
+        """Row `index`, which counts on through epochs; the order within epoch e is drawn from (seed, e)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, with what the model needs to keep documents apart."""
+
+    tokens: "Tensor"  # (B, T) int64
+    targets: "Tensor"  # (B, T) int64, already shifted; IGNORE where nothing is learned
+    documents: "Tensor"  # (B, T) int32, -1 on padding
+    positions: "Tensor"  # (B, T) int64, from 0 in each document
+    rows: "Tensor"  # (B,) int64, index of the row within its optimizer step: what dropout is keyed by
+
+    def to(self, device: "device | str") -> "Batch":
+        """The same batch in the memory of `device`."""
+        moved = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.documents, self.positions, self.rows)
+        )
+        return Batch(*moved)
+
+
+def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
+    """A batch of `rows`, which are those with `indices` within their optimizer step."""
+    import torch
+
+    documents = np.stack([row.documents for row in rows])
+    return Batch(
+        tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
+        targets=torch.from_numpy(np.stack([row.targets for row in rows])),
+        documents=torch.from_numpy(documents),
+        positions=torch.from_numpy(positions_within(documents)),
+        rows=torch.tensor(indices, dtype=torch.int64),
+    )
+
+
+def positions_within(documents: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Distance of each token from the first of its document in this row; (B, T) to (B, T)."""
+    columns = np.broadcast_to(np.arange(documents.shape[1], dtype=np.int64), documents.shape)
+    starts = np.ones(documents.shape, dtype=bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)  # column where the document of this token began
+    return columns - first

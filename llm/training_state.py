@@ -1,0 +1,155 @@
+"""Training checkpoints: what a training needs to go on bit for bit. Not models for use: those are `llm.checkpoint`.
+
+`checkpoints/step-00000120/` holds `weights.safetensors` (the weights that learn), `optimizer.safetensors` and `state.json`
+(the step, counters, resolved choices, and the sha256 of all of it). A folder under its final name is complete; one whose
+digests do not match is passed over for the one before it. The last few are kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+KEPT = 2
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A training between two steps."""
+
+    weights: dict[str, Tensor]  # by parameter name
+    optimizer: dict[str, Tensor]  # by "parameter/state"
+    facts: dict[str, Any]  # JSON; "step" is the number of finished steps
+
+
+def take(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, facts: dict[str, Any]) -> TrainingState:
+    """A copy of everything that learning changes, in ordinary memory, so that training can go on while it is written."""
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
+    states = {
+        f"{names[weight]}/{key}": _copy(value)
+        for optimizer in optimizers
+        for weight, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    return TrainingState({name: _copy(weight) for weight, name in names.items()}, states, facts)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put weights and optimizer state back where `take` found them."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for name, weight in weights.items():
+        weight.copy_(state.weights[name])
+    owners = {weight: optimizer for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
+    for key, value in state.optimizer.items():
+        name, _, part = key.rpartition("/")
+        weight = weights[name]
+        owners[weight].state[weight][part] = value.to(weight.device, copy=True)
+
+
+def write(folder: Path, state: TrainingState, *, kept: int = KEPT) -> Path:
+    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept`."""
+    final = folder / f"step-{state.facts['step']:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(state.weights, partial / WEIGHTS)
+    save_file(state.optimizer, partial / OPTIMIZER)
+    digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+    facts = json.dumps(state.facts, sort_keys=True)
+    digests["facts"] = hashlib.sha256(facts.encode()).hexdigest()
+    (partial / STATE).write_text(json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    partial.rename(final)
+    _fsync(folder)
+    for old in _finished(folder)[:-kept]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The last checkpoint under `folder` whose digests match, and the damaged ones after it."""
+    damaged: list[Path] = []
+    for path in reversed(_finished(folder)):
+        if _is_sound(path):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged
+
+
+def read(path: Path) -> TrainingState:
+    """The state in a checkpoint that `newest` found sound."""
+    facts = json.loads((path / STATE).read_text(encoding="utf-8"))["facts"]
+    return TrainingState(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), facts)
+
+
+class Writer:
+    """Writes checkpoints beside the training, one at a time. A fault of writing comes up at the next write or at close."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def submit(self, state: TrainingState) -> None:
+        """Start writing `state`, after the one before it is on disk."""
+        self.wait()
+        self._pending = self._pool.submit(write, self.folder, state)
+
+    def wait(self) -> None:
+        """Return when everything submitted is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        self.wait()
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Checkpoints under their final name, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(PARTIAL))
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        stored = json.loads((path / STATE).read_text(encoding="utf-8"))
+        facts = hashlib.sha256(json.dumps(stored["facts"], sort_keys=True).encode()).hexdigest()
+        digests = {name: _digest(path / name) for name in (WEIGHTS, OPTIMIZER)} | {"facts": facts}
+        return bool(digests == stored["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""A row of data as the turns of a chat, by a template: `"Which section?\\n{text}"` and `{"text": ...}` make a user's turn.
+
+Nothing here knows tokens. A turn remembers which of its text was substituted from the row, because only that may be cut
+when a row is too long for a model. This module is imported while planning, so it imports nothing that is slow.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from llm.errors import InputError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one role says. `parts` alternates between fixed text and text of the row, and begins and ends with fixed text."""
+
+    role: str
+    parts: tuple[str, ...]
+
+    @property
+    def content(self) -> str:
+        """The whole text."""
+        return "".join(self.parts)
+
+    @property
+    def message(self) -> dict[str, str]:
+        """The turn as chat templates take it."""
+        return {"role": self.role, "content": self.content}
+
+    def substituted(self) -> tuple[str, ...]:
+        """The parts that came from the row."""
+        return self.parts[1::2]
+
+    def with_substituted(self, texts: Iterator[str]) -> "Turn":
+        """The same turn with as many of `texts` as it has substituted parts in their place."""
+        return Turn(self.role, tuple(next(texts) if place % 2 else part for place, part in enumerate(self.parts)))
+
+
+def split_template(template: str) -> tuple[str, ...]:
+    """Fixed text and names of fields in turn: `"a {b} c"` gives `("a ", "b", " c")`; braces are written double.
+
+    Raises ValueError where braces do not match or hold something other than a name.
+    """
+    parts = [""]
+    try:
+        for literal, field, form, conversion in Formatter().parse(template):
+            parts[-1] += literal
+            if field is None:
+                continue
+            if not field.isidentifier() or form or conversion:
+                raise ValueError("between braces it wants the name of a field, and nothing else")
+            parts += [field, ""]
+    except ValueError as error:
+        raise ValueError(f"{template!r} is not a template: {error} (a brace that is meant literally is doubled)") from None
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a row becomes turns: a prompt and a response as templates, or the field that holds a list of messages."""
+
+    prompt: str = "{prompt}"
+    response: str = "{response}"
+    messages: str | None = None
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of a row that it reads."""
+        if self.messages is not None:
+            return {self.messages}
+        return {*split_template(self.prompt)[1::2], *split_template(self.response)[1::2]}
+
+    def turns(self, row: Mapping[str, Any]) -> list[Turn]:
+        """The turns of `row`; an InputError says what it lacks, and leaves it to the caller to say where the row is."""
+        if self.messages is not None:
+            return list(_turns_of_messages(row, self.messages))
+        return [
+            Turn("user", _filled(row, self.prompt, purpose="prompt")),
+            Turn("assistant", ("".join(_filled(row, self.response, purpose="response")),)),
+        ]
+
+
+def _filled(row: Mapping[str, Any], template: str, *, purpose: str) -> tuple[str, ...]:
+    parts = tuple(_text(row, part) if place % 2 else part for place, part in enumerate(split_template(template)))
+    if not "".join(parts).strip():
+        raise InputError(f"the {purpose} is empty: {template!r} was filled with nothing but white space")
+    return parts
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    if field not in row:
+        raise InputError(f"wants the field {field!r}, found only {', '.join(map(repr, row)) or 'no field at all'}")
+    value = row[field]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputError(f"wants a text or a number in {field!r}, found {_name_of_type(value)}")
+    return str(value)
+
+
+def _turns_of_messages(row: Mapping[str, Any], field: str) -> Iterator[Turn]:
+    if field not in row:
+        raise InputError(f"wants the field {field!r}, found only {', '.join(map(repr, row)) or 'no field at all'}")
+    messages = row[field]
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError(f"wants a list of messages in {field!r}, found {_name_of_type(messages)}")
+    roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
+    if "assistant" not in roles:
+        raise InputError(f"wants at least one turn of the assistant in {field!r}, found none to learn from")
+    for number, message in enumerate(messages):
+        if roles[number] not in ROLES:
+            raise InputError(f"wants a role of {', '.join(ROLES)} in {field}[{number}], found {roles[number]!r}")
+        if not isinstance(content := message.get("content"), str):
+            raise InputError(f"wants a text as content of {field}[{number}], found {_name_of_type(content)}")
+        if roles[number] == "assistant":
+            if not content.strip():
+                raise InputError(f"the assistant's turn {field}[{number}] is empty")
+            yield Turn("assistant", (content,))
+        else:
+            yield Turn(message["role"], ("", content, ""))
+
+
+def _name_of_type(value: object) -> str:
+    """What a value is, in the words of JSON."""
+    names = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    return "an empty list" if value == [] else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,168 @@
+"""What stages hand to each other: folders with fixed file names, which live only here.
+
+An artifact is a folder. Reading and writing its content is the business of `llm` (tensors, text) and of the stages; this
+file only says which file is where, and which files are content: the digest of an artifact is over those.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+RECORD = "record.json"  # how the artifact came to be: fields, digests, metrics, durations, versions
+METRICS = "metrics.jsonl"  # what the worker reported while it made the artifact
+NOT_CONTENT = frozenset({RECORD, METRICS})
+SCRATCH = ".work"  # what only a restart needs
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished (or growing) folder. Subclasses name its files."""
+
+    folder: Path
+
+    not_content: ClassVar[frozenset[str]] = NOT_CONTENT
+
+    def content(self) -> list[Path]:
+        """The files whose bytes are the artifact, sorted by name; records of how it was made are not among them."""
+        files = {path.relative_to(self.folder): path for path in self.folder.rglob("*") if path.is_file()}
+        return sorted(
+            path for name, path in files.items() if name.parts[0] != SCRATCH and name.as_posix() not in self.not_content
+        )
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of each content file, by its path inside the folder."""
+        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in self.content()}
+
+
+@dataclass(frozen=True)
+class Corpus(Artifact):
+    """Cleaned documents, one JSON object a line: `text`, `source`, and `passes` (how often training sees it)."""
+
+    @property
+    def train(self) -> Path:
+        """Documents to learn from."""
+        return self.folder / "train.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """Documents held out by the hash of their text."""
+        return self.folder / "validation.jsonl"
+
+
+@dataclass(frozen=True)
+class Tokenizer(Artifact):
+    """A byte-level BPE with its chat template, as Transformers reads it."""
+
+    @property
+    def model(self) -> Path:
+        """The tokenizer itself, as the `tokenizers` library writes it."""
+        return self.folder / "tokenizer.json"
+
+    @property
+    def config(self) -> Path:
+        """Special tokens and the chat template, as Transformers writes them."""
+        return self.folder / "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Tokens(Artifact):
+    """Token shards with document boundaries, and the tokenizer that made them. `llm.tokens` reads and writes them."""
+
+    @property
+    def train(self) -> Path:
+        """Folder of the training shards."""
+        return self.folder / "train"
+
+    @property
+    def validation(self) -> Path:
+        """Folder of the validation shards."""
+        return self.folder / "validation"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, carried along so that a checkpoint trained on these tokens can hold it."""
+        return Tokenizer(self.folder / "tokenizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint(Artifact):
+    """A model folder that stock Transformers opens: config, safetensors, tokenizer, chat template, generation config."""
+
+    @property
+    def config(self) -> Path:
+        """The architecture, as Transformers' LlamaConfig."""
+        return self.folder / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        """All weights, one safetensors file."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, in the same folder."""
+        return Tokenizer(self.folder)
+
+
+@dataclass(frozen=True)
+class Adapter(Artifact):
+    """LoRA weights as stock PEFT writes and opens them."""
+
+    @property
+    def config(self) -> Path:
+        """PEFT's LoraConfig."""
+        return self.folder / "adapter_config.json"
+
+    @property
+    def weights(self) -> Path:
+        """The low-rank matrices, one safetensors file."""
+        return self.folder / "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores(Artifact):
+    """The result of an evaluation: flat names `task.metric`, deterministic values only."""
+
+    @property
+    def scores(self) -> Path:
+        """`{"scores": {"section.macro_f1": 0.91}, "counts": {"section": 833}}`."""
+        return self.folder / "scores.json"
+
+    @property
+    def errors(self) -> Path:
+        """Wrong examples, one JSON object a line."""
+        return self.folder / "errors.jsonl"
+
+
+@dataclass(frozen=True)
+class Release(Artifact):
+    """What is pushed: a Checkpoint with model card, resolved recipe, lock file and scores."""
+
+    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"README.md", "recipe.lock.json"}
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.folder / "README.md"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, which can be run again."""
+        return self.folder / "recipe.toml"
+
+    @property
+    def lock(self) -> Path:
+        """Digests of inputs and artifacts, versions and hardware of this run."""
+        return self.folder / "recipe.lock.json"
+
+    @property
+    def scores(self) -> Path:
+        """The scores before and after, by stage name."""
+        return self.folder / "scores.json"

@@ -1,0 +1,171 @@
+"""The model card of a release: what the model is, what it was made of, what it scores, how to use it and how to make it again.
+
+It is written from the records of the stages and from scores alone, and says nothing of where it will be pushed, because that
+may change without the release being made anew.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+
+# Score names of `evaluate` -> metric names of the Hub.
+HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity", "bleu": "bleu", "chrf": "chrf"}
+MANY = 12  # sources of one stage that are listed one by one
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a card is written from."""
+
+    name: str
+    description: str
+    records: Mapping[str, Record]  # by stage, in the order of the recipe
+    scores: Mapping[str, Mapping[str, float]]  # by evaluation, the last one being the released model's
+    license: str  # an identifier of the Hub, such as "apache-2.0"; "other" where there is none
+    languages: Sequence[str]  # ISO 639 codes
+    version: str  # of stockpot
+
+
+def model_card(model: Model) -> str:
+    """The whole README.md: YAML metadata, then Markdown."""
+    sections = [
+        f"---\n{_metadata(model)}\n---\n",
+        f"# {model.name}\n",
+        f"{model.description}\n" if model.description else "",
+        _scores(model.scores),
+        _use(),
+        _data(model.records),
+        _making(model.records),
+        _again(model.version),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def languages_of(records: Iterable[Record]) -> list[str]:
+    """The languages that the corpora of a model name, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for source in _sources(records):
+        counts.update(source.get("languages", {}))
+    return [language for language, _ in counts.most_common()]
+
+
+def _sources(records: Iterable[Record]) -> Iterator[Mapping[str, Any]]:
+    for record in records:
+        yield from record.get("metrics", {}).get("sources", {}).values()
+
+
+def _metadata(model: Model) -> str:
+    from huggingface_hub import EvalResult, ModelCardData  # 0.1 s, and only where a card is written
+
+    final = list(model.scores.values())[-1] if model.scores else {}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.partition(".")[0],
+            dataset_name=score.partition(".")[0],
+            metric_type=HUB_METRICS.get(metric := score.rpartition(".")[2], metric),
+            metric_name=score,
+            metric_value=value,
+        )
+        for score, value in final.items()
+    ]
+    data = ModelCardData(
+        language=list(model.languages) or None,
+        license=model.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["stockpot"],
+        datasets=sorted({source["hub"] for source in _sources(model.records.values()) if "hub" in source}) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        model_name=model.name if results else None,
+    )
+    return data.to_yaml()
+
+
+def _scores(scores: Mapping[str, Mapping[str, float]]) -> str:
+    if not scores:
+        return ""
+    names = list(dict.fromkeys(score for of_one in scores.values() for score in of_one))
+    rows = [[score, *(_number(of_one.get(score)) for of_one in scores.values())] for score in names]
+    return (
+        "## Scores\n\n"
+        + _table(["score", *scores], rows)
+        + ("\nPerplexity and bits per byte are better when lower, everything else when higher.\n")
+    )
+
+
+def _use() -> str:
+    return """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or the name of this repository
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+chat = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+"""
+
+
+def _data(records: Mapping[str, Record]) -> str:
+    rows = [row for stage, record in records.items() for row in _data_of(stage, record)]
+    if not rows:
+        return ""
+    return "## Data\n\nWhat the model learned from:\n\n" + _table(["stage", "source", "rows", "licences", "origins"], rows)
+
+
+def _data_of(stage: str, record: Record) -> Iterator[list[str]]:
+    for name, source in record.get("metrics", {}).get("sources", {}).items():
+        hub = f" ([{source['hub']}](https://huggingface.co/datasets/{source['hub']}))" if "hub" in source else ""
+        yield [stage, name + hub, f"{source['train']:,}", _listed(source["licenses"]), _listed(source["origins"])]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """Names with counts, the most frequent first; the tail of a long list only as a number."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ({count:,})" for name, count in ordered[:MANY]]
+    if ordered[MANY:]:
+        shown.append(f"{len(ordered) - MANY} more ({sum(count for _, count in ordered[MANY:]):,})")
+    return ", ".join(shown) or "not stated"
+
+
+def _making(records: Mapping[str, Record]) -> str:
+    rows = [
+        [stage, str(record["kind"]), _seconds(float(record.get("seconds", 0))), f"`{str(record['digest'])[:12]}`"]
+        for stage, record in records.items()
+    ]
+    return "## How it was made\n\n" + _table(["stage", "kind", "time", "result"], rows)
+
+
+def _again(version: str) -> str:
+    return f"""## Make it again
+
+`recipe.toml` is the whole recipe, with every default written out, and `recipe.lock.json` holds the digests, versions and
+hardware of this run. Put `recipe.toml` where the data files are that it names, and with Stockpot {version}:
+
+```
+run recipe.toml
+```
+"""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

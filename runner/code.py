@@ -1,0 +1,28 @@
+"""The digest of the code that makes a kind of artifact. It is kept in records, never part of a key: `version` is what a kind
+raises when the same fields come to mean another result.
+"""
+
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+
+import llm
+from runner.stage import Stage
+
+
+def code_digest(stage: type[Stage]) -> str:
+    """sha256 over the stage's module and everything in `llm`."""
+    file = sys.modules[stage.__module__].__file__ or ""
+    return hashlib.sha256((_bytes_digest(Path(file)) + _llm_digest()).encode()).hexdigest()
+
+
+@cache
+def _llm_digest() -> str:
+    modules = sorted(Path(llm.__path__[0]).rglob("*.py"))
+    return "".join(_bytes_digest(path) for path in modules)
+
+
+@cache
+def _bytes_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,41 @@
+"""Everything that a run reports as a fault; the class decides the exit code.
+
+    StockpotError
+    ├── RecipeError   2  the recipe, or a file that it names, is wrong
+    ├── StageError    3  a stage failed while it ran
+    ├── GateError     4  a gate on a score failed
+    └── PausedError   5  an alert asked for a person
+
+Messages name the place, what was found and what was wanted. `llm` knows none of these: there a fault of the user's
+data is an `llm.errors.InputError`, which the worker turns into a StageError with the stage's name.
+"""
+
+
+class StockpotError(Exception):
+    """Root of all faults that end a run with a message instead of a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(StockpotError):
+    """The recipe cannot be run as written. Holds every fault found, one line each."""
+
+    exit_code = 2
+
+
+class StageError(StockpotError):
+    """A stage started and did not finish. What it had checkpointed stays in its work folder."""
+
+    exit_code = 3
+
+
+class GateError(StockpotError):
+    """A score missed what the recipe asked of it; nothing that depends on it is published."""
+
+    exit_code = 4
+
+
+class PausedError(StockpotError):
+    """An alert stopped a training after a checkpoint; the next run continues from it."""
+
+    exit_code = 5

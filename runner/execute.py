@@ -1,0 +1,255 @@
+"""Runs a recipe: takes each stage in order from the cache or launches it, until nothing is left to do.
+
+After each stage the plan is made anew from the cache, so that a result equal to an older one leaves what is below it cached.
+"""
+
+import datetime
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+
+from runner import launch
+from runner.artifacts import METRICS, SCRATCH
+from runner.code import code_digest
+from runner.errors import GateError, StageError
+from runner.graph import ancestors, plain
+from runner.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
+from runner.plan import Entry, Plan
+from runner.progress import Follower, Progress, duration
+from runner.recipe import Recipe
+from runner.stage import Stage
+from runner.store import Store, Waiting
+from runner.track import Tracker
+
+LOG_LINES = 12  # shown of a worker that died without a word
+
+
+class StopRequest:
+    """Whether the user asked the run to end. The first signal asks; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Takes over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Execution:
+    """One run of one recipe on one cache."""
+
+    def __init__(self, recipe: Recipe, store: Store, progress: Progress, stop: StopRequest) -> None:
+        self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
+        self._tracker = Tracker(store.root)
+
+    def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
+        """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
+        forced, made = set(force), set[str]()
+        plan = self._plan(until, forced)
+        self._progress.planned(plan)
+        try:
+            while entry := plan.next():
+                if self._stop.requested:
+                    raise KeyboardInterrupt
+                if entry.key in made:
+                    raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; is the disk sound?")
+                if self._run_stage(entry, plan):
+                    made.add(str(entry.key))
+                plan = self._plan(until, forced)
+            self._act(plan)
+        finally:
+            if warning := self._tracker.close():
+                self._progress.note(warning)
+        self._judge(plan)
+
+    def _plan(self, until: str | None, forced: set[str]) -> Plan:
+        """The plan, after setting aside the artifacts of forced stages whose keys are known by now."""
+        plan = Plan(self._recipe, self._store, until=until)
+        ready = [entry for entry in plan if entry.name in forced and entry.key]
+        for entry in ready:
+            forced.discard(entry.name)
+            self._store.forget(str(entry.key))
+            if place := self._store.set_aside(entry.stage, str(entry.key)):
+                self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
+        return Plan(self._recipe, self._store, until=until) if ready else plan
+
+    def _act(self, plan: Plan) -> None:
+        """What is left to do in the world: pushes."""
+        for entry in plan:
+            if entry.effect:
+                self._progress.note(f"{entry.name}: {entry.effect.sentence}")
+                if entry.effect.act:
+                    self._progress.note(f"{entry.name}: {entry.effect.act()}")
+
+    def _judge(self, plan: Plan) -> None:
+        for entry in plan:
+            for verdict in entry.verdicts:
+                self._progress.note(f"{entry.name}: {verdict}")
+        failed = [f"{entry.name}: {verdict}" for entry in plan for verdict in entry.failed_gates]
+        skipped = [entry.name for entry in plan if entry.state == "skipped"]
+        if failed:
+            consequence = f"\nnot run because of it: {', '.join(skipped)}" if skipped else ""
+            raise GateError("\n".join(failed) + consequence)
+
+    def _run_stage(self, entry: Entry, plan: Plan) -> bool:
+        """Runs one stage under its lock; false if another run made it, or an input is damaged: then the plan is read again."""
+        stage, key = entry.stage, str(entry.key)
+        with self._store.lock(stage, key, waiting=_Patience(entry.name, self._progress, self._stop)) as log:
+            record = self._store.record(stage, key)
+            if record and self._store.has_artifact(record):
+                self._progress.finished(entry, "made by another run")
+                return False
+            if not self._inputs_are_sound(entry, plan):
+                return False
+            self._progress.started(entry)
+            begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+            result = _StageRun(entry, plan, self._recipe, self._store, log).work(self._progress, self._stop, self._tracker)
+            seconds = time.monotonic() - clock
+            self._store.finish(
+                stage,
+                key,
+                {
+                    "stage": entry.name,
+                    "recipe": self._recipe.head.name,
+                    "identity": entry.identity,
+                    "inputs": {source: plan.record(source).summary() for source in plan.inputs(entry.name)},
+                    "code": code_digest(type(stage)),
+                    "started": begun.isoformat(timespec="seconds"),
+                    "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    "seconds": round(seconds, 2),
+                    **result,
+                },
+            )
+        self._progress.finished(entry, f"done in {duration(seconds)}")
+        return True
+
+    def _inputs_are_sound(self, entry: Entry, plan: Plan) -> bool:
+        """Rehashes what the stage will read; a damaged artifact is set aside, and the next plan rebuilds it."""
+        for source in plan.inputs(entry.name):
+            record = plan.record(source)
+            if not self._store.has_artifact(record, reread=True):
+                place = self._store.set_aside(record.kind, record.key)
+                self._progress.note(
+                    f"{source}: its artifact does not match its record; set aside in {place}, it will be rebuilt"
+                )
+                return False
+        return True
+
+
+class _StageRun:
+    """The work of one stage, from job file to result, under its lock."""
+
+    def __init__(self, entry: Entry, plan: Plan, recipe: Recipe, store: Store, log: IO[bytes]) -> None:
+        self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
+        self._work = store.work(entry.stage, str(entry.key))
+        self._scratch = self._work / SCRATCH
+
+    def work(self, progress: Progress, stop: StopRequest, tracker: Tracker) -> dict[str, Any]:
+        """Launches the stage's processes and waits for them; returns what the workers left as result."""
+        stage = self._entry.stage
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, ERROR, STOP):
+            (self._scratch / name).unlink(missing_ok=True)
+        job, cores = self._scratch / JOB, available_cores()
+        processes = launch.process_count(self._recipe.head.parallel) if stage.trains else 1
+        self._job(processes, cores).write(job)
+        metrics = Follower(self._work / METRICS)
+        if stage.trains:
+            tracker.follow(self._work / METRICS, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
+        if type(stage).prepare is not Stage.prepare and not (self._scratch / PREPARED).exists():
+            self._launch(launch.plain_command(job, "--prepare"), metrics, progress, stop, threads=cores)
+            (self._scratch / PREPARED).touch()
+        command = launch.training_command(job, processes) if stage.trains else launch.plain_command(job)
+        self._launch(command, metrics, progress, stop, threads=max(1, cores // processes))
+        result: dict[str, Any] = json.loads((self._scratch / RESULT).read_text(encoding="utf-8"))
+        return {"processes": processes, **result}
+
+    def _launch(self, command: list[str], metrics: Follower, progress: Progress, stop: StopRequest, *, threads: int) -> None:
+        log_start = os.fstat(self._log.fileno()).st_size
+
+        def tick() -> None:
+            if stop.requested:
+                (self._scratch / STOP).touch()
+            for line in metrics.new_lines():
+                progress.reported(line)
+
+        with launch.started(command, log=self._log, threads=threads) as process:
+            code = launch.wait(process, tick=tick, stopping=lambda: stop.requested)
+        if code == 0:
+            return
+        if stop.requested:
+            raise KeyboardInterrupt
+        raise StageError(f"stage {self._entry.name!r}: {self._cause(code, log_start)}")
+
+    def _cause(self, code: int | None, log_start: int) -> str:
+        """Why the workers failed: their own sentence, else how they died and the end of their log."""
+        log = Path(self._log.name)
+        if (self._scratch / ERROR).exists():
+            message = json.loads((self._scratch / ERROR).read_text(encoding="utf-8"))["message"]
+            return f"{message}\n(log: {log})"
+        with log.open("rb") as file:
+            file.seek(log_start)
+            last = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+        died = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+        return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *last])
+
+    def _job(self, processes: int, cores: int) -> Job:
+        name, stages = self._entry.name, self._recipe.stages
+        above = {source: self._plan.record(source) for source in ancestors(stages, name)}
+        return Job(
+            name=name,
+            kind=self._entry.stage.kind,
+            fields=plain(self._entry.stage, file=lambda file: file.pattern),
+            work=str(self._work),
+            inputs={
+                source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
+            },
+            records={source: str(self._store.record_path(record.key)) for source, record in above.items()},
+            recipe=tomli_w.dumps(self._recipe.resolved()),
+            parallel=plain(self._recipe.head.parallel),
+            processes=processes,
+            cores=cores,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What the trackers show of a stage beside its curves."""
+        entry = self._entry
+        return {
+            "recipe": self._recipe.head.name,
+            "stage": entry.name,
+            "kind": entry.stage.kind,
+            "key": entry.key,
+            "hparams": plain(entry.stage),
+        }
+
+
+class _Patience(Waiting):
+    """Tells once who holds a lock, and gives up waiting when the user asks to stop."""
+
+    def __init__(self, name: str, progress: Progress, stop: StopRequest) -> None:
+        self._name, self._progress, self._stop = name, progress, stop
+
+    def started(self, holder: str) -> None:
+        self._progress.note(f"{self._name}: waiting for {holder}, which is making it")
+
+    def tick(self) -> None:
+        if self._stop.requested:
+            raise KeyboardInterrupt
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,102 @@
+"""Starts the processes of one stage and ends them: one plain worker, or `accelerate launch` with one or many.
+
+Workers live on a pipe: their standard input is its read end, and they exit when it closes, which also happens when this
+process dies. Their output is the key's log, whose open file carries the key's lock. A request to stop is a file in the
+scratch folder, which training looks at between steps.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from runner.stage import Parallel
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
+
+
+def gpu_count() -> int:
+    """GPUs that a training would see, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+
+
+def process_count(parallel: Parallel) -> int:
+    """How many processes a training gets: as asked, else one per GPU, else one."""
+    return max(gpu_count(), 1) if parallel.processes == "auto" else parallel.processes
+
+
+def plain_command(job: Path, *arguments: str) -> list[str]:
+    """One worker, no process group."""
+    return [sys.executable, "-m", "runner.worker", str(job), *arguments]
+
+
+def training_command(job: Path, processes: int) -> list[str]:
+    """Workers under `accelerate launch`.
+
+    `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
+    1.15 silently starts one. The worker asserts its world size.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    layout = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    layout += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
+    if processes > 1:
+        layout.append("--multi_gpu")
+    return [*launcher, *layout, "-m", "runner.worker", str(job)]
+
+
+@contextlib.contextmanager
+def started(command: list[str], *, log: IO[bytes], threads: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The running processes of a stage; on leaving, whatever still runs of them is ended."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    if gpu_count() == 0:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
+    finally:
+        os.close(read_end)
+    try:
+        yield process
+    finally:
+        os.close(write_end)  # every worker that still runs ends now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait(process: subprocess.Popen[bytes], *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:
+    """The exit code of the processes; None if they had not ended a while after a request to stop."""
+    deadline: float | None = None
+    while (code := process.poll()) is None:
+        tick()
+        if stopping() and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+    tick()
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,233 @@
+"""What a person sees while a recipe runs: one line per event in a pipe, a bar per stage on a terminal. Always on stderr.
+
+It is fed with plan entries and with the lines of metrics.jsonl, and never asks a worker anything.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from runner.plan import Entry, Plan
+
+LINE_SECONDS = 10.0  # between two lines about the same stage when nobody watches a terminal
+
+
+class Progress(Protocol):
+    """A view of a run."""
+
+    def planned(self, plan: Plan) -> None:
+        """The first plan of the run."""
+
+    def started(self, entry: Entry) -> None:
+        """A stage begins."""
+
+    def reported(self, line: Mapping[str, Any]) -> None:
+        """The running stage reported a line of metrics."""
+
+    def finished(self, entry: Entry, outcome: str) -> None:
+        """The stage has ended; `outcome` says how, in a few words."""
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+def make_progress() -> Progress:
+    """A live view on a terminal, plain lines elsewhere."""
+    return LiveProgress() if sys.stderr.isatty() else PlainProgress(sys.stderr)
+
+
+class Follower:
+    """Reads what is appended to a metrics file, from its present end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def moved_to(self, path: Path) -> None:
+        """The file is the same under another name."""
+        self._path = path
+
+    def new_lines(self) -> Iterator[dict[str, Any]]:
+        """The complete lines that were added since the last call."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
+
+
+class PlainProgress:
+    """One line per event: for pipes, logs and CI."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._width = 0
+        self._name = ""
+        self._clock = Clock()
+        self._last_line = 0.0
+
+    def planned(self, plan: Plan) -> None:
+        """A line for the stages that are cached; the others speak when they run."""
+        self._width = max(len(entry.name) for entry in plan)
+        for entry in plan:
+            if entry.state == "cached":
+                self._write(entry.name, "cached")
+
+    def started(self, entry: Entry) -> None:
+        """The stage and why it runs."""
+        self._name, self._clock = entry.name, Clock()
+        self._last_line = time.monotonic()
+        self._write(entry.name, f"{entry.stage.kind}: {entry.reason}")
+
+    def reported(self, line: Mapping[str, Any]) -> None:
+        """Notes and validations at once, the rest now and then."""
+        self._clock.see(line)
+        now = time.monotonic()
+        rare = "note" in line or "validation_loss" in line
+        if rare or now - self._last_line >= LINE_SECONDS:
+            self._write(self._name, describe(line, self._clock))
+            self._last_line = self._last_line if rare else now
+
+    def finished(self, entry: Entry, outcome: str) -> None:
+        """How the stage ended."""
+        self._write(entry.name, outcome)
+
+    def note(self, text: str) -> None:
+        """The sentence on a line of its own."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+    def _write(self, name: str, text: str) -> None:
+        print(f"{name:<{self._width}}  {text}", file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """A bar per stage on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._bars = Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.fields[stage]}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+        )
+        self._task: Any = None
+        self._clock = Clock()
+
+    def planned(self, plan: Plan) -> None:
+        """The cached stages as finished lines."""
+        self._bars.start()
+        for entry in plan:
+            if entry.state == "cached":
+                self._bars.console.print(f"[green]✓[/] {entry.name} [dim]cached[/]", highlight=False)
+
+    def started(self, entry: Entry) -> None:
+        """A new bar."""
+        self._clock = Clock()
+        self._task = self._bars.add_task(entry.reason, stage=entry.name, total=None)
+
+    def reported(self, line: Mapping[str, Any]) -> None:
+        """Moves the bar."""
+        self._clock.see(line)
+        if "note" in line:
+            self._bars.console.print(line["note"], markup=False, highlight=False)
+            return
+        done, total = position(line)
+        if done is not None:
+            self._bars.update(self._task, completed=done, total=total)
+        self._bars.update(self._task, description=describe(line, self._clock))
+
+    def finished(self, entry: Entry, outcome: str) -> None:
+        """Replaces the bar by a line."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        self._bars.console.print(f"[green]✓[/] {entry.name} [dim]{outcome}[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """The sentence above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        self._bars.stop()
+
+
+class Clock:
+    """Time left, from the pace since the first report of this run."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self.left: float | None = None  # seconds
+
+    def see(self, line: Mapping[str, Any]) -> None:
+        """Takes the position of a line into account."""
+        done, total = position(line)
+        if done is None or total is None:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        elif done > self._first[1]:
+            self.left = (now - self._first[0]) / (done - self._first[1]) * (total - done)
+
+
+def position(line: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """How far a stage is, and of how much, as a line of metrics tells it."""
+    if "steps" in line:
+        return line.get("step"), line["steps"]
+    return line.get("done"), line.get("total")
+
+
+def describe(line: Mapping[str, Any], clock: Clock) -> str:
+    """A line of metrics for a person."""
+    if "note" in line:
+        return str(line["note"])
+    parts = []
+    done, total = position(line)
+    if "step" in line:
+        parts.append(f"step {done}/{total}" if total is not None else f"step {line['step']}")
+    elif done is not None:
+        parts.append(f"{done:,}/{total:,} {line.get('unit', '')}" if total else f"{done:,} {line.get('unit', '')}")
+    for name, shown in SHOWN.items():
+        if line.get(name) is not None:
+            parts.append(shown.format(line[name]))
+    if clock.left is not None:
+        parts.append(f"{duration(clock.left)} left")
+    return "  ".join(part.strip() for part in parts)
+
+
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "learning_rate": "learning rate {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "validation_loss": "validation loss {:.3f}",
+    "validation_bits_per_byte": "{:.3f} bits per byte",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7s, 1:05 or 2:03:04."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,203 @@
+"""The one page that the author of a new kind of stage reads: Stage, Ref, InputFile, Context, Parallel.
+
+A kind is a subclass of `Stage` in a file of its own under `runner/stages/`:
+
+    class Count(Stage, kind="count", version=1, makes=Scores):
+        \"\"\"Counts the documents of a corpus.\"\"\"
+
+        corpus: Semantic[Ref[Corpus]]
+        \"\"\"The text to count.\"\"\"
+        sample: Semantic[int] = 1000
+        \"\"\"Documents to read.\"\"\"
+
+        def run(self, context: Context) -> Metrics:
+            corpus = context.open(self.corpus)
+            ...  # write files into context.work, named as the artifact class names them
+            return {"documents": 1000}
+
+Every field says whether it decides the result (`Semantic`, part of the cache key) or only how the result is computed
+(`Execution`, never part of it). The module is imported while planning, so torch and whatever is slow to import is imported
+inside `run`. `run` may be called again in the same `context.work` after a crash, and goes on from what it finds there.
+"""
+
+import abc
+import enum
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from runner.artifacts import Artifact
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Artifact)
+
+Metrics = Mapping[str, Any]  # JSON values; they go to record.json, never into a digest
+
+
+class Identity(enum.Enum):
+    """Whether a field is part of a stage's key."""
+
+    SEMANTIC = "semantic"  # decides the result
+    EXECUTION = "execution"  # decides how, where or how fast it is computed
+
+
+Semantic = Annotated[T, Identity.SEMANTIC]
+Execution = Annotated[T, Identity.EXECUTION]
+
+
+class Located(str):
+    """A string of a recipe that remembers the folder of the file it was written in."""
+
+    folder: Path
+
+    def __new__(cls, text: str, folder: Path) -> "Located":
+        """`text` as written in a file of `folder`."""
+        self = super().__new__(cls, text)
+        self.folder = folder
+        return self
+
+
+class InputFile(Located):
+    """A path or glob of input files, relative to the recipe file that holds it. Its content, not its name, is identity."""
+
+    @property
+    def pattern(self) -> str:
+        """The absolute path or glob."""
+        return str(self.folder / self)
+
+    def matches(self) -> list[Path]:
+        """The files it means now, sorted by path; a name that exists is itself, even where it holds glob characters."""
+        if Path(self.pattern).is_file():
+            return [Path(self.pattern)]
+        return sorted(path for path in map(Path, glob.iglob(self.pattern, recursive=True)) if path.is_file())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def keep_folder(value: Any) -> "InputFile":
+            if not isinstance(value, str):
+                raise ValueError(f"wants the path of a file, found {type(value).__name__}")
+            return cls(value, getattr(value, "folder", Path.cwd()))
+
+        return core_schema.no_info_plain_validator_function(
+            keep_folder, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "format": "path"}
+
+
+class Ref(str, Generic[A]):
+    """The name of another stage, typed by the artifact that is needed from it: `Ref[Corpus]`."""
+
+    wants: type[A]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        (wants,) = get_args(source)
+
+        def with_type(name: str) -> "Ref[A]":
+            ref: Ref[A] = cls(str(name))
+            ref.wants = wants
+            return ref
+
+        return core_schema.no_info_after_validator_function(
+            with_type, core_schema.str_schema(strict=True), serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "format": "stage"}
+
+
+class Spec(BaseModel):
+    """A table of a recipe: strict types, no unknown keys, frozen; each field marked Semantic or Execution."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Parallel(Spec):
+    """Where and how to run; never part of any stage's identity."""
+
+    processes: Execution[int | Literal["auto"]] = "auto"
+    """Processes of a training; "auto" is one per GPU here, else one."""
+    strategy: Execution[Literal["ddp"]] = "ddp"
+    """How processes share a training: each holds the whole model and gradients are summed."""
+    precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
+    """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a running stage may know of its surroundings."""
+
+    name: str  # of the stage in its recipe, for messages
+    work: Path  # the artifact's files are written here, under their final names
+    scratch: Path  # inside work; what a restart may reuse; gone when the stage is finished
+    inputs: Mapping[str, Path]  # stage name -> folder of its finished artifact
+    records: Mapping[str, Mapping[str, Any]]  # stage name -> record of it; every ancestor
+    recipe: str  # the resolved recipe, as TOML
+    parallel: Parallel
+    cores: int  # processor cores this stage may use
+    report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
+    should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
+
+    def open(self, ref: Ref[A]) -> A:
+        """The finished artifact that the stage `ref` made."""
+        return ref.wants(self.inputs[ref])
+
+
+class Verdict(Protocol):
+    """The judgement of one gate; as text it is a sentence with the value, the wanted value and the outcome."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the score is what the recipe asks."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is left to do in the world once an artifact exists: a push, say."""
+
+    sentence: str  # what acting will do; or, where nothing can be done now, how the user gets it done
+    act: Callable[[], str] | None  # does it and returns a sentence on what was done; None: not possible now
+
+
+class Stage(Spec):
+    """One node of the graph: parameters as fields, work as `run`."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int]  # raised when the same fields come to mean another result
+    makes: ClassVar[type[Artifact]]
+    trains: ClassVar[bool] = False  # run under `accelerate launch`, in as many processes as [parallel] says
+
+    registry: ClassVar[dict[str, type["Stage"]]] = {}
+
+    def __init_subclass__(
+        cls, *, kind: str | None = None, version: int = 1, makes: type[Artifact] | None = None, **options: Any
+    ) -> None:
+        """Register the class under its kind; a class without one only holds what several kinds share."""
+        super().__init_subclass__(**options)
+        if kind is not None and makes is not None:
+            cls.kind, cls.version, cls.makes = kind, version, makes
+            Stage.registry[kind] = cls
+
+    def prepare(self, context: Context) -> None:
+        """Work for one process before a training group is formed (tokenizing, say); writes into context.scratch."""
+
+    @abc.abstractmethod
+    def run(self, context: Context) -> Metrics:
+        """Do the work; return what the record should tell. Called in every process of a training."""
+
+    def verdicts(self, artifact: Path) -> Sequence[Verdict]:
+        """Judges the finished artifact, on every run and while planning; what reads it is not run if a gate has not passed."""
+        return ()
+
+    def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
+        """What is left to do once the artifact exists, None if nothing; `receipts` is a folder for notes of what was done."""
+        return None

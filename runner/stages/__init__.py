@@ -1,0 +1,1 @@
+"""One file per kind of stage; adding a file adds a kind."""

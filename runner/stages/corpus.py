@@ -1,0 +1,198 @@
+"""The kind `corpus`: text from files and Hub datasets, cleaned, without duplicates, split by the hash of each document.
+
+The work itself is `llm.corpus`. Here is what a recipe says of it, and how a Hub dataset becomes rows.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from runner.artifacts import Corpus
+from runner.stage import Context, Execution, InputFile, Metrics, Semantic, Spec, Stage
+
+if TYPE_CHECKING:
+    from llm.corpus.sources import Source
+
+
+class SourceSpec(Spec):
+    """One source of text: local files or a dataset on the Hub."""
+
+    files: Semantic[InputFile | None] = None
+    """A path or glob: *.jsonl, *.txt, *.csv (each also .gz or .zst) or *.parquet. A .txt file is one document."""
+    hub: Semantic[str | None] = None
+    """A dataset on the Hub, "owner/name", read as a stream."""
+    revision: Semantic[str] = "main"
+    """Of the Hub dataset: a branch, tag or commit; resolved to a commit, which the record keeps."""
+    split: Semantic[str] = "train"
+    """Of the Hub dataset."""
+    config: Semantic[str | None] = None
+    """Of the Hub dataset, where it has several configurations."""
+    text: Semantic[str] = "text"
+    """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
+    weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
+    """Passes over the source in training: 2.3 is two, and a third for 30% chosen by hash; 0.3 keeps 30% of the documents."""
+    name: Semantic[str | None] = None
+    """What its documents are called in the corpus and in the record; by default the Hub dataset, else "source-N"."""
+    language: Semantic[str | None] = None
+    """Language of the rows that do not tell theirs in a field `language`, such as "en" or "zh"."""
+    where: Semantic[dict[str, str | int | bool]] = Field(default_factory=dict)
+    """Only rows whose fields have these values: { lang = "en" }."""
+    limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
+    """Rows to read at most."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceSpec":
+        if (self.files is None) == (self.hub is None):
+            raise ValueError("wants either files or hub" + ("" if self.files is None else ", found both"))
+        if self.hub is None:  # compared with the defaults, since a resolved recipe writes those out
+            of_hub = {"revision": "main", "split": "train", "config": None}
+            if given := [name for name, default in of_hub.items() if getattr(self, name) != default]:
+                raise ValueError(f"{given[0]} belongs to a Hub dataset, but this source reads files")
+        return self
+
+
+class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
+    """Reads, cleans, removes duplicates and splits text."""
+
+    sources: Semantic[Annotated[list[SourceSpec], Field(min_length=1)]]
+    """Where the text comes from, in the order in which the first of several copies is kept."""
+    validation: Semantic[Annotated[float, Field(ge=0, lt=1)]] = 0.01
+    """Share of the documents held out, chosen by the hash of their text: adding a document moves no other."""
+    min_characters: Semantic[Annotated[int, Field(ge=1)]] = 20
+    """Shorter documents are dropped."""
+    max_characters: Semantic[Annotated[int, Field(ge=1)]] = 5_000_000
+    """Longer documents are dropped."""
+    max_repeated_lines: Semantic[Annotated[float, Field(ge=0, le=1)]] = 0.4
+    """Documents are dropped if a larger share of their characters is in lines that they had before."""
+    min_compressed: Semantic[Annotated[float, Field(ge=0, le=1)]] = 0.1
+    """Documents are dropped if zlib makes them smaller than this share of their bytes; prose is at 0.4 to 0.6."""
+    near_duplicates: Semantic[bool] = True
+    """Whether to drop documents that nearly equal an earlier one; equal ones are always dropped."""
+    similarity: Semantic[Annotated[float, Field(gt=0, le=1)]] = 0.8
+    """Jaccard similarity, over runs of five words (or Chinese characters), from which a document nearly equals another."""
+    on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
+    """What to do with a row that cannot be read or lacks the field: stop, or count it and go on."""
+    shard_bytes: Execution[Annotated[int, Field(ge=1)]] = 4 * 2**20
+    """Text per unit of work; more takes more memory per core."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "MakeCorpus":
+        names = self.names()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are named {twice[0]!r}; give each a name of its own")
+        return self
+
+    def names(self) -> list[str]:
+        """What each source is called. Never its file: a file may be renamed and the corpus stays what it is."""
+        return [source.name or source.hub or f"source-{number}" for number, source in enumerate(self.sources, start=1)]
+
+    def run(self, context: Context) -> Metrics:
+        """Build the corpus with all cores."""
+        from llm.corpus.build import build_corpus
+        from llm.corpus.cleaning import Rules
+        from llm.corpus.executor import LocalProcesses
+        from llm.corpus.shards import Treatment
+
+        corpus = Corpus(context.work)
+        commits = _pin(self.sources, context.scratch / "commits.json")
+        sources = [_source(spec, name, commits) for spec, name in zip(self.sources, self.names(), strict=True)]
+        metrics = build_corpus(
+            sources,
+            Treatment(
+                rules=Rules(
+                    min_characters=self.min_characters,
+                    max_characters=self.max_characters,
+                    max_repeated_lines=self.max_repeated_lines,
+                    min_compressed=self.min_compressed,
+                ),
+                validation=self.validation,
+                similarity=self.similarity if self.near_duplicates else None,
+                skip_bad_rows=self.on_bad_row == "skip",
+            ),
+            train=corpus.train,
+            validation=corpus.validation,
+            scratch=context.scratch,
+            executor=LocalProcesses(context.cores),
+            shard_bytes=self.shard_bytes,
+            report=context.report,
+            should_stop=context.should_stop,
+        )
+        for spec, name in zip(self.sources, self.names(), strict=True):
+            of_source = metrics["sources"][name]
+            of_source["weight"] = spec.weight
+            if spec.hub is not None:
+                of_source |= {"hub": spec.hub, "revision": spec.revision, "commit": commits[_branch(spec)]}
+        return metrics
+
+
+def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source":
+    from llm.corpus.sources import Source, expand, fields_of
+
+    fields_of(spec.text)  # a wrong template is told before anything is read
+    rows: Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    place = ""
+    if spec.hub is not None:
+        rows = partial(hub_rows, spec.hub, commits[_branch(spec)], config=spec.config, split=spec.split)
+        place = f"{spec.hub}@{commits[_branch(spec)][:8]}/{spec.split}"
+    return Source(
+        name=name,
+        files=expand(spec.files.pattern) if spec.files is not None else (),
+        rows=rows,
+        place=place,
+        text=spec.text,
+        weight=spec.weight,
+        language=spec.language,
+        where=spec.where,
+        limit=spec.limit,
+    )
+
+
+def _branch(spec: SourceSpec) -> str:
+    return f"{spec.hub}@{spec.revision}"
+
+
+def _pin(specs: Iterable[SourceSpec], path: Path) -> dict[str, str]:
+    """The commit of each Hub source; kept in `path`, so that a restart reads what the first start read."""
+    commits: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    for spec in specs:
+        if spec.hub is not None and _branch(spec) not in commits:
+            commits[_branch(spec)] = hub_commit(spec.hub, spec.revision)
+    temporary = path.with_suffix(".growing")
+    temporary.write_text(json.dumps(commits))
+    temporary.replace(path)
+    return commits
+
+
+def hub_commit(hub: str, revision: str) -> str:
+    """The commit that a branch, tag or commit of a Hub dataset stands for now."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from llm.errors import InputError
+
+    try:
+        commit = HfApi().dataset_info(hub, revision=revision).sha
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"{hub}: the Hub has no such dataset at revision {revision!r}, or cannot be reached: {error}"
+        ) from error
+    if commit is None:
+        raise InputError(f"{hub}: the Hub tells no commit for revision {revision!r}")
+    return commit
+
+
+def hub_rows(hub: str, commit: str, *, config: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a Hub dataset at a commit, as a stream."""
+    import datasets
+    import pyarrow as pa
+
+    from llm.errors import InputError
+
+    try:
+        yield from datasets.load_dataset(hub, name=config, revision=commit, split=split, streaming=True)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        raise InputError(f"{hub}@{commit[:8]}: split {split!r} cannot be read: {error}") from error

@@ -1,0 +1,34 @@
+"""The kind `merge`: a checkpoint and its adapters become one checkpoint that computes the same."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from runner.artifacts import Adapter, Checkpoint
+from runner.stage import Context, Metrics, Ref, Semantic, Stage
+
+
+class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
+    """Merges adapters into the full-precision weights of their base, in fp32."""
+
+    base: Semantic[Ref[Checkpoint]]
+    """The model that the first adapter was trained on."""
+    adapters: Semantic[Annotated[list[Ref[Adapter]], Field(min_length=1)]]
+    """One adapter, or several that are merged one after the other, each on the result of those before it."""
+
+    def run(self, context: Context) -> Metrics:
+        """Merge, and write the checkpoint."""
+        from llm.checkpoint import load_checkpoint, save_checkpoint
+        from llm.merge import base_of, merge_adapters
+
+        base = context.open(self.base)
+        adapters = [context.open(adapter) for adapter in self.adapters]
+        model = load_checkpoint(base.folder)
+        merge_adapters(model, [adapter.folder for adapter in adapters])
+        save_checkpoint(context.work, model, base.tokenizer.folder)
+        weights = context.records[self.base]["files"][base.weights.name]
+        return {
+            "adapters": len(adapters),
+            # An adapter of a chain was trained on what those before it made; the first wants these very weights.
+            "first_was_trained_on_base": base_of(adapters[0].folder) in (None, weights),
+        }

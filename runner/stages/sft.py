@@ -1,0 +1,32 @@
+"""The kind `sft`: all weights of a checkpoint learn to answer (supervised fine-tuning)."""
+
+from pydantic import Field
+
+from runner.artifacts import Checkpoint
+from runner.stage import Context, Metrics, Ref, Semantic
+from runner.stages.data import RowTraining
+from runner.stages.training import is_main_process
+
+
+class FineTune(RowTraining, kind="sft", version=1, makes=Checkpoint):
+    """Fine-tunes all weights of a model on prompts and responses, or on chats of many turns."""
+
+    model: Semantic[Ref[Checkpoint]]
+    """What is fine-tuned."""
+    dropout: Semantic[float] = Field(0.0, ge=0, lt=1)
+    """Share of channels zeroed on the embeddings and on each residual branch while training."""
+
+    def prepare(self, context: Context) -> None:
+        """Pack the rows."""
+        self.pack(context, context.open(self.model))
+
+    def run(self, context: Context) -> Metrics:
+        """Train, and write the checkpoint."""
+        from llm.checkpoint import load_checkpoint, save_checkpoint
+
+        base = context.open(self.model)
+        model = load_checkpoint(base.folder, dropout=self.dropout)
+        metrics = self.learn_rows(context, model)
+        if is_main_process():
+            save_checkpoint(context.work, model, base.tokenizer.folder)
+        return metrics

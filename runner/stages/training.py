@@ -1,0 +1,89 @@
+"""What the stages that train share: fields for batch, budget, schedule and optimizer, and the way into `llm.train`.
+
+A kind of its own only where a subclass gives one. What to learn from and which weights learn is the subclass's business.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llm.settings import Budget, Optimizer, Schedule
+from runner.stage import Context, Execution, Semantic, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llm.objectives import Objective
+    from llm.rows import RowSource
+    from llm.train import Validation
+
+
+class TrainingStage(Stage):
+    """A stage that runs the training loop, in as many processes as [parallel] says."""
+
+    trains: ClassVar[bool] = True
+
+    batch_tokens: Semantic[int] = Field(8192, gt=0)
+    """Positions per optimizer step, over all processes and accumulation; whole rows, so rounded down to a multiple of them."""
+    budget: Semantic[Budget] = Budget(epochs=1)
+    """How long to train: exactly one of tokens, steps and epochs."""
+    schedule: Semantic[Schedule] = Schedule()
+    """The learning rate over the training."""
+    optimizer: Semantic[Optimizer] = Optimizer()
+    """How gradients become updates."""
+    seed: Semantic[int] = 0
+    """Of initialization, data order and dropout; the recipe's seed by default."""
+    micro_batch: Execution[int | Literal["auto"]] = "auto"
+    """Rows per forward pass of a process; the rest of its share of a step is accumulated."""
+    validate_every: Execution[int | None] = Field(None, gt=0)
+    """Steps between two looks at held-out text; it is always looked at in the end."""
+    validation_tokens: Execution[int] = Field(262_144, gt=0)
+    """Held-out positions to look at, at most."""
+    checkpoint_every: Execution[int | None] = Field(None, gt=0)
+    """Steps between two training checkpoints."""
+    checkpoint_minutes: Execution[float | None] = Field(5.0, gt=0)
+    """Minutes between two training checkpoints."""
+
+    def learn(
+        self,
+        context: Context,
+        model: "nn.Module",
+        *,
+        rows: "RowSource",
+        validation: "Validation | None" = None,
+        objective: "Objective | None" = None,  # default: cross-entropy of the next token
+        check: bool = False,  # a fresh model: see before a long run that it can learn at all
+    ) -> dict[str, Any]:
+        """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
+        from llm.objectives import next_token_loss
+        from llm.train import train
+
+        return train(
+            model,
+            objective or next_token_loss,
+            rows=rows,
+            validation=validation,
+            budget=self.budget,
+            batch_tokens=self.batch_tokens,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            seed=self.seed,
+            check=check,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+            checkpoint_minutes=self.checkpoint_minutes,
+            micro_batch=self.micro_batch,
+            precision=context.parallel.precision,
+            cores=context.cores,
+            scratch=context.scratch,
+            report=context.report,
+            should_stop=context.should_stop,
+        )
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes the artifact."""
+    from accelerate import PartialState
+
+    main: bool = PartialState().is_main_process
+    return main

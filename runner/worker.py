@@ -1,0 +1,146 @@
+"""One process of a launched stage: reads the job file, runs the stage, and leaves `result.json` or `error.json` in scratch.
+
+It ends at once when its standard input closes: then the run that started it is gone, and an orphan must not write.
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+import threading
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llm.errors import InputError, Interrupted
+from runner.artifacts import METRICS, SCRATCH
+from runner.job import ERROR, RESULT, STOP, Job
+from runner.recipe import stage_kinds
+from runner.stage import Context, Parallel, Stage
+from runner.store import write_whole
+
+REPORTED_VERSIONS = ("stockpot", "torch", "tokenizers", "transformers", "peft", "bitsandbytes", "accelerate", "rensa")
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 130, 4
+
+
+def main() -> int:
+    """Runs the job file named on the command line; `--prepare` runs only what comes before a training group is formed."""
+    job_path, *flags = sys.argv[1:]
+    watch_parent()
+    job = Job.read(Path(job_path))
+    rank = int(os.environ.get("RANK", "0"))
+    scratch = Path(job.work) / SCRATCH
+    try:
+        if flags == ["--prepare"]:
+            stage, context = _open(job, scratch, rank)
+            stage.prepare(context)
+            return 0
+        _assert_world_size(job.processes)
+        stage, context = _open(job, scratch, rank)
+        metrics = stage.run(context)
+    except Interrupted:
+        return EXIT_INTERRUPTED
+    except (InputError, OSError, MemoryError) as error:
+        traceback.print_exc()
+        _leave_error(scratch, rank, sentence(error))
+        return EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        _leave_error(scratch, rank, f"{type(error).__name__}: {error}")
+        return EXIT_FAILED
+    if rank == 0:
+        write_whole(scratch / RESULT, json.dumps({"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}))
+    return 0
+
+
+def sentence(error: Exception) -> str:
+    """What a person is told of a fault that is not a bug."""
+    match error:
+        case OSError(strerror=str(reason), filename=str(name)):
+            return f"{reason}: {name}"
+        case OSError(strerror=str(reason)):
+            return reason
+        case MemoryError():
+            return "out of memory"
+    return str(error)
+
+
+def watch_parent() -> None:
+    """Ends this process when standard input, a pipe from the run that started it, closes."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in REPORTED_VERSIONS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """What the stage ran on."""
+    found: dict[str, Any] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
+    stage = stage_kinds()[job.kind].model_validate(job.fields)
+    context = Context(
+        name=job.name,
+        work=Path(job.work),
+        scratch=scratch,
+        inputs={name: Path(path) for name, path in job.inputs.items()},
+        records={name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in job.records.items()},
+        recipe=job.recipe,
+        parallel=Parallel.model_validate(job.parallel),
+        cores=job.cores,
+        report=_Report(Path(job.work) / METRICS) if rank == 0 else _silent,
+        should_stop=(scratch / STOP).exists,
+    )
+    return stage, context
+
+
+class _Report:
+    """Appends one JSON line per call; only the first process of a training has one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, **values: Any) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"time": now, **values}, ensure_ascii=False) + "\n")
+
+
+def _silent(**values: Any) -> None:
+    pass
+
+
+def _leave_error(scratch: Path, rank: int, message: str) -> None:
+    """The first process that fails says why; the others fail only because it did."""
+    if not (scratch / ERROR).exists():
+        write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}, ensure_ascii=False))
+
+
+def _assert_world_size(wanted: int) -> None:
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != wanted:
+        raise RuntimeError(f"accelerate launch was asked for {wanted} processes and started {found}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

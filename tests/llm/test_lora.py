@@ -1,0 +1,234 @@
+"""Adapters on the hand-written model: what learns, what is saved, what stock PEFT makes of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm import lora
+from llm.checkpoint import load_checkpoint, save_checkpoint
+from llm.dropout import set_counters
+from llm.errors import InputError
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer import train_bpe
+
+KINDS = [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["q_proj", "down_proj"]}]
+
+
+def model_of(layers: int = 2, tied: bool = True) -> Llama:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, layers=layers, heads=4, kv_heads=2, context=32, tied=tied)
+    return Llama(config, vocab_size=300).eval()
+
+
+def settings_of(**changes: Any) -> lora.Settings:
+    return lora.Settings(**{"r": 4, "alpha": 8, **changes})
+
+
+def tokens_of(seed: int = 0, rows: int = 2) -> Tensor:
+    return torch.randint(300, (rows, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: Llama, steps: int = 6) -> list[float]:
+    """Losses while `model` learns one batch by heart."""
+    tokens = tokens_of()
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    losses = []
+    model.train()
+    for step in range(steps):
+        set_counters(model, seed=0, step=step, rows=torch.arange(len(tokens)))
+        loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model with a tokenizer, as stock Transformers opens it."""
+
+    def write(model: Llama) -> Path:
+        folder = tmp_path / "base"
+        tokenizer = train_bpe(["heart and liver"], 300, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
+        tokenizer.save(tmp_path / "tokenizer")
+        save_checkpoint(folder, model, tmp_path / "tokenizer")
+        return folder
+
+    return write
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks Transformers for it
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_stock_peft_opens_the_adapter_on_the_stock_base_and_gives_the_same_logits(
+    kind: dict[str, Any], tied: bool, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(tied=tied)
+    folder = base(model)
+    plain = model(tokens_of(1))
+    lora.attach(model, settings_of(**kind, dropout=0.1), seed=1)
+    with torch.enable_grad():
+        train(model)
+    lora.save_adapter(tmp_path / "adapter", model)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    logits = stock(tokens_of(1)).logits
+    torch.testing.assert_close(logits, model(tokens_of(1)), atol=1e-4, rtol=0)
+    assert (logits - plain).abs().max() > 0.1  # the adapter does something
+
+    reopened = load_checkpoint(folder)
+    lora.load_adapter(reopened, tmp_path / "adapter")
+    torch.testing.assert_close(reopened(tokens_of(1)), model(tokens_of(1)))
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_learns() -> None:
+    model = model_of()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    logits = model(tokens_of())
+    lora.attach(model, settings_of(), seed=1)
+    torch.testing.assert_close(model(tokens_of()), logits)
+    train(model)
+    after = {name.replace(".base_layer", ""): weight for name, weight in model.named_parameters()}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert {name.rsplit(".", 3)[1] for name, weight in model.named_parameters() if weight.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+
+
+def test_the_share_that_learns_is_counted_as_if_the_base_were_not_quantized() -> None:
+    found = []
+    for quantized in (False, True):
+        model = model_of()
+        whole = sum(weight.numel() for weight in model.parameters())
+        if quantized:
+            lora.quantize(model, double=True)
+        lora.attach(model, settings_of(r=4), seed=0)
+        found.append(lora.trainable_share(model))
+    # q, o: 64 + 64; k, v: 64 + 32; gate, up, down: 64 + 192; each times the rank, in 2 layers
+    learned = 2 * 4 * (2 * 128 + 2 * 96 + 3 * 256)
+    assert found == [(learned, pytest.approx(learned / (whole + learned)))] * 2
+
+
+def test_quantized_training_uses_four_bit_layers_learns_and_saves_an_ordinary_adapter(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
+
+    model = model_of()
+    exact = model(tokens_of())
+    lora.quantize(model, double=True)
+    four_bit = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(four_bit) == 2 * 7
+    assert all(
+        layer.weight.dtype == torch.uint8 and layer.weight.numel() == layer.in_features * layer.out_features // 2
+        for layer in four_bit
+    )
+    difference = (model(tokens_of()) - exact).norm() / exact.norm()
+    assert 0.01 < difference < 0.3  # rounded to 16 values, and still nearly the same model
+
+    lora.attach(model, settings_of(dropout=0.1), seed=0)
+    assert {type(layer) for _, layer in lora.adapted_layers(model)} == {AdaptedLinear4bit}
+    losses = train(model, steps=10)
+    assert losses[-1] < losses[0] - 1
+    lora.save_adapter(tmp_path, model)
+    plain = model_of()
+    lora.load_adapter(plain, tmp_path)
+    assert (plain(tokens_of()) - model(tokens_of())).norm() / exact.norm() < 0.3
+
+
+def test_single_and_double_quantization_differ_only_in_the_scales() -> None:
+    single, double = model_of(), model_of()
+    lora.quantize(single, double=False)
+    lora.quantize(double, double=True)
+    name = "model.layers.0.mlp.up_proj"
+    one, two = single.get_submodule(name).weight, double.get_submodule(name).weight
+    assert torch.equal(one.data, two.data)
+    assert (one.quant_state.nested, two.quant_state.nested) == (False, True)
+
+
+def test_dropout_of_an_adapter_depends_on_the_row_and_not_on_its_batch() -> None:
+    model = model_of()
+    lora.attach(model, settings_of(dropout=0.5), seed=0)
+    train(model, steps=2)
+    model.train()
+    tokens = tokens_of(rows=4)
+
+    def logits(rows: list[int], step: int = 7) -> Tensor:
+        set_counters(model, seed=3, step=step, rows=torch.tensor(rows))
+        return model(tokens[rows]).detach()
+
+    whole = logits([0, 1, 2, 3])
+    torch.testing.assert_close(torch.cat([logits([0, 1]), logits([2, 3])]), whole)
+    assert not torch.allclose(logits([0, 1, 2, 3], step=8), whole)
+    assert not any(isinstance(module, torch.nn.Dropout) for module in model.modules())
+
+
+def test_the_seed_alone_decides_how_an_adapter_begins() -> None:
+    def drawn(seed: int) -> dict[str, Tensor]:
+        model = model_of()
+        torch.rand(seed + 5)
+        lora.attach(model, settings_of(), seed=seed)
+        return {name: weight for name, weight in model.named_parameters() if "lora_A" in name}
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_attaching_leaves_the_generator_of_others_alone() -> None:
+    model = model_of()
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    lora.attach(model, settings_of(), seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("wrong", [["q_proj", "qproj"], ["lm_head"], ["embed_tokens"], ["q_proj", "norm"]])
+def test_a_target_that_is_no_linear_layer_is_refused_with_the_right_names(wrong: list[str]) -> None:
+    with pytest.raises(InputError, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
+        lora.attach(model_of(), settings_of(target_modules=wrong), seed=0)
+
+
+def test_the_saved_configuration_names_its_targets_and_no_place_on_this_machine(tmp_path: Path) -> None:
+    model = model_of()
+    lora.attach(model, settings_of(r=2, alpha=6, dropout=0.25, rslora=True), seed=0)
+    lora.save_adapter(tmp_path, model, base_digest="abc")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (config["task_type"], config["peft_type"], config["inference_mode"]) == ("CAUSAL_LM", "LORA", True)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"]) == (2, 6, 0.25, True)
+    assert config["base_model_name_or_path"] is None
+    assert str(tmp_path) not in (tmp_path / "adapter_config.json").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        model = model_of()
+        lora.attach(model, settings_of(), seed=0)
+        lora.save_adapter(tmp_path / name, model)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    model = model_of(layers=3)
+    lora.attach(model, settings_of(), seed=0)
+    lora.save_adapter(tmp_path, model)
+    with pytest.raises(InputError, match=r"made for another base: model.layers.2.*none, there is no such layer here"):
+        lora.load_adapter(model_of(layers=2), tmp_path)
+    with pytest.raises(InputError, match=r"model.layers.3.*no such weight"):
+        lora.load_adapter(model_of(layers=4), tmp_path)

@@ -1,0 +1,83 @@
+"""Merging: the merged model computes what base and adapters computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm import lora
+from llm.errors import InputError
+from llm.merge import base_of, merge_adapters
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+
+
+def model_of(hidden_size: int = 32) -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32), vocab_size=50).eval()
+
+
+def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
+    """An adapter on `model` that changes it a good deal; its weights are drawn, not learned."""
+    lora.attach(model, lora.Settings(r=3, alpha=5, **kind), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+        elif "magnitude" in name:
+            weight.data.mul_(1 + 0.2 * torch.rand(weight.shape, generator=generator))
+    lora.save_adapter(folder, model)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Llama) -> Tensor:
+    found: Tensor = model(torch.arange(20)[None])
+    return found
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["v_proj"]}])
+def test_merged_equals_base_plus_adapter(kind: dict[str, Any], tmp_path: Path) -> None:
+    adapted = model_of()
+    folder = adapter(tmp_path / "adapter", adapted, seed=1, **kind)
+    merged = model_of()
+    plain = logits(merged)
+    merge_adapters(merged, [folder])
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert (logits(merged) - plain).abs().max() > 0.05
+
+
+def test_merging_leaves_an_ordinary_model(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, model_of(), seed=1)
+    merged = model_of()
+    names = list(merged.state_dict())
+    merge_adapters(merged, [folder])
+    assert list(merged.state_dict()) == names
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_a_chain_is_merged_in_order_each_on_the_result_of_those_before(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "first", model_of(), seed=1)
+    middle = model_of()
+    merge_adapters(middle, [first])
+    second = adapter(tmp_path / "second", middle, seed=2, dora=True)  # now `middle` carries the second
+    merged = model_of()
+    merge_adapters(merged, [first, second])
+    torch.testing.assert_close(logits(merged), logits(middle), atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_a_base_of_other_sizes_is_refused_by_name_and_shape(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, model_of(hidden_size=64), seed=1)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: .*another base: .* wants shape \(3, .*, found \(3, "):
+        merge_adapters(model_of(hidden_size=32), [folder])
+
+
+def test_an_adapter_tells_which_base_it_was_trained_on_if_it_was_told(tmp_path: Path) -> None:
+    model = model_of()
+    lora.attach(model, lora.Settings(r=2, alpha=2), seed=0)
+    lora.save_adapter(tmp_path / "told", model, base_digest="abc")
+    lora.save_adapter(tmp_path / "untold", model)
+    assert (base_of(tmp_path / "told"), base_of(tmp_path / "untold")) == ("abc", None)

@@ -1,0 +1,287 @@
+"""The command `run` as a user calls it: real subprocesses, a small recipe of corpus, tokenizer and tokens."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = """
+name = "small"
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.jsonl", name = "text" }]
+validation = 0.2
+[stage.tokenizer]
+kind = "tokenizer"
+corpus = "corpus"
+vocab_size = 300
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = 32
+"""
+WORDS = "kidney liver heart lung brain blood bone skin nerve muscle fever pain cough rash stroke".split()
+
+
+class Folder:
+    """A recipe with its data and a cache of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.recipe, self.cache = root, root / "recipe.toml", root / "cache"
+        root.mkdir(parents=True, exist_ok=True)
+        self.write(RECIPE)
+        self.documents([f"{a} {b} and {a} of the {b}, {i}." for i, a in enumerate(WORDS) for b in WORDS])
+
+    def write(self, text: str) -> None:
+        self.recipe.write_text(text, encoding="utf-8")
+
+    def documents(self, texts: list[str]) -> None:
+        lines = [json.dumps({"text": text}) for text in texts]
+        (self.root / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "runner.cli", *words]
+
+    def call(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words), capture_output=True, text=True, env={**os.environ, "STOCKPOT_CACHE": str(self.cache), **environment}
+        )
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        return self.call("run", str(self.recipe), *options)
+
+    def states(self, *options: str) -> dict[str, str]:
+        done = self.call("plan", str(self.recipe), "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return {stage["name"]: stage["state"] for stage in json.loads(done.stdout)["stages"]}
+
+    def artifact(self, stage: str) -> Path:
+        return Path(self.call("path", str(self.recipe), stage).stdout.strip())
+
+    def digest(self, stage: str) -> str:
+        return str(json.loads((self.artifact(stage) / "record.json").read_text())["digest"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A folder whose recipe has run. Tests that change it take a copy."""
+    folder = Folder(tmp_path_factory.mktemp("finished"))
+    done = folder.run()
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Folder, tmp_path: Path) -> Folder:
+    shutil.copytree(finished.root, tmp_path / "copy")
+    folder = Folder.__new__(Folder)
+    folder.root, folder.recipe, folder.cache = tmp_path / "copy", tmp_path / "copy/recipe.toml", tmp_path / "copy/cache"
+    return folder
+
+
+ALL_CACHED = {"corpus": "cached", "tokenizer": "cached", "tokens": "cached"}
+
+
+def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:
+    done = finished.call("run", str(finished.recipe), PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "pydantic" in imported
+    assert not imported & {"torch", "numpy", "transformers", "accelerate", "peft", "tokenizers", "aim", "huggingface_hub"}
+    assert finished.states() == ALL_CACHED
+
+
+def test_the_plan_alone_stands_on_stdout_and_names_key_and_path(finished: Folder) -> None:
+    plan = json.loads(finished.call("plan", str(finished.recipe), "--json").stdout)
+    assert plan["recipe"] == "small"
+    for stage in plan["stages"]:
+        assert set(stage) == {"name", "kind", "state", "reason", "key", "path"}
+        assert len(stage["key"]) == 64
+        assert Path(stage["path"]).is_dir()
+
+
+def test_a_copied_folder_reruns_nothing(copy: Folder) -> None:
+    assert copy.states() == ALL_CACHED
+
+
+def test_comments_new_names_and_processes_rerun_nothing(copy: Folder) -> None:
+    text = RECIPE.replace("tokenizer]", "words] # a comment").replace('tokenizer = "tokenizer"', 'tokenizer = "words"')
+    copy.write(text.replace("vocab_size = 300", "vocab_size = 300\nmin_frequency = 2"))
+    assert set(copy.states("--set", "parallel.processes=2").values()) == {"cached"}
+
+
+def test_a_changed_field_reruns_only_what_depends_on_it_and_says_which_field(copy: Folder) -> None:
+    changed = ("--set", "stage.tokenizer.vocab_size=310")
+    assert copy.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
+    why = copy.call("why", str(copy.recipe), "tokenizer", *changed)
+    assert "vocab_size: 300 -> 310" in why.stdout
+
+
+def test_a_document_that_cleaning_drops_reruns_only_the_corpus(copy: Folder) -> None:
+    with (copy.root / "text.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "short"}) + "\n")
+    assert copy.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
+    done = copy.run()
+    assert done.returncode == 0, done.stderr
+    assert "corpus" in done.stderr and "done in" in done.stderr
+    assert "tokenizer  tokenizer:" not in done.stderr, "tokenizer ran although the corpus is the same"
+    assert copy.states() == ALL_CACHED
+
+
+def test_a_missing_artifact_is_rebuilt_only_when_a_stage_must_read_it(copy: Folder) -> None:
+    before = copy.digest("tokenizer")
+    shutil.rmtree(copy.artifact("tokenizer"))
+    assert copy.states() == ALL_CACHED
+    assert copy.call("path", str(copy.recipe), "tokenizer").returncode == 1
+    assert copy.run().returncode == 0
+    assert copy.call("path", str(copy.recipe), "tokenizer").returncode == 1
+    changed = ("--set", "stage.tokens.context=16")
+    assert copy.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "run"}
+    assert copy.run(*changed).returncode == 0
+    assert copy.digest("tokenizer") == before
+
+
+def test_a_damaged_artifact_is_set_aside_and_rebuilt_when_it_is_read(copy: Folder) -> None:
+    file = copy.artifact("tokenizer") / "tokenizer.json"
+    before, status = file.read_bytes(), file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"[")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    done = copy.run("--set", "stage.tokens.context=16")
+    assert done.returncode == 0, done.stderr
+    assert "does not match its record" in done.stderr
+    assert file.read_bytes() == before
+
+
+def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(copy: Folder) -> None:
+    done = copy.run("--force", "tokenizer")
+    assert done.returncode == 0
+    assert "the old artifact is set aside" in done.stderr
+    assert "tokens     cached" in done.stderr
+    assert len(list((copy.cache / "aside").iterdir())) == 1
+    assert copy.states() == ALL_CACHED
+
+
+def test_until_runs_a_stage_and_what_it_needs(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "until")
+    assert list(folder.states("--until", "corpus")) == ["corpus"]
+    assert folder.run("--until", "corpus").returncode == 0
+    assert folder.states() == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
+
+
+def test_planning_writes_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "plan")
+    os.utime(folder.root / "text.jsonl", (1, 1))
+    assert folder.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
+    assert [path.name for path in folder.cache.rglob("*")] == ["digests.json"]
+
+
+def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(copy: Folder) -> None:
+    with (copy.root / "text.jsonl").open("a") as file:
+        file.write("{not json\n")
+    done = copy.run()
+    assert done.returncode == 3
+    assert f"stage 'corpus': {copy.root}/text.jsonl:226" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((copy.cache / "stages").iterdir())) == 3
+
+
+def test_a_vocabulary_larger_than_the_text_supports_says_so(copy: Folder) -> None:
+    done = copy.run("--set", "stage.tokenizer.vocab_size=50000")
+    assert done.returncode == 3
+    assert "stage 'tokenizer':" in done.stderr and "50000" in done.stderr.replace(",", "")
+
+
+def test_a_wrong_recipe_exits_with_2_and_an_unknown_stage_too(copy: Folder) -> None:
+    assert copy.run("--set", "stage.tokenizer.kind=tokenizr").returncode == 2
+    done = copy.run("--until", "tokns")
+    assert done.returncode == 2
+    assert "did you mean 'tokens'?" in done.stderr
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", ["corpus", "tokenizer", "tokens"])
+def test_kill_9_of_a_run_ends_its_workers_and_the_next_run_ends_with_the_same_digest(
+    finished: Folder, tmp_path: Path, stage: str
+) -> None:
+    folder = Folder(tmp_path / "killed")
+    environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
+    process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.DEVNULL)
+    kind = {"tokens": "pack"}.get(stage, stage)
+    wait_for(lambda: list((folder.cache / "work").glob(f"{kind}-*/.work/job.json")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not workers_of(folder))
+    done = folder.run()
+    assert done.returncode == 0, done.stderr
+    assert [folder.digest(name) for name in ALL_CACHED] == [finished.digest(name) for name in ALL_CACHED]
+
+
+def workers_of(folder: Folder) -> list[str]:
+    """Command lines of living processes that work in the folder's cache."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder.cache) in line:
+            found.append(line)
+    return found
+
+
+def test_a_killed_worker_is_told_with_its_signal(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "killed-worker")
+    environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
+    process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: workers_of(folder))
+    pids = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(folder.cache))]
+    for pid in pids:
+        os.kill(int(pid), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 3
+    assert "stage 'corpus': its worker was killed by signal 9 (out of memory, perhaps)" in errors
+
+
+def _mentions(path: Path, text: str) -> bool:
+    try:
+        return text.encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def test_an_interrupted_run_exits_with_130_and_goes_on(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "interrupted")
+    environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
+    process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((folder.cache / "work").glob("tokenizer-*/.work/job.json")))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert folder.states()["corpus"] == "cached"
+    assert folder.run().returncode == 0
+
+
+def test_runs_side_by_side_make_each_stage_once(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "crowd")
+    environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
+    crowd = [subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in crowd]
+    assert [process.returncode for process in crowd] == [0, 0, 0], errors
+    for stage in ALL_CACHED:
+        assert sum(f"{stage:<9}  done in" in text for text in errors) == 1

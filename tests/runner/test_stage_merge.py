@@ -1,0 +1,50 @@
+"""The kind `merge`: a checkpoint and adapters become a checkpoint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llm import lora
+from llm.checkpoint import load_checkpoint, save_checkpoint
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer import train_bpe
+from runner.artifacts import Checkpoint
+from runner.stage import Context
+from runner.stages.merge import Merge
+
+
+@torch.no_grad()
+def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_base_and_adapter_do(
+    tmp_path: Path, make_context: Callable[..., Context]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    tokenizer.save(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, context=32), vocab_size=tokenizer.vocab_size)
+    save_checkpoint(tmp_path / "base", model.eval(), tmp_path / "tokenizer")
+    lora.attach(model, lora.Settings(r=2, alpha=4), seed=0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.1)
+    lora.save_adapter(tmp_path / "adapter", model, base_digest="0123")
+
+    context = make_context(
+        inputs={"base": tmp_path / "base", "tuned": tmp_path / "adapter"},
+        records={"base": {"files": {"model.safetensors": "0123"}}},
+    )
+    metrics = Merge.model_validate({"base": "base", "adapters": ["tuned"]}).run(context)
+    assert metrics == {"adapters": 1, "first_was_trained_on_base": True}
+    tokens = torch.arange(20)[None]
+    stock = AutoModelForCausalLM.from_pretrained(context.work)
+    torch.testing.assert_close(stock(tokens).logits, model(tokens), atol=1e-4, rtol=0)
+    assert (load_checkpoint(tmp_path / "base")(tokens) - model(tokens)).abs().max() > 0.05
+
+    merged, base = Checkpoint(context.work), Checkpoint(tmp_path / "base")
+    assert json.loads(merged.config.read_text()) == json.loads(base.config.read_text())
+    assert merged.tokenizer.model.read_bytes() == base.tokenizer.model.read_bytes()
+    assert merged.tokenizer.config.read_bytes() == base.tokenizer.config.read_bytes()
