@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
+from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK = 128  # queries per block: best of 64, 128, 256 at T = 256 and 512 on 2 cores, bf16 and fp32
 
@@ -66,7 +66,7 @@ def visibility(length: int, *, documents: Tensor | None, dtype: torch.dtype, dev
 def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
     """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `visible`. Returns (B, H, T, E)."""
     if visible.blocks is None:
-        return F.scaled_dot_product_attention(
+        return scaled_dot_product_attention(
             q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
     out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)

@@ -8,9 +8,11 @@ exactly what everybody who calls `apply_chat_template` gives the model. What sta
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL_TOKENS = (BEGIN, END, PADDING, SYSTEM, USER, ASSISTANT)  # in the order of their ids, from 0
 
 Span = tuple[int, int]  # of characters: first, and one after the last
 
@@ -35,10 +37,11 @@ def render_chats(
     add_generation_prompt: bool = False,
 ) -> list[tuple[str, list[Span]]]:
     """Each chat as text, and the spans of the text that are learned. `special_tokens` holds bos_token and the like."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # half a second, so only where it is used
+    from transformers.utils import chat_template_utils  # half a second, so only where it is used
 
-    texts, spans = render_jinja_template(
-        conversations=[list(chat) for chat in chats],
+    render: Any = chat_template_utils.render_jinja_template  # its annotations say that it returns one string
+    texts, spans = render(
+        conversations=chats,
         chat_template=template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=add_generation_prompt,

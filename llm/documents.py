@@ -12,20 +12,20 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
-SCRIPT_SAMPLE = 2000  # characters of a document that its language is judged by
+SCRIPT_SAMPLE = 1000  # characters of a document that its language is judged by
 _KANA = "ja"
 _SCRIPTS = {
-    "zh": r"[㐀-䶿一-鿿豈-﫿\U00020000-\U0003ffff]",
-    _KANA: r"[ぁ-ヿㇰ-ㇿ]",
-    "ko": r"[가-힣ᄀ-ᇿ]",
+    "zh": r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]",
+    _KANA: r"[\u3041-\u30ff\u31f0-\u31ff]",
+    "ko": r"[\uac00-\ud7a3\u1100-\u11ff]",
     "en": r"[A-Za-z]",
-    "latin": r"[À-ɏḀ-ỿ]",
-    "cyrillic": r"[Ѐ-ԯ]",
-    "greek": r"[Ͱ-Ͽ]",
-    "arabic": r"[؀-ۿݐ-ݿ]",
-    "hebrew": r"[֐-׿]",
-    "devanagari": r"[ऀ-ॿ]",
-    "thai": r"[฀-๿]",
+    "latin": r"[\u00c0-\u024f\u1e00-\u1eff]",
+    "cyrillic": r"[\u0400-\u052f]",
+    "greek": r"[\u0370-\u03ff]",
+    "arabic": r"[\u0600-\u06ff\u0750-\u077f]",
+    "hebrew": r"[\u0590-\u05ff]",
+    "devanagari": r"[\u0900-\u097f]",
+    "thai": r"[\u0e00-\u0e7f]",
 }
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _SCRIPTS.items()}
 
@@ -39,7 +39,7 @@ class Document:
     told_language: str | None  # what its source says
     line_bytes: int  # of its line in the file, for progress
 
-    @property
+    @cached_property
     def language(self) -> str:
         """The language that its source tells, else the one that its script suggests."""
         return self.told_language or language_by_script(self.text)

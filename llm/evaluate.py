@@ -21,7 +21,7 @@ from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer
 from llm.turns import Turn
 
-DIGITS = 6  # of a score after the point; sums over cores differ after the 7th digit
+DIGITS = 6  # of a score; in which order cores add numbers shows from the 9th on
 SAMPLES = 20  # answers that are shown
 BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "thai": "char"}  # languages that write no spaces; "13a" for all others
 
@@ -78,7 +78,7 @@ def classify(
     The prompt is computed once for all labels. A prompt that does not fit the model beside the longest label is cut as in
     training. Raises InputError for a label that is not among `labels`.
     """
-    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.metrics import accuracy_score, f1_score  # type: ignore[import-untyped]  # it ships no types
 
     wanted = [question.turns[-1].content for question in questions]
     names = sorted(set(wanted)) if labels is None else list(labels)
@@ -231,7 +231,7 @@ def _likelihood_scores(nats: float, *, tokens: int, text_bytes: int) -> dict[str
 
 
 def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, DIGITS) for name, value in scores.items()}
+    return {name: float(f"{value:.{DIGITS}g}") for name, value in scores.items()}
 
 
 def _speeds(clock: Clock) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from llm.generate import Clock, padded
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
 
-BATCH_TOKENS = 8192  # positions of one forward pass, padding included
+BATCH_TOKENS = 4096  # positions of one forward pass, padding included; larger is not faster on 2 cores
 LOGITS = 2**24  # numbers in one piece of logits: 64 MiB
 
 Progress = Callable[[int, int], None]  # rows done, rows in all; may raise to stop

@@ -91,6 +91,7 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
         torch.manual_seed(seed)
         _inject(model, config)
     for _, layer in adapted_layers(model):
+        layer.cast_input_dtype_enabled = False  # to fp32, from which autocast would only cast back: a tenth of a step's time
         if settings.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
             layer.lora_dropout[_NAME] = Dropout(settings.dropout)
 
@@ -104,11 +105,8 @@ def adapted_layers(model: Llama) -> Iterator[tuple[str, "LoraLayer"]]:
             yield name, module
 
 
-def save_adapter(folder: Path, model: Llama, *, base_digest: str | None = None) -> None:
-    """Write the adapter in `model` as stock PEFT does, without the place its base was read from.
-
-    `base_digest`, the sha256 of the base's weights, is kept in the metadata of the adapter's weights.
-    """
+def save_adapter(folder: Path, model: Llama) -> None:
+    """Write the adapter in `model` as stock PEFT does, without the place its base was read from."""
     config = _config_of(model)
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     fields |= {"base_model_name_or_path": None, "inference_mode": True}
@@ -116,9 +114,8 @@ def save_adapter(folder: Path, model: Llama, *, base_digest: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
     weights = {_PREFIX + name: tensor.detach().to("cpu").contiguous() for name, tensor in _state(model).items()}
-    metadata = {"format": "pt"} | ({"base_sha256": base_digest} if base_digest else {})
     temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, temporary, metadata=metadata)
+    save_file(weights, temporary, metadata={"format": "pt"})
     temporary.replace(folder / WEIGHTS)
 
 
@@ -137,11 +134,10 @@ def load_adapter(model: Llama, folder: Path) -> None:
     model.eval()
 
 
-def trainable_share(model: Llama) -> tuple[int, float]:
-    """Parameters that ask for gradients, and their share of all; a layer held in four bits counts what it stands for."""
+def count_parameters(model: Llama) -> tuple[int, int]:
+    """How many parameters learn, and how many there are; a layer held in four bits counts for what it stands for."""
     learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    total = sum(_numbers_in(weight) for weight in model.parameters())
-    return learned, learned / total
+    return learned, sum(_numbers_in(weight) for weight in model.parameters())
 
 
 def _numbers_in(weight: Tensor) -> int:

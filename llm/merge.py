@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
-from llm.lora import WEIGHTS, adapted_layers, load_adapter
+from llm.lora import adapted_layers, load_adapter
 from llm.models.llama.model import Llama
 
 
@@ -20,10 +18,3 @@ def merge_adapters(model: Llama, folders: Sequence[Path]) -> None:
             layer.merge(safe_merge=True)
             model.set_submodule(name, layer.get_base_layer())
         del model.peft_config
-
-
-def base_of(folder: Path) -> str | None:
-    """sha256 of the weights that the adapter in `folder` was trained on, where whoever saved it said so."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        found: str | None = (file.metadata() or {}).get("base_sha256")
-    return found

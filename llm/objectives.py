@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from llm.pointwise import compute_dtype
@@ -54,7 +54,7 @@ def _vocabulary(head: nn.Module) -> int:
 
 
 def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
 class LinearCrossEntropy(Function):

@@ -7,9 +7,9 @@ costs, so each keeps only its inputs for the backward pass.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
+from torch.nn.functional import silu
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -60,12 +60,15 @@ class Rotate(Function):
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pairs of x (B, H, T, E) by angles (1 or B, 1, T, E / 2)."""
-    left, right = x.chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Rotate the pairs of x (B, H, T, E) by angles (1 or B, 1, T, E / 2).
+
+    In fp32 whatever x is: besides being exact, on CPU short strided runs of bf16 are 5 times as slow as casting both ways.
+    """
+    left, right = x.float().chunk(2, -1)
+    out = torch.empty(x.shape, device=x.device)
     torch.mul(left, cosine, out=out[..., : left.shape[-1]]).addcmul_(right, sine, value=-1)
     torch.mul(right, cosine, out=out[..., left.shape[-1] :]).addcmul_(left, sine)
-    return out
+    return out.to(x.dtype)
 
 
 class SwiGLU(Function):
@@ -74,12 +77,12 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:  # noqa: D102
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

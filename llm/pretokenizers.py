@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
+BYTES = 256  # tokens that every vocabulary holds, so that nothing is ever unknown
+
 PreTokenizerName = Literal["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-v3"]
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -24,7 +26,7 @@ EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "qwen2": (_CONTRACTIONS + "|" + _WORDS_AND_LINES % r"\p{N}",),  # each digit alone
     "deepseek-v3": (
         r"\p{N}{1,3}",
-        r"[一-龥぀-ゟ゠-ヿ]+",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",  # Han, hiragana, katakana
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),

@@ -14,22 +14,9 @@ from typing import Self
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from llm.chat_template import (
-    ASSISTANT,
-    BEGIN,
-    CHAT_TEMPLATE,
-    END,
-    PADDING,
-    SYSTEM,
-    USER,
-    learned_tokens,
-    render_chats,
-)
+from llm.chat_template import BEGIN, CHAT_TEMPLATE, END, PADDING, SPECIAL_TOKENS, learned_tokens, render_chats
 from llm.errors import InputError
 from llm.pretokenizers import WHOLE_WORDS_FIRST, PreTokenizerName, pre_tokenizer
-
-SPECIAL_TOKENS = (BEGIN, END, PADDING, SYSTEM, USER, ASSISTANT)
-BYTES = 256  # every byte is a token, so nothing is ever unknown
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -96,6 +83,11 @@ class TextTokenizer:
         """The text that the ids spell; special tokens are left out unless asked for."""
         return self._marked.decode(list(ids), skip_special_tokens=not special)
 
+    def spelled_bytes(self, ids: Sequence[int]) -> int:
+        """How many bytes of text the ids stand for: of what was encoded all, unless it held something unknown."""
+        # The byte alphabet writes each byte as one character.
+        return sum(len(self._marked.id_to_token(token) or "") for token in ids)
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """A chat as text, special tokens written out; the prompt for an answer ends where the assistant begins."""
         self._refuse_special_tokens(messages)
@@ -128,8 +120,8 @@ class TextTokenizer:
         for message in messages:
             if found := self._any_special.search(message["content"]):
                 raise InputError(
-                    f"the {message['role']}'s turn holds {found.group()!r}, a special token of this tokenizer, which would end "
-                    "or begin a turn; wants text without it"
+                    f"the {message['role']}'s turn holds {found.group()!r}, a special token of this tokenizer, which "
+                    "would end or begin a turn; wants text without it"
                 )
 
     def save(self, folder: Path) -> None:

@@ -9,7 +9,6 @@ Letters: D documents, T tokens in a row.
 """
 
 import json
-from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -55,7 +54,7 @@ class TokenWriter:
         if self._table and self._tokens_in_shard + len(ids) > self._shard_tokens:
             self._close_shard()
             self._open_shard()
-        self._file.write(array("I", ids) if self._dtype.itemsize == 4 else array("H", ids))
+        self._file.write(np.array(ids, dtype=self._dtype).data)
         self._table.append((len(ids), passes, text_bytes))
         self._tokens_in_shard += len(ids)
         self.documents += 1
@@ -135,16 +134,16 @@ class TokenShards:
 
 
 class TokenRows:
-    """Rows of `context` tokens from a folder of shards; a `RowSource`.
+    """Rows of `context` tokens (else as many as the folder was packed for) from a folder of shards; a `RowSource`.
 
     With a seed, epoch e has every document as often as its `passes` say, in an order drawn from (seed, e), and all end to
     end cut into full rows; the tokens after the last full row (fewer than one row, others in each epoch) are left out.
     Without one, as for validation, every document comes once, in the order of the folder, and the last row is padded.
     """
 
-    def __init__(self, folder: Path, *, context: int, seed: int | None) -> None:
+    def __init__(self, folder: Path, *, seed: int | None, context: int | None = None) -> None:
         self.shards = TokenShards(folder)
-        self.context = context
+        self.context = context = context or self.shards.context
         self._seed = seed
         if seed is None:
             self.tokens_per_epoch = self.shards.tokens

@@ -6,8 +6,7 @@ that depends on the clock change when and where things are computed, and beyond 
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from llm import training_state
+from llm.choices import Choices, choose, restored
 from llm.dropout import set_counters
 from llm.errors import InputError, Interrupted
+from llm.feed import batches, feed
 from llm.group import Group
 from llm.memory import peak_memory
 from llm.objectives import Objective
 from llm.optim import build_optimizers, set_learning_rate
-from llm.precision import Precision, autocast, resolve_precision
-from llm.rows import IGNORE, Batch, RowSource, collate
+from llm.precision import Precision, autocast
+from llm.rows import Batch, RowSource
 from llm.self_check import self_check
 from llm.settings import Budget, Optimizer, Schedule
 
 CHECKPOINTS = "checkpoints"  # in scratch
 LOG_EVERY = 10  # steps between two reports
 LONG = 200  # steps from which on a training is worth a self-check
-# Positions of a micro-batch that is "auto". On CPU, activations of more than this fall out of the cache.
-AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,6 @@ class Validation:
     tokens: int = 262_144  # positions to compute at most
 
 
-@dataclass(frozen=True)
-class Choices:
-    """Whatever is "auto", resolved once per training; kept in its checkpoints and restored from them."""
-
-    precision: Precision
-    micro_batch: int  # rows
-    processes: int
-    threads: int
-    device: str
-
-
 @dataclass
 class Progress:
     """How far a training has come; JSON values only, because it is part of every checkpoint."""
@@ -63,6 +51,7 @@ class Progress:
     tokens: int = 0
     targets: int = 0
     seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)  # losses of the steps since the last report
     loss: float | None = None  # mean over the steps of the last report
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
@@ -112,6 +101,8 @@ def train(
     once `should_stop` is true in any process.
     """
     group = Group()
+    if not rows.rows_per_epoch:
+        raise InputError("training wants at least one row to learn from; found none")
     rows_per_step = batch_tokens // rows.context
     if rows_per_step < group.size:
         raise InputError(
@@ -123,10 +114,10 @@ def train(
     folder = scratch / CHECKPOINTS
     state = _last_state(folder, group, report)
     if state is None:
-        choices = _choose(group, micro_batch, precision, cores=cores, context=rows.context, rows_per_step=rows_per_step)
+        choices = choose(group, micro_batch, precision, cores=cores, context=rows.context, rows_per_step=rows_per_step)
         progress = Progress(steps=steps)
     else:
-        choices = Choices(**state.facts["choices"])
+        choices = restored(state.facts["choices"], group, cores=cores)
         progress = Progress(**state.facts["progress"])
     torch.set_num_threads(choices.threads)
     model.to(group.device)
@@ -145,13 +136,13 @@ def train(
     with training_state.Writer(folder) as writer:
 
         def save() -> None:
-            loop.flush(progress)  # raises before anything that is not finite is kept
+            loop.collect(progress)  # raises before anything that is not finite is kept
             if group.is_main:
                 progress.seconds = time.monotonic() - began
                 facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(choices)}
                 writer.submit(training_state.take(model, loop.optimizers, facts=facts))
 
-        for parts, targets in _feed(rows, group, choices.micro_batch, rows_per_step, range(progress.step, steps)):
+        for parts, targets in feed(rows, group, choices.micro_batch, rows_per_step, range(progress.step, steps)):
             due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
             total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
             if stopping:
@@ -165,13 +156,13 @@ def train(
             progress.targets += int(total)
             last = progress.step == steps
             if last or progress.step % LOG_EVERY == 0:
-                loop.flush(progress)
+                loop.report_steps(progress)
             if validation is not None and (last or (validate_every is not None and progress.step % validate_every == 0)):
-                loop.flush(progress)
                 loop.validate(progress, validation)
             if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
                 save()
                 saved = time.monotonic()
+    model.eval()
     progress.seconds = time.monotonic() - began
     return _metrics(model, progress, choices, context=rows.context, tokens_per_step=tokens_per_step)
 
@@ -198,8 +189,9 @@ class Loop:
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
         self.wrapped = group.wrap(self.learner)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self._losses: list[Tensor] = []  # of steps not yet reported: this process's share
+        self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
+        self._norm = 0.0  # of the last step collected
         self._since = time.monotonic()
         self._tokens = 0  # of this process, since then
 
@@ -233,48 +225,56 @@ class Loop:
         detached: Tensor = total.detach()
         return detached
 
-    def flush(self, progress: Progress) -> None:
-        """Report the steps since the last report; InputError if one of them was not finite."""
+    def collect(self, progress: Progress) -> None:
+        """Wait for the steps taken so far and keep their losses; InputError if one of them was not finite."""
         if not self._losses:
             return
         losses = self.group.sum(*torch.stack(self._losses).tolist())
         norms: list[float] = torch.stack(self._norms).tolist()
-        for ago, (loss, norm) in enumerate(zip(reversed(losses), reversed(norms), strict=True)):
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=progress.step - len(losses)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                step = progress.step - 1 - ago
                 rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
-                broken = f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}"
-        if not all(map(math.isfinite, (*losses, *norms))):
-            raise InputError(
-                f"training wants a finite loss and gradient; found at {broken}. A lower schedule.learning_rate or more "
-                "schedule.warmup_steps usually helps; checkpoints of earlier steps are kept"
-            )
+                raise InputError(
+                    f"training wants a finite loss and gradient; found at step {step}: loss {loss:g}, gradient norm {norm:g}, "
+                    f"learning rate {rate:g}. A lower schedule.learning_rate or more schedule.warmup_steps usually helps; "
+                    "checkpoints of earlier steps are kept"
+                )
+        progress.recent += losses
+        self._norm = norms[-1]
+        self._losses, self._norms = [], []
+
+    def report_steps(self, progress: Progress) -> None:
+        """Report the steps since the last report; only at fixed steps, so that a record does not depend on the clock."""
+        self.collect(progress)
         now = time.monotonic()
         (tokens,) = self.group.sum(self._tokens)
-        progress.loss = sum(losses) / len(losses)
+        progress.loss = sum(progress.recent) / len(progress.recent)
+        progress.recent = []
         self.report(
             step=progress.step,
             steps=progress.steps,
             tokens=progress.tokens,
             loss=progress.loss,
             learning_rate=self.schedule.learning_rate * self.schedule.factor(progress.step - 1, steps=progress.steps),
-            gradient_norm=norms[-1],
+            gradient_norm=self._norm,
             tokens_per_second=tokens / max(now - self._since, 1e-9),
         )
-        self._losses, self._norms, self._tokens, self._since = [], [], 0, now
+        self._tokens, self._since = 0, now
 
     @torch.no_grad()
     def validate(self, progress: Progress, validation: Validation) -> None:
         """Mean loss per target on held-out text, shared by the processes; training goes on as if it had not happened."""
+        began = time.monotonic()
         source = validation.rows
         count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
         mine = range(self.group.rank, count, self.group.size)
         self.learner.eval()
-        total = targets = torch.zeros((), dtype=torch.float64, device=self.group.device)
-        for batch in _collated(source, mine, 0, self.choices.micro_batch, self.group.device):
+        total = targets = positions = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        for batch in batches(source, mine, self.choices.micro_batch):
+            batch = batch.to(self.group.device)
             loss, number = self.learner(batch)
-            total, targets = total + loss, targets + number
-        nats, number = self.group.sum(total.item(), targets.item())
+            total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
+        nats, number, tokens = self.group.sum(total.item(), targets.item(), positions.item())
         loss_per_target = nats / max(1.0, number)
         found = {
             "step": progress.step,
@@ -282,63 +282,12 @@ class Loop:
             "validation_perplexity": math.exp(min(loss_per_target, 700.0)),  # beyond lies infinity, which JSON cannot say
         }
         if validation.bytes_per_token is not None:
-            found["validation_bits_per_byte"] = nats / math.log(2) / (count * source.context * validation.bytes_per_token)
+            found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
         self.report(**found)
         progress.validation = found
         if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
             progress.best = found
-        self._since = time.monotonic()
-
-
-def _feed(
-    rows: RowSource, group: Group, micro_batch: int, rows_per_step: int, steps: range
-) -> Iterator[tuple[list[Batch], int]]:
-    """This process's micro-batches of each step and how many targets they have; the next step's are made meanwhile."""
-
-    def load(step: int) -> tuple[list[Batch], int]:
-        mine = range(group.rank, rows_per_step, group.size)
-        parts, targets = [], 0
-        for start in range(0, len(mine), micro_batch):
-            chosen = mine[start : start + micro_batch]
-            batch = collate([rows.row(step * rows_per_step + index) for index in chosen], chosen)
-            targets += int((batch.targets != IGNORE).sum())
-            parts.append(batch.to(group.device))
-        return parts, targets
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
-        ahead = pool.submit(load, steps.start) if steps else None
-        for step in steps:
-            assert ahead is not None
-            loaded = ahead.result()
-            ahead = pool.submit(load, step + 1) if step + 1 < steps.stop else None
-            yield loaded
-
-
-def _collated(rows: RowSource, indices: range, first: int, micro_batch: int, device: torch.device) -> Iterator[Batch]:
-    """Rows `first` + each of `indices`, in batches."""
-    for start in range(0, len(indices), micro_batch):
-        chosen = indices[start : start + micro_batch]
-        yield collate([rows.row(first + index) for index in chosen], chosen).to(device)
-
-
-def _choose(
-    group: Group,
-    micro_batch: int | Literal["auto"],
-    precision: Literal["auto", "fp32", "bf16"],
-    *,
-    cores: int,
-    context: int,
-    rows_per_step: int,
-) -> Choices:
-    most = -(-rows_per_step // group.size)
-    wanted = max(1, AUTO_TOKENS.get(group.device.type, 4096) // context) if micro_batch == "auto" else micro_batch
-    return Choices(
-        precision=resolve_precision(precision, device=group.device),
-        micro_batch=min(wanted, most),
-        processes=group.size,
-        threads=max(1, cores // group.size),
-        device=group.device.type,
-    )
+        self._since += time.monotonic() - began  # the speed that is reported is of training
 
 
 def _last_state(folder: Path, group: Group, report: Callable[..., None]) -> training_state.TrainingState | None:

@@ -20,24 +20,23 @@ MANY = 12  # sources of one stage that are listed one by one
 class Model:
     """What a card is written from."""
 
-    name: str
-    description: str
+    recipe: Mapping[str, Any]  # resolved
     records: Mapping[str, Record]  # by stage, in the order of the recipe
     scores: Mapping[str, Mapping[str, float]]  # by evaluation, the last one being the released model's
     license: str  # an identifier of the Hub, such as "apache-2.0"; "other" where there is none
     languages: Sequence[str]  # ISO 639 codes
-    version: str  # of stockpot
+    version: str  # of stockpot; "" where it is not installed as a package
 
 
 def model_card(model: Model) -> str:
     """The whole README.md: YAML metadata, then Markdown."""
     sections = [
         f"---\n{_metadata(model)}\n---\n",
-        f"# {model.name}\n",
-        f"{model.description}\n" if model.description else "",
+        f"# {model.recipe['name']}\n",
+        f"{model.recipe['description']}\n" if model.recipe.get("description") else "",
         _scores(model.scores),
         _use(),
-        _data(model.records),
+        _data(model),
         _making(model.records),
         _again(model.version),
     ]
@@ -81,7 +80,7 @@ def _metadata(model: Model) -> str:
         datasets=sorted({source["hub"] for source in _sources(model.records.values()) if "hub" in source}) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
-        model_name=model.name if results else None,
+        model_name=model.recipe["name"] if results else None,
     )
     return data.to_yaml()
 
@@ -115,17 +114,24 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
-def _data(records: Mapping[str, Record]) -> str:
-    rows = [row for stage, record in records.items() for row in _data_of(stage, record)]
+def _data(model: Model) -> str:
+    rows = [
+        row for stage, record in model.records.items() for row in _learned_from(stage, record, model.recipe["stage"][stage])
+    ]
     if not rows:
         return ""
-    return "## Data\n\nWhat the model learned from:\n\n" + _table(["stage", "source", "rows", "licences", "origins"], rows)
+    return "## Data\n\nWhat the model learned from:\n\n" + _table(["stage", "data", "rows", "licences", "origins"], rows)
 
 
-def _data_of(stage: str, record: Record) -> Iterator[list[str]]:
-    for name, source in record.get("metrics", {}).get("sources", {}).items():
-        hub = f" ([{source['hub']}](https://huggingface.co/datasets/{source['hub']}))" if "hub" in source else ""
-        yield [stage, name + hub, f"{source['train']:,}", _listed(source["licenses"]), _listed(source["origins"])]
+def _learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A line per source of a corpus, and per table of rows of a fine-tuning."""
+    metrics = record.get("metrics", {})
+    for (name, source), spec in zip(metrics.get("sources", {}).items(), fields.get("sources", ()), strict=False):
+        place = f"[{name}](https://huggingface.co/datasets/{source['hub']})" if "hub" in source else f"{name}: {spec['files']}"
+        yield [stage, place, f"{source['train']:,}", _listed(source["licenses"]), _listed(source["origins"])]
+    for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
+        used = table["rows"] - table["bad"] - table["unselected"]
+        yield [stage, spec["files"], f"{used:,}", _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -149,7 +155,7 @@ def _again(version: str) -> str:
     return f"""## Make it again
 
 `recipe.toml` is the whole recipe, with every default written out, and `recipe.lock.json` holds the digests, versions and
-hardware of this run. Put `recipe.toml` where the data files are that it names, and with Stockpot {version}:
+hardware of this run. Put `recipe.toml` where the data files are that it names, and with {f"Stockpot {version}".strip()}:
 
 ```
 run recipe.toml

@@ -7,6 +7,7 @@ is imported only to push. A token is read, sent, and never written anywhere, mes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,10 @@ def push(folder: Path, target: Target, *, files: Mapping[str, Path], private: bo
     if secret is None:
         raise StageError(how_to_push(target))
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api = HfApi(endpoint=target.endpoint, token=secret)
     try:
         repo = _with_owner(target.repo, api)
@@ -87,7 +91,7 @@ def push(folder: Path, target: Target, *, files: Mapping[str, Path], private: bo
             revision=target.branch,
         )
     except Exception as error:  # whatever the client and the layers below it raise, the release itself is finished
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(secret, "***")
+        reason = _causes(error).replace(secret, "***")
         raise StageError(
             f"pushing {folder} to {target} did not succeed ({reason}); the release is finished, and the next run pushes it"
         ) from None
@@ -106,6 +110,12 @@ def push(folder: Path, target: Target, *, files: Mapping[str, Path], private: bo
 def how_to_push(target: Target) -> str:
     """What the user does to get a finished release pushed."""
     return f"to push it to {target}, set HF_TOKEN or log in with `hf auth login`, then run the recipe again"
+
+
+def _causes(error: BaseException) -> str:
+    """An error and what it came from, on one line."""
+    sentence = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{sentence} Cause: {_causes(error.__cause__)}" if error.__cause__ else sentence
 
 
 def _with_owner(repo: str, api: "HfApi") -> str:

@@ -61,7 +61,7 @@ def training_command(job: Path, processes: int) -> list[str]:
 @contextlib.contextmanager
 def started(command: list[str], *, log: IO[bytes], threads: int) -> Iterator[subprocess.Popen[bytes]]:
     """The running processes of a stage; on leaving, whatever still runs of them is ended."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     if gpu_count() == 0:
         environment["ACCELERATE_USE_CPU"] = "true"
     read_end, write_end = os.pipe()

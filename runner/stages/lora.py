@@ -45,8 +45,7 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
         from llm import lora
         from llm.checkpoint import load_checkpoint
 
-        base = context.open(self.base)
-        model = load_checkpoint(base.folder)
+        model = load_checkpoint(context.open(self.base).folder)
         if self.quantize is not None:
             compute = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
             lora.quantize(model, double=self.double_quantize, compute_dtype=compute)
@@ -59,9 +58,8 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
             dora=self.dora,
         )
         lora.attach(model, settings, seed=self.seed)
-        learned, share = lora.trainable_share(model)
+        learned, parameters = lora.count_parameters(model)
         metrics = self.learn_rows(context, model)
         if is_main_process():
-            weights = context.records[self.base]["files"][base.weights.name]
-            lora.save_adapter(context.work, model, base_digest=weights)
-        return metrics | {"trainable_parameters": learned, "trainable_share": share}
+            lora.save_adapter(context.work, model)
+        return metrics | {"parameters": parameters, "trained_parameters": learned, "trained_share": learned / parameters}

@@ -19,16 +19,16 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     def run(self, context: Context) -> Metrics:
         """Merge, and write the checkpoint."""
         from llm.checkpoint import load_checkpoint, save_checkpoint
-        from llm.merge import base_of, merge_adapters
+        from llm.merge import merge_adapters
 
         base = context.open(self.base)
         adapters = [context.open(adapter) for adapter in self.adapters]
         model = load_checkpoint(base.folder)
         merge_adapters(model, [adapter.folder for adapter in adapters])
         save_checkpoint(context.work, model, base.tokenizer.folder)
-        weights = context.records[self.base]["files"][base.weights.name]
-        return {
-            "adapters": len(adapters),
-            # An adapter of a chain was trained on what those before it made; the first wants these very weights.
-            "first_was_trained_on_base": base_of(adapters[0].folder) in (None, weights),
-        }
+        # An adapter of a chain may have been trained on what those before it made; the first should say true.
+        wanted = context.records[self.base]["digest"]
+        trained_on = [
+            {source["digest"] for source in context.records[adapter]["inputs"].values()} for adapter in self.adapters
+        ]
+        return {"adapters": len(adapters), "trained_on_this_base": [wanted in digests for digests in trained_on]}

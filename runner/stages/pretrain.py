@@ -1,6 +1,6 @@
 """The kind `pretrain`: a model with fresh weights learns to predict the next token of packed text."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm.models import architecture_tables, architectures
 from runner.artifacts import Checkpoint, Tokens
@@ -32,8 +32,8 @@ class Pretrain(TrainingStage, kind="pretrain", version=1, makes=Checkpoint):
         from llm.train import Validation
 
         tokens = context.open(self.tokens)
-        shards = TokenShards(tokens.validation)
-        rows = TokenRows(tokens.train, seed=self.seed)
+        held_out = TokenShards(tokens.validation)
+        rows = TokenRows(tokens.train, context=held_out.context, seed=self.seed)
         config = self.architecture
         if config.context is None:
             config = config.model_copy(update={"context": rows.context})
@@ -45,17 +45,14 @@ class Pretrain(TrainingStage, kind="pretrain", version=1, makes=Checkpoint):
         torch.manual_seed(self.seed)
         vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size
         model = architectures()[config.name].build(config, vocab_size=vocab_size)
-        metrics: dict[str, Any] = self.learn(
-            context,
-            model,
-            rows=rows,
-            validation=Validation(
-                TokenRows(tokens.validation, seed=None),
-                bytes_per_token=shards.bytes / shards.tokens,
+        validation = None
+        if held_out.tokens:
+            validation = Validation(
+                TokenRows(tokens.validation, context=rows.context, seed=None),
+                bytes_per_token=held_out.bytes / held_out.tokens,
                 tokens=self.validation_tokens,
-            ),
-            check=True,
-        )
+            )
+        metrics = self.learn(context, model, rows=rows, validation=validation, check=True)
         if is_main_process():
             save_checkpoint(context.work, model, tokens.tokenizer.folder)
         return metrics

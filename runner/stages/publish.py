@@ -10,14 +10,13 @@ import shutil
 import tomllib
 from collections.abc import Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from runner import hub
-from runner.artifacts import NOT_CONTENT, Checkpoint, Release, Scores
+from runner.artifacts import Checkpoint, Release, Scores
 from runner.stage import Context, Effect, Execution, Metrics, Ref, Semantic, Stage
 
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
@@ -55,17 +54,16 @@ class Publish(Stage, kind="publish", version=1, makes=Release):
         languages = languages_of(records.values()) if self.languages is None else self.languages
         card = model_card(
             Model(
-                name=recipe["name"],
-                description=recipe.get("description", ""),
+                recipe=recipe,
                 records=records,
                 scores={name: of_one["scores"] for name, of_one in scores.items()},
                 license=self.license,
                 languages=languages,
-                version=metadata.version("stockpot"),
+                version=records[self.model]["versions"].get("stockpot", ""),
             )
         )
         release.card.write_text(card, encoding="utf-8")
-        files = [path for path in context.work.iterdir() if path.is_file() and path.name not in NOT_CONTENT]
+        files = _files(release)
         return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "languages": languages}
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
@@ -82,9 +80,13 @@ class Publish(Stage, kind="publish", version=1, makes=Release):
 
 
 def _push(folder: Path, target: hub.Target, *, private: bool, digest: str, receipts: Path) -> str:
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    pushed = {name: path for name, path in files.items() if name not in NOT_CONTENT}
-    return f"pushed: {hub.push(folder, target, files=pushed, private=private, digest=digest, receipts=receipts)}"
+    files = {path.relative_to(folder).as_posix(): path for path in _files(Release(folder))}
+    return f"pushed: {hub.push(folder, target, files=files, private=private, digest=digest, receipts=receipts)}"
+
+
+def _files(release: Release) -> list[Path]:
+    """What is pushed: the content, and what is told about it."""
+    return [*release.content(), release.card, release.lock]
 
 
 def _locked(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm import lora
 from llm.errors import InputError
-from llm.merge import base_of, merge_adapters
+from llm.merge import merge_adapters
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 
@@ -73,11 +73,3 @@ def test_an_adapter_of_a_base_of_other_sizes_is_refused_by_name_and_shape(tmp_pa
     folder = adapter(tmp_path, model_of(hidden_size=64), seed=1)
     with pytest.raises(InputError, match=r"adapter_model.safetensors: .*another base: .* wants shape \(3, .*, found \(3, "):
         merge_adapters(model_of(hidden_size=32), [folder])
-
-
-def test_an_adapter_tells_which_base_it_was_trained_on_if_it_was_told(tmp_path: Path) -> None:
-    model = model_of()
-    lora.attach(model, lora.Settings(r=2, alpha=2), seed=0)
-    lora.save_adapter(tmp_path / "told", model, base_digest="abc")
-    lora.save_adapter(tmp_path / "untold", model)
-    assert (base_of(tmp_path / "told"), base_of(tmp_path / "untold")) == ("abc", None)

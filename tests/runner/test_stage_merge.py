@@ -31,14 +31,14 @@ def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_bas
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.normal_(std=0.1)
-    lora.save_adapter(tmp_path / "adapter", model, base_digest="0123")
+    lora.save_adapter(tmp_path / "adapter", model)
 
     context = make_context(
         inputs={"base": tmp_path / "base", "tuned": tmp_path / "adapter"},
-        records={"base": {"files": {"model.safetensors": "0123"}}},
+        records={"base": {"digest": "01"}, "tuned": {"inputs": {"base": {"digest": "01"}}}},
     )
     metrics = Merge.model_validate({"base": "base", "adapters": ["tuned"]}).run(context)
-    assert metrics == {"adapters": 1, "first_was_trained_on_base": True}
+    assert metrics == {"adapters": 1, "trained_on_this_base": [True]}
     tokens = torch.arange(20)[None]
     stock = AutoModelForCausalLM.from_pretrained(context.work)
     torch.testing.assert_close(stock(tokens).logits, model(tokens), atol=1e-4, rtol=0)

@@ -61,7 +61,7 @@ def test_it_learns_the_answers_and_to_stop_after_them(
     stage.prepare(context)
     metrics = stage.run(context)
     assert metrics["data"]["rows"] == 24
-    assert metrics["data"]["real_share"] > 0.9
+    assert metrics["data"]["real_share"] > 0.8  # few lengths, and a row holds two or three
     assert metrics["validation_data"]["chats"] == 24
 
     model, tokenizer = load_checkpoint(context.work), TextTokenizer.load(context.work)

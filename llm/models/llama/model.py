@@ -191,7 +191,7 @@ class Llama(nn.Module):
         dtype = compute_dtype(x)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        angles = self._angles(positions, dtype=dtype)
+        angles = self._angles(positions)
         visible = None
         if cache is None:
             visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
@@ -203,12 +203,12 @@ class Llama(nn.Module):
         out: Tensor = self.model.norm(x)
         return out
 
-    def _angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, (1 or B, 1, T, E / 2), of position * base^(-2i / E) (Su et al. 2021)."""
         size = self.config.head_size
         exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.int64).float() / size
         angle = positions[:, None, :, None].float() * (1.0 / self.config.rope_base**exponent)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angle.cos(), angle.sin()
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of a forward and backward pass per position of full rows: an estimate.

@@ -1,0 +1,36 @@
+"""Batches for the training loop, made in the background while the step before is computed."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from llm.group import Group
+from llm.rows import IGNORE, Batch, RowSource, collate
+
+
+def feed(
+    rows: RowSource, group: Group, micro_batch: int, rows_per_step: int, steps: range
+) -> Iterator[tuple[list[Batch], int]]:
+    """This process's micro-batches of each step and how many targets they have; the next step's are made meanwhile."""
+    mine = range(group.rank, rows_per_step, group.size)
+
+    def load(step: int) -> tuple[list[Batch], int]:
+        parts, targets = [], 0
+        for batch in batches(rows, mine, micro_batch, first=step * rows_per_step):
+            targets += int((batch.targets != IGNORE).sum())
+            parts.append(batch.to(group.device))
+        return parts, targets
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
+        ahead = pool.submit(load, steps.start)
+        for step in steps:
+            loaded = ahead.result()
+            if step + 1 < steps.stop:
+                ahead = pool.submit(load, step + 1)
+            yield loaded
+
+
+def batches(rows: RowSource, indices: range, micro_batch: int, *, first: int = 0) -> Iterator[Batch]:
+    """Rows `first` + each of `indices`, `micro_batch` at a time."""
+    for start in range(0, len(indices), micro_batch):
+        chosen = indices[start : start + micro_batch]
+        yield collate([rows.row(first + index) for index in chosen], chosen)

@@ -1,0 +1,107 @@
+"""The kind `tokenizer`: a byte-level BPE learned from a sample of a corpus, and what it is worth on text it has not seen."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
+
+from llm.chat_template import SPECIAL_TOKENS
+from llm.pretokenizers import BYTES, PreTokenizerName
+from runner.artifacts import Corpus, Tokenizer
+from runner.stage import Context, InputFile, Metrics, Ref, Semantic, Stage
+
+if TYPE_CHECKING:
+    from llm.tokenizer import TextTokenizer
+
+MOST_SPECIAL_TOKENS = 50  # more is a mistake: they are not learned as text, and each takes a row of the embedding
+
+
+class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
+    """Learns a byte-level BPE from a corpus. It comes with a chat template and opens with Transformers."""
+
+    corpus: Semantic[Ref[Corpus]]
+    """The text to learn from; only its training documents are read for that."""
+    vocab_size: Semantic[int] = Field(gt=0)
+    """Tokens in all: 256 bytes, the special tokens, and as many merged pairs as there is room for."""
+    min_frequency: Semantic[int] = Field(2, ge=1)
+    """How often a pair of tokens must occur to become one."""
+    special_tokens: Semantic[list[str]] = Field(default_factory=list)
+    """Tokens of your own, after <|begin|>, <|end|>, <|pad|>, <|system|>, <|user|> and <|assistant|>; at most 50 in all."""
+    pre_tokenizer: Semantic[PreTokenizerName] = "qwen2"
+    """How text is cut into words, by the name that llama.cpp knows it by. "qwen2" and "smollm" keep each digit alone,
+    "llama-bpe" and "deepseek-v3" cut numbers in threes, and "deepseek-v3" keeps Chinese apart from other letters."""
+    sample_bytes: Semantic[int] = Field(64_000_000, gt=0)
+    """About how much of the corpus to learn from; documents are chosen by hash. Chinese takes about 100 bytes of memory
+    for each byte of it, because it is not cut into words; English takes a few."""
+    compare_with: Semantic[list[InputFile]] = Field(default_factory=list)
+    """Files tokenizer.json of other models: the record says how long sequences are against theirs."""
+
+    @model_validator(mode="after")
+    def _special_tokens_fit(self) -> Self:
+        if found := [token for token in self.special_tokens if not token.strip() or token in SPECIAL_TOKENS]:
+            raise ValueError(f"special_tokens wants tokens that are not empty and not there anyway, found {found[0]!r}")
+        if len(set(self.special_tokens)) < len(self.special_tokens):
+            raise ValueError("special_tokens wants each token once")
+        specials = len(SPECIAL_TOKENS) + len(self.special_tokens)
+        if specials > MOST_SPECIAL_TOKENS:
+            raise ValueError(f"special_tokens wants at most {MOST_SPECIAL_TOKENS} in all, found {specials}")
+        if self.vocab_size < BYTES + specials:
+            raise ValueError(
+                f"vocab_size wants room for {BYTES} bytes and {specials} special tokens: at least {BYTES + specials}, "
+                f"found {self.vocab_size}"
+            )
+        return self
+
+    def run(self, context: Context) -> Metrics:
+        """Train, save, and measure."""
+        from llm.tokenizer_report import load_other, measured_documents, report
+
+        corpus = context.open(self.corpus)
+        others = {str(path): load_other(path) for file in self.compare_with for path in file.matches()}
+        context.report(note="counting words and merging pairs")
+        sampled: Counter[str] = Counter()
+        tokenizer = self._learn(self._texts(context, sampled), allow_smaller=False)
+        english_only = None
+        if 0 < sampled["en"] < sampled.total():
+            context.report(note="learning an English-only tokenizer of the same size to compare with")
+            english_only = self._learn(self._texts(context, Counter(), language="en"), allow_smaller=True)
+        tokenizer.save(context.work)
+        context.report(note="measuring")
+        measured = measured_documents(corpus.validation, corpus.train)
+        return {
+            "vocab_size": tokenizer.vocab_size,
+            "sample_bytes": dict(sorted(sampled.items())),
+            **report(tokenizer, measured, english_only=english_only, others=others),
+        }
+
+    def _learn(self, texts: Iterator[str], *, allow_smaller: bool) -> "TextTokenizer":
+        from llm.tokenizer import train_bpe
+
+        return train_bpe(
+            texts,
+            self.vocab_size,
+            min_frequency=self.min_frequency,
+            pre_tokenizer_name=self.pre_tokenizer,
+            special_tokens=self.special_tokens,
+            allow_smaller=allow_smaller,
+        )
+
+    def _texts(self, context: Context, sampled: Counter[str], *, language: str | None = None) -> Iterator[str]:
+        """The documents of the sample, each as often as training sees it; `sampled` counts bytes by language."""
+        from llm.documents import sample_documents
+        from llm.errors import InputError, Interrupted
+
+        train = context.open(self.corpus).train
+        for document in sample_documents(train, self.sample_bytes):
+            if context.should_stop():
+                raise Interrupted
+            if language in (None, document.language):
+                sampled[document.language] += document.bytes
+                yield from repeat(document.text, document.passes)
+        if not sampled:
+            raise InputError(
+                f"corpus {str(self.corpus)!r}: found no document to learn from in a sample of {self.sample_bytes:,} bytes "
+                f"out of {train.stat().st_size:,}; wants text, or a larger sample_bytes where documents are long"
+            )

@@ -1,0 +1,223 @@
+"""The loop: what is learned depends on rows, settings and seed, and on nothing else."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import VOCABULARY, MadeUpRows, tiny_model, tiny_training
+from torch import Tensor
+
+from llm.errors import InputError, Interrupted
+from llm.objectives import cross_entropy_sum, next_token_loss
+from llm.rows import IGNORE, Batch, Row, collate
+from llm.self_check import self_check
+from llm.settings import Budget, Optimizer
+from llm.train import CHECKPOINTS
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance: float) -> None:
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def stop_after(calls: int) -> Callable[[], bool]:
+    """A `should_stop` that says yes at its last of `calls` questions; the loop asks once per step."""
+    asked = iter([False] * (calls - 1) + [True])
+    return lambda: next(asked, False)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    metrics = tiny_training(tiny_model(), tmp_path, lines=lines, budget=Budget(steps=80))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] > 3.0 and losses[-1] < 2.0  # chance is ln 40 = 3.7
+    assert metrics["validation_loss"] < 2.0
+    assert metrics["validation_perplexity"] == pytest.approx(math.exp(metrics["validation_loss"]))
+    assert metrics["tokens"] == 80 * 5 * 24
+
+
+def test_validation_loss_is_the_mean_over_all_targets(tmp_path: Path) -> None:
+    model, rows = tiny_model(), MadeUpRows(rows_per_epoch=6, seed=9)
+    metrics = tiny_training(model, tmp_path, micro_batch=4)
+    batch = collate([rows.row(index) for index in range(6)], range(6))
+    logits = model(batch.tokens, documents=batch.documents, positions=batch.positions)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    assert metrics["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    nats = expected.item() * int((batch.targets != IGNORE).sum())
+    assert metrics["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / (6 * 24 * 3.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_accumulation_and_micro_batch_do_not_change_the_update(tmp_path: Path, kind: str, micro_batch: int) -> None:
+    found = []
+    for size in (5, micro_batch):
+        model = tiny_model(dropout=0.1)
+        settings = {"optimizer": Optimizer.model_validate({"kind": kind}), "micro_batch": size, "budget": Budget(steps=3)}
+        tiny_training(model, tmp_path / str(size), **settings)
+        found.append(weights(model))
+    # Muon's iteration runs in bf16 and turns rounding of the gradient into about 1e-3 of an update of 0.02.
+    assert_same(*found, atol=1e-5 if kind == "adamw" else 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stopped_training_ends_bit_for_bit_where_an_unstopped_one_does(tmp_path: Path, kind: str, precision: str) -> None:
+    settings: dict[str, Any] = {"optimizer": Optimizer.model_validate({"kind": kind}), "precision": precision}
+    unstopped = tiny_model(dropout=0.1)
+    expected = tiny_training(unstopped, tmp_path / "unstopped", **settings)
+    stopped = tiny_model(dropout=0.1)
+    with pytest.raises(Interrupted, match="after step 11 of 20"):
+        tiny_training(stopped, tmp_path / "stopped", should_stop=stop_after(12), **settings)
+    resumed = tiny_model(dropout=0.1)
+    torch.rand(7)  # whatever state the generator is in
+    found = tiny_training(resumed, tmp_path / "stopped", **settings)
+    assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
+    for name in ("loss", "validation_loss", "best_validation_loss", "best_validation_step", "tokens", "targets"):
+        assert found[name] == expected[name], name
+
+
+def test_a_training_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    class Failing(MadeUpRows):
+        def row(self, index: int) -> Row:
+            if index >= 5 * 13:
+                raise OSError("the disk went away")
+            return super().row(index)
+
+    unstopped, resumed = tiny_model(), tiny_model()
+    tiny_training(unstopped, tmp_path / "unstopped")
+    with pytest.raises(OSError, match="went away"):
+        tiny_training(tiny_model(), tmp_path / "failed", rows=Failing(), checkpoint_every=5)
+    lines: list[dict[str, Any]] = []
+    tiny_training(resumed, tmp_path / "failed", lines=lines)
+    assert "continues from step 10 of 20" in [line.get("note") for line in lines]
+    assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
+
+
+def test_checkpoints_by_the_clock_change_nothing_that_is_learned(tmp_path: Path) -> None:
+    often, never = tiny_model(), tiny_model()
+    metrics = tiny_training(often, tmp_path / "often", checkpoint_minutes=1e-9)
+    assert metrics["loss"] == tiny_training(never, tmp_path / "never")["loss"]
+    assert_same(weights(often), weights(never), atol=0, rtol=0)
+    assert [path.name for path in sorted((tmp_path / "often" / CHECKPOINTS).iterdir())] == ["step-00000019", "step-00000020"]
+    assert not (tmp_path / "never" / CHECKPOINTS).exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    unstopped, resumed = tiny_model(), tiny_model()
+    tiny_training(unstopped, tmp_path, checkpoint_every=5, budget=Budget(steps=20))
+    last, before = tmp_path / CHECKPOINTS / "step-00000020", "step-00000015"
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        kept = (last / name).read_bytes()
+        (last / name).write_bytes(kept[:-20] + bytes([kept[-20] ^ 1]) + kept[-19:])
+        lines: list[dict[str, Any]] = []
+        tiny_training(resumed, tmp_path, lines=lines)
+        notes = [line["note"] for line in lines if "note" in line]
+        assert notes == [
+            f"checkpoint {last.name} is damaged: goes on from {before}",
+            "continues from step 15 of 20",
+        ]
+        assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
+        (last / name).write_bytes(kept)
+
+
+def test_what_was_chosen_automatically_is_restored(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        tiny_training(tiny_model(), tmp_path, precision="bf16", micro_batch=3, should_stop=stop_after(2))
+    metrics = tiny_training(tiny_model(), tmp_path, precision="auto", micro_batch="auto")
+    assert metrics["choices"]["precision"] == "bf16" and metrics["choices"]["micro_batch"] == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Path) -> None:
+    def breaks(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        total, count = next_token_loss(model, batch)
+        breaks.calls += 1  # type: ignore[attr-defined]  # one call per step
+        return total * (math.nan if breaks.calls == 14 else 1.0), count  # type: ignore[attr-defined]
+
+    breaks.calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"step 13: loss nan, gradient norm nan, learning rate 0\.00"):
+        tiny_training(tiny_model(), tmp_path, objective=breaks, checkpoint_every=4, validation=None)
+    kept = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
+    assert kept == ["step-00000008", "step-00000012"]
+
+
+def test_a_batch_smaller_than_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"batch_tokens wants at least one row of 24 tokens .* found 23"):
+        tiny_training(tiny_model(), tmp_path, batch_tokens=23)
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    one: list[dict[str, Any]] = []
+    metrics = tiny_training(tiny_model(dropout=0.1), tmp_path / "one", lines=one, micro_batch=2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
+    # Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
+    launch += ["--multi_gpu", "--main_process_port", "0", str(Path(__file__).with_name("tiny_training.py")), str(tmp_path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    subprocess.run(launch, env=environment, check=True, capture_output=True)
+    two = json.loads((tmp_path / "result.json").read_text())
+    assert two["metrics"]["choices"]["processes"] == 2
+    assert two["metrics"]["targets"] == metrics["targets"]
+    for first, second in zip(one, two["lines"], strict=True):
+        for name in ("loss", "validation_loss", "gradient_norm"):
+            assert first.get(name) == pytest.approx(second.get(name), abs=1e-4)
+
+
+def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16, requires_grad=True), torch.nn.Linear(16, VOCABULARY, bias=False)
+    targets = torch.randint(VOCABULARY, (50,))
+    targets[::3] = IGNORE
+    wrapped = torch.nn.Sequential(head)
+    wrapped.out_features = VOCABULARY  # type: ignore[assignment]
+    found = []
+    for module in (head, wrapped):  # fused, and as for a head that an adapter wraps
+        total = cross_entropy_sum(module, hidden, targets)
+        found.append((total, *torch.autograd.grad(total * 0.5, (hidden, head.weight))))
+    total = torch.nn.functional.cross_entropy(head(hidden), targets, ignore_index=IGNORE, reduction="sum")
+    expected = (total, *torch.autograd.grad(total * 0.5, (hidden, head.weight)))
+    for values in found:
+        for value, wanted in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_training_of_a_fresh_model_checks_itself_and_ends_the_same(tmp_path: Path) -> None:
+    found, notes = [], []
+    for check in (False, True):
+        model, lines = tiny_model(), []
+        budget = Budget(steps=200)
+        metrics = tiny_training(model, tmp_path / str(check), lines=lines, check=check, budget=budget, validation=None)
+        notes.append([line["note"] for line in lines if "note" in line])
+        found.append(weights(model))
+    assert_same(*found, atol=0, rtol=0)
+    assert notes[0] == [] and notes[1][0].startswith("self-check passed")
+    assert metrics["self_check"]["first_loss"] == pytest.approx(math.log(VOCABULARY), abs=0.5)
+
+
+def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(100)
+    with pytest.raises(InputError, match=r"first loss wants to be near ln\(vocabulary\) = 3.69"):
+        self_check(model, next_token_loss, MadeUpRows().row(0))
+
+    def deaf(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        total, count = next_token_loss(model, batch)
+        return total.detach() * 0 + model.model.norm.weight.sum() * 0 + 5.5 * count, count
+
+    large = tiny_model()
+    large.vocab_size = 300
+    large.lm_head = torch.nn.Linear(32, 300, bias=False)
+    with pytest.raises(InputError, match=r"learned to a loss below 5\.0"):
+        self_check(large, deaf, MadeUpRows().row(0))
