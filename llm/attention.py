@@ -69,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
         return scaled_dot_product_attention(
             q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
-    out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)
+    out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 

@@ -78,7 +78,7 @@ def classify(
     The prompt is computed once for all labels. A prompt that does not fit the model beside the longest label is cut as in
     training. Raises InputError for a label that is not among `labels`.
     """
-    from sklearn.metrics import accuracy_score, f1_score  # type: ignore[import-untyped]  # it ships no types
+    from sklearn.metrics import accuracy_score, f1_score
 
     wanted = [question.turns[-1].content for question in questions]
     names = sorted(set(wanted)) if labels is None else list(labels)

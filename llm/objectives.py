@@ -76,16 +76,18 @@ class LinearCrossEntropy(Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(x), rows):
                 part, target = x[start : start + rows], targets[start : start + rows]
-                log_p = torch.log_softmax((part @ w.t()).float(), -1)  # (rows, V)
+                logits = (part @ w.t()).float()  # (rows, V)
                 learned = (target != IGNORE)[:, None]
                 index = target.clamp(min=0)[:, None]
-                total -= (log_p.gather(1, index) * learned).sum()
+                # One softmax, and log(sum(exp)) from its largest term: exp on its own costs more than all of this on CPU.
+                p = torch.softmax(logits, -1)
+                log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+                total += ((log_sum - logits.gather(1, index)) * learned).sum()
                 if not wanted:
                     continue
                 assert dhidden is not None
                 # d loss / d logits = softmax - one-hot, and 0 where nothing is learned
-                dlogits = log_p.exp_().scatter_add_(1, index, torch.full_like(index, -1.0, dtype=log_p.dtype))
-                dlogits = dlogits.mul_(learned).to(dtype)
+                dlogits = p.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(learned).to(dtype)
                 torch.mm(dlogits, w, out=dhidden[start : start + rows])
                 if dweight is not None:
                     dweight += dlogits.t() @ part

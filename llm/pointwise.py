@@ -87,17 +87,17 @@ class SwiGLU(Function):
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Root-mean-square normalization over the last dimension, in the dtype of the products that follow."""
-    out: Tensor = RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    out: Tensor = RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary position embedding: x (B, T, H, E), cosine and sine (1 or B, 1, T, E / 2). Returns (B, H, T, E)."""
-    out: Tensor = Rotate.apply(x, cosine, sine)
+    out: Tensor = Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    out: Tensor = SwiGLU.apply(gate, up)
+    out: Tensor = SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out

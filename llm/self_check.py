@@ -46,7 +46,7 @@ def self_check(model: nn.Module, objective: Objective, row: Row) -> dict[str, fl
                 )
         if loss < OVERFITS_BELOW:
             return {"chance": chance, "first_loss": first, "overfit_loss": loss, "overfit_steps": step}
-        mean.backward()
+        mean.backward()  # type: ignore[no-untyped-call]  # torch leaves `backward` untyped
         optimizer.step()
         optimizer.zero_grad()
     raise InputError(

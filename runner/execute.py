@@ -96,7 +96,8 @@ class Execution:
     def _judge(self, plan: Plan) -> None:
         for entry in plan:
             for verdict in entry.verdicts:
-                self._progress.note(f"{entry.name}: {verdict}")
+                if verdict.passed:
+                    self._progress.note(f"{entry.name}: {verdict}")
         failed = [f"{entry.name}: {verdict}" for entry in plan for verdict in entry.failed_gates]
         skipped = [entry.name for entry in plan if entry.state == "skipped"]
         if failed:

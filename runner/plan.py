@@ -130,8 +130,9 @@ class Plan:
         candidates = [record for record in self._all_records if record.kind == stage.kind]
         if not candidates:
             return "never run"
-        changes = [differences(record.data["identity"], what) for record in candidates]
-        return "; ".join(min(changes, key=lambda lines: len(lines)))
+        changes: list[list[str]] = [differences(record.data["identity"], what) for record in candidates]
+        fewest: list[str] = min(changes, key=len)
+        return "; ".join(fewest)
 
     @cached_property
     def _all_records(self) -> list[Record]:

@@ -39,9 +39,7 @@ def keys(recipe: Recipe, cache: Path) -> dict[str, str]:
 
 
 def identities(recipe: Recipe, digests: dict[str, str], store: Store) -> dict[str, dict[str, Any]]:
-    return {
-        name: identity(stage, artifacts=digests, files=store.digests.of_inputs) for name, stage in recipe.stages.items()
-    }
+    return {name: identity(stage, artifacts=digests, files=store.digests.of_inputs) for name, stage in recipe.stages.items()}
 
 
 def test_order_is_topological_with_ties_as_written(tmp_path: Path) -> None:
@@ -52,7 +50,7 @@ def test_order_is_topological_with_ties_as_written(tmp_path: Path) -> None:
 
 def test_renaming_a_stage_keeps_every_key(tmp_path: Path) -> None:
     before = keys(load(tmp_path), tmp_path)
-    after = keys(load(tmp_path, RECIPE.replace("vocab\"", "words\"").replace("stage.vocab", "stage.words")), tmp_path)
+    after = keys(load(tmp_path, RECIPE.replace('vocab"', 'words"').replace("stage.vocab", "stage.words")), tmp_path)
     assert [*before.values()] == [*after.values()]
 
 

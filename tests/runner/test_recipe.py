@@ -127,7 +127,9 @@ def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_pa
     below = tmp_path / "below"
     below.mkdir()
     write(below, GOOD)
-    child = write(tmp_path, 'extends = "below/recipe.toml"\nname = "child"\n[stage.tokenizer]\nvocab_size = 400\n', "child.toml")
+    child = write(
+        tmp_path, 'extends = "below/recipe.toml"\nname = "child"\n[stage.tokenizer]\nvocab_size = 400\n', "child.toml"
+    )
     recipe = load_recipe(child)
     assert recipe.head.name == "child"
     assert recipe.head.seed == 7
@@ -136,7 +138,9 @@ def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_pa
 
 
 def test_overrides_are_toml_else_strings(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GOOD), ["stage.tokenizer.vocab_size=500", "name=other", "stage.corpus.validation=0.5"])
+    recipe = load_recipe(
+        write(tmp_path, GOOD), ["stage.tokenizer.vocab_size=500", "name=other", "stage.corpus.validation=0.5"]
+    )
     assert recipe.stages["tokenizer"].model_dump()["vocab_size"] == 500
     assert recipe.head.name == "other"
     assert faults(tmp_path, GOOD, ("stage.tokenizer.vocab_sise=1",))[0].count("did you mean 'vocab_size'?") == 1

@@ -28,7 +28,22 @@ corpus = "corpus"
 tokenizer = "tokenizer"
 context = 32
 """
-WORDS = "kidney liver heart lung brain blood bone skin nerve muscle fever pain cough rash stroke".split()
+WORDS = [
+    "kidney",
+    "liver",
+    "heart",
+    "lung",
+    "brain",
+    "blood",
+    "bone",
+    "skin",
+    "nerve",
+    "muscle",
+    "fever",
+    "pain",
+    "rash",
+    "stroke",
+]
 
 
 class Folder:
@@ -52,7 +67,10 @@ class Folder:
 
     def call(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*words), capture_output=True, text=True, env={**os.environ, "STOCKPOT_CACHE": str(self.cache), **environment}
+            self.command(*words),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "STOCKPOT_CACHE": str(self.cache), **environment},
         )
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
@@ -280,7 +298,10 @@ def test_an_interrupted_run_exits_with_130_and_goes_on(tmp_path: Path) -> None:
 def test_runs_side_by_side_make_each_stage_once(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "crowd")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
-    crowd = [subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    crowd = [
+        subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     errors = [process.communicate()[1] for process in crowd]
     assert [process.returncode for process in crowd] == [0, 0, 0], errors
     for stage in ALL_CACHED:

@@ -145,14 +145,14 @@ def test_a_lock_lives_as_long_as_a_child_that_inherited_its_file(tmp_path: Path,
     with store.lock(stage, KEY, waiting=Waiting()) as log:
         worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log, stderr=log)
 
-    class Refused(Exception):
+    class RefusedError(Exception):
         pass
 
     class Impatient(Waiting):
         def tick(self) -> None:
-            raise Refused
+            raise RefusedError
 
-    with pytest.raises(Refused), store.lock(stage, KEY, waiting=Impatient()):
+    with pytest.raises(RefusedError), store.lock(stage, KEY, waiting=Impatient()):
         pass
     worker.communicate(b"\n")
     with store.lock(stage, KEY, waiting=Impatient()):
