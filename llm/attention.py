@@ -66,9 +66,12 @@ def visibility(length: int, *, documents: Tensor | None, dtype: torch.dtype, dev
 def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
     """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `visible`. Returns (B, H, T, E)."""
     if visible.blocks is None:
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        group = q.shape[1] // k.shape[1]
+        if visible.mask is None:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+        # With a mask and heads that share keys, SDPA on a GPU has only its slow kernel, which holds all scores.
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible.mask)
     out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 

@@ -10,26 +10,26 @@ share a row, `statistics.json` is for the record. A stream of n tokens takes n -
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.corpus.shards import _fields
-from llm.corpus.sources import Source, cut_into_shards
+from llm.corpus import credit
+from llm.corpus.credit import About
+from llm.corpus.sources import read_rows
 from llm.errors import InputError, Interrupted
 from llm.packing import best_fit
 from llm.rows import IGNORE, Row
 from llm.tokenizer import TextTokenizer
-from llm.turns import Template, Turn
+from llm.turns import Template, TextTemplate, Turn
 
 STATISTICS = "statistics.json"
 _IDS, _LEARNED, _INDEX = "ids.bin", "learned.bin", "index.npz"
-_READ = 1 << 20  # bytes of rows that are read at a time
 _BATCH = 1024  # rows that are tokenized at a time
 
 Encoded = tuple[list[int], list[bool]]  # ids, and which of them are learned
@@ -56,6 +56,8 @@ class Counts:
     cut_responses: int = 0
     dropped: int = 0  # nothing to learn was left within the context
     learned_tokens: int = 0  # in one epoch, all passes
+    licenses: dict[str, int] = field(default_factory=dict)  # what the rows that are learned from say, where they do
+    origins: dict[str, int] = field(default_factory=dict)  # their field `source`
 
 
 @dataclass(frozen=True)
@@ -135,23 +137,26 @@ def _head(text: str, tokens: Sequence[int], count: int, tokenizer: TextTokenizer
     return head
 
 
-def read_turns(files: Sequence[Path], template: Template) -> Iterator[tuple[str, list[Turn] | InputError]]:
-    """(file:line, turns) of every row of `files`, in order; for a row that cannot be used, the error that says why."""
-    columns = "".join(f"{{{name}}}" for name in sorted(template.fields))  # a source reads no others
-    for shard in cut_into_shards([Source("rows", files=tuple(files), text=columns)], _READ):
-        for row in shard.rows:
-            place = f"{row.place}:{row.number}"
-            result: list[Turn] | InputError
-            try:
-                fields = _fields(row)
-            except InputError as error:
-                result = error
-            else:
-                try:
-                    result = template.turns(fields)
-                except InputError as error:
-                    result = InputError(f"{place}: {error}")
-            yield place, result
+class TurnsOfRow(NamedTuple):
+    """What became of one row of data."""
+
+    place: str  # file:line
+    turns: list[Turn] | InputError  # for a row that cannot be used, the error that says why, with the place
+    about: About
+
+
+def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
+    """The rows of `files` as turns, in order."""
+    for row in read_rows(files, template.fields):
+        about = About()
+        turns: list[Turn] | InputError
+        try:
+            fields = row.fields()
+            about = credit.about(fields)
+            turns = template.turns(fields)
+        except InputError as error:
+            turns = InputError(f"{row.at}: {error}")
+        yield TurnsOfRow(row.at, turns, about)
 
 
 def write_rows(
@@ -183,7 +188,8 @@ def write_rows(
                     lengths.append(len(stream.ids))
                     ids.write(np.array(stream.ids, dtype=np.int32).tobytes())
                     learned.write(np.array(stream.learned, dtype=np.bool_).tobytes())
-    totals = {name: sum(getattr(count, name) for count in counts) for name in asdict(Counts())}
+    numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
+    totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
     if not lengths:
         names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
         raise InputError(f"{names}: wants rows to learn from; found none: {json.dumps(totals)}")
@@ -197,19 +203,23 @@ def write_rows(
     return statistics
 
 
-_Chosen = tuple[str, Sequence[Turn], int]  # place, turns, passes
+class _Chosen(NamedTuple):
+    place: str
+    turns: Sequence[Turn]
+    about: About
+    passes: int
 
 
 def _chosen(table: Table, count: Counts) -> Iterator[_Chosen]:
     """The usable rows of a table that its weight selects."""
-    for place, turns in read_turns(table.files, table.template):
+    for place, turns, about in read_turns(table.files, table.template):
         count.rows += 1
         if isinstance(turns, InputError):
             if not table.skip_bad:
                 raise turns
             count.bad += 1
         elif times := _passes(turns, table.weight):
-            yield place, turns, times
+            yield _Chosen(place, turns, about, times)
         else:
             count.unselected += 1
 
@@ -223,25 +233,27 @@ def _fitted(
     batch: Sequence[_Chosen], table: Table, count: Counts, *, tokenizer: TextTokenizer, positions: int
 ) -> Iterator[tuple[Stream, int]]:
     """(stream, passes) of the rows of a batch of which something can be learned."""
-    for (place, turns, times), encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
+    for row, encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
         if isinstance(encoded, InputError):
             if not table.skip_bad:
-                raise InputError(f"{place}: {encoded}") from encoded
+                raise InputError(f"{row.place}: {encoded}") from encoded
             count.bad += 1
             continue
-        stream = fit(turns, tokenizer, positions=positions, encoded=encoded)
+        stream = fit(row.turns, tokenizer, positions=positions, encoded=encoded)
         count.cut_prompts += stream.cut_prompt
         count.cut_responses += stream.cut_response
         if learned := sum(stream.learned[1:]):  # the first token is never predicted
-            count.learned_tokens += learned * times
-            yield stream, times
+            count.learned_tokens += learned * row.passes
+            credit.count(count.licenses, row.about.license)
+            credit.count(count.origins, row.about.origin)
+            yield stream, row.passes
         else:
             count.dropped += 1
 
 
 def _encoded(batch: Sequence[_Chosen], tokenizer: TextTokenizer) -> list[Encoded] | list[Encoded | InputError]:
     """All chats of a batch at once, on all cores; where one is refused, each alone, with the error in its place."""
-    chats = [[turn.message for turn in turns] for _, turns, _ in batch]
+    chats = [[turn.message for turn in row.turns] for row in batch]
     try:
         return tokenizer.encode_chats(chats)
     except InputError:

@@ -1,29 +1,29 @@
 """A model folder on disk, exactly as stock Transformers reads and writes it; nothing of a training's state.
 
-`config.json` (LlamaForCausalLM), `model.safetensors`, the tokenizer's files and `generation_config.json`. Weights are read
+`config.json`, `model.safetensors`, the tokenizer's files and `generation_config.json`. Weights are read
 from safetensors only, and a configuration that the hand-written model cannot honour is refused by the field that is at fault.
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llm.errors import InputError
+from llm.files import write_json, write_tensors
 from llm.models import architectures
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+
+if TYPE_CHECKING:  # whose methods every architecture has
+    from llm.models.llama.config import LlamaConfig
+    from llm.models.llama.model import Llama
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-# What the model computes however it is configured; another value in a config.json means another model.
-FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
-
-def save_checkpoint(folder: Path, model: Llama, tokenizer_folder: Path) -> None:
+def save_checkpoint(folder: Path, model: "Llama", tokenizer_folder: Path) -> None:
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -31,19 +31,20 @@ def save_checkpoint(folder: Path, model: Llama, tokenizer_folder: Path) -> None:
         if source.exists() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
     special = _special_ids(folder)
-    _write_json(folder / "config.json", _transformers_config(model, special))
-    _write_json(folder / "generation_config.json", special | {"do_sample": False})
+    architecture = architectures()[model.config.name]
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    config = architecture.to_transformers(model.config) | {"vocab_size": model.vocab_size, "dtype": dtype} | special
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", special | {"do_sample": False})
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied:
         del weights["lm_head.weight"]
-    temporary = folder / "model.safetensors.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", weights)
 
 
 def load_checkpoint(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
-) -> Llama:
+) -> "Llama":
     """Open a model folder. `dropout` is for training it further: a checkpoint does not say what it was trained with."""
     config, vocab_size = read_config(folder / "config.json", dropout=dropout)
     with torch.device("meta"):  # no time spent on drawing weights that are replaced at once
@@ -60,57 +61,18 @@ def load_checkpoint(
     return model.eval()
 
 
-def read_config(path: Path, *, dropout: float = 0.0) -> tuple[LlamaConfig, int]:
+def read_config(path: Path, *, dropout: float = 0.0) -> tuple["LlamaConfig", int]:
     """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field we cannot honour."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    for field, wanted in FIXED.items():
-        if found.get(field, wanted) != wanted:
-            raise InputError(f"{path}: {field} wants {wanted!r}, found {found[field]!r}: this architecture is not supported")
-    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"{path}: rope_type wants 'default', found {rope_type!r}: this scaling is not supported")
-    heads = found["num_attention_heads"]
-    config = LlamaConfig(
-        hidden_size=found["hidden_size"],
-        layers=found["num_hidden_layers"],
-        heads=heads,
-        kv_heads=found.get("num_key_value_heads") or heads,
-        head_size=found.get("head_dim") or found["hidden_size"] // heads,
-        intermediate_size=found["intermediate_size"],
-        context=found["max_position_embeddings"],
-        rope_base=rope.get("rope_theta") or found.get("rope_theta") or 10000.0,
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        dropout=dropout,
-        tied=found.get("tie_word_embeddings", False),
-    )
-    return config, found["vocab_size"]
-
-
-def _transformers_config(model: Llama, special: dict[str, int | None]) -> dict[str, Any]:
-    config = model.config
-    return (
-        {"architectures": ["LlamaForCausalLM"]}
-        | FIXED
-        | {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_size,
-            "max_position_embeddings": config.context,
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "tie_word_embeddings": config.tied,
-            "vocab_size": model.vocab_size,
-            "attention_dropout": 0.0,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch."),
-        }
-        | special
-    )
+    by_type = {architecture.model_type: architecture for architecture in architectures().values()}
+    model_type = found.get("model_type")
+    if model_type not in by_type:
+        wanted = " or ".join(map(repr, by_type))
+        raise InputError(f"{path}: model_type wants {wanted}, found {model_type!r}: this architecture is not supported")
+    try:
+        return by_type[model_type].from_transformers(found, dropout=dropout), found["vocab_size"]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _special_ids(folder: Path) -> dict[str, int | None]:
@@ -126,9 +88,3 @@ def _special_ids(folder: Path) -> dict[str, int | None]:
         return ids.get(token["content"] if isinstance(token, dict) else token)
 
     return {"bos_token_id": of("bos_token"), "eos_token_id": of("eos_token"), "pad_token_id": of("pad_token")}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -43,5 +43,8 @@ def choose(
 
 
 def restored(facts: dict[str, Any], group: Group, *, cores: int) -> Choices:
-    """The choices of a checkpoint. The layout is what this run was started in; another one is equal up to rounding."""
-    return replace(Choices(**facts), processes=group.size, threads=max(1, cores // group.size), device=group.device.type)
+    """The choices of a checkpoint. Processes and device are what this run was started in; others are equal up to rounding."""
+    kept = Choices(**facts)
+    if kept.processes != group.size:
+        kept = replace(kept, processes=group.size, threads=max(1, cores // group.size))
+    return replace(kept, device=group.device.type)

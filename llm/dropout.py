@@ -58,7 +58,7 @@ def set_counters(model: nn.Module, *, seed: int, step: int, rows: Tensor) -> Non
     sites = [module for module in model.modules() if isinstance(module, Dropout) and module.rate > 0]
     if not sites:
         return
-    start = torch.tensor((seed * 0x9E3779B1) ^ (step * 0x85EBCA77) ^ ((seed >> 32) * 0x27D4EB2F), device=rows.device)
-    row = _mix(_mix(start) + rows.to(torch.int64) * 0xC2B2AE3D)
+    start = (seed * 0x9E3779B1) ^ (step * 0x85EBCA77) ^ ((seed >> 32) * 0x27D4EB2F)
+    row = _mix(_mix(torch.tensor(start & (2**63 - 1), device=rows.device)) + rows.to(torch.int64) * 0xC2B2AE3D)
     for site, module in enumerate(sites):
         module.counters = _mix(row + (site + 1) * 0x27D4EB2F)

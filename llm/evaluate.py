@@ -76,7 +76,7 @@ def classify(
     label's tokens, end token included, after the chat up to there. Without `labels`, those that occur are the choice.
 
     The prompt is computed once for all labels. A prompt that does not fit the model beside the longest label is cut as in
-    training. Raises InputError for a label that is not among `labels`.
+    training. Raises InputError for a label that is not among `labels`, and where there is nothing to choose from.
     """
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -85,6 +85,11 @@ def classify(
     for question, label in zip(questions, wanted, strict=True):
         if label not in names:
             raise InputError(f"{question.place}: wants one of the labels {', '.join(map(repr, names))}; found {label!r}")
+    if len(set(names)) < 2:
+        raise InputError(
+            f"{questions[0].place}: wants rows of at least two distinct labels to choose from; found {names[0]!r} alone in "
+            f"{len(questions):,} rows"
+        )
     spelled = [_learned(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
     streams = [

@@ -29,6 +29,11 @@ def feed(
             yield loaded
 
 
+def most_batches(count: int, group: Group, micro_batch: int) -> int:
+    """Batches of the process that gets most of `count` rows."""
+    return -(-len(range(0, count, group.size)) // micro_batch)
+
+
 def batches(rows: RowSource, indices: range, micro_batch: int, *, first: int = 0) -> Iterator[Batch]:
     """Rows `first` + each of `indices`, `micro_batch` at a time."""
     for start in range(0, len(indices), micro_batch):

@@ -3,8 +3,6 @@
 Counts and flags go over a gloo group of their own, between main memories, so asking them never waits for a GPU.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +10,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+
+from llm.errors import Interrupted
 
 
 class Group:
@@ -36,11 +36,6 @@ class Group:
         wrapped: nn.Module = self._accelerator.prepare(module)
         return wrapped
 
-    def without_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """While gradients accumulate: no averaging."""
-        context: Callable[[], AbstractContextManager[None]] = getattr(wrapped, "no_sync", nullcontext)
-        return context()
-
     def sum(self, *values: float) -> list[float]:
         """Each value added up over the group, in fp64."""
         if self._host is None:
@@ -48,6 +43,11 @@ class Group:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._host)
         return tensor.tolist()
+
+    def stop_if(self, asked: bool) -> None:
+        """Raise Interrupted in every process once it is asked of one; all call this equally often."""
+        if any(self.sum(asked)):
+            raise Interrupted("asked to stop")
 
     def from_main(self, value: Any) -> Any:
         """What the main process passed."""

@@ -8,20 +8,19 @@ Importing peft takes 2.3 s after torch, in whatever way: its own first line impo
 Transformers that it names. So it is imported once, where an adapter is wanted.
 """
 
-import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm.dropout import Dropout
 from llm.errors import InputError
+from llm.files import write_json, write_tensors
 from llm.models.llama.model import Llama
 
 if TYPE_CHECKING:
@@ -70,6 +69,9 @@ def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = 
         quantized = Linear4bit(  # type: ignore[no-untyped-call]  # bitsandbytes has no types
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, device="meta", **form
         )
+        # On processors that multiply bf16, bitsandbytes would repack the weight in the first validation, for good, and a
+        # repacked layer passes no gradient on to what lies before it.
+        quantized.support_avx512bf16_for_cpu = False
         quantized.weight = Params4bit(linear.weight.detach(), requires_grad=False, module=quantized, **form)
         model.set_submodule(name, quantized.to(linear.weight.device))  # moving to a device is what quantizes
 
@@ -112,11 +114,17 @@ def save_adapter(folder: Path, model: Llama) -> None:
     fields |= {"base_model_name_or_path": None, "inference_mode": True}
     del fields["peft_version"]  # what an artifact holds does not depend on versions
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_json(folder / CONFIG, fields)
     weights = {_PREFIX + name: tensor.detach().to("cpu").contiguous() for name, tensor in _state(model).items()}
-    temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, weights)
+
+
+def copy_adapter(source: Llama, target: Llama) -> None:
+    """Put the adapter in `source` into `target`, which has none: another copy of the base, in four bits or not."""
+    from peft import set_peft_model_state_dict
+
+    _inject(target, _config_of(source))
+    set_peft_model_state_dict(target, _state(source))
 
 
 def load_adapter(model: Llama, folder: Path) -> None:
@@ -132,17 +140,6 @@ def load_adapter(model: Llama, folder: Path) -> None:
     _check_fit(model, weights, folder)
     set_peft_model_state_dict(model, weights)
     model.eval()
-
-
-def count_parameters(model: Llama) -> tuple[int, int]:
-    """How many parameters learn, and how many there are; a layer held in four bits counts for what it stands for."""
-    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return learned, sum(_numbers_in(weight) for weight in model.parameters())
-
-
-def _numbers_in(weight: Tensor) -> int:
-    packed = getattr(weight, "quant_state", None)  # what bitsandbytes keeps of a weight in four bits
-    return weight.numel() if packed is None else math.prod(packed.shape)
 
 
 def _linear_layers(model: Llama) -> Iterator[tuple[str, nn.Linear]]:
@@ -186,9 +183,3 @@ def _check_fit(model: Llama, weights: dict[str, Tensor], folder: Path) -> None:
                 f"{folder / WEIGHTS}: the adapter was made for another base: {name} wants shape "
                 f"{wanted.get(name, 'none, there is no such layer here')}, found {found.get(name, 'no such weight')}"
             )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -16,11 +16,27 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from llm.pointwise import compute_dtype
+from llm.precision import Precision, autocast
 from llm.rows import IGNORE, Batch
 
 Objective = Callable[[Any, Batch], tuple[Tensor, Tensor]]
 
 CHUNK_ELEMENTS = 2**21  # logits held at a time, in fp32: 8 MiB
+
+
+class Learner(nn.Module):
+    """Model and objective as one module, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module, objective: Objective, *, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.precision = precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over the batch's targets, and their number."""
+        with autocast(self.precision, device=batch.tokens.device):
+            return self.objective(self.model, batch)
 
 
 def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -37,7 +53,10 @@ def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log softmax(head(hidden))[target] over hidden (N, D), targets (N,); IGNORE counts nothing."""
     if type(head) is nn.Linear and head.bias is None and not head._forward_hooks:
-        total: Tensor = LinearCrossEntropy.apply(hidden, head.weight, targets, compute_dtype(hidden))
+        weight: Tensor = head.weight
+        if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
+            hidden, weight = hidden.detach(), weight.detach()
+        total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
         return total
     # A head that was wrapped (by an adapter, say) is called as a module; its logits are computed again in the backward pass.
     rows = max(1, CHUNK_ELEMENTS // _vocabulary(head))

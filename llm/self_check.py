@@ -1,40 +1,44 @@
-"""Seconds before hours: whether a fresh model has the right output shape, starts near chance, and can learn one row by heart.
+"""Seconds before hours: whether a fresh model has the right output shape, starts near chance, and can learn a batch by heart.
 
 It works on a copy and draws no random numbers, so the training that follows is the same with and without it.
 """
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from llm.errors import InputError
-from llm.objectives import Objective
-from llm.rows import Row, collate
+from llm.objectives import Learner, Objective
+from llm.precision import Precision, autocast
+from llm.rows import Batch
 
-LENGTH = 128  # tokens of the row that is used
+ROWS, LENGTH = 8, 128  # of the batch, at most: a large model, too, is to be done in seconds
 NEAR = 1.0  # nats between the first loss and ln(vocabulary)
 OVERFITS_BELOW = 5.0  # nats per target
 TRIES = 60  # steps to get there
 
 
-def self_check(model: nn.Module, objective: Objective, row: Row) -> dict[str, float]:
-    """What was found, or InputError with what is wrong. The caller's autocast applies."""
-    learner: Any = copy.deepcopy(model).eval()  # without dropout
-    device = next(learner.parameters()).device
-    batch = collate([Row(row.tokens[:LENGTH], row.targets[:LENGTH], row.documents[:LENGTH])], [0]).to(device)
-    with torch.no_grad():
-        shape = tuple(learner(batch.tokens, documents=batch.documents, positions=batch.positions).shape)
-    wanted = (1, batch.tokens.shape[1], learner.vocab_size)
+def self_check(model: nn.Module, objective: Objective, batch: Batch, *, precision: Precision) -> dict[str, float]:
+    """What was found on (a corner of) `batch`, or InputError with what is wrong."""
+    copied: Any = copy.deepcopy(model)
+    learner = Learner(copied, objective, precision=precision).eval()  # without dropout
+    device = next(copied.parameters()).device
+    corner = {name: getattr(batch, name)[:ROWS, :LENGTH] for name in ("tokens", "targets", "documents", "positions")}
+    batch = replace(batch, rows=batch.rows[:ROWS], **corner).to(device)
+    with torch.no_grad(), autocast(precision, device=device):
+        shape = tuple(copied(batch.tokens, documents=batch.documents, positions=batch.positions).shape)
+    wanted = (*batch.tokens.shape, copied.vocab_size)
     if shape != wanted:
         raise InputError(f"self-check: logits want the shape {wanted}, found {shape}")
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3, weight_decay=0.0)
-    chance = math.log(learner.vocab_size)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=3e-3, weight_decay=0.0)
+    chance = math.log(copied.vocab_size)
     first = loss = math.inf
     for step in range(TRIES + 1):
-        total, count = objective(learner, batch)
+        total, count = learner(batch)
         mean = total / count
         loss = mean.item()
         if step == 0:
@@ -46,9 +50,9 @@ def self_check(model: nn.Module, objective: Objective, row: Row) -> dict[str, fl
                 )
         if loss < OVERFITS_BELOW:
             return {"chance": chance, "first_loss": first, "overfit_loss": loss, "overfit_steps": step}
-        mean.backward()  # type: ignore[no-untyped-call]  # torch leaves `backward` untyped
+        mean.backward()
         optimizer.step()
         optimizer.zero_grad()
     raise InputError(
-        f"self-check: one row wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, found {loss:.2f}"
+        f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, found {loss:.2f}"
     )

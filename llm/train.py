@@ -5,6 +5,7 @@ that depends on the clock change when and where things are computed, and beyond 
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,28 +19,20 @@ from llm import training_state
 from llm.choices import Choices, choose, restored
 from llm.dropout import set_counters
 from llm.errors import InputError, Interrupted
-from llm.feed import batches, feed
+from llm.feed import batches, feed, most_batches
 from llm.group import Group
 from llm.memory import peak_memory
-from llm.objectives import Objective
+from llm.objectives import Learner, Objective
 from llm.optim import build_optimizers, set_learning_rate
-from llm.precision import Precision, autocast
+from llm.parameters import count_parameters
 from llm.rows import Batch, RowSource
 from llm.self_check import self_check
 from llm.settings import Budget, Optimizer, Schedule
+from llm.validation import Validation, measure
 
 CHECKPOINTS = "checkpoints"  # in scratch
 LOG_EVERY = 10  # steps between two reports
 LONG = 200  # steps from which on a training is worth a self-check
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Text held out, in a fixed order."""
-
-    rows: RowSource
-    bytes_per_token: float | None = None  # of the whole text; None where bits per byte mean nothing
-    tokens: int = 262_144  # positions to compute at most
 
 
 @dataclass
@@ -56,21 +49,6 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
     self_check: dict[str, float] = field(default_factory=dict)
-
-
-class Learner(nn.Module):
-    """Model and objective as one module, which is what data parallelism wraps."""
-
-    def __init__(self, model: nn.Module, objective: Objective, *, precision: Precision) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-        self.precision = precision
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the batch's targets, and their number."""
-        with autocast(self.precision, device=batch.tokens.device):
-            return self.objective(self.model, batch)
 
 
 def train(
@@ -116,20 +94,42 @@ def train(
     if state is None:
         choices = choose(group, micro_batch, precision, cores=cores, context=rows.context, rows_per_step=rows_per_step)
         progress = Progress(steps=steps)
+        if rows_per_step > rows.rows_per_epoch:
+            report(
+                note=f"the data has {rows.rows_per_epoch} rows and a step {rows_per_step}, so it sees some twice; "
+                f"batch_tokens = {rows.rows_per_epoch * rows.context} would be one pass"
+            )
     else:
         choices = restored(state.facts["choices"], group, cores=cores)
         progress = Progress(**state.facts["progress"])
+        before = Choices(**state.facts["choices"])
+        if (before.processes, before.device) != (choices.processes, choices.device):
+            report(
+                note=f"began with {before.processes} processes on {before.device}, goes on with {choices.processes} on "
+                f"{choices.device}: what is learned stays the same only up to rounding"
+            )
     torch.set_num_threads(choices.threads)
     model.to(group.device)
     if state is None and check and steps >= LONG:
-        with autocast(choices.precision, device=group.device):
-            progress.self_check = self_check(model, objective, rows.row(0))
+        first = next(batches(rows, range(rows_per_step), choices.micro_batch))  # the same in every process
+        progress.self_check = self_check(model, objective, first, precision=choices.precision)
         report(note="self-check passed: " + ", ".join(f"{name} {value:.4g}" for name, value in progress.self_check.items()))
-    loop = Loop(model, objective, optimizer, schedule=schedule, seed=seed, group=group, choices=choices, report=report)
+    loop = Loop(
+        model,
+        objective,
+        optimizer,
+        schedule=schedule,
+        seed=seed,
+        group=group,
+        choices=choices,
+        report=report,
+        should_stop=should_stop,
+    )
     if state is not None:
         training_state.restore(state, model, loop.optimizers)
         report(note=f"continues from step {progress.step} of {steps}")
     state = None  # its copy of all weights is not held any longer
+    rounds = most_batches(rows_per_step, group, choices.micro_batch)
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
 
@@ -142,29 +142,38 @@ def train(
                 facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(choices)}
                 writer.submit(training_state.take(model, loop.optimizers, facts=facts))
 
-        for parts, targets in feed(rows, group, choices.micro_batch, rows_per_step, range(progress.step, steps)):
-            due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
-            total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
-            if stopping:
-                save()
-                writer.wait()
-                group.sum(0)  # nobody leaves before it is on disk
-                raise Interrupted(f"stopped after step {progress.step} of {steps}")
-            loop.step(progress, parts, targets=total)
-            progress.step += 1
-            progress.tokens += tokens_per_step
-            progress.targets += int(total)
-            last = progress.step == steps
-            if last or progress.step % LOG_EVERY == 0:
-                loop.report_steps(progress)
-            if validation is not None and (last or (validate_every is not None and progress.step % validate_every == 0)):
+        def validate_if_due() -> None:
+            due = progress.step == steps or (validate_every is not None and progress.step % validate_every == 0)
+            if validation is not None and due and progress.validation.get("step") != progress.step:
                 loop.validate(progress, validation)
-            if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
-                save()
-                saved = time.monotonic()
+
+        try:
+            if progress.step:
+                validate_if_due()  # the run before this one was stopped in it
+            for parts, targets in feed(rows, group, choices.micro_batch, rows_per_step, range(progress.step, steps)):
+                due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
+                total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
+                if stopping:
+                    raise Interrupted("asked to stop")
+                loop.step(progress, parts, targets=total, rounds=rounds)
+                progress.step += 1
+                progress.tokens += tokens_per_step
+                progress.targets += int(total)
+                if progress.step == steps or progress.step % LOG_EVERY == 0:
+                    loop.report_steps(progress)
+                validate_if_due()
+                if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
+                    save()
+                    saved = time.monotonic()
+        except Interrupted:
+            # A step or a validation that was not finished left no trace; the next run begins it anew.
+            save()
+            writer.wait()
+            group.sum(0)  # nobody leaves before it is on disk
+            raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
     model.eval()
     progress.seconds = time.monotonic() - began
-    return _metrics(model, progress, choices, context=rows.context, tokens_per_step=tokens_per_step)
+    return _metrics(model, progress, choices, rows=rows, tokens_per_step=tokens_per_step)
 
 
 class Loop:
@@ -181,8 +190,10 @@ class Loop:
         group: Group,
         choices: Choices,
         report: Callable[..., None],
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.model, self.group, self.choices, self.report = model, group, choices, report
+        self.model, self.group, self.choices = model, group, choices
+        self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = schedule, seed
         self.clip = optimizer.gradient_clip or math.inf
         self.learner = Learner(model, objective, precision=choices.precision)
@@ -195,21 +206,31 @@ class Loop:
         self._since = time.monotonic()
         self._tokens = 0  # of this process, since then
 
-    def step(self, progress: Progress, parts: list[Batch], *, targets: float) -> None:
-        """One optimizer step over this process's micro-batches; `targets` is the number over all processes."""
+    def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
+        """One optimizer step over this process's micro-batches; `targets` is the number over all processes.
+
+        No process has more micro-batches than `rounds`. Who has fewer begins later, so that all do their last one, which
+        sums the gradients, together; before each round they may agree to stop.
+        """
         self.wrapped.train()
         # Whatever draws numbers besides our own dropout starts afresh, so nothing of a generator has to be kept.
         torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
         loss = torch.zeros((), device=self.group.device)
         # DDP averages gradients over processes, where the sum is wanted: hence the factor.
         scale = self.group.size / max(1.0, targets)
-        for index, batch in enumerate(parts):
+        late = rounds - len(parts)
+        for index in range(rounds):
+            if index > 0:
+                self.group.stop_if(self.should_stop())
+            if index < late:
+                continue
+            batch = parts[index - late]
             set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
-            if index < len(parts) - 1:
-                with self.group.without_sync(self.wrapped):
-                    loss += self._backward(batch, scale)
-            else:
-                loss += self._backward(batch, scale)
+            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that it
+            # must not be called at all: DDP talks to the other processes even where it is told not to sum.
+            total, _ = (self.wrapped if index == rounds - 1 else self.learner)(batch)
+            (total * scale).backward()
+            loss += total.detach()
             self._tokens += batch.tokens.numel()
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
         set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
@@ -218,12 +239,6 @@ class Loop:
             optimizer.zero_grad()
         self._losses.append(loss / max(1.0, targets))
         self._norms.append(norm)
-
-    def _backward(self, batch: Batch, scale: float) -> Tensor:
-        total, _ = self.wrapped(batch)
-        (total * scale).backward()
-        detached: Tensor = total.detach()
-        return detached
 
     def collect(self, progress: Progress) -> None:
         """Wait for the steps taken so far and keep their losses; InputError if one of them was not finite."""
@@ -261,28 +276,13 @@ class Loop:
         )
         self._tokens, self._since = 0, now
 
-    @torch.no_grad()
     def validate(self, progress: Progress, validation: Validation) -> None:
-        """Mean loss per target on held-out text, shared by the processes; training goes on as if it had not happened."""
+        """Measure the loss on held-out text; training goes on as if it had not happened."""
         began = time.monotonic()
-        source = validation.rows
-        count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
-        mine = range(self.group.rank, count, self.group.size)
-        self.learner.eval()
-        total = targets = positions = torch.zeros((), dtype=torch.float64, device=self.group.device)
-        for batch in batches(source, mine, self.choices.micro_batch):
-            batch = batch.to(self.group.device)
-            loss, number = self.learner(batch)
-            total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
-        nats, number, tokens = self.group.sum(total.item(), targets.item(), positions.item())
-        loss_per_target = nats / max(1.0, number)
-        found = {
-            "step": progress.step,
-            "validation_loss": loss_per_target,
-            "validation_perplexity": math.exp(min(loss_per_target, 700.0)),  # beyond lies infinity, which JSON cannot say
-        }
-        if validation.bytes_per_token is not None:
-            found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
+        found: dict[str, float] = {"step": progress.step}
+        found |= measure(
+            self.learner, validation, group=self.group, micro_batch=self.choices.micro_batch, should_stop=self.should_stop
+        )
         self.report(**found)
         progress.validation = found
         if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
@@ -296,16 +296,21 @@ def _last_state(folder: Path, group: Group, report: Callable[..., None]) -> trai
     path = group.from_main(path)
     for broken in damaged:
         instead = f"goes on from {path.name}" if path is not None else "starts from the beginning"
-        report(note=f"checkpoint {broken.name} is damaged: {instead}")
+        report(note=f"checkpoint {broken.name} is damaged and removed: {instead}")
+        shutil.rmtree(broken)
     return None if path is None else training_state.read(path)
 
 
-def _metrics(model: nn.Module, progress: Progress, choices: Choices, *, context: int, tokens_per_step: int) -> dict[str, Any]:
-    flops = progress.tokens * model.flops_per_token(context)  # type: ignore[operator]  # every registered model has it
+def _metrics(
+    model: nn.Module, progress: Progress, choices: Choices, *, rows: RowSource, tokens_per_step: int
+) -> dict[str, Any]:
+    learned, parameters = count_parameters(model)
+    flops = progress.tokens * model.flops_per_token(rows.context)  # type: ignore[operator]  # every registered model has it
     metrics: dict[str, Any] = {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "trained_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "parameters": parameters,
+        "trained_parameters": learned,
         "steps": progress.steps,
+        "epochs": round(progress.tokens / (rows.rows_per_epoch * rows.context), 4),  # passes made over the data
         "tokens": progress.tokens,
         "targets": progress.targets,
         "tokens_per_step": tokens_per_step,

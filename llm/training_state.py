@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from llm.files import write_tensors, write_text
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2
@@ -63,23 +65,23 @@ def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.o
 
 
 def write(folder: Path, state: TrainingState, *, kept: int = KEPT) -> Path:
-    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept`."""
+    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept` up to it."""
     final = folder / f"step-{state.facts['step']:08d}"
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(state.weights, partial / WEIGHTS)
-    save_file(state.optimizer, partial / OPTIMIZER)
+    write_tensors(partial / WEIGHTS, state.weights)
+    write_tensors(partial / OPTIMIZER, state.optimizer)
     digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
     facts = json.dumps(state.facts, sort_keys=True)
     digests["facts"] = hashlib.sha256(facts.encode()).hexdigest()
-    (partial / STATE).write_text(json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True), encoding="utf-8")
+    write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
     for path in (*partial.iterdir(), partial):
         _fsync(path)
     shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
     partial.rename(final)
     _fsync(folder)
-    for old in _finished(folder)[:-kept]:
+    for old in [path for path in _finished(folder) if path <= final][:-kept]:  # later ones are damaged: this one is new
         shutil.rmtree(old)
     return final
 
@@ -105,6 +107,8 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for partial in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while writing
+            shutil.rmtree(partial)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 

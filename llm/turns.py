@@ -6,10 +6,10 @@ when a row is too long for a model. This module is imported while planning, so i
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any
 
 from llm.errors import InputError
+from llm.templates import split_template, split_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -40,25 +40,6 @@ class Turn:
         return Turn(self.role, tuple(next(texts) if place % 2 else part for place, part in enumerate(self.parts)))
 
 
-def split_template(template: str) -> tuple[str, ...]:
-    """Fixed text and names of fields in turn: `"a {b} c"` gives `("a ", "b", " c")`; braces are written double.
-
-    Raises ValueError where braces do not match or hold something other than a name.
-    """
-    parts = [""]
-    try:
-        for literal, field, form, conversion in Formatter().parse(template):
-            parts[-1] += literal
-            if field is None:
-                continue
-            if not field.isidentifier() or form or conversion:
-                raise ValueError("between braces it wants the name of a field, and nothing else")
-            parts += [field, ""]
-    except ValueError as error:
-        raise ValueError(f"{template!r} is not a template: {error} (a brace that is meant literally is doubled)") from None
-    return tuple(parts)
-
-
 @dataclass(frozen=True)
 class Template:
     """How a row becomes turns: a prompt and a response as templates, or the field that holds a list of messages."""
@@ -79,16 +60,32 @@ class Template:
         if self.messages is not None:
             return list(_turns_of_messages(row, self.messages))
         return [
-            Turn("user", _filled(row, self.prompt, purpose="prompt")),
-            Turn("assistant", ("".join(_filled(row, self.response, purpose="response")),)),
+            Turn("user", _filled(row, split_template(self.prompt), purpose="prompt")),
+            Turn("assistant", ("".join(_filled(row, split_template(self.response), purpose="response")),)),
         ]
 
 
-def _filled(row: Mapping[str, Any], template: str, *, purpose: str) -> tuple[str, ...]:
-    parts = tuple(_text(row, part) if place % 2 else part for place, part in enumerate(split_template(template)))
-    if not "".join(parts).strip():
-        raise InputError(f"the {purpose} is empty: {template!r} was filled with nothing but white space")
-    return parts
+@dataclass(frozen=True)
+class TextTemplate:
+    """How a row becomes a document: the turn of an assistant, and nothing before it."""
+
+    text: str = "text"  # a field, or a template
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of a row that it reads."""
+        return set(split_text(self.text)[1::2])
+
+    def turns(self, row: Mapping[str, Any]) -> list[Turn]:
+        """The one turn of `row`; errors as of `Template.turns`."""
+        return [Turn("assistant", ("".join(_filled(row, split_text(self.text), purpose="text")),))]
+
+
+def _filled(row: Mapping[str, Any], parts: tuple[str, ...], *, purpose: str) -> tuple[str, ...]:
+    filled = tuple(_text(row, part) if place % 2 else part for place, part in enumerate(parts))
+    if not "".join(filled).strip():
+        raise InputError(f"the {purpose} is empty: it was filled with nothing but white space")
+    return filled
 
 
 def _text(row: Mapping[str, Any], field: str) -> str:
@@ -97,7 +94,18 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"wants a text or a number in {field!r}, found {_name_of_type(value)}")
-    return str(value)
+    return _encodable(str(value), repr(field))
+
+
+def _encodable(text: str, where: str) -> str:
+    """`text`, unless it holds what JSON can write and UTF-8 cannot: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"wants a text of whole characters in {where}, found {text[error.start]!r}, half of a surrogate pair"
+        ) from error
+    return text
 
 
 def _turns_of_messages(row: Mapping[str, Any], field: str) -> Iterator[Turn]:
@@ -114,6 +122,7 @@ def _turns_of_messages(row: Mapping[str, Any], field: str) -> Iterator[Turn]:
             raise InputError(f"wants a role of {', '.join(ROLES)} in {field}[{number}], found {roles[number]!r}")
         if not isinstance(content := message.get("content"), str):
             raise InputError(f"wants a text as content of {field}[{number}], found {_name_of_type(content)}")
+        _encodable(content, f"{field}[{number}]")
         if roles[number] == "assistant":
             if not content.strip():
                 raise InputError(f"the assistant's turn {field}[{number}] is empty")

@@ -30,10 +30,14 @@ class Artifact:
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT
 
     def content(self) -> list[Path]:
-        """The files whose bytes are the artifact, sorted by name; records of how it was made are not among them."""
+        """The files whose bytes are the artifact, sorted by name; records of how it was made, scratch and temporary files (all
+        of which begin with a dot) are not among them.
+        """
         files = {path.relative_to(self.folder): path for path in self.folder.rglob("*") if path.is_file()}
         return sorted(
-            path for name, path in files.items() if name.parts[0] != SCRATCH and name.as_posix() not in self.not_content
+            path
+            for name, path in files.items()
+            if not any(part.startswith(".") for part in name.parts) and name.as_posix() not in self.not_content
         )
 
     def digests(self) -> dict[str, str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm.templates import split_template
+
 Record = Mapping[str, Any]
 
 # Score names of `evaluate` -> metric names of the Hub.
@@ -34,8 +36,9 @@ def model_card(model: Model) -> str:
         f"---\n{_metadata(model)}\n---\n",
         f"# {model.recipe['name']}\n",
         f"{model.recipe['description']}\n" if model.recipe.get("description") else "",
-        _scores(model.scores),
-        _use(),
+        _summary(model),
+        _scores(model),
+        _use(model.recipe),
         _data(model),
         _making(model.records),
         _again(model.version),
@@ -85,19 +88,54 @@ def _metadata(model: Model) -> str:
     return data.to_yaml()
 
 
-def _scores(scores: Mapping[str, Mapping[str, float]]) -> str:
+def _summary(model: Model) -> str:
+    """The size of the network, where it was trained from nothing."""
+    bases = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
+    if not bases:
+        return ""
+    fields, metrics = model.recipe["stage"][bases[-1]], model.records[bases[-1]].get("metrics", {})
+    shape = fields.get("architecture", {})
+    context = shape.get("context") or model.recipe["stage"].get(fields.get("tokens"), {}).get("context")
+    vocabularies = [record["metrics"]["vocab_size"] for record in model.records.values() if record["kind"] == "tokenizer"]
+    facts = [
+        f"{metrics['parameters']:,} parameters" if "parameters" in metrics else "",
+        f"{shape['layers']} layers" if "layers" in shape else "",
+        f"hidden size {shape['hidden_size']:,}" if "hidden_size" in shape else "",
+        f"a vocabulary of {vocabularies[-1]:,} tokens" if vocabularies else "",
+        f"a context of {context:,} tokens" if context else "",
+    ]
+    told = ", ".join(fact for fact in facts if fact)
+    return f"A LLaMA decoder trained from nothing{': ' if told else ''}{told}.\n"
+
+
+def _scores(model: Model) -> str:
+    scores = model.scores
     if not scores:
         return ""
     names = list(dict.fromkeys(score for of_one in scores.values() for score in of_one))
     rows = [[score, *(_number(of_one.get(score)) for of_one in scores.values())] for score in names]
-    return (
-        "## Scores\n\n"
-        + _table(["score", *scores], rows)
-        + ("\nPerplexity and bits per byte are better when lower, everything else when higher.\n")
-    )
+    return f"""## Scores
+
+{_table(["score", *scores], rows)}
+Perplexity and bits per byte are better when lower, everything else when higher.
+{_tasks(model)}"""
 
 
-def _use() -> str:
+def _tasks(model: Model) -> str:
+    """Which models were scored, and on what (of which the last evaluation is told)."""
+    stages, last = model.recipe["stage"], list(model.scores)[-1]
+    counts = model.records[last].get("metrics", {}).get("tasks", {})
+    rows = [
+        [task["name"], task["task"], task["files"], f"{counts[task['name']]['rows']:,}"]
+        for task in stages[last].get("tasks", ())
+    ]
+    scored = [
+        f"`{name}` scores what the stage `{stages[name]['model']}` made." for name in model.scores if "model" in stages[name]
+    ]
+    return f"{' '.join(scored)}\n\n{_table(['scores', 'task', 'data', 'rows'], rows)}" if rows else ""
+
+
+def _use(recipe: Mapping[str, Any]) -> str:
     return """## Use
 
 ```python
@@ -111,7 +149,14 @@ inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 output = model.generate(**inputs, max_new_tokens=200)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
-"""
+""" + _prompts(recipe)
+
+
+def _prompts(recipe: Mapping[str, Any]) -> str:
+    """The wording that the model was taught, where a recipe gives one: with another it answers worse."""
+    tables = [table for fields in recipe["stage"].values() for table in fields.get("data", ())]
+    wordings = dict.fromkeys(prompt for table in tables if any(split_template(prompt := table.get("prompt", "{prompt}"))[::2]))
+    return "".join(f"\nFor what is in braces, it was taught this prompt:\n\n```\n{wording}\n```\n" for wording in wordings)
 
 
 def _data(model: Model) -> str:
@@ -120,18 +165,25 @@ def _data(model: Model) -> str:
     ]
     if not rows:
         return ""
-    return "## Data\n\nWhat the model learned from:\n\n" + _table(["stage", "data", "rows", "licences", "origins"], rows)
+    return (
+        "## Data\n\nWhat the model learned from, by stage, with the number of rows of each licence and origin:\n\n"
+        + _table(["stage", "data", "rows", "licences", "origins"], rows)
+        + "\nIt knows nothing but this, and nobody has checked its answers: what it says may be wrong.\n"
+    )
 
 
 def _learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
     """A line per source of a corpus, and per table of rows of a fine-tuning."""
     metrics = record.get("metrics", {})
-    for (name, source), spec in zip(metrics.get("sources", {}).items(), fields.get("sources", ()), strict=False):
+    for number, spec in enumerate(fields.get("sources", ()), start=1):
+        name = spec.get("name") or spec.get("hub") or f"source-{number}"
+        source = metrics["sources"][name]
         place = f"[{name}](https://huggingface.co/datasets/{source['hub']})" if "hub" in source else f"{name}: {spec['files']}"
-        yield [stage, place, f"{source['train']:,}", _listed(source["licenses"]), _listed(source["origins"])]
+        used = f"{source['train']:,}" + (f" + {source['validation']:,} held out" if source["validation"] else "")
+        yield [stage, place, used, _listed(source["licenses"]), _listed(source["origins"])]
     for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
-        used = table["rows"] - table["bad"] - table["unselected"]
-        yield [stage, spec["files"], f"{used:,}", _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
+        used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
+        yield [stage, spec["files"], used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -145,10 +197,25 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def _making(records: Mapping[str, Record]) -> str:
     rows = [
-        [stage, str(record["kind"]), _seconds(float(record.get("seconds", 0))), f"`{str(record['digest'])[:12]}`"]
+        [
+            stage,
+            str(record["kind"]),
+            _work(record.get("metrics", {})),
+            _seconds(float(record.get("seconds", 0))),
+            f"`{str(record['digest'])[:12]}`",
+        ]
         for stage, record in records.items()
     ]
-    return "## How it was made\n\n" + _table(["stage", "kind", "time", "result"], rows)
+    return "## How it was made\n\n" + _table(["stage", "kind", "work", "time", "result"], rows)
+
+
+def _work(metrics: Mapping[str, Any]) -> str:
+    """How much was learned, where something was."""
+    if "trained_parameters" not in metrics:
+        return ""
+    return (
+        f"{metrics['trained_parameters']:,} parameters learned from {metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
+    )
 
 
 def _again(version: str) -> str:
@@ -165,7 +232,9 @@ run recipe.toml
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return "".join(
+        f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import tomli_w
 
 from runner.errors import RecipeError, StockpotError
+from runner.graph import ancestors
 from runner.recipe import Recipe, load_recipe
 from runner.store import Store, default_cache
 
@@ -18,7 +19,7 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; the console script `run` exits with what this returns."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or (words[0] not in VERBS and not words[0].startswith("-")):
+    if words and words[0] not in (*VERBS, "-h", "--help"):
         words.insert(0, "run")
     options = _parser().parse_args(words)
     try:
@@ -47,6 +48,10 @@ def run(options: argparse.Namespace) -> int:
     recipe, store = _recipe(options), _store(options)
     for name in [*options.force, *([options.until] if options.until else [])]:
         _stage_named(recipe, name)
+    if options.until:
+        for name in options.force:
+            if name != options.until and name not in ancestors(recipe.stages, options.until):
+                raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
     progress, stop = make_progress(), StopRequest()
     stop.install()
     try:

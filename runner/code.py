@@ -12,9 +12,10 @@ from runner.stage import Stage
 
 
 def code_digest(stage: type[Stage]) -> str:
-    """sha256 over the stage's module and everything in `llm`."""
-    file = sys.modules[stage.__module__].__file__ or ""
-    return hashlib.sha256((_bytes_digest(Path(file)) + _llm_digest()).encode()).hexdigest()
+    """sha256 over the modules of the stage and of what it inherits, and everything in `llm`."""
+    modules = sorted({parent.__module__ for parent in stage.__mro__ if issubclass(parent, Stage)})
+    own = [_bytes_digest(Path(sys.modules[module].__file__ or "")) for module in modules]
+    return hashlib.sha256("".join([*own, _llm_digest()]).encode()).hexdigest()
 
 
 @cache

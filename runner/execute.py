@@ -6,6 +6,7 @@ After each stage the plan is made anew from the cache, so that a result equal to
 import datetime
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterable
@@ -68,6 +69,8 @@ class Execution:
                 if self._run_stage(entry, plan):
                     made.add(str(entry.key))
                 plan = self._plan(until, forced)
+            if self._stop.requested:
+                raise KeyboardInterrupt
             self._act(plan)
         finally:
             if warning := self._tracker.close():
@@ -77,12 +80,16 @@ class Execution:
     def _plan(self, until: str | None, forced: set[str]) -> Plan:
         """The plan, after setting aside the artifacts of forced stages whose keys are known by now."""
         plan = Plan(self._recipe, self._store, until=until)
-        ready = [entry for entry in plan if entry.name in forced and entry.key]
+        waiting = {name for name in forced if ancestors(self._recipe.stages, name) & forced}  # their keys may change yet
+        ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
         for entry in ready:
+            stage, key = entry.stage, str(entry.key)
+            with self._store.lock(stage, key, waiting=_Patience(entry.name, self._progress, self._stop)):
+                self._store.discard_work(stage, key)
+                self._store.forget(key)
+                if place := self._store.set_aside(stage, key):
+                    self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
             forced.discard(entry.name)
-            self._store.forget(str(entry.key))
-            if place := self._store.set_aside(entry.stage, str(entry.key)):
-                self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
         return Plan(self._recipe, self._store, until=until) if ready else plan
 
     def _act(self, plan: Plan) -> None:
@@ -112,12 +119,17 @@ class Execution:
             if record and self._store.has_artifact(record):
                 self._progress.finished(entry, "made by another run")
                 return False
-            if not self._inputs_are_sound(entry, plan):
+            if not self._inputs_are_sound(entry, plan) or not plan.still_holds(entry):
                 return False
             self._progress.started(entry)
             begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
             result = _StageRun(entry, plan, self._recipe, self._store, log).work(self._progress, self._stop, self._tracker)
             seconds = time.monotonic() - clock
+            if not plan.still_holds(entry):
+                self._store.discard_work(stage, key)
+                raise StageError(
+                    f"stage {entry.name!r}: an input file changed while it ran, so its result is dropped; run again"
+                )
             self._store.finish(
                 stage,
                 key,
@@ -168,7 +180,7 @@ class _StageRun:
         self._job(processes, cores).write(job)
         metrics = Follower(self._work / METRICS)
         if stage.trains:
-            tracker.follow(self._work / METRICS, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
+            tracker.follow(metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         if type(stage).prepare is not Stage.prepare and not (self._scratch / PREPARED).exists():
             self._launch(launch.plain_command(job, "--prepare"), metrics, progress, stop, threads=cores)
             (self._scratch / PREPARED).touch()
@@ -190,7 +202,7 @@ class _StageRun:
             code = launch.wait(process, tick=tick, stopping=lambda: stop.requested)
         if code == 0:
             return
-        if stop.requested:
+        if stop.requested and not (self._scratch / ERROR).exists():
             raise KeyboardInterrupt
         raise StageError(f"stage {self._entry.name!r}: {self._cause(code, log_start)}")
 
@@ -203,8 +215,9 @@ class _StageRun:
         with log.open("rb") as file:
             file.seek(log_start)
             last = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        died = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+        number = -code if code is not None and code < 0 else _signal_in("\n".join(last))
+        died = f"was killed by signal {number}" if number else f"ended with exit code {code}"
+        hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
         return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *last])
 
     def _job(self, processes: int, cores: int) -> Job:
@@ -218,7 +231,7 @@ class _StageRun:
             inputs={
                 source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
             },
-            records={source: str(self._store.record_path(record.key)) for source, record in above.items()},
+            records={source: record.data for source, record in above.items()},
             recipe=tomli_w.dumps(self._recipe.resolved()),
             parallel=plain(self._recipe.head.parallel),
             processes=processes,
@@ -235,6 +248,14 @@ class _StageRun:
             "key": entry.key,
             "hparams": plain(entry.stage),
         }
+
+
+def _signal_in(log: str) -> int | None:
+    """The signal that ended a worker, as accelerate and torch's launcher tell it at the end of their logs."""
+    if found := re.search(r"died with <Signals\.(SIG\w+)", log):
+        return int(signal.Signals[found[1]])
+    found = re.search(r"exitcode\s*: -(\d+)", log)
+    return int(found[1]) if found else None
 
 
 class _Patience(Waiting):

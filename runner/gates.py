@@ -2,15 +2,13 @@
 
     gates = [{ score = "section.macro_f1", at_least = 0.90 }, { score = "general.bits_per_byte", at_most = 1.5 }]
 
-A gate is judged from an evaluation's `scores.json` on every run, whether or not the scores were computed before, and is no
+A gate is judged from the scores in an evaluation's record on every run, whether or not they were computed before, and is no
 part of any key. What a failed gate means for the run (exit code, what is blocked) is decided by who asks for the verdicts.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from pydantic import model_validator
@@ -48,12 +46,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.score} = {_number(self.value)}, wanted {self.wanted}: {'passed' if self.passed else 'failed'}"
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """The scores of an evaluation's `scores.json`."""
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["scores"]
-    return scores
 
 
 def judge(gates: Iterable[Gate], scores: Mapping[str, float]) -> list[Verdict]:

@@ -24,7 +24,7 @@ class Job:
     fields: Mapping[str, Any]  # of the stage, with absolute paths of input files
     work: str
     inputs: Mapping[str, str]  # stage name -> folder of its artifact
-    records: Mapping[str, str]  # stage name -> file of its record; every ancestor
+    records: Mapping[str, Mapping[str, Any]]  # stage name -> its record; every ancestor
     recipe: str  # resolved, as TOML
     parallel: Mapping[str, Any]
     processes: int

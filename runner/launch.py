@@ -6,6 +6,7 @@ scratch folder, which training looks at between steps.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ POLL_SECONDS = 0.1
 # How long an idle OpenMP thread spins before it sleeps. The default of GNU's library spins so long that a training on two
 # cores fell from 20,000 to 1,000 tokens/s as soon as anything else ran; this costs an undisturbed one next to nothing.
 SPIN_COUNT = "1000"
+NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
 GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
 
 
@@ -48,13 +50,15 @@ def plain_command(job: Path, *arguments: str) -> list[str]:
 
 
 def training_command(job: Path, processes: int) -> list[str]:
-    """Workers under `accelerate launch`.
+    """Workers under `accelerate launch`, whose settings beside the job stand in for the user's own default configuration.
 
     `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
     1.15 silently starts one. The worker asserts its world size.
     """
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    layout = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings = job.with_name("accelerate.json")
+    settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
+    layout = ["--config_file", str(settings), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     layout += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
     if processes > 1:
         layout.append("--multi_gpu")

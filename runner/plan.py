@@ -68,6 +68,11 @@ class Plan:
         assert record is not None, name
         return record
 
+    def still_holds(self, entry: Entry) -> bool:
+        """Whether the input files of a stage are what they were when it was planned."""
+        artifacts = {source: self.record(source).digest for source in self._inputs[entry.name]}
+        return identity(entry.stage, artifacts=artifacts, files=self._store.digests.of_inputs) == entry.identity
+
     def next(self) -> Entry | None:
         """The first stage that can run now."""
         return next((entry for entry in self if entry.state in RUNNABLE), None)
@@ -109,12 +114,14 @@ class Plan:
         behind = [source for source in self._inputs[name] if self._blocked(source)]
         if behind:
             return replace(entry, state="skipped", reason=f"a gate of {', '.join(behind)} failed")
-        if entry.state != "cached" or entry.path is None or entry.record is None:
+        if entry.state != "cached" or entry.record is None:
             return entry
-        verdicts = entry.stage.verdicts(entry.path)
+        verdicts = entry.stage.verdicts(entry.record.data["metrics"])
         failed = [str(verdict) for verdict in verdicts if not verdict.passed]
         if failed:
             return replace(entry, verdicts=verdicts, reason="; ".join(failed))
+        if entry.path is None:
+            return replace(entry, verdicts=verdicts)
         effect = entry.stage.effect(entry.path, digest=entry.record.digest, receipts=self._store.root / "receipts")
         if effect is None:
             return replace(entry, verdicts=verdicts)

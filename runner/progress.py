@@ -3,8 +3,10 @@
 It is fed with plan entries and with the lines of metrics.jsonl, and never asks a worker anything.
 """
 
+import contextlib
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,25 +47,26 @@ def make_progress() -> Progress:
 class Follower:
     """Reads what is appended to a metrics file, from its present end."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+    def __init__(self, path: Path, *, offset: int | None = None) -> None:
+        self.path = path
+        self.offset = (path.stat().st_size if path.exists() else 0) if offset is None else offset  # bytes read
 
     def moved_to(self, path: Path) -> None:
         """The file is the same under another name."""
-        self._path = path
+        self.path = path
 
     def new_lines(self) -> Iterator[dict[str, Any]]:
         """The complete lines that were added since the last call."""
-        if not self._path.exists():
+        if not self.path.exists():
             return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                self._offset += len(line)
-                yield json.loads(line)
+                self.offset += len(line)
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+                    yield json.loads(line)
 
 
 class PlainProgress:
@@ -87,7 +90,7 @@ class PlainProgress:
         """The stage and why it runs."""
         self._name, self._clock = entry.name, Clock()
         self._last_line = time.monotonic()
-        self._write(entry.name, f"{entry.stage.kind}: {entry.reason}")
+        self._write(entry.name, f"{entry.stage.kind}: {brief(entry.reason)}")
 
     def reported(self, line: Mapping[str, Any]) -> None:
         """Notes and validations at once, the rest now and then."""
@@ -104,13 +107,18 @@ class PlainProgress:
 
     def note(self, text: str) -> None:
         """The sentence on a line of its own."""
-        print(text, file=self._stream, flush=True)
+        self._print(text)
 
     def close(self) -> None:
         """Nothing to put back."""
 
     def _write(self, name: str, text: str) -> None:
-        print(f"{name:<{self._width}}  {text}", file=self._stream, flush=True)
+        self._print(f"{name:<{self._width}}  {text}")
+
+    def _print(self, text: str) -> None:
+        """A line, or nothing once nobody reads any more: that does not end a training."""
+        with contextlib.suppress(BrokenPipeError):
+            print(text, file=self._stream, flush=True)
 
 
 class LiveProgress:
@@ -141,7 +149,7 @@ class LiveProgress:
     def started(self, entry: Entry) -> None:
         """A new bar."""
         self._clock = Clock()
-        self._task = self._bars.add_task(entry.reason, stage=entry.name, total=None)
+        self._task = self._bars.add_task(brief(entry.reason), stage=entry.name, total=None)
 
     def reported(self, line: Mapping[str, Any]) -> None:
         """Moves the bar."""
@@ -221,6 +229,11 @@ SHOWN = {
     "validation_loss": "validation loss {:.3f}",
     "validation_bits_per_byte": "{:.3f} bits per byte",
 }
+
+
+def brief(reason: str) -> str:
+    """The beginning of a long list of reasons; `run why` has them all."""
+    return textwrap.shorten(reason, 100, placeholder=" ... (`run why` tells all)")
 
 
 def duration(seconds: float) -> str:

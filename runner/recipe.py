@@ -23,6 +23,7 @@ from runner.errors import RecipeError
 from runner.graph import edges, find_cycle, input_files, plain
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
 
+ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -134,11 +135,9 @@ def _locate(value: Any, folder: Path) -> Any:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge deeply, `above` wins; lists and plain values replace. A stage of another kind replaces the stage."""
-    if "kind" in above and above["kind"] != below.get("kind", above["kind"]):
-        return above
+    """Tables merge deeply, `above` wins; lists, plain values and tables of alternatives replace."""
     both = {**below, **above}
-    for key in below.keys() & above.keys():
+    for key in (below.keys() & above.keys()) - ALTERNATIVES:
         if isinstance(below[key], dict) and isinstance(above[key], dict):
             both[key] = _merge(below[key], above[key])
     return both
@@ -228,6 +227,8 @@ def _path_in(table: Any, location: Sequence[str | int]) -> list[str | int]:
     path: list[str | int] = []
     here = table
     for index, part in enumerate(location):
+        if isinstance(here, dict) and part in (here.get("task"), here.get("name")) and index < len(location) - 1:
+            continue  # the tag by which pydantic chose among several tables
         if (isinstance(here, dict) and part in here) or (
             isinstance(here, list) and isinstance(part, int) and part < len(here)
         ):
@@ -253,8 +254,8 @@ def _field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]
             fields = (m.model_fields[part].annotation for m in models if part in m.model_fields)
             models = [found for annotation in fields for found in _models_in(annotation)]
     names = [name for m in models for name in m.model_fields]
-    if not path and issubclass(model, Stage):
-        names.insert(0, "kind")
+    if not path:
+        names += ["kind"] if issubclass(model, Stage) else ["stage", "extends"]
     return list(dict.fromkeys(names))
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
@@ -67,13 +67,13 @@ class InputFile(Located):
 
     @property
     def pattern(self) -> str:
-        """The absolute path or glob."""
-        return str(self.folder / self)
+        """The absolute glob; of a file that exists under this very name, a glob for it alone."""
+        if (self.folder / self).is_file():
+            return glob.escape(str(self.folder / self))
+        return str(Path(glob.escape(str(self.folder)), self))
 
     def matches(self) -> list[Path]:
-        """The files it means now, sorted by path; a name that exists is itself, even where it holds glob characters."""
-        if Path(self.pattern).is_file():
-            return [Path(self.pattern)]
+        """The files it means now, sorted by path."""
         return sorted(path for path in map(Path, glob.iglob(self.pattern, recursive=True)) if path.is_file())
 
     @classmethod
@@ -118,13 +118,13 @@ class Ref(str, Generic[A]):
 class Spec(BaseModel):
     """A table of a recipe: strict types, no unknown keys, frozen; each field marked Semantic or Execution."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Parallel(Spec):
     """Where and how to run; never part of any stage's identity."""
 
-    processes: Execution[int | Literal["auto"]] = "auto"
+    processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
     """Processes of a training; "auto" is one per GPU here, else one."""
     strategy: Execution[Literal["ddp"]] = "ddp"
     """How processes share a training: each holds the whole model and gradients are summed."""
@@ -194,8 +194,8 @@ class Stage(Spec):
     def run(self, context: Context) -> Metrics:
         """Do the work; return what the record should tell. Called in every process of a training."""
 
-    def verdicts(self, artifact: Path) -> Sequence[Verdict]:
-        """Judges the finished artifact, on every run and while planning; what reads it is not run if a gate has not passed."""
+    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+        """Judges what `run` returned, on every run and while planning; what reads the artifact waits until all gates pass."""
         return ()
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:

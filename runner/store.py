@@ -120,6 +120,10 @@ class Store:
         folder.rename(place)
         return place
 
+    def discard_work(self, stage: Stage, key: str) -> None:
+        """Removes what an interrupted run left of an artifact."""
+        shutil.rmtree(self.work(stage, key), ignore_errors=True)
+
     def forget(self, key: str) -> None:
         """Removes a record, so that its stage runs again."""
         self.record_path(key).unlink(missing_ok=True)
@@ -130,16 +134,16 @@ class Store:
         files = stage.makes(work).digests()
         data = {"kind": stage.kind, "key": key, "digest": digest_of(files), "files": files, **facts}
         (work / RECORD).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-        for path in [*map(work.joinpath, files), work / RECORD]:
+        written = [*map(work.joinpath, files), work / RECORD]
+        for path in [*written, *{path.parent for path in written}]:
             _fsync(path)
-        _fsync(work)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():  # an artifact that no longer matched its record
             self.set_aside(stage, key)
         work.rename(folder)
         _fsync(folder.parent)
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         write_whole(self.record_path(key), json.dumps(data, ensure_ascii=False))
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         return Record(data)
 
     def record_path(self, key: str) -> Path:
@@ -202,7 +206,7 @@ class DigestMemo:
     def _known(self) -> dict[str, list[Any]]:
         try:
             known = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (OSError, json.JSONDecodeError):
             return {}
         return known if isinstance(known, dict) else {}
 

@@ -17,7 +17,7 @@ from runner.progress import Follower
 
 CLOSE_SECONDS = 20.0  # for what is left to mirror when a run ends
 POLL_SECONDS = 0.5
-NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit"})
+NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total"})
 
 
 class Tracker:
@@ -27,13 +27,15 @@ class Tracker:
         self._cache = cache
         self._process: subprocess.Popen[str] | None = None
 
-    def follow(self, metrics: Path, finished: Path, facts: Mapping[str, Any]) -> None:
-        """Mirrors a metrics file from now on; it will move to `finished` when its stage is done."""
+    def follow(self, metrics: Follower, finished: Path, facts: Mapping[str, Any]) -> None:
+        """Mirrors a metrics file from where `metrics` stands; it will move to `finished` when its stage is done."""
         if self._process is None:
             with self._log().open("a") as log:
                 command = [sys.executable, "-m", "runner.track", str(self._cache)]
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
-        self._tell({"metrics": str(metrics), "finished": str(finished), "facts": facts})
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
+                )
+        self._tell({"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished), "facts": facts})
 
     def close(self) -> str | None:
         """Waits until everything is mirrored; a sentence if that did not succeed."""
@@ -74,7 +76,7 @@ class _Mirror:
         for name, value in facts.items():
             self._run[name] = value
         self._paths = [Path(message["metrics"]), Path(message["finished"])]
-        self._follower = Follower(self._paths[0])
+        self._follower = Follower(self._paths[0], offset=message["offset"])
 
     def copy(self) -> bool:
         """Mirrors new lines; true once the stage is finished and everything is copied."""
@@ -89,7 +91,11 @@ class _Mirror:
         return moved
 
     def close(self) -> None:
+        """Ends the run, and enters it in aim's index, which otherwise only the server of `aim up` does."""
+        from aim.sdk.index_manager import RepoIndexManager
+
         self._run.close()
+        RepoIndexManager.get_index_manager(self._run.repo).index(self._run.hash)
 
 
 def main() -> None:

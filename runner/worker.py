@@ -3,7 +3,9 @@
 It ends at once when its standard input closes: then the run that started it is gone, and an orphan must not write.
 """
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
@@ -44,7 +46,7 @@ def main() -> int:
         return EXIT_INTERRUPTED
     except (InputError, OSError, MemoryError) as error:
         traceback.print_exc()
-        _leave_error(scratch, rank, sentence(error))
+        _leave_error(scratch, rank, sentence(error, Path(job.work)))
         return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
@@ -55,9 +57,11 @@ def main() -> int:
     return 0
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: Exception, work: Path) -> str:
     """What a person is told of a fault that is not a bug."""
     match error:
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
+            return f"{error.strerror} while writing under {work}; free some space and run again, what is finished is kept"
         case OSError(strerror=str(reason), filename=str(name)):
             return f"{reason}: {name}"
         case OSError(strerror=str(reason)):
@@ -105,7 +109,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         work=Path(job.work),
         scratch=scratch,
         inputs={name: Path(path) for name, path in job.inputs.items()},
-        records={name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in job.records.items()},
+        records=job.records,
         recipe=job.recipe,
         parallel=Parallel.model_validate(job.parallel),
         cores=job.cores,
@@ -120,6 +124,8 @@ class _Report:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # after a line that a kill cut short
 
     def __call__(self, **values: Any) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
@@ -132,8 +138,9 @@ def _silent(**values: Any) -> None:
 
 def _leave_error(scratch: Path, rank: int, message: str) -> None:
     """The first process that fails says why; the others fail only because it did."""
-    if not (scratch / ERROR).exists():
-        write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}, ensure_ascii=False))
+    with contextlib.suppress(OSError):  # a full disk, say: then the log and the exit code are what is left
+        if not (scratch / ERROR).exists():
+            write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}, ensure_ascii=False))
 
 
 def _assert_world_size(wanted: int) -> None:

@@ -14,13 +14,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.corpus import credit
 from llm.corpus.duplicates import EXACT, KEPT, NEAR, find_duplicates
 from llm.corpus.executor import Executor
-from llm.corpus.shards import EXAMPLES, About, ShardFolder, Treatment, work_on
+from llm.corpus.shards import EXAMPLES, ShardFolder, Treatment, work_on
 from llm.corpus.sources import Source, cut_into_shards
 from llm.errors import InputError, Interrupted
 
-CREDITED = 1000  # distinct values of a row's `license` or `source` in the counts of one source; the rest is "(others)"
+PLACES = 5  # files that an error names
 TOTALS = ("read", "kept", "train", "validation", "characters", "bytes", "passes")
 REASONS = {EXACT: "exact_duplicate", NEAR: "near_duplicate"}
 
@@ -65,7 +66,7 @@ def build_corpus(
         counts = _filter(shards, verdicts, len(sources), train=train_file, validation=validation_file)
     totals = {key: sum(of_source[key] for of_source in counts) for key in TOTALS}
     if not totals["train"]:
-        raise InputError(_nothing_left(totals, counts))
+        raise InputError(_nothing_left(sources, totals, counts))
     growing[0].replace(train)
     growing[1].replace(validation)
     return {**totals, "sources": {source.name: of_source for source, of_source in zip(sources, counts, strict=True)}}
@@ -114,16 +115,17 @@ def _filter(
 
 def _count_abouts(of_source: dict[str, Any], abouts: list[list[str | None]], documents: NDArray[np.int64]) -> None:
     for about, count in zip(abouts, documents.tolist(), strict=True):
-        for name, value in zip(("licenses", "origins", "languages"), About(*about), strict=True):
-            counter = of_source[name]
-            if count and value is not None:
-                counter[value if value in counter or len(counter) < CREDITED else "(others)"] += count
+        for name, value in zip(("licenses", "origins", "languages"), about, strict=True):
+            credit.count(of_source[name], value, count)
 
 
-def _nothing_left(totals: dict[str, int], counts: list[dict[str, Any]]) -> str:
+def _nothing_left(sources: Sequence[Source], totals: dict[str, int], counts: list[dict[str, Any]]) -> str:
+    places = [place for source in sources for place in (*map(str, source.files), source.place) if place]
     dropped: Counter[str] = sum((of_source["dropped"] for of_source in counts), Counter())
     reasons = [f"{reason} {count:,}" for reason, count in dropped.most_common()]
     held_out = [f"held out for validation {totals['validation']:,}"] if totals["validation"] else []
+    more = f" and {len(places) - PLACES:,} more" if places[PLACES:] else ""
     return (
-        f"no document is left to learn from; {totals['read']:,} were read: {', '.join(reasons + held_out) or 'no rows at all'}"
+        f"{', '.join(places[:PLACES])}{more}: no document is left to learn from; {totals['read']:,} were read: "
+        f"{', '.join(reasons + held_out) or 'no rows at all'}"
     )

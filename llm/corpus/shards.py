@@ -14,15 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.corpus import minhash
 from llm.corpus.cleaning import Rules, clean, fault
-from llm.corpus.sources import Fault, Row, Shard, Source, fields_of
+from llm.corpus.credit import About, about
+from llm.corpus.sources import Row, Shard, Source
 from llm.errors import InputError
+from llm.templates import split_text
 
 BATCH = 1 << 18  # characters that are signed together: enough to forget Python's overhead, few enough for the cache
 EXAMPLES = 5  # bad rows that are quoted in the record
@@ -46,14 +48,6 @@ class Treatment:
     validation: float = 0.01  # share of the documents that is held out
     similarity: float | None = 0.8  # from which a later document is a near duplicate; None looks for none
     skip_bad_rows: bool = False
-
-
-class About(NamedTuple):
-    """What a row says of itself, for credit and for statistics by language."""
-
-    license: str | None
-    origin: str | None  # its field `source`
-    language: str | None
 
 
 @dataclass(frozen=True)
@@ -116,19 +110,20 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
     facts: list[tuple[int, int, int, bool, int]] = []
     digests: list[bytes] = []
     texts: list[str] = []
+    parts = split_text(source.text)
     with (folder / "documents.jsonl").open("wb") as documents:
         for row in rows:
             try:
-                fields = _fields(row)
+                fields = row.fields()
                 if not all(fields.get(name) == value for name, value in source.where.items()):
                     dropped["filtered"] += 1
                     continue
-                text = clean(_text(fields, row, source.text))
+                text = clean(_text(fields, parts))
             except InputError as error:
                 if not treatment.skip_bad_rows:
-                    raise
+                    raise InputError(f"{row.at}: {error}") from error
                 dropped["bad_row"] += 1
-                bad_rows.append(str(error))
+                bad_rows.append(f"{row.at}: {error}")
                 continue
             encoded = text.encode()
             if reason := fault(text, encoded, rules=treatment.rules):
@@ -140,10 +135,11 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
             if not passes:
                 dropped["unselected"] += 1
                 continue
-            about = _about(fields, source)
+            said = about(fields)
+            said = said._replace(language=said.language or source.language)
             passes = 1 if held_out else passes
-            documents.write(_line(text, source.name, passes, about.language))
-            facts.append((len(text), len(encoded), passes, held_out, abouts.setdefault(about, len(abouts))))
+            documents.write(_line(text, source.name, passes, said.language))
+            facts.append((len(text), len(encoded), passes, held_out, abouts.setdefault(said, len(abouts))))
             digests.append(digest)
             texts.append(text)
     np.save(folder / "facts.npy", np.array(facts, dtype=FACTS))
@@ -165,40 +161,18 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
     }
 
 
-def _fields(row: Row) -> Mapping[str, Any]:
-    content = row.content
-    if isinstance(content, Fault):
-        raise InputError(f"{row.place}:{row.number}: {content}")
-    if isinstance(content, dict):
-        return content
-    try:
-        fields = json.loads(content.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{row.place}:{row.number}: is not UTF-8 (byte {error.start + 1}: {error.reason})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{row.place}:{row.number}: is not JSON ({error}); wants one object a line") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{row.place}:{row.number}: is a JSON {type(fields).__name__}; wants an object")
-    return fields
+def _text(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
+    """Fixed text and values of fields, joined; `parts` as `split_text` gives them."""
+    return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
 
 
-def _text(fields: Mapping[str, Any], row: Row, text: str) -> str:
-    values = {}
-    for name in fields_of(text):
-        if name not in fields:
-            raise InputError(f"{row.place}:{row.number}: has no field {name!r}; its fields are: {', '.join(fields) or 'none'}")
-        if not isinstance(fields[name], str):
-            found = json.dumps(fields[name], ensure_ascii=False, default=str)
-            raise InputError(f"{row.place}:{row.number}: field {name!r} wants a string, found {found[:80]}")
-        values[name] = fields[name]
-    return text.format_map(values) if "{" in text else values[text]
-
-
-def _about(fields: Mapping[str, Any], source: Source) -> About:
-    license, origin, language = (
-        value if isinstance(value := fields.get(name), str) else None for name in ("license", "source", "language")
-    )
-    return About(license, origin, language or source.language)
+def _value(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
+        raise InputError(f"has no field {name!r}; its fields are: {', '.join(fields) or 'none'}")
+    if not isinstance(value := fields[name], str):
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        raise InputError(f"field {name!r} wants a string, found {found[:80]}")
+    return value
 
 
 def _line(text: str, source: str, passes: int, language: str | None) -> bytes:

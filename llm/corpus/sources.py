@@ -8,19 +8,18 @@ A file's format is its suffix: `.jsonl` (an object a line), `.txt` (the whole fi
 """
 
 import csv
-import glob
-import string
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from llm.corpus import credit
 from llm.errors import InputError
+from llm.templates import split_text
 
 READ = 1 << 16  # bytes of a file at a time; a gzip block of this size grows to at most 64 MiB
-ABOUT = ("license", "source", "language")  # fields of a row that are kept for credit, where they are there
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -34,6 +33,28 @@ class Row(NamedTuple):
     place: str  # the file, or the dataset
     number: int  # line of the file (row of a parquet file or dataset), from 1
     content: bytes | dict[str, Any] | Fault
+
+    @property
+    def at(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.place}:{self.number}"
+
+    def fields(self) -> Mapping[str, Any]:
+        """The row parsed; an InputError says why it cannot be, and leaves it to the caller to say where it stands."""
+        content = self.content
+        if isinstance(content, Fault):
+            raise InputError(content)
+        if isinstance(content, dict):
+            return content
+        try:
+            fields = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            raise InputError(f"is not UTF-8 (byte {error.start + 1}: {error.reason})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"is not JSON ({error}); wants one object a line") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"is a JSON {type(fields).__name__}; wants an object")
+        return fields
 
 
 @dataclass(frozen=True)
@@ -58,28 +79,6 @@ class Source:
     language: str | None = None  # of rows that do not tell theirs in a field `language`
     where: Mapping[str, str | int | bool] = field(default_factory=dict)  # only rows whose fields equal these
     limit: int | None = None  # rows read at most
-
-
-@cache
-def fields_of(text: str) -> tuple[str, ...]:
-    """The fields that a `text` setting reads: `title` and `text` for "{title}\\n{text}"."""
-    if "{" not in text:
-        return (text,)
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-    except ValueError as error:
-        raise InputError(f"text = {text!r}: wants a field, or a template such as '{{title}}\\n{{text}}'; {error}") from error
-    if not names or not all(name.isidentifier() for name in names):
-        raise InputError(f"text = {text!r}: wants fields by name in braces, such as '{{title}}\\n{{text}}'")
-    return tuple(names)
-
-
-def expand(pattern: str) -> tuple[Path, ...]:
-    """The files that a path or glob names, sorted by path."""
-    found = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not found:
-        raise InputError(f"{pattern}: no such file")
-    return tuple(found)
 
 
 def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Shard]:
@@ -113,8 +112,14 @@ def _all_rows(source: Source) -> Iterator[Row]:
     if source.rows is not None:
         for number, row in enumerate(source.rows(), start=1):
             yield Row(source.place, number, dict(row))
-    wanted = {*fields_of(source.text), *source.where}
-    for path in source.files:
+    yield from read_rows(source.files, {*split_text(source.text)[1::2], *source.where})
+
+
+def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[Row]:
+    """The rows of `files`, in order. `wanted` are the fields that will be asked for: a table without one is an InputError,
+    and columns of a Parquet file that are not wanted are not read (but for those of `credit`).
+    """
+    for path in files:
         yield from _FORMATS[_format(path)](path, wanted)
 
 
@@ -177,7 +182,9 @@ def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
             if missing := sorted(wanted.difference(names)):
                 raise InputError(f"{path}: has no column {missing[0]!r}; its columns are: {', '.join(names)}")
             number = 1
-            for batch in file.iter_batches(batch_size=1024, columns=[name for name in names if name in {*wanted, *ABOUT}]):
+            for batch in file.iter_batches(
+                batch_size=1024, columns=[name for name in names if name in {*wanted, *credit.FIELDS}]
+            ):
                 for row in batch.to_pylist():
                     yield Row(str(path), number, row)
                     number += 1

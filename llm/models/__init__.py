@@ -1,7 +1,9 @@
 """The architectures that can be trained: one folder each, found by being there.
 
-A folder holds `config.py` (a frozen Pydantic model whose `name` field is the name recipes use; imports no torch, because it is
-read while planning) and `model.py` (the modules). Adding a folder adds an architecture; nothing else lists them.
+A folder holds `config.py` and `model.py`. The first imports no torch, because it is read while planning: `Config`, a frozen
+Pydantic model whose `name` field is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes the
+same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`. The second has the modules,
+under Transformers' names, and `build`. Adding a folder adds an architecture; nothing else lists them.
 """
 
 import importlib
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BaseModel, Discriminator, Tag
 
 if TYPE_CHECKING:
+    from llm.models.llama.config import LlamaConfig
     from llm.models.llama.model import Llama
 
 
@@ -23,12 +26,26 @@ class Architecture:
 
     name: str
     config: type[BaseModel]
+    model_type: str
 
     def build(self, config: BaseModel, *, vocab_size: int) -> "Llama":
         """The model with freshly drawn weights, from torch's default generator; every architecture has Llama's methods."""
         model: Any = importlib.import_module(f"llm.models.{self.name}.model")
         built: Llama = model.build(config, vocab_size=vocab_size)
         return built
+
+    def to_transformers(self, config: BaseModel) -> dict[str, Any]:
+        """The fields of a `config.json` that say the same as `config`."""
+        fields: dict[str, Any] = self._config_module().to_transformers(config)
+        return fields
+
+    def from_transformers(self, found: Mapping[str, Any], *, dropout: float) -> "LlamaConfig":
+        """What the fields of a `config.json` say; InputError names one that this architecture cannot honour."""
+        config: LlamaConfig = self._config_module().from_transformers(found, dropout=dropout)
+        return config
+
+    def _config_module(self) -> Any:
+        return importlib.import_module(f"llm.models.{self.name}.config")
 
 
 @cache
@@ -37,8 +54,8 @@ def architectures() -> Mapping[str, Architecture]:
     found: dict[str, Architecture] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg:
-            config: type[BaseModel] = importlib.import_module(f"llm.models.{module.name}.config").Config
-            found[module.name] = Architecture(module.name, config)
+            config: Any = importlib.import_module(f"llm.models.{module.name}.config")
+            found[module.name] = Architecture(module.name, config.Config, config.MODEL_TYPE)
     return found
 
 

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from llm.templates import split_text
 from runner.artifacts import Corpus
 from runner.stage import Context, Execution, InputFile, Metrics, Semantic, Spec, Stage
 
@@ -43,6 +44,12 @@ class SourceSpec(Spec):
     """Only rows whose fields have these values: { lang = "en" }."""
     limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Rows to read at most."""
+
+    @field_validator("text")
+    @classmethod
+    def _is_field_or_template(cls, text: str) -> str:
+        split_text(text)
+        return text
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceSpec":
@@ -130,9 +137,8 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
 
 
 def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source":
-    from llm.corpus.sources import Source, expand, fields_of
+    from llm.corpus.sources import Source
 
-    fields_of(spec.text)  # a wrong template is told before anything is read
     rows: Callable[[], Iterable[Mapping[str, Any]]] | None = None
     place = ""
     if spec.hub is not None:
@@ -140,7 +146,7 @@ def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source"
         place = f"{spec.hub}@{commits[_branch(spec)][:8]}/{spec.split}"
     return Source(
         name=name,
-        files=expand(spec.files.pattern) if spec.files is not None else (),
+        files=tuple(spec.files.matches()) if spec.files is not None else (),
         rows=rows,
         place=place,
         text=spec.text,

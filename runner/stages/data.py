@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llm.turns import Template, split_template
+from llm.templates import split_template, with_field
+from llm.turns import Template
 from runner.artifacts import Checkpoint
 from runner.stage import Context, InputFile, Metrics, Semantic, Spec
 from runner.stages.training import TrainingStage
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from llm.validation import Validation
 
 _ROWS, _VALIDATION_ROWS = "rows", "validation-rows"  # in scratch
 
@@ -31,8 +34,6 @@ class RowTable(Spec):
     """What the assistant answers, and the only text that is learned."""
     messages: Semantic[str | None] = None
     """Instead of prompt and response: the field that holds a list of {role, content}."""
-    weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
-    """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
@@ -41,6 +42,12 @@ class RowTable(Spec):
     def _is_template(cls, text: str) -> str:
         split_template(text)
         return text
+
+    @field_validator("response")
+    @classmethod
+    def _depends_on_the_row(cls, response: str) -> str:
+        with_field(response)
+        return response
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -55,12 +62,19 @@ class RowTable(Spec):
         return Template(self.prompt, self.response, self.messages)
 
 
+class TrainingTable(RowTable):
+    """A table that is gone through more or less often than once."""
+
+    weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
+    """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
+
+
 class RowTraining(TrainingStage):
     """A training on rows, from a checkpoint; a kind of its own only where a subclass gives one."""
 
-    data: Semantic[Annotated[list[RowTable], Field(min_length=1)]]
+    data: Semantic[Annotated[list[TrainingTable], Field(min_length=1)]]
     """What to learn from. Loss is on the assistant's text and the end of its turns."""
-    validation: Semantic[list[RowTable]] = Field(default_factory=list)
+    validation: Semantic[list[TrainingTable]] = Field(default_factory=list)
     """Rows held out, to look at while training; nothing is learned from them."""
     context: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Positions in a row; by default as many as the model has. Longer chats are cut to it."""
@@ -89,16 +103,23 @@ class RowTraining(TrainingStage):
                     should_stop=context.should_stop,
                 )
 
+    def held_out(self, context: Context) -> "Validation | None":
+        """The rows of `validation`, as `pack` made them."""
+        from llm.chat import ChatRows
+        from llm.validation import Validation
+
+        if not self.validation:
+            return None
+        return Validation(ChatRows(context.scratch / _VALIDATION_ROWS, seed=None), tokens=self.validation_tokens)
+
     def learn_rows(self, context: Context, model: "nn.Module") -> dict[str, Any]:
         """Train `model` in place on what `pack` made; returns the metrics for the record, those of the rows among them."""
         from llm.chat import STATISTICS, ChatRows
-        from llm.train import Validation
 
         def read(name: str) -> Metrics:
             statistics: Metrics = json.loads((context.scratch / name / STATISTICS).read_text(encoding="utf-8"))
             return statistics
 
-        held_out = Validation(ChatRows(context.scratch / _VALIDATION_ROWS, seed=None)) if self.validation else None
         rows = ChatRows(context.scratch / _ROWS, seed=self.seed)
-        metrics = self.learn(context, model, rows=rows, validation=held_out) | {"data": read(_ROWS)}
+        metrics = self.learn(context, model, rows=rows, validation=self.held_out(context)) | {"data": read(_ROWS)}
         return metrics | ({"validation_data": read(_VALIDATION_ROWS)} if self.validation else {})

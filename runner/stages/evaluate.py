@@ -13,14 +13,14 @@ The measuring is `llm.evaluate`'s, the judging `runner.gates`'.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llm.turns import Template, split_template
+from llm.templates import split_text
+from llm.turns import TextTemplate
 from runner.artifacts import Checkpoint, Scores
-from runner.gates import Gate, Verdict, judge, read_scores, unknown_score
+from runner.gates import Gate, Verdict, judge, unknown_score
 from runner.stage import Context, Execution, InputFile, Metrics, Ref, Semantic, Spec, Stage
 from runner.stages.data import RowTable
 from runner.store import write_whole
@@ -46,8 +46,8 @@ class TextTask(Spec):
     """Likelihood of text."""
     files: Semantic[InputFile]
     """Path or glob: .jsonl, .txt or .csv (also .gz, .zst), or .parquet."""
-    text: Semantic[str] = "{text}"
-    """What is a document; {name} stands for the field of a row."""
+    text: Semantic[str] = "text"
+    """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
     limit: Semantic[Limit | None] = None
     """Rows to use at most, evenly spread over the files."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
@@ -55,14 +55,14 @@ class TextTask(Spec):
 
     @field_validator("text")
     @classmethod
-    def _is_template(cls, text: str) -> str:
-        split_template(text)
+    def _is_field_or_template(cls, text: str) -> str:
+        split_text(text)
         return text
 
     @property
-    def template(self) -> Template:
-        """A document as what an assistant says; the prompt is left aside."""
-        return Template("text", self.text)
+    def template(self) -> TextTemplate:
+        """How a row becomes a document."""
+        return TextTemplate(self.text)
 
     def score(
         self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
@@ -82,12 +82,6 @@ class _ChatTask(RowTable):
     limit: Semantic[Limit | None] = None
     """Rows to use at most, evenly spread over the files."""
 
-    @model_validator(mode="after")
-    def _no_weight(self) -> Self:
-        if self.weight != 1:
-            raise ValueError("weight is of data to learn from; an evaluation counts each row once (limit chooses fewer rows)")
-        return self
-
 
 class ClassificationTask(_ChatTask):
     """Accuracy and macro-F1 of choosing the likeliest label; the response is the label."""
@@ -98,6 +92,14 @@ class ClassificationTask(_ChatTask):
     """Choice among labels."""
     labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
     """The labels to choose from; by default those that occur in the rows."""
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
+        for number, label in enumerate(labels or ()):
+            if labels and label in labels[:number]:
+                raise ValueError(f"wants labels that differ, found {label!r} twice")
+        return labels
 
     def score(
         self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
@@ -168,7 +170,7 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
         tokenizer = TextTokenizer.load(checkpoint.folder)
         outcomes: dict[str, Outcome] = {}
         for task in self.tasks:
-            kept = context.scratch / f"{task.name}.json"
+            kept = context.scratch / "tasks" / f"{task.name}.json"
             if not kept.exists():
                 questions, skipped = _questions(task, tokenizer)
                 outcome = task.score(model, tokenizer, questions, progress=_progress(context, task.name))
@@ -182,9 +184,9 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
         write_whole(made.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
         return {"scores": scores, "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes}}
 
-    def verdicts(self, artifact: Path) -> Sequence[Verdict]:
+    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
         """The judgement of every gate."""
-        return judge(self.gates, read_scores(Scores(artifact).scores)) if self.gates else ()
+        return judge(self.gates, metrics["scores"])
 
 
 def _questions(task: TextTask | _ChatTask, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:
@@ -195,10 +197,14 @@ def _questions(task: TextTask | _ChatTask, tokenizer: "TextTokenizer") -> tuple[
 
     questions: list[Question] = []
     skipped = 0
-    for place, turns in read_turns(task.files.matches(), task.template):
+    for place, turns, _ in read_turns(task.files.matches(), task.template):
         try:
             if isinstance(turns, InputError):
                 raise turns
+            if turns[-1].role != "assistant":
+                raise InputError(
+                    f"{place}: wants the assistant's turn last, the answer to score; found the {turns[-1].role}'s"
+                )
             if task.on_bad_row == "skip" and isinstance(task, _ChatTask):
                 tokenizer.encode_chat([turn.message for turn in turns])  # refuses rows that hold special tokens
         except InputError:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from llm.settings import Optimizer
 from runner.artifacts import Adapter, Checkpoint
 from runner.stage import Context, Execution, Metrics, Ref, Semantic
 from runner.stages.data import RowTraining
@@ -34,6 +35,15 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
     compute_dtype: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
     """Of "nf4": what products with the unpacked weights are computed in; "auto" is the training's own precision."""
 
+    @field_validator("optimizer")
+    @classmethod
+    def _is_adamw(cls, optimizer: Optimizer) -> Optimizer:
+        if optimizer.kind != "adamw":
+            raise ValueError(
+                f'kind wants "adamw"; found {optimizer.kind!r}, which is for whole matrices, not for the factors of an adapter'
+            )
+        return optimizer
+
     def prepare(self, context: Context) -> None:
         """Pack the rows."""
         self.pack(context, context.open(self.base))
@@ -44,8 +54,11 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
 
         from llm import lora
         from llm.checkpoint import load_checkpoint
+        from llm.choices import Choices
+        from llm.validation import measure_model
 
-        model = load_checkpoint(context.open(self.base).folder)
+        base = context.open(self.base)
+        model = load_checkpoint(base.folder)
         if self.quantize is not None:
             compute = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
             lora.quantize(model, double=self.double_quantize, compute_dtype=compute)
@@ -58,8 +71,16 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
             dora=self.dora,
         )
         lora.attach(model, settings, seed=self.seed)
-        learned, parameters = lora.count_parameters(model)
         metrics = self.learn_rows(context, model)
+        metrics["trained_share"] = metrics["trained_parameters"] / metrics["parameters"]
+        held_out = self.held_out(context)
+        if self.quantize is not None and held_out is not None:
+            # `validation_loss` is over the base in four bits; this is over the weights that the adapter is merged into.
+            full = load_checkpoint(base.folder)
+            lora.copy_adapter(model, full)
+            choices = Choices(**metrics["choices"])
+            found = measure_model(full, held_out, choices=choices, should_stop=context.should_stop)
+            metrics["full_precision_validation_loss"] = found["validation_loss"]
         if is_main_process():
             lora.save_adapter(context.work, model)
-        return metrics | {"parameters": parameters, "trained_parameters": learned, "trained_share": learned / parameters}
+        return metrics

@@ -29,7 +29,7 @@ class Pretrain(TrainingStage, kind="pretrain", version=1, makes=Checkpoint):
         from llm.errors import InputError
         from llm.tokenizer import TextTokenizer
         from llm.tokens import TokenRows, TokenShards
-        from llm.train import Validation
+        from llm.validation import Validation
 
         tokens = context.open(self.tokens)
         held_out = TokenShards(tokens.validation)

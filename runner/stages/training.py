@@ -3,7 +3,7 @@
 A kind of its own only where a subclass gives one. What to learn from and which weights learn is the subclass's business.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llm.objectives import Objective
     from llm.rows import RowSource
-    from llm.train import Validation
+    from llm.validation import Validation
 
 
 class TrainingStage(Stage):
@@ -31,10 +31,12 @@ class TrainingStage(Stage):
     """The learning rate over the training."""
     optimizer: Semantic[Optimizer] = Optimizer()
     """How gradients become updates."""
-    seed: Semantic[int] = 0
+    seed: Semantic[int] = Field(0, ge=0, lt=2**63)
     """Of initialization, data order and dropout; the recipe's seed by default."""
-    micro_batch: Execution[int | Literal["auto"]] = "auto"
+    micro_batch: Execution[Annotated[int, Field(gt=0)] | Literal["auto"]] = "auto"
     """Rows per forward pass of a process; the rest of its share of a step is accumulated."""
+    recompute: Execution[bool] = False
+    """Recompute layers in the backward pass: less memory, more time."""
     validate_every: Execution[int | None] = Field(None, gt=0)
     """Steps between two looks at held-out text; it is always looked at in the end."""
     validation_tokens: Execution[int] = Field(262_144, gt=0)
@@ -58,6 +60,7 @@ class TrainingStage(Stage):
         from llm.objectives import next_token_loss
         from llm.train import train
 
+        model.recompute = self.recompute  # type: ignore[assignment]  # every registered model has it
         return train(
             model,
             objective or next_token_loss,

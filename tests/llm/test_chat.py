@@ -175,6 +175,7 @@ def test_a_weight_is_passes_per_epoch_and_a_fraction_chooses_rows_by_their_text(
         ("[1]", r"rows-0.jsonl:2: .*wants an object"),
         ('{"prompt": "q"}', r"rows-0.jsonl:2: wants the field 'response'"),
         ('{"prompt": "q", "response": "a <|end|> b"}', r"rows-0.jsonl:2: .*<\|end\|>"),
+        ('{"prompt": "q", "response": "\\ud83d"}', r"rows-0.jsonl:2: .*half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_or_counted(pack: Any, line: str, complaint: str) -> None:
@@ -183,6 +184,20 @@ def test_a_bad_row_is_named_by_file_and_line_or_counted(pack: Any, line: str, co
         pack(f"{good}\n{line}\n{good}\n")
     _, statistics = pack(f"{good}\n{line}\n{good}\n", skip_bad=True)
     assert (statistics["rows"], statistics["bad"], statistics["chats"]) == (3, 1, 2)
+
+
+def test_whom_to_credit_is_counted_over_the_rows_that_are_learned_from(pack: Any) -> None:
+    credit = {"license": "MIT", "source": "faq"}
+    table = [pair("q", "a") | credit, pair("q", "b") | credit | {"source": 7}, pair("q", "c"), pair("q", " ") | credit]
+    _, statistics = pack(table, [pair("q", "d") | {"license": "CC0-1.0"}], skip_bad=True, weight=2.0)
+    found = [(of_one["licenses"], of_one["origins"]) for of_one in statistics["tables"]]
+    assert found == [({"MIT": 2}, {"faq": 1}), ({"CC0-1.0": 1}, {})]
+
+
+def test_the_field_of_messages_may_have_any_name(pack: Any) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a heart"}]
+    rows, _ = pack([{"my-messages": messages}], template=Template(messages="my-messages"))
+    assert learned_text(rows.row(0), 0) == "a heart<|end|>"
 
 
 def test_rows_of_several_tables_and_compressed_files_mix_within_rows(tmp_path: Path, pack: Any) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm.checkpoint import load_checkpoint, save_checkpoint
 from llm.errors import InputError
+from llm.models import architectures
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import TextTokenizer, train_bpe
@@ -93,6 +94,19 @@ def test_a_config_that_the_model_cannot_honour_is_refused_by_its_field(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(InputError, match=r"config.json: rope_type" if field == "rope_parameters" else f"config.json: {field}"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_architecture_is_found_by_what_transformers_calls_it(tokenizer: Path, tmp_path: Path) -> None:
+    model = fresh(tokenizer)
+    for architecture in architectures().values():
+        fields = architecture.to_transformers(model.config)
+        assert fields["model_type"] == architecture.model_type
+        assert architecture.from_transformers(fields, dropout=0.0) == model.config
+    save_checkpoint(tmp_path, model, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    with pytest.raises(InputError, match=r"config.json: model_type wants 'llama', found 'qwen3'"):
         load_checkpoint(tmp_path)
 
 

@@ -196,6 +196,14 @@ def test_counts_tell_what_was_kept_what_was_dropped_and_whom_to_credit(tmp_path:
     assert json.loads(json.dumps(counts)) == counts
 
 
+def test_a_row_that_says_half_a_character_of_itself_is_a_document_without_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1) + " \ud83d", "language": "\ud83d", "license": "MIT"}))
+    source = Source("a", files=(tmp_path / "a.jsonl",))
+    counts, train, _ = build(tmp_path / "out", [source], treatment=Treatment(validation=0))
+    assert train == [{"text": prose(1), "source": "a", "passes": 1}]
+    assert counts["sources"]["a"]["licenses"] == {"MIT": 1}
+
+
 BAD_LINES = [
     (b'{"text": "no end', r"a\.jsonl:3: is not JSON"),
     (b'["a", "list"]', r"a\.jsonl:3: is a JSON list; wants an object"),
@@ -230,8 +238,15 @@ def test_the_first_bad_row_is_told_whichever_process_meets_one_first(tmp_path: P
         build(tmp_path / "out", [Source("a", files=(path,))], cores=2, shard_bytes=2000)
 
 
-def test_an_empty_result_is_an_error_that_tells_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no document is left to learn from; 3 were read: too_short 2, repetition 1"):
+def test_an_empty_result_is_an_error_that_tells_where_and_why(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.txt").write_text("x")
+    files = tuple(sorted(tmp_path.glob("*.txt")))
+    with pytest.raises(InputError, match=r"0\.txt, .*/4\.txt and 3 more: no document is left .* 8 were read: too_short 8"):
+        build(tmp_path / "c", [Source("f", files=files), rows("a", ["y"])])
+    with pytest.raises(
+        InputError, match=r"^a-rows: no document is left to learn from; 3 were read: too_short 2, repetition 1"
+    ):
         build(tmp_path / "a", [rows("a", ["x", "y", "ha " * 900])])
     with pytest.raises(InputError, match="no rows at all"):
         build(tmp_path / "b", [rows("a", [])])

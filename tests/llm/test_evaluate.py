@@ -20,6 +20,13 @@ from llm.turns import Turn
 CONTEXT = 48
 TEXTS = ["The heart pumps blood.", "咳嗽和发热。", "Blood is red, and the heart is a muscle. " * 6]
 
+GOLDEN = {
+    "text": {"perplexity": 306.978, "bits_per_byte": 2.54215},
+    "labels": {"accuracy": 0.333333, "macro_f1": 0.166667},
+    "answers": {"perplexity": 251.57, "bits_per_byte": 3.54436},
+    "comparison": {"chrf": 85.1645, "bleu": 81.8731},
+}
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
@@ -127,6 +134,13 @@ def test_an_unknown_label_is_an_error_with_its_place(model: Llama, tokenizer: Te
         )
 
 
+@pytest.mark.parametrize("labels", [None, ["a", "a"]])
+def test_a_choice_among_one_label_is_refused(model: Llama, tokenizer: TextTokenizer, labels: list[str] | None) -> None:
+    questions = [question("x", "a"), question("y", "a")]
+    with pytest.raises(InputError, match=r"rows.jsonl:1: wants rows of at least two distinct labels .* found 'a' alone in 2"):
+        classify(model, tokenizer, questions=questions, labels=labels, progress=silent)
+
+
 @pytest.mark.parametrize("score", [classify, score_texts])
 def test_whoever_is_told_of_the_progress_can_stop_it(
     model: Llama, tokenizer: TextTokenizer, score: Callable[..., object]
@@ -195,3 +209,19 @@ def test_chinese_is_compared_character_by_character() -> None:
     scores = compare(["患者需要多喝水，注意休息。"], ["患者需要多饮水，注意休息。"])
     assert 50 < scores["bleu"] < 100
     assert compare(["the heart pumps blood well"], ["the heart pumps blood well"]) == {"chrf": 100, "bleu": 100}
+
+
+def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> None:
+    # Weights by a formula, not by a generator: these numbers change only if what a score means does.
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters(), start=1):
+            weight.copy_(torch.cos(torch.arange(weight.numel(), dtype=torch.float64) * number).reshape(weight.shape) / 2)
+    labels = ["blood", "heart", "a muscle"]
+    questions = [question(text, labels[number % 3]) for number, text in enumerate([*TEXTS, "red", "the", "is"])]
+    found = {
+        "text": score_texts(model, tokenizer, texts=TEXTS, progress=silent).scores,
+        "labels": classify(model, tokenizer, questions=questions, progress=silent).scores,
+        "answers": score_answers(model, tokenizer, questions=questions, max_new_tokens=0, progress=silent).scores,
+        "comparison": compare(["the heart pumps red blood"], ["the heart pumps red blood well"]),
+    }
+    assert found == {task: pytest.approx(scores, rel=1e-4) for task, scores in GOLDEN.items()}

@@ -15,6 +15,7 @@ from llm.dropout import set_counters
 from llm.errors import InputError
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
+from llm.parameters import count_parameters
 from llm.tokenizer import train_bpe
 
 KINDS = [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["q_proj", "down_proj"]}]
@@ -116,10 +117,10 @@ def test_parameters_are_counted_as_if_the_base_were_not_quantized() -> None:
         if quantized:
             lora.quantize(model, double=True)
         lora.attach(model, settings_of(r=4), seed=0)
-        found.append(lora.count_parameters(model))
+        found.append((*count_parameters(model), model.flops_per_token(32)))
     # q, o: 64 + 64; k, v: 64 + 32; gate, up, down: 64 + 192; each times the rank, in 2 layers
     learned = 2 * 4 * (2 * 128 + 2 * 96 + 3 * 256)
-    assert found == [(learned, whole + learned)] * 2
+    assert found == [(learned, whole + learned, found[0][2])] * 2
 
 
 def test_quantized_training_uses_four_bit_layers_learns_and_saves_an_ordinary_adapter(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig as StockConfig
 from transformers import LlamaForCausalLM
 
+from llm.attention import Visibility, attend, visibility
 from llm.models import architectures
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
@@ -217,3 +220,20 @@ def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:
 def test_sizes_that_do_not_fit_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LlamaConfig.model_validate({"hidden_size": 48, "layers": 1, "heads": 4} | wrong)
+
+
+def test_attention_under_a_mask_equals_attention_by_blocks() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    documents = torch.tensor([[0] * 7 + [1] * 13, [0] * 20])
+    blocks = visibility(20, documents=documents, dtype=q.dtype, device=torch.device("cpu"))
+    masked = Visibility(None, (documents[:, :, None] == documents[:, None, :]).tril()[:, None])  # as on a GPU
+    torch.testing.assert_close(attend(q, k, v, visible=masked), attend(q, k, v, visible=blocks))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"preset": ["2m"]}, {"preset": 3}, {"preset": "3m"}, {"preset": "2m", "rope_base": math.inf}]
+)
+def test_a_wrong_preset_or_number_is_a_fault_of_the_recipe(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"preset wants one of 2m, .*found|rope_base\n.*finite"):
+        LlamaConfig.model_validate(wrong)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llm.errors import InputError
-from llm.turns import Template, split_template
+from llm.turns import Template, TextTemplate
 
 
 def test_a_row_fills_the_fields_of_prompt_and_response() -> None:
@@ -25,14 +25,12 @@ def test_only_what_came_from_the_row_outside_the_response_can_be_cut() -> None:
     assert user.with_substituted(iter(["o", ""])).content == "Q: o, ?"
 
 
-def test_braces_are_written_double() -> None:
-    assert split_template('{{"x": {a}}}') == ('{"x": ', "a", "}")
-
-
-@pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:3}", "a}", "{a.b}", "{two words}"])
-def test_what_is_not_a_template_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match="is not a template"):
-        split_template(template)
+def test_a_document_is_a_field_by_its_name_or_a_template() -> None:
+    row = {"body-text": "It beats.", "title": "Heart"}
+    for text, wanted in [("body-text", "It beats."), ("{title}!", "Heart!")]:
+        (turn,) = TextTemplate(text).turns(row)
+        assert turn.message == {"role": "assistant", "content": wanted}
+    assert TextTemplate("body-text").fields == {"body-text"}
 
 
 def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
@@ -50,6 +48,7 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
         ({"prompt": ["q"], "response": "a"}, "found a list"),
         ({"prompt": True, "response": "a"}, "found true or false"),
         ({"prompt": "q", "response": " \n"}, "the response is empty"),
+        ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', found '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any], complaint: str) -> None:
@@ -68,6 +67,7 @@ def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], "as content of chat.0., found null"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "turn chat.1. is empty"),
         (["q", {"role": "assistant", "content": "a"}], "found None"),
+        ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], found '\\udca9', half of a surrogate pair"),
     ],
 )
 def test_messages_that_are_no_chat_say_what_they_lack(messages: Any, complaint: str) -> None:

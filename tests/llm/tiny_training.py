@@ -14,7 +14,8 @@ from llm.models.llama.model import Llama
 from llm.objectives import next_token_loss
 from llm.rows import IGNORE, Row
 from llm.settings import Budget, Optimizer, Schedule
-from llm.train import Validation, train
+from llm.train import train
+from llm.validation import Validation
 
 VOCABULARY = 40
 

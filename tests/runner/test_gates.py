@@ -1,9 +1,7 @@
 """Gates: verdicts from scores."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from runner.errors import RecipeError
-from runner.gates import Gate, judge, read_scores
+from runner.gates import Gate, judge
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -47,12 +45,6 @@ def test_an_unknown_score_far_from_any_name_is_reported_with_all_names() -> None
 def test_a_gate_has_exactly_one_bound(bounds: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="exactly one of at_least and at_most"):
         Gate(score="a.b", **bounds)
-
-
-def test_scores_are_read_from_the_file_of_an_evaluation(tmp_path: Path) -> None:
-    path = tmp_path / "scores.json"
-    path.write_text(json.dumps({"scores": {"a.b": 0.5}, "counts": {"a": 3}}))
-    assert read_scores(path) == {"a.b": 0.5}
 
 
 def test_judging_imports_no_torch_and_no_hub() -> None:

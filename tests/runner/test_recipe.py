@@ -7,6 +7,7 @@ import tomli
 import tomli_w
 
 from runner.errors import RecipeError
+from runner.graph import input_files
 from runner.recipe import load_recipe, stage_kinds
 from runner.schema import recipe_schema
 from runner.stage import Identity, Spec
@@ -81,8 +82,9 @@ def test_a_dangling_reference_names_the_nearest_stage(tmp_path: Path) -> None:
 
 
 def test_a_reference_to_the_wrong_artifact_tells_both_types(tmp_path: Path) -> None:
-    (line,) = faults(tmp_path, GOOD.replace('corpus = "corpus"', 'corpus = "tokenizer"'))
-    assert "stage.tokenizer.corpus: wants Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
+    tokens = '[stage.tokens]\nkind = "pack"\ncorpus = "tokenizer"\ntokenizer = "tokenizer"\ncontext = 8\n'
+    (line,) = faults(tmp_path, GOOD + tokens)
+    assert "stage.tokens.corpus: wants Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
 
 
 def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
@@ -135,6 +137,47 @@ def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_pa
     assert recipe.head.seed == 7
     assert recipe.stages["tokenizer"].model_dump()["vocab_size"] == 400
     assert recipe.resolved()["stage"]["corpus"]["sources"][0]["files"] == "below/text.jsonl"
+
+
+def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tmp_path: Path) -> None:
+    parent = RECIPES / "medical-lora.toml"
+    child = write(
+        tmp_path, f'extends = "{parent}"\n[stage.base]\nschedule = {{ kind = "cosine" }}\nbudget = {{ steps = 3 }}\n'
+    )
+    old, new = load_recipe(parent).resolved()["stage"]["base"], load_recipe(child).resolved()["stage"]["base"]
+    assert new["schedule"] == {**old["schedule"], "kind": "cosine"}
+    assert new["budget"] == {"steps": 3}, "a budget names one of several things: the child's replaces its parent's"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.processes=0", "parallel.processes: found 0, wants greater than or equal to 1"),
+        ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: found inf, wants a finite number"),
+        ("stage.base.architecture={preset=[1]}", "stage.base.architecture"),
+        ("stage.base.architecture.heads=5", "hidden_size wants a multiple of heads; found hidden_size 192 and heads 5"),
+        ("stage.after.gates=[{score='section.f1',at_least=0.9}]", "a gate names the score 'section.f1'"),
+        (
+            "stage.after.tasks=[{name='t',task='text',files='data/section_dev.jsonl.gz',text='{text}',limt=3}]",
+            "tasks[0].limt: is not",
+        ),
+        ("stages.x.kind=corpus", "stages: is not known here; wants one of description, extends, name, parallel, seed, stage"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_told_with_their_place(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(RECIPES / "medical-lora.toml", [override])
+    assert message in str(caught.value)
+
+
+def test_a_folder_and_a_file_with_glob_characters_in_their_names_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "d[1] 数据"
+    folder.mkdir()
+    (folder / "b[1].jsonl").write_text('{"text": "a"}\n')
+    recipe = load_recipe(write(folder, GOOD.replace("text.jsonl", "b[1].jsonl")))
+    ((_, file),) = input_files(recipe.stages["corpus"])
+    assert [path.name for path in file.matches()] == ["b[1].jsonl"]
+    load_recipe(write(folder, GOOD.replace("text.jsonl", "t*.jsonl")))
 
 
 def test_overrides_are_toml_else_strings(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The command `run` as a user calls it: real subprocesses, a small recipe of corpus, tokenizer and tokens."""
 
+import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -183,9 +185,46 @@ def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(copy: Folder
     done = copy.run("--force", "tokenizer")
     assert done.returncode == 0
     assert "the old artifact is set aside" in done.stderr
-    assert "tokens     cached" in done.stderr
+    assert "tokens  pack" not in done.stderr
     assert len(list((copy.cache / "aside").iterdir())) == 1
     assert copy.states() == ALL_CACHED
+
+
+def test_a_finished_stage_whose_record_was_not_copied_yet_serves_those_below_it(copy: Folder) -> None:
+    """As after a kill between the rename of the folder and the copy of the record."""
+    shutil.rmtree(copy.cache / "records")
+    done = copy.run("--set", "stage.tokens.context=16")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_input_that_changes_while_the_run_waits_is_read_under_its_new_key(copy: Folder, tmp_path: Path) -> None:
+    fresh = tmp_path / "cache"
+    plan = json.loads(copy.call("plan", str(copy.recipe), "--json", "--cache", str(fresh)).stdout)
+    log = fresh / "logs" / f"corpus-{plan['stages'][0]['key']}.log"
+    log.parent.mkdir(parents=True)
+    with log.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            copy.command("run", "--until", "corpus", str(copy.recipe), "--cache", str(fresh)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert "waiting for" in process.stderr.readline()
+        copy.documents(
+            ["a document that nobody had planned for, at the last moment"] * 2 + ["and another one for company, also new"]
+        )
+    process.communicate()
+    assert process.returncode == 0
+    (made,) = (fresh / "stages").iterdir()
+    assert made.name != f"corpus-{plan['stages'][0]['key']}"
+
+
+def test_a_reader_that_hangs_up_does_not_end_the_run(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "pipe")
+    command = shlex.join(folder.command("run", str(folder.recipe), "--cache", str(folder.cache)))
+    subprocess.run(["bash", "-c", f"{command} 2>&1 | head -1"], check=True, capture_output=True)
+    assert folder.states() == ALL_CACHED
 
 
 def test_until_runs_a_stage_and_what_it_needs(tmp_path: Path) -> None:
@@ -207,7 +246,7 @@ def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(cop
         file.write("{not json\n")
     done = copy.run()
     assert done.returncode == 3
-    assert f"stage 'corpus': {copy.root}/text.jsonl:226" in done.stderr
+    assert f"stage 'corpus': {copy.root}/text.jsonl:{len(WORDS) ** 2 + 1}" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list((copy.cache / "stages").iterdir())) == 3
 

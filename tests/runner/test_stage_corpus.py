@@ -125,6 +125,7 @@ def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_con
         ({"files": "a", "split": "test"}, "split belongs to a Hub dataset"),
         ({"files": "a", "weight": 0}, "greater than 0"),
         ({"files": "a", "wieght": 1}, "Extra inputs"),
+        ({"files": "a", "text": "{title"}, "is not a template"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(tmp_path: Path, source: dict[str, Any], message: str) -> None:

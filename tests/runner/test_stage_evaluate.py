@@ -168,6 +168,45 @@ def test_bad_rows_are_counted_and_left_out_where_the_recipe_says_so(
     assert metrics["tasks"]["section"]["rows"] == 2
 
 
+def test_a_chat_without_an_answer_at_its_end_is_a_bad_row(
+    checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    chats = [["user", "assistant"], ["user", "assistant", "user"], ["user", "assistant", "user", "assistant"]]
+    rows = [{"my-chat": [{"role": role, "content": f"{role} says"} for role in roles]} for roles in chats]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "chat", "task": "answers", "files": str(path), "messages": "my-chat", "max_new_tokens": 0}
+    with pytest.raises(InputError, match=r"rows.jsonl:2: wants the assistant's turn last, .* found the user's"):
+        stage(task).run(make_context("fail", inputs={"base": checkpoint}))
+    metrics = stage(task | {"on_bad_row": "skip"}).run(make_context("skip", inputs={"base": checkpoint}))
+    assert (metrics["tasks"]["chat"]["rows"], metrics["tasks"]["chat"]["skipped_rows"]) == (2, 1)
+
+
+def test_half_a_character_is_a_bad_row(checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a \ud83d"}) + "\n" + json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .*half of a surrogate pair"):
+        stage(text(path)).run(make_context("fail", inputs={"base": checkpoint}))
+    metrics = stage(text(path, on_bad_row="skip")).run(make_context("skip", inputs={"base": checkpoint}))
+    assert (metrics["tasks"]["general"]["rows"], metrics["tasks"]["general"]["skipped_rows"]) == (1, 1)
+
+
+def test_a_text_is_the_field_of_that_name_or_a_template(
+    rows: Path, checkpoint: Path, make_context: Callable[..., Context]
+) -> None:
+    tasks = [text(rows), text(rows, name="braces", text="{text}"), text(rows, name="label", text="label")]
+    scores = stage(*tasks).run(make_context(inputs={"base": checkpoint}))["scores"]
+    assert scores["general.perplexity"] == scores["braces.perplexity"] != scores["label.perplexity"]
+
+
+def test_a_task_may_be_called_what_a_file_of_the_run_is_called(
+    rows: Path, checkpoint: Path, make_context: Callable[..., Context]
+) -> None:
+    context = make_context(inputs={"base": checkpoint})
+    (context.scratch / "job.json").write_text("{}")
+    assert stage(text(rows, name="job")).run(context)["tasks"]["job"]["rows"] == 3
+
+
 def test_files_without_a_row_are_an_error(checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("")
@@ -175,10 +214,10 @@ def test_files_without_a_row_are_an_error(checkpoint: Path, make_context: Callab
         stage(text(path)).run(make_context(inputs={"base": checkpoint}))
 
 
-def test_gates_are_judged_from_the_scores_on_disk(rows: Path, tmp_path: Path) -> None:
-    (tmp_path / "scores.json").write_text(json.dumps({"scores": {"section.macro_f1": 0.8, "section.accuracy": 1.0}}))
+def test_gates_are_judged_from_the_scores_in_the_record(rows: Path) -> None:
+    metrics = {"scores": {"section.macro_f1": 0.8, "section.accuracy": 1.0}}
     gates = [{"score": "section.macro_f1", "at_least": 0.9}, {"score": "section.accuracy", "at_least": 0.9}]
-    assert [verdict.passed for verdict in stage(classification(rows), gates=gates).verdicts(tmp_path)] == [False, True]
+    assert [verdict.passed for verdict in stage(classification(rows), gates=gates).verdicts(metrics)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -194,11 +233,23 @@ def test_a_wrong_evaluation_is_refused_before_it_runs(change: dict[str, Any], me
         Evaluate.model_validate({"model": "base", "tasks": [text(rows)], **change})
 
 
-def test_two_tasks_of_one_name_and_a_weight_are_refused(rows: Path) -> None:
+def test_two_tasks_of_one_name_are_refused(rows: Path) -> None:
     with pytest.raises(ValidationError, match="two tasks are named 'general'"):
         stage(text(rows), text(rows))
-    with pytest.raises(ValidationError, match="weight is of data to learn from"):
-        stage(classification(rows, weight=2.0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight": 2.0}, "Extra inputs"),
+        ({"labels": ["organ", "symptom", "organ"]}, "wants labels that differ, found 'organ' twice"),
+        ({"labels": ["organ"]}, "at least 2 items"),
+        ({"response": "label"}, "'label' says the same for every row; wants the name of a field in braces"),
+    ],
+)
+def test_a_wrong_task_is_refused(fields: dict[str, Any], message: str, rows: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        stage(classification(rows, **fields))
 
 
 def test_a_gate_on_chrf_wants_answers_to_be_generated(rows: Path) -> None:

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from llm import lora
+from llm.chat import ChatRows
 from llm.checkpoint import load_checkpoint, save_checkpoint
 from llm.errors import InputError, Interrupted
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
+from llm.objectives import next_token_loss
+from llm.rows import collate
 from llm.tokenizer import train_bpe
 from runner.artifacts import Adapter
 from runner.stage import Context, InputFile
@@ -103,6 +107,34 @@ def test_an_interrupted_training_of_an_adapter_ends_where_an_uninterrupted_one_e
     stage.run(resumed)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (resumed.work / name).read_bytes() == (whole.work / name).read_bytes()
+
+
+def test_looking_at_held_out_rows_changes_nothing_that_is_learned_over_four_bits(
+    context_of: Callable[..., Context], tmp_path: Path
+) -> None:
+    held_out = stage_of(tmp_path).data
+    found = []
+    for every in (None, 2):
+        context = context_of(str(every))
+        stage = stage_of(tmp_path, quantize="nf4", validation=held_out, validate_every=every)
+        stage.prepare(context)
+        metrics = stage.run(context)
+        found.append((losses(context), (context.work / "adapter_model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    # Both are told: over the base in four bits, and over the weights that the adapter will be merged into.
+    full = load_checkpoint(tmp_path / "base")
+    lora.load_adapter(full, context.work)
+    rows = ChatRows(context.scratch / "validation-rows", seed=None)
+    batch = collate([rows.row(index) for index in range(rows.rows_per_epoch)], range(rows.rows_per_epoch))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=metrics["choices"]["precision"] == "bf16"):
+        total, count = next_token_loss(full, batch)
+    assert metrics["full_precision_validation_loss"] == pytest.approx(float(total / count), rel=1e-2)
+    assert metrics["full_precision_validation_loss"] != metrics["validation_loss"]
+
+
+def test_muon_is_refused_for_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"optimizer\n.*kind wants \"adamw\"; found 'muon'"):
+        stage_of(tmp_path, optimizer={"kind": "muon"})
 
 
 def test_a_wrong_target_is_refused_with_the_right_names(context_of: Callable[..., Context], tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from llm import lora
 from llm.checkpoint import load_checkpoint, save_checkpoint
+from llm.errors import InputError
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
@@ -38,7 +40,7 @@ def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_bas
         records={"base": {"digest": "01"}, "tuned": {"inputs": {"base": {"digest": "01"}}}},
     )
     metrics = Merge.model_validate({"base": "base", "adapters": ["tuned"]}).run(context)
-    assert metrics == {"adapters": 1, "trained_on_this_base": [True]}
+    assert metrics == {"adapters": 1}
     tokens = torch.arange(20)[None]
     stock = AutoModelForCausalLM.from_pretrained(context.work)
     torch.testing.assert_close(stock(tokens).logits, model(tokens), atol=1e-4, rtol=0)
@@ -48,3 +50,12 @@ def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_bas
     assert json.loads(merged.config.read_text()) == json.loads(base.config.read_text())
     assert merged.tokenizer.model.read_bytes() == base.tokenizer.model.read_bytes()
     assert merged.tokenizer.config.read_bytes() == base.tokenizer.config.read_bytes()
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, make_context: Callable[..., Context]) -> None:
+    context = make_context(
+        inputs={"base": tmp_path / "base", "tuned": tmp_path / "adapter"},
+        records={"base": {"digest": "01"}, "tuned": {"inputs": {"chat": {"digest": "02"}}}},
+    )
+    with pytest.raises(InputError, match="wants an adapter trained on 'base', but 'tuned' was trained on chat"):
+        Merge.model_validate({"base": "base", "adapters": ["tuned"]}).run(context)

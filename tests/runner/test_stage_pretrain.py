@@ -76,6 +76,14 @@ def test_interrupted_and_run_again_it_leaves_the_same_bytes(tokens: Path, make_c
     assert Checkpoint(stopped.work).weights.read_bytes() == Checkpoint(whole.work).weights.read_bytes()
 
 
+def test_recomputing_layers_learns_the_same(tokens: Path, make_context: Callable[..., Context]) -> None:
+    found = []
+    for recompute in (False, True):
+        context = make_context(str(recompute), inputs={"tokens": tokens}, cores=1)
+        found.append(stage_of(budget={"steps": 5}, recompute=recompute).run(context)["loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
 def test_the_seed_decides_the_weights(tokens: Path, make_context: Callable[..., Context]) -> None:
     made = []
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
@@ -99,6 +107,9 @@ def test_a_context_longer_than_the_models_is_refused(tokens: Path, make_context:
         ({"architecture": {"hidden_size": 32, "layers": 1, "heads": 2, "width": 3}}, "architecture.width"),
         ({"budget": {"steps": 1, "epochs": 1}}, "exactly one of tokens, steps and epochs"),
         ({"schedule": {"kind": "step"}}, "schedule.kind"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_a_wrong_table_is_named_before_anything_runs(wrong: dict[str, Any], place: str) -> None:

@@ -31,18 +31,28 @@ description = "A model for tests."
 kind = "corpus"
 sources = [{ files = "data/books.jsonl" }, { hub = "ada/web" }]
 
+[stage.tokens]
+kind = "pack"
+context = 64
+
 [stage.base]
 kind = "pretrain"
+tokens = "tokens"
+architecture = { layers = 2, hidden_size = 16 }
 
 [stage.chat]
 kind = "sft"
-data = [{ files = "data/chat.jsonl" }, { files = "data/other.jsonl" }]
+data = [{ files = "data/chat.jsonl" }, { files = "data/other.jsonl", prompt = "Which section?\\n{text}" }]
 
 [stage.before]
 kind = "evaluate"
+model = "base"
+tasks = []
 
 [stage.after]
 kind = "evaluate"
+model = "chat"
+tasks = [{ name = "section", task = "classification", files = "data/test.jsonl" }]
 
 [stage.publish]
 kind = "publish"
@@ -66,27 +76,36 @@ def record(kind: str, **metrics: Any) -> dict[str, Any]:
 
 RECORDS = {
     "before": record("evaluate"),
-    "base": record("pretrain"),
+    "base": record("pretrain", parameters=12345, trained_parameters=12345, tokens=4000, steps=20),
     "chat": record(
         "sft",
         data={
             "tables": [
-                {"rows": 1010, "bad": 8, "unselected": 2, "licenses": {"MIT": 1000}, "origins": {"faq": 1000}},
-                {"rows": 5, "bad": 0, "unselected": 0},
+                {"rows": 1013, "bad": 8, "unselected": 2, "dropped": 3, "licenses": {"MIT": 1000}, "origins": {"faq": 1000}},
+                {"rows": 5, "bad": 0, "unselected": 0, "dropped": 0},
             ]
         },
     ),
-    "after": record("evaluate"),
+    "after": record("evaluate", tasks={"section": {"rows": 833}}),
     "corpus": record(
         "corpus",
         sources={
-            "books": {
-                "train": 1234,
+            "source-1": {
+                "train": 1200,
+                "validation": 34,
                 "licenses": {"CC0-1.0": 1200, "MIT": 34},
                 "origins": {"x|y": 1234},
                 "languages": {"en": 1234},
             },
-            "web": {"train": 9, "licenses": {}, "origins": {}, "languages": {"zh": 9}, "hub": "ada/web", "commit": "c"},
+            "ada/web": {
+                "train": 9,
+                "validation": 0,
+                "licenses": {},
+                "origins": {},
+                "languages": {"zh": 9},
+                "hub": "ada/web",
+                "commit": "c",
+            },
         },
     ),
 }
@@ -166,12 +185,23 @@ def test_the_card_shows_scores_before_and_after_and_credits_the_data(context: Co
     assert "| score | before | after |" in card
     assert "| section.macro_f1 | 0.25 | 0.9125 |" in card
     assert "| general.bits_per_byte |  | 1.5 |" in card
-    assert r"| corpus | books: data/books.jsonl | 1,234 | CC0-1.0 (1,200), MIT (34) | x\|y (1,234) |" in card
-    assert "| corpus | [web](https://huggingface.co/datasets/ada/web) | 9 | not stated | not stated |" in card
+    assert r"| corpus | source-1: data/books.jsonl | 1,200 + 34 held out | CC0-1.0 (1,200), MIT (34) | x\|y (1,234) |" in card
+    assert "| corpus | [ada/web](https://huggingface.co/datasets/ada/web) | 9 | not stated | not stated |" in card
     assert "| chat | data/chat.jsonl | 1,000 | MIT (1,000) | faq (1,000) |" in card
     assert "| chat | data/other.jsonl | 5 | not stated | not stated |" in card
-    assert "| base | pretrain | 1 min 15 s |" in card
+    work = "12,345 parameters learned from 4,000 tokens in 20 steps"
+    assert f"| base | pretrain | {work} | 1 min 15 s | `0123456789ab` |" in card
     assert "run recipe.toml" in card
+
+
+def test_the_card_tells_what_the_model_is_what_was_scored_and_which_prompt_it_was_taught(context: Context) -> None:
+    publish().run(context)
+    card = Release(context.work).card.read_text()
+    assert "from nothing: 12,345 parameters, 2 layers, hidden size 16, a context of 64 tokens." in card
+    assert "`before` scores what the stage `base` made. `after` scores what the stage `chat` made." in card
+    assert "| section | classification | data/test.jsonl | 833 |" in card
+    assert card.count("it was taught this prompt") == 1
+    assert "```\nWhich section?\n{text}\n```" in card
 
 
 def test_stages_are_told_in_the_order_of_the_recipe(context: Context) -> None:

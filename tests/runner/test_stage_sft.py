@@ -97,6 +97,7 @@ def test_rows_may_be_shorter_than_the_model_allows_but_not_longer(
     ("table", "complaint"),
     [
         ({"prompt": "{text"}, "is not a template"),
+        ({"response": "label"}, "'label' says the same for every row"),
         ({"messages": "chat", "prompt": "{text}"}, "wants either messages or prompt and response, found both"),
         ({"weight": 0}, "greater than 0"),
         ({"on_bad_row": "ignore"}, "'fail' or 'skip'"),

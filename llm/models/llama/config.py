@@ -1,12 +1,15 @@
-"""The shape of a LLaMA decoder, as a recipe writes it. No torch here: recipes are checked without loading it.
+"""The shape of a LLaMA decoder, as a recipe and as Transformers write it. No torch here: recipes are checked without it.
 
 A `preset` is only shorthand: its values are filled in and the field itself ends as None, so that a preset and the same sizes
 written out are one and the same configuration.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llm.errors import InputError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "2m": {"hidden_size": 192, "layers": 4, "heads": 6},
@@ -25,6 +28,7 @@ class LlamaConfig(BaseModel):
         extra="forbid",
         strict=True,
         frozen=True,
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         json_schema_extra=lambda schema: schema.pop("required"),  # a preset, or other sizes, stand in for any of them
     )
@@ -66,7 +70,7 @@ class LlamaConfig(BaseModel):
             return values
         preset = values.get("preset")
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ValueError(f"preset wants one of {', '.join(PRESETS)}; found {preset!r}")
             values = PRESETS[preset] | {name: value for name, value in values.items() if name != "preset"}
         hidden, heads = values.get("hidden_size"), values.get("heads")
@@ -93,4 +97,55 @@ class LlamaConfig(BaseModel):
         return self
 
 
+# What the model computes however it is configured; another value in a config.json means another model.
+FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def to_transformers(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of Transformers' LlamaConfig."""
+    return FIXED | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "tie_word_embeddings": config.tied,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+
+def from_transformers(found: Mapping[str, Any], *, dropout: float) -> LlamaConfig:
+    """What the fields of Transformers' LlamaConfig say; InputError names one that the model cannot honour."""
+    for field, wanted in FIXED.items():
+        if found.get(field, wanted) != wanted:
+            raise InputError(f"{field} wants {wanted!r}, found {found[field]!r}: this architecture is not supported")
+    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise InputError(f"rope_type wants 'default', found {rope_type!r}: this scaling is not supported")
+    heads = found["num_attention_heads"]
+    return LlamaConfig(
+        hidden_size=found["hidden_size"],
+        layers=found["num_hidden_layers"],
+        heads=heads,
+        kv_heads=found.get("num_key_value_heads") or heads,
+        head_size=found.get("head_dim") or found["hidden_size"] // heads,
+        intermediate_size=found["intermediate_size"],
+        context=found["max_position_embeddings"],
+        rope_base=rope.get("rope_theta") or found.get("rope_theta") or 10000.0,
+        norm_eps=found.get("rms_norm_eps", 1e-6),
+        dropout=dropout,
+        tied=found.get("tie_word_embeddings", False),
+    )
+
+
 Config = LlamaConfig
+MODEL_TYPE = "llama"

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.attention import Visibility, attend, attend_cached, visibility
 from llm.dropout import Dropout
 from llm.models.llama.config import LlamaConfig
+from llm.parameters import numbers_in
 from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
 
 
@@ -216,7 +217,7 @@ class Llama(nn.Module):
         6 per weight of a matrix product (the head counts, the embedding does not) and, for scores and mixing, 12 per layer,
         channel and visible position, of which there are context / 2 on average.
         """
-        products = sum(weight.numel() for weight in self.model.layers.parameters() if weight.dim() == 2)
+        products = sum(numbers_in(weight) for weight in self.model.layers.parameters() if weight.dim() == 2)
         products += self.lm_head.weight.numel()
         width = self.config.heads * self.config.head_size
         return 6.0 * products + 12.0 * self.config.layers * width * context / 2

@@ -1,0 +1,61 @@
+"""The loss on held-out rows: measured, never learned from."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm.choices import Choices
+from llm.feed import batches, most_batches
+from llm.group import Group
+from llm.objectives import Learner, next_token_loss
+from llm.rows import RowSource
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Text held out, in a fixed order."""
+
+    rows: RowSource
+    bytes_per_token: float | None = None  # of the whole text; None where bits per byte mean nothing
+    tokens: int = 262_144  # positions to compute at most
+
+
+@torch.no_grad()
+def measure(
+    learner: nn.Module, validation: Validation, *, group: Group, micro_batch: int, should_stop: Callable[[], bool]
+) -> dict[str, float]:
+    """Mean loss per target, shared by the processes; Interrupted once `should_stop` is true in one of them."""
+    source = validation.rows
+    count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
+    mine = batches(source, range(group.rank, count, group.size), micro_batch)
+    learner.eval()
+    total = targets = positions = torch.zeros((), dtype=torch.float64, device=group.device)
+    for _ in range(most_batches(count, group, micro_batch)):
+        group.stop_if(should_stop())
+        batch = next(mine, None)
+        if batch is None:  # another process has one row more
+            continue
+        batch = batch.to(group.device)
+        loss, number = learner(batch)
+        total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
+    nats, number, tokens = group.sum(total.item(), targets.item(), positions.item())
+    loss_per_target = nats / max(1.0, number)
+    found = {
+        "validation_loss": loss_per_target,
+        "validation_perplexity": math.exp(min(loss_per_target, 700.0)),  # beyond lies infinity, which JSON cannot say
+    }
+    if validation.bytes_per_token is not None:
+        found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
+    return found
+
+
+def measure_model(
+    model: nn.Module, validation: Validation, *, choices: Choices, should_stop: Callable[[], bool]
+) -> dict[str, float]:
+    """The same of a model that is not being trained, computed as a training with `choices` does."""
+    group = Group()
+    learner = Learner(model.to(group.device), next_token_loss, precision=choices.precision)
+    return measure(learner, validation, group=group, micro_batch=choices.micro_batch, should_stop=should_stop)

@@ -1,0 +1,160 @@
+"""The whole way: the shipped quickstart, run as a user runs it, and what it must leave behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+STAGES = ["corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"]
+
+
+def run(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(cache, *words), capture_output=True, text=True)
+
+
+def command(cache: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "runner.cli", *words, "--cache", str(cache)]
+
+
+def states(cache: Path, *options: str) -> dict[str, str]:
+    plan = json.loads(run(cache, "plan", str(RECIPE), "--json", *options).stdout)
+    return {stage["name"]: stage["state"] for stage in plan["stages"]}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which the quickstart has run."""
+    folder = tmp_path_factory.mktemp("cache")
+    done = run(folder, "run", str(RECIPE))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(cache: Path) -> Callable[[str], Path]:
+    """Folder of a stage's artifact."""
+    return lambda stage: Path(run(cache, "path", str(RECIPE), stage).stdout.strip())
+
+
+def test_everything_is_cached_afterwards(cache: Path) -> None:
+    assert states(cache) == dict.fromkeys(STAGES, "cached")
+
+
+def test_adapting_helps(artifact: Callable[[str], Path]) -> None:
+    before, after = (json.loads((artifact(stage) / "scores.json").read_text())["scores"] for stage in ("before", "after"))
+    assert after["section.macro_f1"] > before["section.macro_f1"] + 0.3
+    assert after["section.macro_f1"] > 0.5
+
+
+@pytest.mark.parametrize("stage", ["base", "chat", "release"])
+@torch.no_grad()
+def test_stock_transformers_gives_the_logits_of_the_hand_written_model(artifact: Callable[[str], Path], stage: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm.checkpoint import load_checkpoint
+
+    stock, ours = AutoModelForCausalLM.from_pretrained(artifact(stage)), load_checkpoint(artifact(stage))
+    text = "Which section is this from? Most people with the condition have 药 pain."
+    tokens = AutoTokenizer.from_pretrained(artifact(stage))(text, return_tensors="pt").input_ids
+    torch.testing.assert_close(stock(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_stock_peft_opens_the_adapter_and_the_merged_model_equals_base_plus_adapter(artifact: Callable[[str], Path]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(artifact("chat"))
+    adapted = PeftModel.from_pretrained(base, artifact("medical"))
+    merged = AutoModelForCausalLM.from_pretrained(artifact("release"))
+    tokens = torch.arange(100, 200)[None]
+    torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_release_holds_card_recipe_lock_and_scores(artifact: Callable[[str], Path]) -> None:
+    names = {path.name for path in artifact("publish").iterdir()}
+    assert {"README.md", "recipe.toml", "recipe.lock.json", "scores.json", "model.safetensors", "tokenizer.json"} <= names
+
+
+def test_another_rank_reruns_the_adapter_and_what_is_below_it(cache: Path) -> None:
+    changed = states(cache, "--set", "stage.medical.r=4")
+    assert [name for name, state in changed.items() if state == "run"] == ["medical"]
+    assert [name for name, state in changed.items() if state == "waiting"] == ["release", "after", "publish"]
+
+
+def test_a_gate_that_fails_blocks_the_release_and_exits_with_4(cache: Path) -> None:
+    gates = ["--set", "stage.after.gates=[{score='section.macro_f1',at_least=0.9999}]"]
+    assert states(cache, *gates)["publish"] == "skipped"
+    done = run(cache, "run", str(RECIPE), *gates)
+    assert done.returncode == 4
+    assert "section.macro_f1" in done.stderr and "not run because of it: publish" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "override"),
+    [
+        ("base", "pretrain", "stage.base.budget={steps=60}"),
+        ("chat", "sft", "stage.chat.schedule.warmup_steps=11"),
+        ("medical", "lora", "stage.medical.budget={epochs=0.2}"),
+    ],
+)
+def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_digest(
+    cache: Path, stage: str, kind: str, override: str
+) -> None:
+    """`kill -9` of the parent amid a training: the workers end, and the next run continues from the last checkpoint."""
+    options = [str(RECIPE), "--until", stage, "--set", override, "--set", f"stage.{stage}.checkpoint_every=5"]
+    process = subprocess.Popen(command(cache, "run", *options), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(cache.glob(f"work/{kind}-*/.work/checkpoints/step-*[0-9]/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(cache, "run", *options)
+    assert done.returncode == 0, done.stderr
+    assert "continues from step" in done.stderr
+    digests = [digest_of(cache, options)]
+    done = run(cache, "run", *options, "--force", stage)
+    assert done.returncode == 0, done.stderr
+    digests.append(digest_of(cache, options))
+    assert digests[0] == digests[1], "the interrupted training ended elsewhere than an uninterrupted one"
+
+
+def digest_of(cache: Path, options: list[str]) -> str:
+    recipe, _, stage, *overrides = options
+    folder = run(cache, "path", recipe, stage, *overrides).stdout.strip()
+    return str(json.loads((Path(folder) / "record.json").read_text())["digest"])
+
+
+def test_two_processes_train_and_another_count_reruns_nothing(cache: Path) -> None:
+    options = [str(RECIPE), "--until", "base", "--set", "stage.base.budget={steps=12}", "--processes", "2"]
+    done = run(cache, "run", *options)
+    assert done.returncode == 0, done.stderr
+    assert states(cache, *options[1:-2])["base"] == "cached"
+    (record,) = [record for record in records(cache) if record["kind"] == "pretrain" and record["metrics"]["steps"] == 12]
+    assert record["processes"] == 2
+    assert record["metrics"]["choices"]["processes"] == 2
+
+
+def records(cache: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in (cache / "records").glob("*.json")]
+
+
+def test_the_curves_are_in_aim(cache: Path) -> None:
+    code = f"""
+from aim import Repo
+curves = {{}}
+for run in Repo({str(cache / "aim")!r}).iter_runs():
+    curves.setdefault(run["stage"], set()).update(metric.name for metric in run.metrics())
+for stage in ("base", "chat", "medical"):
+    assert {{"loss", "learning_rate", "tokens_per_second"}} <= curves[stage], curves
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
