@@ -128,6 +128,21 @@ def test_a_training_that_was_killed_goes_on_and_ends_with_the_same_digest(
     assert digests[0] == digests[1], "the interrupted training ended elsewhere than an uninterrupted one"
 
 
+@pytest.mark.parametrize(("stage", "kind"), [("release", "merge"), ("after", "evaluate"), ("publish", "publish")])
+def test_a_stage_that_was_killed_ends_with_the_same_digest(cache: Path, stage: str, kind: str) -> None:
+    options = [str(RECIPE), "--until", stage]
+    before = digest_of(cache, options)
+    process = subprocess.Popen(command(cache, "run", *options, "--force", stage), stderr=subprocess.DEVNULL)
+    while not list(cache.glob(f"work/{kind}-*/.work/job.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(cache, "run", *options)
+    assert done.returncode == 0, done.stderr
+    assert digest_of(cache, options) == before
+
+
 def digest_of(cache: Path, options: list[str]) -> str:
     recipe, _, stage, *overrides = options
     folder = run(cache, "path", recipe, stage, *overrides).stdout.strip()
