@@ -35,6 +35,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
                 raise
             code = int(number[1])
             raise OSError(code, os.strerror(code), str(path)) from error
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable to its owner alone
 
 
 @contextmanager

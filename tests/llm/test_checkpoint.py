@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm.checkpoint import load_checkpoint, save_checkpoint
 from llm.errors import InputError
+from llm.files import write_tensors
 from llm.models import architectures
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
@@ -116,3 +117,9 @@ def test_weights_of_another_shape_are_refused(tokenizer: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(InputError, match="the weights are not those of its config"):
         load_checkpoint(tmp_path)
+
+
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    write_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(2)})
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
