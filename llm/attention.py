@@ -91,6 +91,14 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor) -> Tens
     return mixed.view(rows, heads, length, size)
 
 
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor) -> Tensor:
+    """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E), all of one dtype, plus `bias` (B, 1, G T, S)
+    on the scores, the same T rows for each of the G query heads that share keys. Returns (B, H, T, E)."""
+    # The queries that share keys stand as queries of one head: no key is repeated, and every SDPA kernel can do it.
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, G T, E)
+    return scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
+
+
 class BlockedAttention(Function):
     """Softmax attention by blocks of queries, with the probabilities kept for the backward pass."""
 

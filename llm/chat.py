@@ -1,4 +1,4 @@
-"""Chats for training: rows of data to token streams, and the streams packed into rows of a model's context on disk.
+"""Chats for training: rows of data to token streams, and the streams packed into rows on disk.
 
 Packing happens once, in one process and without torch; `ChatRows` then reads the result from a memory map. What a stream
 looks like (which special tokens, what is learned) is the tokenizer's business, and what a row of data says is `llm.turns`'.
@@ -165,10 +165,15 @@ def write_rows(
     *,
     tokenizer: TextTokenizer,
     context: int,
+    row_length: int | None = None,  # default: context
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Pack `tables` into rows of `context` positions under `folder`, which is complete once it exists; returns statistics."""
+    """Pack `tables` under `folder`, which is complete once it exists; returns statistics.
+
+    A chat has at most `context` positions, a row `row_length`, which may be more: chats of a row do not see each other, and
+    the longer it is, the less of it stays empty.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -193,9 +198,10 @@ def write_rows(
     if not lengths:
         names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
         raise InputError(f"{names}: wants rows to learn from; found none: {json.dumps(totals)}")
+    row_length = row_length or context
     statistics = (
         totals
-        | _write_index(temporary, np.array(lengths), np.array(passes), context=context, padding=tokenizer.padding)
+        | _write_index(temporary, np.array(lengths), np.array(passes), row_length=row_length, padding=tokenizer.padding)
         | {"stream_tokens": _percentiles(full_lengths), "tables": [asdict(count) for count in counts]}
     )
     (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
@@ -277,27 +283,27 @@ def _passes(turns: Sequence[Turn], weight: float) -> int:
 
 
 def _write_index(
-    folder: Path, lengths: NDArray[np.int64], passes: NDArray[np.int64], *, context: int, padding: int
+    folder: Path, lengths: NDArray[np.int64], passes: NDArray[np.int64], *, row_length: int, padding: int
 ) -> dict[str, Any]:
     """Decide which streams share a row. Streams are shuffled first, so that rows mix the tables whatever their order."""
     streams = np.repeat(np.arange(len(lengths)), passes)
     streams = np.random.default_rng(0).permutation(streams)
     positions = lengths[streams] - 1
-    rows = best_fit(positions, capacity=context)
+    rows = best_fit(positions, capacity=row_length)
     np.savez(
         folder / _INDEX,
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         members=streams[np.concatenate(rows)],
         rows=np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-        context=context,
+        row_length=row_length,
         padding=padding,
     )
     return {
         "chats": len(streams),
         "packed_rows": len(rows),
-        "context": context,
+        "row_length": row_length,
         "tokens": int(positions.sum()),
-        "real_share": round(float(positions.sum()) / (len(rows) * context), 4),
+        "real_share": round(float(positions.sum()) / (len(rows) * row_length), 4),
     }
 
 
@@ -311,7 +317,7 @@ class ChatRows:
 
     def __init__(self, folder: Path, *, seed: int | None) -> None:
         index = np.load(folder / _INDEX)
-        self.context = int(index["context"])
+        self.context = int(index["row_length"])
         self._padding = int(index["padding"])
         self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
         self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from llm.compilation import resolve_compile
 from llm.group import Group
 from llm.precision import Precision, resolve_precision
 
-# Positions of a micro-batch that is "auto". On CPU, activations of more than this fall out of the cache.
-AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}
+# Positions of a micro-batch that is "auto", where they fit. On CPU, activations of more than this fall out of the cache; a GPU
+# has enough to do with as many.
+AUTO_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -19,26 +21,35 @@ class Choices:
     processes: int
     threads: int
     device: str
+    compiled: bool = False  # whether layers run as torch.compile makes them
 
 
 def choose(
     group: Group,
     micro_batch: int | Literal["auto"],
     precision: Literal["auto", "fp32", "bf16"],
+    compiled: bool | Literal["auto"],
     *,
     cores: int,
     context: int,
     rows_per_step: int,
+    flops: float,  # of the whole training
+    shape: str,  # a text that names what compiling depends on, besides these choices
 ) -> Choices:
     """The choices of a training that starts: what the recipe leaves open, this machine decides."""
     most = -(-rows_per_step // group.size)
     wanted = max(1, AUTO_TOKENS.get(group.device.type, 4096) // context) if micro_batch == "auto" else micro_batch
+    rows = min(wanted, most)
+    device = group.device.type
+    resolved = resolve_precision(precision, device=group.device)
+    shape = f"{shape} {context} {rows} {resolved} {device}"
     return Choices(
-        precision=resolve_precision(precision, device=group.device),
-        micro_batch=min(wanted, most),
+        precision=resolved,
+        micro_batch=rows,
         processes=group.size,
         threads=max(1, cores // group.size),
-        device=group.device.type,
+        device=device,
+        compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops / group.size, shape=shape)),
     )
 
 

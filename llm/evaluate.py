@@ -16,6 +16,7 @@ from llm.documents import language_by_script
 from llm.errors import InputError
 from llm.generate import Clock, generate
 from llm.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
+from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer
@@ -101,8 +102,9 @@ def classify(
     chosen: list[int] = [0] * len(prompts)
     margins: list[float] = [0.0] * len(prompts)
     done = 0
+    decoding = Decoding(model)
     for batch in similar_lengths([len(prompt) + len(spelled[longest]) for prompt in prompts]):
-        likelihoods = label_likelihoods(model, [prompts[index] for index in batch], spelled, clock=clock)  # (B, L)
+        likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, clock=clock)  # (B, L)
         for index, row in zip(batch, likelihoods, strict=True):
             chosen[index] = int(row.argmax())
             margins[index] = float(row.max() - row[names.index(wanted[index])])
@@ -166,7 +168,7 @@ def score_answers(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        end=[tokenizer.end],
+        end=tokenizer.ends,
         clock=clock,
         progress=lambda done: progress(len(questions) + done, total),
     )

@@ -1,37 +1,25 @@
-"""Text from a model, for many prompts at once: one preallocated cache, prompts of different lengths, one token per step.
+"""Tokens from a model, for many prompts at once: a batch of prompts of different lengths, one token of each per step.
 
 What comes out for a prompt does not depend on the prompts beside it (up to rounding): each has its own positions in the
-cache, and its own stream of random numbers. Tokens in, tokens out; text and chats are the tokenizer's business.
-
-Letters: B prompts, T positions of the longest, V vocabulary.
+cache, and its own stream of random numbers. Tokens in, tokens out: text is `llm.stream`'s and the tokenizer's business, which
+token is chosen `llm.sampling`'s, and how a step is computed the model's decoding form's.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from llm.errors import InputError
+from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
-
-IDLE = -1  # position of what is neither stored nor seen: padding, and prompts that are done
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the default is the likeliest one."""
-
-    temperature: float = 0.0  # logits are divided by it; 0 is greedy
-    top_k: int | None = None  # only the k likeliest
-    top_p: float | None = None  # only the likeliest that together reach p (nucleus sampling, Holtzman et al. 2020)
-    seed: int = 0
+from llm.sampling import Draws, Sampling, Seen, choose
 
 
 @dataclass
 class Clock:
-    """Tokens and seconds of reading prompts and of writing answers; filled in as text is generated."""
+    """Tokens and seconds of reading prompts and of writing answers, end tokens included; filled in as text is generated."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -40,7 +28,7 @@ class Clock:
 
 
 def generate(
-    model: Llama,
+    model: Llama | Decoding,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -52,120 +40,111 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
 
-    Prompts of similar length share a batch. `progress` is told the number of finished prompts after each batch.
+    Prompts of similar length share a batch. `progress` is told the number of finished prompts after each batch. InputError
+    for a prompt of no token, or of more than the context. Who generates often makes the `Decoding` of the model once.
     """
-    sampling, clock = sampling or Sampling(), clock or Clock()
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    sampling, clock, decoding = sampling or Sampling(), clock or Clock(), Decoding.of(model)
+    limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
     answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        draws = [Draws(sampling.seed, index) for index in chosen]
-        batch = _generate_batch(
-            model,
+        for new in steps(
+            decoding,
             [prompts[index] for index in chosen],
-            limit=max_new_tokens,
-            end=frozenset(end),
+            limits=[limits[index] for index in chosen],
+            end=end,
             sampling=sampling,
-            draws=draws,
+            draws=[Draws(sampling.seed, index) for index in chosen],
             clock=clock,
-        )
-        for index, answer in zip(chosen, batch, strict=True):
-            answers[index] = answer
-        progress(start + len(chosen))
+        ):
+            for row, token in new:
+                answers[chosen[row]].append(token)
+        progress(len(prompts) - len(order) + start + len(chosen))
     return answers
 
 
-def padded(sequences: Sequence[Sequence[int]], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token sequences as tokens and positions, each (B, T); position IDLE where a sequence has ended."""
-    length = max(len(sequence) for sequence in sequences)
-    tokens = torch.zeros(len(sequences), length, dtype=torch.int64)
-    positions = torch.full((len(sequences), length), IDLE)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-        positions[row, : len(sequence)] = torch.arange(len(sequence))
-    return tokens.to(device), positions.to(device)
+def generate_one(
+    model: Llama | Decoding,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end: Collection[int],
+    sampling: Sampling | None = None,
+    clock: Clock | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` gives for this prompt alone, each as soon as it is known."""
+    sampling, decoding = sampling or Sampling(), Decoding.of(model)
+    limit = _limit(decoding, prompt, max_new_tokens, place=0)
+    if not limit:
+        return iter(())
+    news = steps(
+        decoding,
+        [prompt],
+        limits=[limit],
+        end=end,
+        sampling=sampling,
+        draws=[Draws(sampling.seed, 0)],
+        clock=clock or Clock(),
+    )
+    return (token for new in news for _, token in new)
 
 
 @torch.inference_mode()
-def _generate_batch(
-    model: Llama,
+def steps(
+    decoding: Decoding,
     prompts: Sequence[Sequence[int]],
     *,
-    limit: int,
-    end: frozenset[int],
+    limits: Sequence[int],
+    end: Collection[int],
     sampling: Sampling,
-    draws: Sequence["Draws"],
+    draws: Sequence[Draws],
     clock: Clock,
-) -> list[list[int]]:
-    weights = model.model.embed_tokens.weight
-    context = model.config.context
-    assert context is not None  # every checkpoint says it
-    lengths = [len(prompt) for prompt in prompts]
-    assert min(lengths) > 0, "a prompt has at least its begin token"
-    assert max(lengths) <= context, "prompts fit the model's context"
-    limits = [min(limit, context - length) for length in lengths]
-    answers: list[list[int]] = [[] for _ in prompts]
-    if not any(limits):
-        return answers
-    cache = model.new_cache(len(prompts), max(map(sum, zip(lengths, limits, strict=True))), weights.dtype, weights.device)
-    tokens, positions = padded(prompts, device=weights.device)
+) -> Iterator[list[tuple[int, int]]]:
+    """The new tokens of every step, as (place in `prompts`, token) without end tokens, until all prompts are done.
 
+    Each prompt gets up to its own of `limits`, at least one. Once half of a batch is done, the others go on without it.
+    """
     began = time.perf_counter()
-    hidden = model.hidden(tokens, positions=positions, cache=cache)
-    last = torch.tensor([length - 1 for length in lengths], device=weights.device)
-    logits = model.lm_head(hidden[torch.arange(len(prompts)), last])  # (B, V)
-    clock.prompt_tokens += sum(lengths)
+    logits = decoding.read(prompts, room=max(limits))
+    seen = Seen(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
+    logits.sum().item()  # a GPU works behind the program's back; the clock wants it done
+    clock.prompt_tokens += sum(map(len, prompts))
     clock.prompt_seconds += time.perf_counter() - began
-
-    began = time.perf_counter()
-    busy = [bound > 0 for bound in limits]
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    left = list(limits)  # tokens that may still come
     while True:
-        chosen = choose(logits, sampling, draws=draws)
-        for row, token in enumerate(chosen):
-            if busy[row]:
-                answers[row] += [token] if token not in end else []
-                busy[row] = token not in end and len(answers[row]) < limits[row]
+        began = time.perf_counter()
+        if seen is not None:
+            logits = seen.penalized(logits, sampling.repetition_penalty)
+        chosen = choose(logits, sampling, draws=[draws[row] for row in rows])
+        new = []
+        for row, token in zip(rows, chosen, strict=True):
+            if left[row]:
                 clock.new_tokens += 1
-        if not any(busy):
-            break
-        where = [lengths[row] + len(answers[row]) - 1 if busy[row] else IDLE for row in range(len(prompts))]
-        tokens, positions = (torch.tensor(column, device=weights.device)[:, None] for column in (chosen, where))
-        logits = model(tokens, positions=positions, cache=cache)[:, -1]
-    clock.new_seconds += time.perf_counter() - began
-    return answers
+                left[row] = 0 if token in end else left[row] - 1
+                new += [(row, token)] if token not in end else []
+        clock.new_seconds += time.perf_counter() - began
+        yield new
+        began = time.perf_counter()
+        busy = [place for place, row in enumerate(rows) if left[row]]
+        if not busy:
+            return
+        if 2 * len(busy) <= len(rows):
+            rows, chosen = [rows[place] for place in busy], [chosen[place] for place in busy]
+            decoding.keep(busy)
+            if seen is not None:
+                seen.keep(busy)
+        if seen is not None:
+            seen.add(chosen)
+        logits = decoding.step(chosen)
+        clock.new_seconds += time.perf_counter() - began
 
 
-class Draws:
-    """Random numbers of one prompt: a function of the seed and the prompt's place among all, not of its batch."""
-
-    def __init__(self, seed: int, index: int) -> None:
-        digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-
-    def next(self) -> float:
-        """Uniform in [0, 1)."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
-
-
-def choose(logits: Tensor, sampling: Sampling, *, draws: Sequence[Draws]) -> list[int]:
-    """The next token of each row of logits (B, V)."""
-    if sampling.temperature == 0:
-        return [int(token) for token in logits.argmax(-1).tolist()]
-    cumulative = distribution(logits, sampling).cumsum(-1)
-    points = torch.tensor([[draw.next()] for draw in draws], device=logits.device, dtype=cumulative.dtype)
-    # The first token whose cumulative probability passes the point. Scaled by the total, so that rounding cannot pass the end.
-    places = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
-    return [int(token) for token in places[:, 0].tolist()]
-
-
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) in float64 after temperature, top-k and top-p, in this order; ties go to the lower token."""
-    ordered, tokens = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k is not None:
-        ordered[:, sampling.top_k :] = -torch.inf
-    probabilities = ordered.softmax(-1)
-    if sampling.top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities  # a token stays if those before it do not reach p
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, tokens, probabilities)
+def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, place: int) -> int:
+    """How many new tokens there may be."""
+    context = decoding.model.config.context
+    assert context is not None  # every checkpoint says it
+    if not 0 < len(prompt) <= context:
+        raise InputError(f"prompt {place} wants from 1 token to the model's context of {context:,}; found {len(prompt):,}")
+    return min(max_new_tokens, context - len(prompt))

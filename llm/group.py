@@ -44,6 +44,14 @@ class Group:
         dist.all_reduce(tensor, group=self._host)
         return tensor.tolist()
 
+    def least(self, *values: float) -> list[float]:
+        """The least of each value over the group."""
+        if self._host is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._host)
+        return tensor.tolist()
+
     def stop_if(self, asked: bool) -> None:
         """Raise Interrupted in every process once it is asked of one; all call this equally often."""
         if any(self.sum(asked)):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from llm.generate import Clock, padded
+from llm.generate import Clock
+from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
 
@@ -40,11 +41,12 @@ def negative_log_likelihoods(
     done = 0
     for batch in similar_lengths([len(window.tokens) for window in windows]):
         began = time.perf_counter()
-        tokens, _ = padded([windows[index].tokens for index in batch], device=device)
+        tokens = torch.zeros(len(batch), len(windows[batch[0]].tokens), dtype=torch.int64)
         targets = torch.full(tokens.shape, IGNORE)
-        for row, index in enumerate(batch):
-            targets[row, : len(windows[index].targets)] = torch.tensor(windows[index].targets)
-        targets = targets.to(device)
+        for row, window in enumerate(windows[index] for index in batch):
+            tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
+            targets[row, : len(window.targets)] = torch.tensor(window.targets)
+        tokens, targets = tokens.to(device), targets.to(device)
         where = targets != IGNORE
         losses = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
         losses[where] = _token_losses(model, model.hidden(tokens)[where], targets[where])
@@ -68,29 +70,21 @@ def _token_losses(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def label_likelihoods(
-    model: Llama, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], *, clock: Clock | None = None
+    model: Llama | Decoding, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], *, clock: Clock | None = None
 ) -> Tensor:
-    """log P(label | prompt) as (B, L) in float64. Prompts are read once into a cache; each label is then read behind them, in
-    the same slots, since what lies behind a position is never seen."""
+    """log P(label | prompt) as (B, L) in float64. Prompts are read once into a cache, and each label behind them."""
     clock = clock or Clock()
     began = time.perf_counter()
-    weights = model.model.embed_tokens.weight
-    tokens, positions = padded(prompts, device=weights.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weights.device)
-    longest = max(len(label) for label in labels)
-    cache = model.new_cache(len(prompts), tokens.shape[1] + longest, weights.dtype, weights.device)
-    hidden = model.hidden(tokens, positions=positions, cache=cache)
-    last = hidden[torch.arange(len(prompts), device=weights.device), lengths - 1]
-    first = model.lm_head(last).float().log_softmax(-1)  # (B, V)
+    decoding = Decoding.of(model)
+    logits = decoding.read(prompts, room=max(map(len, labels)))
+    first = logits.log_softmax(-1)  # (B, V)
     sums = []
     for label in labels:
         total = first[:, label[0]].double()
         if len(label) > 1:
-            read = torch.tensor(label[:-1], device=weights.device).expand(len(prompts), -1)
-            places = lengths[:, None] + torch.arange(len(label) - 1, device=weights.device)
-            rest = model(read, positions=places, cache=cache).float().log_softmax(-1)  # (B, T, V)
-            wanted = torch.tensor(label[1:], device=weights.device).expand(len(prompts), -1)[..., None]
-            total = total + rest.gather(-1, wanted).double().sum((1, 2))
+            spelled = torch.tensor(label, device=logits.device).expand(len(prompts), -1)
+            rest = decoding.look_ahead(spelled[:, :-1]).log_softmax(-1)  # (B, T, V)
+            total = total + rest.gather(-1, spelled[:, 1:, None]).double().sum((1, 2))
         sums.append(total)
     likelihoods = torch.stack(sums, 1)
     clock.prompt_tokens += sum(len(prompt) for prompt in prompts) + len(prompts) * sum(len(label) - 1 for label in labels)

@@ -4,6 +4,9 @@ PEFT changes the layers inside the model, and the model stays itself: the traini
 adapter asks for gradients. What is saved opens in stock PEFT on the stock Transformers base. The base may be held in four
 bits meanwhile (QLoRA, Dettmers et al. 2023); an adapter does not know it, and is merged into the full weights.
 
+Adapters go by name: a target is a linear layer's dotted name, or the end of one or many. The head is one of them, where it has
+weights of its own.
+
 Importing peft takes 2.3 s after torch, in whatever way: its own first line imports bitsandbytes, and all model classes of
 Transformers that it names. So it is imported once, where an adapter is wanted.
 """
@@ -11,6 +14,7 @@ Transformers that it names. So it is imported once, where an adapter is wanted.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +35,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 _PREFIX = "base_model.model."  # stock PEFT's wrappers around the model, which weights are named by
 _NAME = "default"  # of the adapter inside PEFT
 
@@ -48,13 +53,38 @@ class Settings:
 
 
 def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list[str]:
-    """The names of modules that `wanted` means, sorted: linear layers of the decoder. A name that is none is an InputError."""
-    possible = sorted({name.rpartition(".")[2] for name, _ in _linear_layers(model)})
+    """What `wanted` is to PEFT: names, sorted. Each means the linear layers whose dotted names it is, or ends.
+
+    "all-linear" leaves the head out, as in PEFT. An InputError tells which name means nothing, and which would, or that the
+    head is no layer of its own.
+    """
+    layers = [name for name, _ in _linear_layers(model)]
+    short = sorted({name.rpartition(".")[2] for name in layers})
     if wanted == ALL_LINEAR:
-        return possible
-    if wrong := [name for name in wanted if name not in possible]:
-        raise InputError(f'target_modules wants names of {", ".join(possible)} or "all-linear"; found {wrong[0]!r}')
+        return short
+    tied = model.config.tied
+    possible = dict.fromkeys(end for name in (layers if tied else [*layers, HEAD]) for end in _ends(name))
+    for name in wanted:
+        if name == HEAD and tied:
+            raise InputError(
+                f"target_modules wants a head of its own where it names {HEAD!r}; found a tied one: its weights are the input "
+                "embedding, and an adapter merged into them would change what the model reads. Leave it out, or take a base "
+                "with tied = false"
+            )
+        if name not in possible:
+            near = get_close_matches(name, possible, n=1)
+            raise InputError(
+                f"target_modules wants names of {', '.join(short if tied else [*short, HEAD])} (or longer ones, as "
+                f'{".".join(layers[0].split(".")[-2:])} and {layers[0]}), or "all-linear"; found {name!r}'
+                + (f", nearest is {near[0]!r}" if near else "")
+            )
     return sorted(set(wanted))
+
+
+def _ends(name: str) -> list[str]:
+    """`name` without its first parts: the whole, and what follows each dot."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = None) -> None:
@@ -77,15 +107,24 @@ def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = 
 
 
 def attach(model: Llama, settings: Settings, *, seed: int) -> None:
-    """Put a new adapter into `model`, drawn from `seed`; nothing else in it asks for gradients any more."""
+    """Put a new adapter into `model`, drawn from `seed`; nothing else in it asks for gradients any more.
+
+    InputError where a target is no linear layer, or the head's adapter is to have dropout.
+    """
     from peft import LoraConfig
 
+    names = targets(model, settings.target_modules)
+    if HEAD in names and settings.dropout > 0:
+        raise InputError(
+            f"dropout wants 0 where target_modules names {HEAD!r}, found {settings.dropout}: a mask follows from row and "
+            "position, and the head is given positions that are learned, without their places"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=targets(model, settings.target_modules),
+        target_modules=names,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
@@ -136,6 +175,12 @@ def load_adapter(model: Llama, folder: Path) -> None:
 
     config = LoraConfig.from_pretrained(str(folder))
     weights = load_file(folder / WEIGHTS)
+    shared = {f"{_PREFIX}{HEAD}.", f"{_PREFIX}{EMBEDDING}."}
+    if model.config.tied and any(name.startswith(start) for name in weights for start in shared):
+        raise InputError(
+            f"{folder / WEIGHTS}: it adapts the head or the embedding, which are one in this base and would change together; "
+            "wants an adapter of other layers, or a base with tied = false"
+        )
     _inject(model, config)
     _check_fit(model, weights, folder)
     set_peft_model_state_dict(model, weights)

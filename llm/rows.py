@@ -64,6 +64,11 @@ class Batch:
         )
         return Batch(*moved)
 
+    def split(self, most: int) -> "list[Batch]":
+        """Batches of at most `most` rows that make up this one."""
+        tensors = (self.tokens, self.targets, self.documents, self.positions, self.rows)
+        return [Batch(*(tensor[start : start + most] for tensor in tensors)) for start in range(0, len(self.rows), most)]
+
 
 def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
     """A batch of `rows`, which are those with `indices` within their optimizer step."""

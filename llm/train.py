@@ -8,23 +8,24 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llm import training_state
+from llm import compilation, training_state
 from llm.choices import Choices, choose, restored
 from llm.dropout import set_counters
 from llm.errors import InputError, Interrupted
 from llm.feed import batches, feed, most_batches
 from llm.group import Group
-from llm.memory import peak_memory
+from llm.memory import is_out_of_memory, peak_memory
 from llm.objectives import Learner, Objective
 from llm.optim import build_optimizers, set_learning_rate
 from llm.parameters import count_parameters
+from llm.probe import settle, smaller
 from llm.rows import Batch, RowSource
 from llm.self_check import self_check
 from llm.settings import Budget, Optimizer, Schedule
@@ -68,6 +69,7 @@ def train(
     checkpoint_minutes: float | None,
     micro_batch: int | Literal["auto"],  # rows per forward pass of a process
     precision: Literal["auto", "fp32", "bf16"],
+    compiled: bool | Literal["auto"],  # layers by torch.compile
     cores: int,  # of this machine, shared by its processes
     scratch: Path,
     report: Callable[..., None],
@@ -91,8 +93,19 @@ def train(
     steps = budget.in_steps(batch_tokens=tokens_per_step, rows_per_step=rows_per_step, rows_per_epoch=rows.rows_per_epoch)
     folder = scratch / CHECKPOINTS
     state = _last_state(folder, group, report)
+    shape = f"{model} {rows.context}"
     if state is None:
-        choices = choose(group, micro_batch, precision, cores=cores, context=rows.context, rows_per_step=rows_per_step)
+        choices = choose(
+            group,
+            micro_batch,
+            precision,
+            compiled,
+            cores=cores,
+            context=rows.context,
+            rows_per_step=rows_per_step,
+            flops=steps * tokens_per_step * model.flops_per_token(rows.context),  # type: ignore[operator]  # every one has it
+            shape=shape,
+        )
         progress = Progress(steps=steps)
         if rows_per_step > rows.rows_per_epoch:
             report(
@@ -114,14 +127,18 @@ def train(
         first = next(batches(rows, range(rows_per_step), choices.micro_batch))  # the same in every process
         progress.self_check = self_check(model, objective, first, precision=choices.precision)
         report(note="self-check passed: " + ", ".join(f"{name} {value:.4g}" for name, value in progress.self_check.items()))
+    learner = Learner(model, objective, precision=choices.precision)
+    choices = settle(learner, rows, choices, auto=micro_batch == "auto", group=group, report=report)
+    if choices.compiled:
+        compilation.note(shape)
     loop = Loop(
-        model,
-        objective,
+        learner,
         optimizer,
         schedule=schedule,
         seed=seed,
         group=group,
         choices=choices,
+        auto=micro_batch == "auto",
         report=report,
         should_stop=should_stop,
     )
@@ -139,7 +156,7 @@ def train(
             loop.collect(progress)  # raises before anything that is not finite is kept
             if group.is_main:
                 progress.seconds = time.monotonic() - began
-                facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(choices)}
+                facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(loop.choices)}
                 writer.submit(training_state.take(model, loop.optimizers, facts=facts))
 
         def validate_if_due() -> None:
@@ -173,7 +190,7 @@ def train(
             raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
     model.eval()
     progress.seconds = time.monotonic() - began
-    return _metrics(model, progress, choices, rows=rows, tokens_per_step=tokens_per_step)
+    return _metrics(model, progress, loop.choices, rows=rows, tokens_per_step=tokens_per_step)
 
 
 class Loop:
@@ -181,24 +198,25 @@ class Loop:
 
     def __init__(
         self,
-        model: nn.Module,
-        objective: Objective,
+        learner: Learner,
         optimizer: Optimizer,
         *,
         schedule: Schedule,
         seed: int,
         group: Group,
         choices: Choices,
+        auto: bool,  # whether the micro-batch may shrink
         report: Callable[..., None],
         should_stop: Callable[[], bool],
     ) -> None:
-        self.model, self.group, self.choices = model, group, choices
+        model = learner.model
+        self.model, self.group, self.choices, self.auto = model, group, choices, auto
         self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = schedule, seed
         self.clip = optimizer.gradient_clip or math.inf
-        self.learner = Learner(model, objective, precision=choices.precision)
+        self.learner = learner
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
-        self.wrapped = group.wrap(self.learner)
+        self.wrapped = group.wrap(learner)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
@@ -213,6 +231,33 @@ class Loop:
         sums the gradients, together; before each round they may agree to stop.
         """
         self.wrapped.train()
+        if self.group.size == 1:
+            parts = [piece for part in parts for piece in part.split(self.choices.micro_batch)]
+            rounds = len(parts)
+        try:
+            loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
+        except (RuntimeError, MemoryError) as error:
+            if self.group.size > 1 or not is_out_of_memory(error):
+                raise
+            loss = None
+        if loss is None:  # out here nothing holds what the failed attempt had computed
+            self.learner.zero_grad()
+            micro_batch = smaller(self.choices.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
+            self.choices = replace(self.choices, micro_batch=micro_batch)
+            self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
+            self.step(progress, parts, targets=targets, rounds=rounds)
+            return
+        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
+        set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self._losses.append(loss / max(1.0, targets))
+        self._norms.append(norm)
+        self._tokens += sum(part.tokens.numel() for part in parts)
+
+    def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
+        """Forward and backward passes of a step; returns this process's share of the sum of losses."""
         # Whatever draws numbers besides our own dropout starts afresh, so nothing of a generator has to be kept.
         torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
         loss = torch.zeros((), device=self.group.device)
@@ -231,14 +276,7 @@ class Loop:
             total, _ = (self.wrapped if index == rounds - 1 else self.learner)(batch)
             (total * scale).backward()
             loss += total.detach()
-            self._tokens += batch.tokens.numel()
-        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
-        set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self._losses.append(loss / max(1.0, targets))
-        self._norms.append(norm)
+        return loss
 
     def collect(self, progress: Progress) -> None:
         """Wait for the steps taken so far and keep their losses; InputError if one of them was not finite."""

@@ -5,6 +5,7 @@ file only says which file is where, and which files are content: the digest of a
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -40,9 +41,17 @@ class Artifact:
             if not any(part.startswith(".") for part in name.parts) and name.as_posix() not in self.not_content
         )
 
+    def attachments(self) -> list[Path]:
+        """The files that go with the content, such as a model card; the record, which names them, is not among them."""
+        return sorted(path for name in self.not_content - {RECORD} if (path := self.folder / name).is_file())
+
     def digests(self) -> dict[str, str]:
         """sha256 of each content file, by its path inside the folder."""
-        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in self.content()}
+        return self.digests_of(self.content())
+
+    def digests_of(self, paths: Iterable[Path]) -> dict[str, str]:
+        """sha256 of files of the artifact, by their paths inside the folder."""
+        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
 
 
 @dataclass(frozen=True)

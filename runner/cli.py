@@ -1,6 +1,8 @@
 """The command line: `run RECIPE` and its verbs. Arguments in, exit code out; everything else is done elsewhere."""
 
 import argparse
+import codecs
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -8,10 +10,20 @@ from pathlib import Path
 
 import tomli_w
 
+from runner import cache_verbs
 from runner.errors import RecipeError, StockpotError
+from runner.files import DISK_FULL
 from runner.graph import ancestors
-from runner.recipe import Recipe, load_recipe
-from runner.store import Store, default_cache
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_remote_option,
+    recipe_of,
+    remote_of,
+    stage_named,
+    store_of,
+)
+from runner.secrets import redact
 
 EXIT_INTERRUPTED = 130
 
@@ -22,10 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] not in (*VERBS, "-h", "--help"):
         words.insert(0, "run")
     options = _parser().parse_args(words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PRINTABLE)
     try:
         return int(VERBS[options.verb](options))
     except StockpotError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(
@@ -36,8 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        print(f"{error.strerror or error}{place}", file=sys.stderr)
+        hint = "; free some space and run again, what is finished is kept" if error.errno in DISK_FULL else ""
+        print(f"{error.strerror or error}{place}{hint}", file=sys.stderr)
         return 3
+
+
+def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
+    """For what the terminal cannot show: the bytes of a file name that is no text as they are, anything else as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+PRINTABLE = "stockpot.printable"
+codecs.register_error(PRINTABLE, _printable)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,17 +74,18 @@ def run(options: argparse.Namespace) -> int:
     from runner.execute import Execution, StopRequest
     from runner.progress import make_progress
 
-    recipe, store = _recipe(options), _store(options)
+    recipe, store = recipe_of(options), store_of(options)
     for name in [*options.force, *([options.until] if options.until else [])]:
-        _stage_named(recipe, name)
+        stage_named(recipe, name)
     if options.until:
         for name in options.force:
             if name != options.until and name not in ancestors(recipe.stages, options.until):
                 raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
+    remote = remote_of(options, recipe)
     progress, stop = make_progress(), StopRequest()
     stop.install()
     try:
-        Execution(recipe, store, progress, stop).run(until=options.until, force=options.force)
+        Execution(recipe, store, progress, stop, remote=remote).run(until=options.until, force=options.force)
     finally:
         progress.close()
     return 0
@@ -65,10 +95,10 @@ def plan(options: argparse.Namespace) -> int:
     """Shows the state of each stage, and why."""
     from runner.plan import Plan, as_json
 
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     if options.until:
-        _stage_named(recipe, options.until)
-    made = Plan(recipe, _store(options), until=options.until)
+        stage_named(recipe, options.until)
+    made = Plan(recipe, store_of(options), until=options.until)
     if options.json:
         print(json.dumps(as_json(recipe, made), indent=2, ensure_ascii=False))
         return 0
@@ -87,9 +117,9 @@ def why(options: argparse.Namespace) -> int:
     """Explains the state of one stage."""
     from runner.plan import Plan
 
-    recipe = _recipe(options)
-    _stage_named(recipe, options.stage)
-    entry = Plan(recipe, _store(options)).entries[options.stage]
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    entry = Plan(recipe, store_of(options)).entries[options.stage]
     print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
     for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
         print(f"  {line}")
@@ -102,7 +132,7 @@ def why(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Prints the recipe with everything it extends, overrides and defaults."""
-    print(tomli_w.dumps(_recipe(options).resolved()), end="")
+    print(tomli_w.dumps(recipe_of(options).resolved()), end="")
     return 0
 
 
@@ -110,9 +140,9 @@ def path(options: argparse.Namespace) -> int:
     """Prints the folder of a finished artifact."""
     from runner.plan import Plan
 
-    recipe = _recipe(options)
-    _stage_named(recipe, options.stage)
-    entry = Plan(recipe, _store(options)).entries[options.stage]
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    entry = Plan(recipe, store_of(options)).entries[options.stage]
     if entry.path is None:
         print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
         return 1
@@ -128,6 +158,25 @@ def schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Measures speed and memory on this machine, ours beside stock Transformers'."""
+    from runner.bench import chosen, measure, recipe_job, reference_job, show
+
+    settings = {"seconds": options.seconds, "compiled": not options.no_compile, "only": chosen(options.only)}
+    if options.recipe is not None:
+        job = recipe_job(recipe_of(options), store_of(options), **settings)
+    elif options.overrides:
+        raise RecipeError("--set: wants a RECIPE to change, found none")
+    else:
+        job = reference_job(**settings)
+    result = measure(job)
+    if options.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        show(result)
+    return 0
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "plan": plan,
@@ -135,6 +184,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": show,
     "path": path,
     "schema": schema,
+    "bench": bench,
+    **cache_verbs.VERBS,
 }
 
 
@@ -148,48 +199,38 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
         if name == "schema":
             continue
-        sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+        if name in cache_verbs.VERBS:
+            cache_verbs.add_options(name, sub)
+            continue
+        if name == "bench":
+            _bench_options(sub)
+        else:
+            sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
         if name in ("why", "path"):
             sub.add_argument("stage", metavar="STAGE", help="a stage of the recipe")
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            dest="overrides",
-            help="override, such as stage.base.seed=1",
-        )
+        add_recipe_options(sub)
         if name == "show":
             continue
-        sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
+        add_cache_option(sub)
         if name in ("run", "plan"):
             sub.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
         if name == "run":
             sub.add_argument("--force", action="append", default=[], metavar="STAGE", help="make its artifact again")
+            add_remote_option(sub)
             sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    overrides = list(options.overrides)
-    if getattr(options, "processes", None):
-        overrides.append(f"parallel.processes={options.processes}")
-    return load_recipe(options.recipe, overrides)
-
-
-def _store(options: argparse.Namespace) -> Store:
-    return Store(default_cache(options.recipe, options.cache))
-
-
-def _stage_named(recipe: Recipe, name: str) -> None:
-    if name not in recipe.stages:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, recipe.stages, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(recipe.stages)}{hint}")
+def _bench_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="whose first pretrain stage to measure; else a 28.8M model"
+    )
+    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10), at least three rounds")
+    sub.add_argument("--only", metavar="WHAT", help="some of matmul,train,decode,memory,machinery")
+    sub.add_argument("--no-compile", action="store_true", help="compile nothing, neither ours nor Transformers")
 
 
 if __name__ == "__main__":

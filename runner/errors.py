@@ -3,6 +3,8 @@
     StockpotError
     ├── RecipeError   2  the recipe, or a file that it names, is wrong
     ├── StageError    3  a stage failed while it ran
+    ├── DamageError   3  the cache does not hold what was recorded
+    ├── RemoteError   3  a cache elsewhere was asked for and could not be used
     ├── GateError     4  a gate on a score failed
     └── PausedError   5  an alert asked for a person
 
@@ -25,6 +27,18 @@ class RecipeError(StockpotError):
 
 class StageError(StockpotError):
     """A stage started and did not finish. What it had checkpointed stays in its work folder."""
+
+    exit_code = 3
+
+
+class DamageError(StockpotError):
+    """Something in the cache is not what was recorded. Names every file; what could be used by mistake is set aside."""
+
+    exit_code = 3
+
+
+class RemoteError(StockpotError):
+    """A cache elsewhere could not be read or written. Fails what was only about it, never a run."""
 
     exit_code = 3
 

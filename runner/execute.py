@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +21,13 @@ from runner.code import code_digest
 from runner.errors import GateError, StageError
 from runner.graph import ancestors, plain
 from runner.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
-from runner.plan import Entry, Plan
+from runner.plan import RUNNABLE, Entry, Plan
 from runner.progress import Follower, Progress, duration
 from runner.recipe import Recipe
+from runner.record import Record
+from runner.remote import Mirror
+from runner.runs import note_run
+from runner.secrets import redact
 from runner.stage import Stage
 from runner.store import Store, Waiting
 from runner.track import Tracker
@@ -51,9 +55,14 @@ class StopRequest:
 class Execution:
     """One run of one recipe on one cache."""
 
-    def __init__(self, recipe: Recipe, store: Store, progress: Progress, stop: StopRequest) -> None:
+    def __init__(
+        self, recipe: Recipe, store: Store, progress: Progress, stop: StopRequest, *, remote: str | None = None
+    ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
+        upload = recipe.head.cache.upload
+        self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
         self._tracker = Tracker(store.root)
+        self._names: set[str] = set()  # <kind>-<key> of all stages so far
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
         """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
@@ -61,36 +70,77 @@ class Execution:
         plan = self._plan(until, forced)
         self._progress.planned(plan)
         try:
-            while entry := plan.next():
-                if self._stop.requested:
-                    raise KeyboardInterrupt
-                if entry.key in made:
+            while (entry := plan.next()) or not self._are_sound(_acted_on(plan)):
+                self._raise_if_stopped()
+                if entry and entry.key in made:
                     raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; is the disk sound?")
-                if self._run_stage(entry, plan):
+                if entry and self._run_stage(entry, plan):
                     made.add(str(entry.key))
                 plan = self._plan(until, forced)
-            if self._stop.requested:
-                raise KeyboardInterrupt
+            self._raise_if_stopped()
+            self._noted(plan, until, complete=True)
             self._act(plan)
         finally:
             if warning := self._tracker.close():
                 self._progress.note(warning)
         self._judge(plan)
 
+    def _patience(self, entry: Entry) -> "_Patience":
+        return _Patience(entry.name, self._progress, self._stop)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.requested:
+            raise KeyboardInterrupt
+
     def _plan(self, until: str | None, forced: set[str]) -> Plan:
-        """The plan, after setting aside the artifacts of forced stages whose keys are known by now."""
-        plan = Plan(self._recipe, self._store, until=until)
-        waiting = {name for name in forced if ancestors(self._recipe.stages, name) & forced}  # their keys may change yet
-        ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
-        for entry in ready:
-            stage, key = entry.stage, str(entry.key)
-            with self._store.lock(stage, key, waiting=_Patience(entry.name, self._progress, self._stop)):
-                self._store.discard_work(stage, key)
-                self._store.forget(key)
-                if place := self._store.set_aside(stage, key):
-                    self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
-            forced.discard(entry.name)
-        return Plan(self._recipe, self._store, until=until) if ready else plan
+        """The plan, after setting aside the artifacts of forced stages whose keys are known by now, and after asking the
+        remote for what would run: first for records alone, then for the artifacts that are still needed.
+        """
+        while True:
+            plan = self._noted(Plan(self._recipe, self._store, until=until), until)
+            waiting = {name for name in forced if ancestors(self._recipe.stages, name) & forced}  # their keys may change yet
+            ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
+            for entry in ready:
+                self._force(entry)
+                forced.discard(entry.name)
+            if not ready and not self._learned(plan) and not self._fetched(plan):
+                return plan
+
+    def _force(self, entry: Entry) -> None:
+        """Puts the artifact and the record of a stage out of use."""
+        stage, key = entry.stage, str(entry.key)
+        self._mirror.without(key)
+        with self._store.lock(stage, key, waiting=self._patience(entry)):
+            self._store.discard_work(stage, key)
+            self._store.forget(key)
+            if place := self._store.set_aside(stage, key):
+                self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
+
+    def _learned(self, plan: Plan) -> bool:
+        """Whether the remote had records that the plan did not know."""
+        wanted = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
+        records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in wanted]
+        for record in filter(None, records):
+            self._store.remember(record)
+        return any(records)
+
+    def _fetched(self, plan: Plan) -> bool:
+        """Whether the remote had an artifact that is missing here; the last first, since those before it may not be needed."""
+        for entry in reversed(list(plan)):
+            if entry.state in RUNNABLE and entry.record and self._mirror.has(entry.record):
+                with self._store.lock(entry.stage, entry.record.key, waiting=self._patience(entry)):
+                    if self._store.has_artifact(entry.record) or self._mirror.fetch(self._store, entry.record):
+                        self._progress.finished(entry, "fetched from the remote")
+                        return True
+        return False
+
+    def _noted(self, plan: Plan, until: str | None, *, complete: bool = False) -> Plan:
+        """The plan, after noting the keys in it for `run gc`."""
+        names = {f"{entry.stage.kind}-{entry.key}" for entry in plan if entry.key}
+        if complete or names - self._names:
+            self._names |= names
+            note_run(self._store.root, self._recipe, names if complete else self._names, until=until, complete=complete)
+        return plan
 
     def _act(self, plan: Plan) -> None:
         """What is left to do in the world: pushes."""
@@ -114,51 +164,69 @@ class Execution:
     def _run_stage(self, entry: Entry, plan: Plan) -> bool:
         """Runs one stage under its lock; false if another run made it, or an input is damaged: then the plan is read again."""
         stage, key = entry.stage, str(entry.key)
-        with self._store.lock(stage, key, waiting=_Patience(entry.name, self._progress, self._stop)) as log:
+        with self._store.lock(stage, key, waiting=self._patience(entry)) as log:
             record = self._store.record(stage, key)
             if record and self._store.has_artifact(record):
                 self._progress.finished(entry, "made by another run")
                 return False
-            if not self._inputs_are_sound(entry, plan) or not plan.still_holds(entry):
-                return False
-            self._progress.started(entry)
-            begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-            result = _StageRun(entry, plan, self._recipe, self._store, log).work(self._progress, self._stop, self._tracker)
-            seconds = time.monotonic() - clock
-            if not plan.still_holds(entry):
-                self._store.discard_work(stage, key)
-                raise StageError(
-                    f"stage {entry.name!r}: an input file changed while it ran, so its result is dropped; run again"
-                )
-            self._store.finish(
-                stage,
-                key,
-                {
-                    "stage": entry.name,
-                    "recipe": self._recipe.head.name,
-                    "identity": entry.identity,
-                    "inputs": {source: plan.record(source).summary() for source in plan.inputs(entry.name)},
-                    "code": code_digest(type(stage)),
-                    "started": begun.isoformat(timespec="seconds"),
-                    "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    "seconds": round(seconds, 2),
-                    **result,
-                },
-            )
+            sources = {source: plan.record(source) for source in plan.inputs(entry.name)}
+            with self._store.reading(sources.values(), waiting=self._patience(entry)):
+                if not self._are_sound(sources) or not plan.still_holds(entry):
+                    return False
+                seconds = self._make(entry, plan, log)
         self._progress.finished(entry, f"done in {duration(seconds)}")
+        self._offer(entry)
         return True
 
-    def _inputs_are_sound(self, entry: Entry, plan: Plan) -> bool:
-        """Rehashes what the stage will read; a damaged artifact is set aside, and the next plan rebuilds it."""
-        for source in plan.inputs(entry.name):
-            record = plan.record(source)
+    def _offer(self, entry: Entry) -> None:
+        """Uploads what a stage just made, if the recipe or the user names a remote for it."""
+        record = self._store.record(entry.stage, str(entry.key))
+        if record is not None:
+            with self._store.reading([record], waiting=self._patience(entry)):
+                if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
+                    self._progress.note(f"{entry.name}: uploaded to the remote")
+
+    def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
+        """Makes the artifact of a stage, whose locks are held; returns how many seconds that took."""
+        stage, key = entry.stage, str(entry.key)
+        self._progress.started(entry)
+        begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        result = _StageRun(entry, plan, self._recipe, self._store, log).work(self._progress, self._stop, self._tracker)
+        seconds = time.monotonic() - clock
+        if not plan.still_holds(entry):
+            self._store.discard_work(stage, key)
+            raise StageError(f"stage {entry.name!r}: an input file changed while it ran, so its result is dropped; run again")
+        self._store.finish(
+            stage,
+            key,
+            {
+                "stage": entry.name,
+                "recipe": self._recipe.head.name,
+                "identity": entry.identity,
+                "inputs": {source: plan.record(source).summary() for source in plan.inputs(entry.name)},
+                "code": code_digest(type(stage)),
+                "started": begun.isoformat(timespec="seconds"),
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 2),
+                **result,
+            },
+        )
+        return seconds
+
+    def _are_sound(self, records: Mapping[str, Record]) -> bool:
+        """Rehashes artifacts that are about to be used; one that is damaged is set aside, and the next plan rebuilds it."""
+        for name, record in records.items():
             if not self._store.has_artifact(record, reread=True):
                 place = self._store.set_aside(record.kind, record.key)
-                self._progress.note(
-                    f"{source}: its artifact does not match its record; set aside in {place}, it will be rebuilt"
-                )
+                where = f"; set aside in {place}" if place else ""
+                self._progress.note(f"{name}: its artifact does not match its record{where}; it will be rebuilt")
                 return False
         return True
+
+
+def _acted_on(plan: Plan) -> dict[str, Record]:
+    """The records of the artifacts that leave the cache when the run ends: those of releases to push."""
+    return {entry.name: entry.record for entry in plan if entry.record and entry.effect and entry.effect.act}
 
 
 class _StageRun:
@@ -198,7 +266,7 @@ class _StageRun:
             for line in metrics.new_lines():
                 progress.reported(line)
 
-        with launch.started(command, log=self._log, threads=threads) as process:
+        with launch.started(command, log=self._log, threads=threads, compiled=self._store.compiled) as process:
             code = launch.wait(process, tick=tick, stopping=lambda: stop.requested)
         if code == 0:
             return
@@ -211,14 +279,14 @@ class _StageRun:
         log = Path(self._log.name)
         if (self._scratch / ERROR).exists():
             message = json.loads((self._scratch / ERROR).read_text(encoding="utf-8"))["message"]
-            return f"{message}\n(log: {log})"
+            return f"{redact(message)}\n(log: {log})"
         with log.open("rb") as file:
             file.seek(log_start)
             last = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
         number = -code if code is not None and code < 0 else _signal_in("\n".join(last))
         died = f"was killed by signal {number}" if number else f"ended with exit code {code}"
         hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
-        return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *last])
+        return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *map(redact, last)])
 
     def _job(self, processes: int, cores: int) -> Job:
         name, stages = self._entry.name, self._recipe.stages
@@ -232,7 +300,7 @@ class _StageRun:
                 source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
             },
             records={source: record.data for source, record in above.items()},
-            recipe=tomli_w.dumps(self._recipe.resolved()),
+            recipe=tomli_w.dumps({name: value for name, value in self._recipe.resolved().items() if name != "cache"}),
             parallel=plain(self._recipe.head.parallel),
             processes=processes,
             cores=cores,
@@ -265,7 +333,7 @@ class _Patience(Waiting):
         self._name, self._progress, self._stop = name, progress, stop
 
     def started(self, holder: str) -> None:
-        self._progress.note(f"{self._name}: waiting for {holder}, which is making it")
+        self._progress.note(f"{self._name}: waiting for {holder}, which works on it or on what it needs")
 
     def tick(self) -> None:
         if self._stop.requested:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import StageError
-from runner.store import write_whole
+from runner.files import write_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

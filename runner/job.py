@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from runner.store import write_whole
+from runner.files import write_whole
 
 JOB = "job.json"
 PREPARED = "prepared"  # there once the work before a training group is done
@@ -32,7 +32,7 @@ class Job:
 
     def write(self, path: Path) -> None:
         """Saves the job as JSON."""
-        write_whole(path, json.dumps(asdict(self), ensure_ascii=False))
+        write_whole(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Self:

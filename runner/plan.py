@@ -10,8 +10,9 @@ from runner.artifacts import SCRATCH
 from runner.code import code_digest
 from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of
 from runner.recipe import Recipe
+from runner.record import Record
 from runner.stage import Effect, Stage, Verdict
-from runner.store import Record, Store
+from runner.store import Store
 
 State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "failed", "paused"]
 RUNNABLE: frozenset[State] = frozenset({"run", "resume"})
@@ -89,7 +90,7 @@ class Plan:
         record = self._store.record(stage, key)
         if record is None:
             resumable = (self._store.work(stage, key) / SCRATCH).exists()
-            reason = "goes on where it was interrupted" if resumable else self._why_new(stage, what)
+            reason = "goes on where it was interrupted" if resumable else self._why_new(stage, what, key)
             return Entry(name, stage, "resume" if resumable else "run", reason, key, what, None, None)
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None
         other_code = record.data.get("code") != code_digest(type(stage))
@@ -132,8 +133,10 @@ class Plan:
     def _blocked(self, name: str) -> bool:
         return bool(self.entries[name].failed_gates) or self.entries[name].state == "skipped"
 
-    def _why_new(self, stage: Stage, what: Mapping[str, Any]) -> str:
+    def _why_new(self, stage: Stage, what: Mapping[str, Any], key: str) -> str:
         """The fields and inputs that differ from the nearest cached result of the same kind."""
+        if self._store.has_damaged_record(stage, key):
+            return "its record is damaged"
         candidates = [record for record in self._all_records if record.kind == stage.kind]
         if not candidates:
             return "never run"

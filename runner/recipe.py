@@ -16,15 +16,33 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tomli
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 import runner.stages
 from runner.errors import RecipeError
 from runner.graph import edges, find_cycle, input_files, plain
+from runner.paths import Bounds, fixed_part, leaves_by_name
+from runner.remote import address_fault, is_local, local_folder
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
 
 ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
 M = TypeVar("M", bound=BaseModel)
+
+
+class CacheTable(Spec):
+    """A cache elsewhere that is asked for what is not here; `--remote` and STOCKPOT_REMOTE override it."""
+
+    remote: Execution[str | None] = None
+    """s3://BUCKET/..., hf://OWNER/REPOSITORY/..., a folder, or memory://..."""
+    upload: Execution[bool] = True
+    """Whether what a run makes is uploaded there."""
+
+    @field_validator("remote")
+    @classmethod
+    def _is_address(cls, remote: str | None) -> str | None:
+        if remote is not None and (fault := address_fault(remote)):
+            raise ValueError(fault)
+        return remote
 
 
 class Head(Spec):
@@ -38,6 +56,8 @@ class Head(Spec):
     """Default seed of every stage that draws randomness."""
     parallel: Execution[Parallel] = Parallel()
     """Where and how to run."""
+    cache: Execution[CacheTable] = CacheTable()
+    """Where else results may be."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +87,16 @@ def stage_kinds() -> Mapping[str, type[Stage]]:
     return Stage.registry
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at `path` with `overrides` ("stage.base.seed=1") applied; RecipeError lists every fault."""
-    table = _read_with_parents(path, ())
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[Path] = ()) -> Recipe:
+    """The recipe at `path` with `overrides` ("stage.base.seed=1") applied; RecipeError lists every fault.
+
+    All that it names has to lie in its own folder or in one that is `allowed`.
+    """
+    bounds = Bounds(path.resolve().parent, tuple(allowed))
+    table = _read_with_parents(path, (), bounds)
     for override in overrides:
         _apply_override(table, override, path)
-    faults: list[str] = []
+    faults = list(_place_remote(table, bounds))
     stage_tables = table.pop("stage", None)
     head = _validate(Head, table, "", faults)
     stages: dict[str, Stage] = {}
@@ -87,7 +111,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             stages[name] = stage
     faults.extend(_reference_faults(stages, broken))
-    faults.extend(_file_faults(stages))
+    faults.extend(_file_faults(stages, bounds))
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
     return Recipe(path, head, stages)
@@ -96,7 +120,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 # Reading
 
 
-def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) -> dict[str, Any]:
     """The table of a file merged over the one it extends; every string remembers the folder it was written in."""
     path = path.resolve()
     if path in children:
@@ -118,9 +142,11 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     parent = located.pop("extends", None)
     if parent is None:
         return located
-    if not isinstance(parent, Located):
-        raise RecipeError(f"{path}: extends: wants the path of a recipe, found {parent!r}")
-    return _merge(_read_with_parents(parent.folder / parent, (*children, path)), located)
+    if not isinstance(parent, Located) or not parent or "\0" in parent:
+        raise RecipeError(f"{path}: extends: wants the path of a recipe, found {_shown(parent)}")
+    if not bounds.hold(parent.folder / parent):
+        raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
+    return _merge(_read_with_parents(parent.folder / parent, (*children, path), bounds), located)
 
 
 def _locate(value: Any, folder: Path) -> Any:
@@ -307,8 +333,29 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
         yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"
 
 
-def _file_faults(stages: Mapping[str, Stage]) -> Iterator[str]:
+def _file_faults(stages: Mapping[str, Stage], bounds: Bounds) -> Iterator[str]:
     for name, stage in stages.items():
         for field, file in input_files(stage):
-            if not file.matches():
-                yield f"stage.{name}.{field}: wants a file, found nothing at {file.pattern}"
+            place = f"stage.{name}.{field}"
+            if leaves_by_name(file.pattern):
+                yield f"{place}: found {str(file)!r}, wants no .. behind a wildcard"
+            elif not bounds.hold(fixed_part(file.pattern)):
+                yield f"{place}: {bounds.fault(file, fixed_part(file.pattern))}"
+            elif not (matches := file.matches()):
+                yield f"{place}: wants a file, found nothing at {file.pattern}"
+            elif outside := [match for match in matches if not bounds.hold(match)]:
+                yield f"{place}: {bounds.fault(outside[0].name, outside[0])}"
+            elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
+                yield f"{place}: wants a file, found {closed[0]}, which may not be read"
+
+
+def _place_remote(table: dict[str, Any], bounds: Bounds) -> Iterator[str]:
+    """Makes a remote that is a folder absolute, and says where it is not inside the bounds: results are written there."""
+    cache = table.get("cache")
+    remote = cache.get("remote") if isinstance(cache, dict) else None
+    if not isinstance(remote, Located) or address_fault(remote) or not is_local(remote):
+        return
+    folder = remote.folder / local_folder(remote)
+    table["cache"] = {**table["cache"], "remote": str(folder)}
+    if not bounds.hold(folder):
+        yield f"cache.remote: {bounds.fault(remote, folder)}, or name it with --remote"

@@ -23,6 +23,7 @@ inside `run`. `run` may be called again in the same `context.work` after a crash
 import abc
 import enum
 import glob
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
+from runner.paths import expand
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Artifact)
@@ -63,24 +65,29 @@ class Located(str):
 
 
 class InputFile(Located):
-    """A path or glob of input files, relative to the recipe file that holds it. Its content, not its name, is identity."""
+    """A path or glob of input files, relative to the recipe file that holds it. Its content, not its name, is identity.
+
+    A wildcard enters no links to folders.
+    """
 
     @property
     def pattern(self) -> str:
         """The absolute glob; of a file that exists under this very name, a glob for it alone."""
-        if (self.folder / self).is_file():
+        if os.path.isfile(self.folder / self):  # noqa: PTH113  # Path.is_file() raises at names that are too long
             return glob.escape(str(self.folder / self))
         return str(Path(glob.escape(str(self.folder)), self))
 
     def matches(self) -> list[Path]:
         """The files it means now, sorted by path."""
-        return sorted(path for path in map(Path, glob.iglob(self.pattern, recursive=True)) if path.is_file())
+        return sorted({path for path in expand(self.pattern) if os.path.isfile(path)})  # noqa: PTH113
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def keep_folder(value: Any) -> "InputFile":
             if not isinstance(value, str):
                 raise ValueError(f"wants the path of a file, found {type(value).__name__}")
+            if not value or "\0" in value:
+                raise ValueError(f"wants the path of a file, found {value!r}")
             return cls(value, getattr(value, "folder", Path.cwd()))
 
         return core_schema.no_info_plain_validator_function(
@@ -130,6 +137,8 @@ class Parallel(Spec):
     """How processes share a training: each holds the whole model and gradients are summed."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
     """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
+    compile: Execution[bool | Literal["auto"]] = "auto"
+    """Whether layers run as torch.compile makes them; "auto" is where a training is long enough to gain by it."""
 
 
 @dataclass(frozen=True)

@@ -6,65 +6,39 @@ folder is under `stages/`.
       work/<kind>-<key>/      an artifact that grows; a crash leaves it, and the same key goes on in it
       records/<key>.json      a copy of each record, which outlives the artifact
       logs/<kind>-<key>.log   what the workers printed; the file is also the lock of its key
+      arriving/               artifacts on their way from a remote
       aside/                  artifacts that were forced or found damaged
+      runs/                   which keys each of the last runs used
+      receipts/               what was pushed where
+      compiled/               what torch.compile made, for this machine
       digests.json            memo of file digests by path, size, time and inode
+
+The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it.
 """
 
 import contextlib
+import errno
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from runner.artifacts import RECORD, SCRATCH, digest_file
-from runner.stage import InputFile, Stage
+from runner.artifacts import RECORD, SCRATCH
+from runner.damage import damages
+from runner.digests import DigestMemo
+from runner.errors import StageError
+from runner.files import fsync, write_whole
+from runner.record import DamagedError, Record, digest_of
+from runner.stage import Stage
 
-COMPRESSED = (".gz", ".zst")
-FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of its clock: its digest is not remembered
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of a finished stage: enough to plan without its artifact."""
-
-    data: Mapping[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """The kind of stage."""
-        return str(self.data["kind"])
-
-    @property
-    def key(self) -> str:
-        """The key it was computed under."""
-        return str(self.data["key"])
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the artifact's content."""
-        return str(self.data["digest"])
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """sha256 of each content file."""
-        return dict(self.data["files"])
-
-    def summary(self) -> dict[str, str]:
-        """What the record of a later stage says of this one as its input."""
-        return {"kind": self.kind, "key": self.key, "digest": self.digest}
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def digest_of(files: Mapping[str, str]) -> str:
-    """The digest of an artifact: over the names and digests of its content files."""
-    text = json.dumps(dict(files), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+class NotWritableError(StageError):
+    """There is work to do, and the cache can only be read."""
 
 
 class Store:
@@ -78,36 +52,50 @@ class Store:
         """Where the finished artifact is."""
         return self.root / "stages" / _name(stage, key)
 
-    def work(self, stage: Stage, key: str) -> Path:
+    def work(self, stage: Stage | str, key: str) -> Path:
         """Where the artifact grows."""
         return self.root / "work" / _name(stage, key)
 
-    def log(self, stage: Stage, key: str) -> Path:
+    @property
+    def compiled(self) -> Path:
+        """Where torch.compile keeps what it made."""
+        return self.root / "compiled"
+
+    def log(self, stage: Stage | str, key: str) -> Path:
         """What the workers print."""
         return self.root / "logs" / f"{_name(stage, key)}.log"
 
     def record(self, stage: Stage | str, key: str) -> Record | None:
-        """The record of a key, whether or not its artifact is still here."""
-        for path in (self.record_path(key), self.folder(stage, key) / RECORD):
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                return Record(json.loads(path.read_text(encoding="utf-8")))
+        """The record of a key, whether or not its artifact is still here; one that is damaged is as good as none."""
+        for path in (self.folder(stage, key) / RECORD, self.record_path(key)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamagedError):
+                record = Record.unsealed(path.read_bytes())
+                if record.name == _name(stage, key):
+                    return record
         return None
+
+    def has_damaged_record(self, stage: Stage | str, key: str) -> bool:
+        """Whether something is kept as the record of a key that has none."""
+        return self.record_path(key).exists() or (self.folder(stage, key) / RECORD).exists()
 
     def records(self) -> list[Record]:
         """All records, the newest first."""
         found = []
         for path in (self.root / "records").glob("*.json"):
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                found.append(Record(json.loads(path.read_text(encoding="utf-8"))))
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                found.append(Record.unsealed(path.read_bytes()))
         return sorted(found, key=lambda record: str(record.data["finished"]), reverse=True)
 
     def has_artifact(self, record: Record, *, reread: bool = False) -> bool:
-        """Whether the artifact is here and unchanged: by sizes and times of its files, or by their bytes with `reread`."""
+        """Whether the artifact is here and unchanged: by sizes and times of its files; with `reread` by their bytes, and
+        nothing else may lie among them.
+        """
         folder = self.folder(record.kind, record.key)
-        digest = digest_file if reread else self.digests.of
+        if reread:
+            return folder.is_dir() and not [damage for damage in damages(folder, record) if damage.matters]
         try:
-            return all(digest(folder / name) == wanted for name, wanted in record.files.items())
-        except FileNotFoundError:
+            return all(self.digests.of(folder / name) == wanted for name, wanted in record.used.items())
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def set_aside(self, stage: Stage | str, key: str) -> Path | None:
@@ -115,12 +103,16 @@ class Store:
         folder = self.folder(stage, key)
         if not folder.exists():
             return None
-        place = self.root / "aside" / f"{folder.name}-{time.time_ns()}"
+        return self.move_aside(folder)
+
+    def move_aside(self, path: Path) -> Path:
+        """Moves a file or folder of the cache out of use; returns where it went."""
+        place = self.root / "aside" / f"{path.name}-{time.time_ns()}"
         place.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(place)
+        path.rename(place)
         return place
 
-    def discard_work(self, stage: Stage, key: str) -> None:
+    def discard_work(self, stage: Stage | str, key: str) -> None:
         """Removes what an interrupted run left of an artifact."""
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
@@ -128,38 +120,90 @@ class Store:
         """Removes a record, so that its stage runs again."""
         self.record_path(key).unlink(missing_ok=True)
 
+    def remember(self, record: Record) -> None:
+        """Keeps the record of an artifact that is elsewhere."""
+        write_whole(self.record_path(record.key), record.sealed)
+
     def finish(self, stage: Stage, key: str, facts: Mapping[str, Any]) -> Record:
         """Turns the work folder into the finished artifact: digests, record, fsync, one rename. Returns the record."""
-        work, folder = self.work(stage, key), self.folder(stage, key)
-        files = stage.makes(work).digests()
-        data = {"kind": stage.kind, "key": key, "digest": digest_of(files), "files": files, **facts}
-        (work / RECORD).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-        written = [*map(work.joinpath, files), work / RECORD]
+        made = stage.makes(self.work(stage, key))
+        files, attachments = made.digests(), made.digests_of(made.attachments())
+        known = {"kind": stage.kind, "key": key, "digest": digest_of(files), "files": files, "attachments": attachments}
+        record = Record({**known, **facts})
+        self.adopt(made.folder, record)
+        return record
+
+    def adopt(self, made: Path, record: Record) -> None:
+        """Makes the folder `made`, whose files are those of `record`, the finished artifact."""
+        folder = self.folder(record.kind, record.key)
+        (made / RECORD).write_bytes(record.sealed)
+        named = [*record.files, *record.attachments, RECORD]
+        written = [path for path in map(made.joinpath, named) if path.exists()]  # metrics may be lost
         for path in [*written, *{path.parent for path in written}]:
-            _fsync(path)
+            fsync(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():  # an artifact that no longer matched its record
-            self.set_aside(stage, key)
-        work.rename(folder)
-        _fsync(folder.parent)
-        write_whole(self.record_path(key), json.dumps(data, ensure_ascii=False))
+        self.set_aside(record.kind, record.key)  # one that no longer matched its record
+        made.rename(folder)
+        fsync(folder.parent)
+        self.remember(record)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        return Record(data)
 
     def record_path(self, key: str) -> Path:
         """Where the record of a key is kept beyond its artifact."""
         return self.root / "records" / f"{key}.json"
 
     @contextlib.contextmanager
-    def lock(self, stage: Stage, key: str, *, waiting: "Waiting") -> Iterator[IO[bytes]]:
-        """Holds the key's lock; yields its file, which workers inherit as their output, so that the lock is free exactly when
-        nobody works under it any more. Waits while another holds it, telling `waiting`.
+    def lock(self, stage: Stage | str, key: str, *, waiting: "Waiting") -> Iterator[IO[bytes]]:
+        """Holds the key's lock alone; yields its file, which workers inherit as their output, so that the lock is free exactly
+        when nobody works under it any more. Waits while another holds it, telling `waiting`.
         """
-        path = self.log(stage, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            _acquire(file, path, waiting)
+        with self._open_log(stage, key) as file:
+            _acquire(file, fcntl.LOCK_EX, waiting)
+            _holder_file(file).write_text(f"process {os.getpid()}", encoding="utf-8")
             yield file
+
+    @contextlib.contextmanager
+    def reading(self, records: Iterable[Record], *, waiting: "Waiting") -> Iterator[None]:
+        """Holds the locks of artifacts together with others who read them, so that nobody removes them meanwhile."""
+        with contextlib.ExitStack() as files:
+            for record in records:
+                _acquire(files.enter_context(self._open_log(record.kind, record.key)), fcntl.LOCK_SH, waiting)
+            yield
+
+    @contextlib.contextmanager
+    def lock_if_free(self, kind: str, key: str) -> Iterator[bool]:
+        """Holds the key's lock alone if nobody works under it or reads its artifact; yields whether that is so."""
+        with self._open_log(kind, key) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def is_free(self, kind: str, key: str) -> bool:
+        """Whether nobody holds the key's lock now; leaves no trace."""
+        try:
+            with self.log(kind, key).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return True
+        except BlockingIOError:
+            return False
+        return True
+
+    def _open_log(self, stage: Stage | str, key: str) -> IO[bytes]:
+        path = self.log(stage, key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("ab")
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            raise NotWritableError(
+                f"{self.root}: the cache cannot be written ({error.strerror}), and there is work to do; make it writable, or "
+                "name another with --cache or STOCKPOT_CACHE"
+            ) from error
 
 
 class Waiting:
@@ -172,80 +216,30 @@ class Waiting:
         """Called several times a second while waiting; raise to give up."""
 
 
-def _acquire(file: IO[bytes], path: Path, waiting: Waiting) -> None:
+def _acquire(file: IO[bytes], mode: int, waiting: Waiting) -> None:
     told = False
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
         except BlockingIOError:
             if not told:
-                waiting.started(_holder(path))
+                waiting.started(_holder(file))
                 told = True
             waiting.tick()
             time.sleep(0.1)
         else:
-            path.with_suffix(".holder").write_text(f"process {os.getpid()}", encoding="utf-8")
             return
 
 
-def _holder(path: Path) -> str:
+def _holder_file(log: IO[bytes]) -> Path:
+    return Path(log.name).with_suffix(".holder")
+
+
+def _holder(log: IO[bytes]) -> str:
     try:
-        return path.with_suffix(".holder").read_text(encoding="utf-8")
+        return _holder_file(log).read_text(encoding="utf-8")
     except FileNotFoundError:
         return "another process"
-
-
-class DigestMemo:
-    """sha256 of files, remembered by (path, size, mtime_ns, inode) so that planning does not read them again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._new: dict[str, list[Any]] = {}
-
-    @cached_property
-    def _known(self) -> dict[str, list[Any]]:
-        try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
-    def of(self, path: Path) -> str:
-        """sha256 of a file; FileNotFoundError if it is not there."""
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-        remembered = self._new.get(str(path)) or self._known.get(str(path))
-        if remembered and remembered[:3] == stamp:
-            return str(remembered[3])
-        digest = digest_file(path)
-        if time.time() - status.st_mtime > FRESH_SECONDS:
-            self._new[str(path)] = [*stamp, digest]
-        return digest
-
-    def of_inputs(self, file: InputFile) -> list[list[str]]:
-        """[format, digest] of each file that an input means now: what a stage's identity holds of it."""
-        return [[_format(path), self.of(path)] for path in file.matches()]
-
-    def save(self) -> None:
-        """Writes what was learned; a cache that cannot be written only makes the next planning slower."""
-        if not self._new:
-            return
-        merged = {**self._known, **self._new}
-        del self._known
-        with contextlib.suppress(OSError):
-            write_whole(self._path, json.dumps({path: entry for path, entry in merged.items() if Path(path).exists()}))
-        self._new = {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def default_cache(recipe: Path, asked: Path | None) -> Path:
@@ -262,17 +256,3 @@ def default_cache(recipe: Path, asked: Path | None) -> Path:
 
 def _name(stage: Stage | str, key: str) -> str:
     return f"{stage if isinstance(stage, str) else stage.kind}-{key}"
-
-
-def _format(path: Path) -> str:
-    """What decides how a file is read: its ending, the one before a compression's included."""
-    endings = [ending.lower() for ending in path.suffixes[-2:]]
-    return "".join(endings if endings and endings[-1] in COMPRESSED else endings[-1:])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,10 +18,10 @@ from typing import Any
 
 from llm.errors import InputError, Interrupted
 from runner.artifacts import METRICS, SCRATCH
+from runner.files import write_whole
 from runner.job import ERROR, RESULT, STOP, Job
 from runner.recipe import stage_kinds
 from runner.stage import Context, Parallel, Stage
-from runner.store import write_whole
 
 REPORTED_VERSIONS = ("stockpot", "torch", "tokenizers", "transformers", "peft", "bitsandbytes", "accelerate", "rensa")
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 130, 4
@@ -140,7 +140,7 @@ def _leave_error(scratch: Path, rank: int, message: str) -> None:
     """The first process that fails says why; the others fail only because it did."""
     with contextlib.suppress(OSError):  # a full disk, say: then the log and the exit code are what is left
         if not (scratch / ERROR).exists():
-            write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}, ensure_ascii=False))
+            write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}))
 
 
 def _assert_world_size(wanted: int) -> None:

@@ -1,7 +1,8 @@
 """A Hugging Face Hub on a loopback port, as far as `huggingface_hub` 2.4 asks for it without Xet.
 
-whoami, create a repository, validate a card, preupload, LFS batch, PUT and verify, commit; model info, tree and download.
-State is in memory: repositories hold commits, a commit holds files. `requests` lists what was asked, in order.
+whoami, create a repository, validate a card, preupload, LFS batch, PUT and verify, commit; model info, tree and download,
+of ranges too. State is in memory: repositories hold commits, a commit holds files. `requests` lists what was asked, in order;
+`faults` says what goes wrong with the next downloads of a file.
 """
 
 import base64
@@ -52,6 +53,7 @@ class Repository:
     """Commits by id, and branches that point at one."""
 
     private: bool
+    gated: bool = False  # everybody sees that it is there; only its owner gets its files
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -82,7 +84,8 @@ class Hub:
         self.users = {TOKEN: OWNER}
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}  # large files by sha256, committed or not
-        self.requests: list[str] = []  # "POST /api/repos/create"
+        self.requests: list[str] = []  # "POST /api/repos/create", "GET /ada/m/resolve/.../f bytes=7-"
+        self.faults: dict[str, list[int | HTTPStatus]] = {}  # by file: bytes until the connection breaks, or a refusal
         self.lock = threading.Lock()
 
 
@@ -122,6 +125,7 @@ class Reply:
 
     value: Any = None
     file: File | None = None
+    breaks_after: int | None = None  # bytes
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -240,7 +244,13 @@ def commit(request: Request, repo: str, revision: str) -> Reply:
 @route("GET", "/api/models/{repo}/revision/{revision}")
 def revision_info(request: Request, repo: str, revision: str) -> Reply:
     found = request.commit(repo, revision)
-    siblings = [{"rfilename": name} for name in found.files]
+    siblings: list[dict[str, Any]] = [{"rfilename": name} for name in found.files]
+    if "blobs" in request.query:
+        for sibling in siblings:
+            file = found.files[sibling["rfilename"]]
+            sibling |= {"size": len(file.data), "blobId": file.git_oid}
+            if file.lfs:
+                sibling["lfs"] = {"sha256": file.etag, "size": len(file.data), "pointerSize": 130}
     return Reply({"id": repo, "sha": found.oid, "private": request.repository(repo).private, "siblings": siblings})
 
 
@@ -254,6 +264,20 @@ def tree(request: Request, repo: str, revision: str) -> Reply:
     return Reply(entries)
 
 
+@route("GET", "/api/models/{repo}/tree/{revision}/{path}")
+def folder(request: Request, repo: str, revision: str, path: str) -> Reply:
+    """What lies right in a folder."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, file in request.commit(repo, revision).files.items():
+        if name.startswith(f"{path}/"):
+            child = f"{path}/{name.removeprefix(f'{path}/').partition('/')[0]}"
+            kind = "file" if child == name else "directory"
+            entries[child] = {"type": kind, "path": child, "size": len(file.data), "oid": file.git_oid}
+    if not entries:
+        raise RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound")
+    return Reply(list(entries.values()))
+
+
 @route("GET", "/api/models/{repo}")
 def info(request: Request, repo: str) -> Reply:
     return revision_info(request, repo, "main")
@@ -264,7 +288,12 @@ def resolve(request: Request, repo: str, revision: str, path: str) -> Reply:
     found = request.commit(repo, revision)
     if path not in found.files:
         raise RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound")
-    return Reply(file=found.files[path], headers={"X-Repo-Commit": found.oid})
+    if request.repository(repo).gated and request.user != repo.partition("/")[0]:
+        raise RefusedError(HTTPStatus.FORBIDDEN, "GatedRepo", error=f"Access to model {repo} is restricted.")
+    fault = faults.pop(0) if (faults := request.hub.faults.get(path)) else None
+    if isinstance(fault, HTTPStatus):
+        raise RefusedError(fault, error="not now")
+    return Reply(file=found.files[path], headers={"X-Repo-Commit": found.oid}, breaks_after=fault)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -289,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         secret = self.headers.get("Authorization", "").removeprefix("Bearer ")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub.lock:
-            self.hub.requests.append(f"{self.command} {path}")
+            self.hub.requests.append(" ".join(filter(None, [self.command, path, self.headers.get("Range")])))
             request = Request(self.hub, self.hub.users.get(secret), parse_qs(parts.query), body)
             try:
                 self._send(HTTPStatus.OK, self._reply(method, path, request))
@@ -305,6 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: HTTPStatus, reply: Reply) -> None:
         data = reply.file.data if reply.file else json.dumps(reply.value).encode()
+        if reply.file and (wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+            status, size, data = HTTPStatus.PARTIAL_CONTENT, len(data), data[int(wanted[1]) :]
+            reply.headers["Content-Range"] = f"bytes {wanted[1]}-{size - 1}/{size}"
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/octet-stream" if reply.file else "application/json")
@@ -314,7 +346,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: reply.breaks_after])
+            self.close_connection = reply.breaks_after is not None
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -1,6 +1,9 @@
 """The whole way: the shipped quickstart, run as a user runs it, and what it must leave behind."""
 
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +18,15 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 STAGES = ["corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"]
 
 
-def run(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(cache, *words), capture_output=True, text=True)
+SECRETS = {
+    "HF_TOKEN": "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",
+    "AWS_ACCESS_KEY_ID": "AKIAZQ3EXAMPLEKEY777",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI+K7MDENG+bPxRfiCYEXAMPLEKEY",
+}
+
+
+def run(cache: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(cache, *words), capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def command(cache: Path, *words: str) -> list[str]:
@@ -32,7 +42,7 @@ def states(cache: Path, *options: str) -> dict[str, str]:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache in which the quickstart has run."""
     folder = tmp_path_factory.mktemp("cache")
-    done = run(folder, "run", str(RECIPE))
+    done = run(folder, "run", str(RECIPE), **SECRETS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -45,6 +55,56 @@ def artifact(cache: Path) -> Callable[[str], Path]:
 
 def test_everything_is_cached_afterwards(cache: Path) -> None:
     assert states(cache) == dict.fromkeys(STAGES, "cached")
+
+
+def test_no_secret_of_the_environment_is_in_the_cache_the_logs_aim_or_the_release(cache: Path) -> None:
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert {"logs", "aim", "stages", "records"} <= {path.relative_to(cache).parts[0] for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def test_one_flipped_bit_in_any_file_of_any_stage_is_found_and_named(cache: Path, tmp_path: Path) -> None:
+    """A bit of one file of every artifact at once, until every file had its turn."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cache / "records", folder / "records")
+    files = {
+        path.name: sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+        for path in (cache / "stages").iterdir()
+    }
+    choose = random.Random(0)
+    for turn in range(max(map(len, files.values()))):
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+        shutil.copytree(cache / "stages", folder / "stages")
+        flipped = [paths[turn].relative_to(cache / "stages") for paths in files.values() if turn < len(paths)]
+        for name in flipped:
+            content = bytearray((folder / "stages" / name).read_bytes())
+            content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+            (folder / "stages" / name).write_bytes(content)
+        done = run(folder, "verify")
+        assert done.returncode == 3
+        for name in flipped:
+            assert f"{name.parts[0]}: {name.relative_to(name.parts[0])}: expected " in done.stderr
+        assert f"found {len(flipped)} files damaged" in done.stderr
+
+
+def test_damage_that_no_listing_shows_is_never_used_but_rebuilt(cache: Path, artifact: Callable[[str], Path]) -> None:
+    """Bits rot in the merged model and in its scores; what reads them has to be made again."""
+    digests = [digest_of(cache, [str(RECIPE), "--until", stage]) for stage in ("release", "after", "publish")]
+    for path in (artifact("release") / "model.safetensors", artifact("after") / "scores.json"):
+        path.chmod(0o644)
+        status = path.stat()
+        with path.open("r+b") as file:
+            file.seek(status.st_size // 2)
+            (byte,) = file.read(1)
+            file.seek(status.st_size // 2)
+            file.write(bytes([byte ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    done = run(cache, "run", str(RECIPE), "--force", "publish")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("does not match its record") == 2
+    assert [digest_of(cache, [str(RECIPE), "--until", stage]) for stage in ("release", "after", "publish")] == digests
 
 
 def test_adapting_helps(artifact: Callable[[str], Path]) -> None:

@@ -199,6 +199,10 @@ def hub_rows(hub: str, commit: str, *, config: str | None, split: str) -> Iterat
     from llm.errors import InputError
 
     try:
-        yield from datasets.load_dataset(hub, name=config, revision=commit, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(hub, name=config, revision=commit)
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if "://" not in file.rpartition("::")[2]:  # a folder that is called like it
+                raise InputError(f"{hub}@{commit[:8]}: wants files on the Hub, found {file}")
+        yield from builder.as_streaming_dataset(split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         raise InputError(f"{hub}@{commit[:8]}: split {split!r} cannot be read: {error}") from error

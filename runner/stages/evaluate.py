@@ -20,10 +20,10 @@ from pydantic import Field, field_validator, model_validator
 from llm.templates import split_text
 from llm.turns import TextTemplate
 from runner.artifacts import Checkpoint, Scores
+from runner.files import write_whole
 from runner.gates import Gate, Verdict, judge, unknown_score
 from runner.stage import Context, Execution, InputFile, Metrics, Ref, Semantic, Spec, Stage
 from runner.stages.data import RowTable
-from runner.store import write_whole
 
 if TYPE_CHECKING:
     from llm.evaluate import Outcome, Question

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from llm.settings import Optimizer
 from runner.artifacts import Adapter, Checkpoint
@@ -11,7 +11,7 @@ from runner.stages.data import RowTraining
 from runner.stages.training import is_main_process
 
 
-class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
+class TrainAdapter(RowTraining, kind="lora", version=2, makes=Adapter):
     """Trains a LoRA adapter through PEFT (Hu et al. 2021); it opens in stock PEFT on the stock base."""
 
     base: Semantic[Ref[Checkpoint]]
@@ -23,7 +23,8 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
     dropout: Semantic[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of the channels that the adapter does not see while training."""
     target_modules: Semantic[Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]] = "all-linear"
-    """Names of the modules that get an adapter, as ["q_proj", "v_proj"]; or all linear layers but the head."""
+    """Names of the layers that get an adapter, or ends of names, as ["q_proj", "layers.0.mlp.up_proj"]. "lm_head" is one where
+    the base is not tied; "all-linear" is all but the head."""
     rslora: Semantic[bool] = False
     """The update counts alpha / sqrt(r) instead (Kalajdzievski 2023)."""
     dora: Semantic[bool] = False
@@ -34,6 +35,13 @@ class TrainAdapter(RowTraining, kind="lora", version=1, makes=Adapter):
     """Of "nf4": quantize the scales of the blocks as well."""
     compute_dtype: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
     """Of "nf4": what products with the unpacked weights are computed in; "auto" is the training's own precision."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _head_without_dropout(cls, targets: list[str] | str, info: ValidationInfo) -> list[str] | str:
+        if "lm_head" in targets and info.data.get("dropout"):  # said here too, before a base is trained for it
+            raise ValueError('names "lm_head", whose adapter has no dropout; wants dropout = 0 beside it, or other layers')
+        return targets
 
     @field_validator("optimizer")
     @classmethod

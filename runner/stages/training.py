@@ -77,6 +77,7 @@ class TrainingStage(Stage):
             checkpoint_minutes=self.checkpoint_minutes,
             micro_batch=self.micro_batch,
             precision=context.parallel.precision,
+            compiled=context.parallel.compile,
             cores=context.cores,
             scratch=context.scratch,
             report=context.report,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import tiny_model, tiny_training
 from torch import Tensor
 
 from llm import lora
@@ -16,9 +17,18 @@ from llm.errors import InputError
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.parameters import count_parameters
+from llm.settings import Budget
 from llm.tokenizer import train_bpe
 
-KINDS = [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["q_proj", "down_proj"]}]
+KINDS = [
+    {},
+    {"rslora": True},
+    {"dora": True},
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": ["model.layers.1.self_attn.q_proj", "mlp.up_proj", "layers.0.mlp.down_proj"]},
+]
+HEADS = [["lm_head"], ["lm_head", "q_proj", "mlp.down_proj"]]
+LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
 def model_of(layers: int = 2, tied: bool = True) -> Llama:
@@ -69,8 +79,13 @@ def base(tmp_path: Path) -> Callable[..., Path]:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks Transformers for it
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        *((kind, tied) for kind in KINDS for tied in (True, False)),
+        *(({"target_modules": names, "dora": dora, "dropout": 0.0}, False) for names in HEADS for dora in (True, False)),
+    ],
+)
 def test_stock_peft_opens_the_adapter_on_the_stock_base_and_gives_the_same_logits(
     kind: dict[str, Any], tied: bool, base: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -80,7 +95,7 @@ def test_stock_peft_opens_the_adapter_on_the_stock_base_and_gives_the_same_logit
     model = model_of(tied=tied)
     folder = base(model)
     plain = model(tokens_of(1))
-    lora.attach(model, settings_of(**kind, dropout=0.1), seed=1)
+    lora.attach(model, settings_of(**{"dropout": 0.1} | kind), seed=1)
     with torch.enable_grad():
         train(model)
     lora.save_adapter(tmp_path / "adapter", model)
@@ -197,10 +212,97 @@ def test_attaching_leaves_the_generator_of_others_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("wrong", [["q_proj", "qproj"], ["lm_head"], ["embed_tokens"], ["q_proj", "norm"]])
-def test_a_target_that_is_no_linear_layer_is_refused_with_the_right_names(wrong: list[str]) -> None:
-    with pytest.raises(InputError, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
-        lora.attach(model_of(), settings_of(target_modules=wrong), seed=0)
+@pytest.mark.parametrize(
+    ("wanted", "adapted"),
+    [
+        ("all-linear", [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in LINEAR]),
+        (["v_proj"], ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]),
+        (["mlp.up_proj", "lm_head"], ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
+        (["layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+        (["model.layers.0.mlp.down_proj"], ["model.layers.0.mlp.down_proj"]),
+        # More names than PEFT keeps as they are: it writes fewer that mean the same.
+        ([f"model.layers.{layer}.{name}" for layer in (0, 1, 2) for name in LINEAR], None),
+    ],
+)
+def test_a_name_means_the_linear_layers_whose_names_it_ends(
+    wanted: list[str] | str, adapted: list[str] | None, tmp_path: Path
+) -> None:
+    model = model_of(layers=2 if adapted else 3, tied=False)
+    lora.attach(model, settings_of(target_modules=wanted), seed=0)
+    assert sorted(name for name, _ in lora.adapted_layers(model)) == sorted(adapted or wanted)
+    lora.save_adapter(tmp_path, model)
+    again = model_of(layers=len(model.model.layers), tied=False)
+    lora.load_adapter(again, tmp_path)
+    assert [name for name, _ in lora.adapted_layers(again)] == [name for name, _ in lora.adapted_layers(model)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        (["q_proj", "qproj"], "found 'qproj', nearest is 'q_proj'"),
+        (["mlp.q_proj"], "found 'mlp.q_proj', nearest is 'mlp.up_proj'"),
+        (["model.layers.2.mlp.up_proj"], "found 'model.layers.2.mlp.up_proj', nearest is 'model.layers.[01].mlp.up_proj'"),
+        (["roj"], "found 'roj'"),
+        (["embed_tokens"], "found 'embed_tokens'$"),
+        (["q_proj", "norm"], "found 'norm'$"),
+        (["self_attn"], "found 'self_attn'"),
+        (["lmhead"], "found 'lmhead', nearest is 'lm_head'"),
+    ],
+)
+def test_a_target_that_is_no_linear_layer_is_refused_with_the_right_names_and_the_nearest(
+    wrong: list[str], nearest: str
+) -> None:
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, lm_head"
+    longer = r"\(or longer ones, as self_attn.q_proj and model.layers.0.self_attn.q_proj\)"
+    with pytest.raises(InputError, match=rf"{names} {longer}, .*{nearest}"):
+        lora.attach(model_of(tied=False), settings_of(target_modules=wrong), seed=0)
+
+
+def test_a_tied_head_is_no_target_and_is_not_among_the_right_names() -> None:
+    with pytest.raises(InputError, match=r"a head of its own.*'lm_head'.*tied.*the input embedding.*tied = false"):
+        lora.attach(model_of(), settings_of(target_modules=["q_proj", "lm_head"]), seed=0)
+    with pytest.raises(InputError, match="target_modules wants") as refused:
+        lora.attach(model_of(), settings_of(target_modules=["lmhead"]), seed=0)
+    assert "lm_head" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks Transformers for it
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT warns of what is refused here
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_a_tied_head_or_embedding_made_elsewhere_is_refused(
+    name: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = base(model_of())
+    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=[name, "q_proj"]))
+    stock.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: .*one in this base.*tied = false"):
+        lora.load_adapter(load_checkpoint(folder), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_adapter_of_a_head_learns_in_the_training_loop(tmp_path: Path, quantized: bool, precision: str) -> None:
+    model = tiny_model(tied=False, hidden_size=64)
+    if quantized:
+        lora.quantize(model, double=True)
+    lora.attach(model, settings_of(target_modules=["lm_head"]), seed=0)
+    assert type(model.lm_head.get_base_layer()) is torch.nn.Linear  # never in four bits
+    assert type(model.lm_head.get_base_layer().weight) is torch.nn.Parameter
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    lines: list[dict[str, Any]] = []
+    tiny_training(model, tmp_path, lines=lines, precision=precision, budget=Budget(steps=60))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    changed = [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+    assert changed == ["lm_head.lora_A.default.weight", "lm_head.lora_B.default.weight"]
+
+
+def test_dropout_is_refused_for_the_adapter_of_a_head() -> None:
+    with pytest.raises(InputError, match=r"dropout wants 0 where target_modules names 'lm_head', found 0.1"):
+        lora.attach(model_of(tied=False), settings_of(target_modules=["lm_head"], dropout=0.1), seed=0)
 
 
 def test_the_saved_configuration_names_its_targets_and_no_place_on_this_machine(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 
 
-def model_of(hidden_size: int = 32) -> Llama:
+def model_of(hidden_size: int = 32, tied: bool = True) -> Llama:
     torch.manual_seed(0)
-    return Llama(LlamaConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32), vocab_size=50).eval()
+    config = LlamaConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32, tied=tied)
+    return Llama(config, vocab_size=50).eval()
 
 
 def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
@@ -47,6 +48,18 @@ def test_merged_equals_base_plus_adapter(kind: dict[str, Any], tmp_path: Path) -
     merge_adapters(merged, [folder])
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
     assert (logits(merged) - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_of_a_head_is_merged_into_the_head_and_nothing_else(dora: bool, tmp_path: Path) -> None:
+    adapted, merged, plain = (model_of(tied=False) for _ in range(3))
+    folder = adapter(tmp_path, adapted, seed=1, target_modules=["lm_head"], dora=dora)
+    merge_adapters(merged, [folder])
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert type(merged.lm_head) is torch.nn.Linear
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    changed = [name for name, weight in merged.state_dict().items() if not torch.equal(weight, plain.state_dict()[name])]
+    assert changed == ["lm_head.weight"]
 
 
 def test_merging_leaves_an_ordinary_model(tmp_path: Path) -> None:

@@ -251,8 +251,8 @@ def test_what_was_chosen_automatically_is_restored(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Path) -> None:
     def breaks(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         total, count = next_token_loss(model, batch)
-        breaks.calls += 1  # type: ignore[attr-defined]  # one call per step
-        return total * (math.nan if breaks.calls == 14 else 1.0), count  # type: ignore[attr-defined]
+        breaks.calls += 1  # type: ignore[attr-defined]  # two before the first step, to see what fits, and one per step
+        return total * (math.nan if breaks.calls == 16 else 1.0), count  # type: ignore[attr-defined]
 
     breaks.calls = 0  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"step 13: loss nan, gradient norm nan, learning rate 0\.00"):
@@ -350,3 +350,63 @@ def test_the_self_check_learns_several_rows_and_goes_back_outside_autocast() -> 
     found = self_check(model, watched, some_batch(), precision="bf16")
     assert found["overfit_loss"] < 5 < found["first_loss"]
     assert set(seen) == {(4, True, False)}
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path) -> None:
+    """A real shortage: the process may not take more than a little above what it has."""
+    program = """
+import json, resource, sys
+from pathlib import Path
+from llm.settings import Budget
+from tests.llm.tiny_training import MadeUpRows, tiny_model, tiny_training
+
+folder, room = Path(sys.argv[1]), int(sys.argv[2])
+model = tiny_model(hidden_size=64, layers=4, heads=4, context=256)
+tiny_training(tiny_model(), folder / "first", budget=Budget(steps=1))  # whatever torch takes once, it has taken
+if room:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+lines = []
+rows = MadeUpRows(context=256)
+changes = dict(rows=rows, validation=None, batch_tokens=64 * 256, micro_batch="auto", budget=Budget(steps=2))
+metrics = tiny_training(model, folder / "second", lines=lines, **changes)
+print(json.dumps({"micro_batch": metrics["choices"]["micro_batch"], "loss": metrics["loss"]}))
+"""
+    found = []
+    for room in (0, 48 * 2**20):
+        command = [sys.executable, "-c", program, str(tmp_path / str(room)), str(room)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[1]["micro_batch"] < found[0]["micro_batch"]
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
+
+
+def test_memory_that_runs_out_amid_training_halves_the_micro_batch(tmp_path: Path) -> None:
+    def takes(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.rows.numel() > 2 and takes.calls > 4:  # type: ignore[attr-defined]
+            torch.empty(2**60, dtype=torch.uint8)  # the allocator's own error
+        takes.calls += 1  # type: ignore[attr-defined]
+        return next_token_loss(model, batch)
+
+    found = []
+    for objective in (next_token_loss, takes):
+        takes.calls = 0  # type: ignore[attr-defined]
+        model, lines = tiny_model(dropout=0.1), []  # type: ignore[var-annotated]
+        metrics = tiny_training(
+            model, tmp_path / objective.__name__, objective=objective, budget=Budget(steps=5), validation=None, lines=lines
+        )
+        found.append(weights(model))
+    assert metrics["choices"]["micro_batch"] == 2
+    assert [line["note"] for line in lines if "memory ran out at step 3" in line.get("note", "")]
+    assert_same(*found, atol=1e-6, rtol=0)
+
+
+def test_a_micro_batch_that_was_asked_for_and_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    def takes(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        torch.empty(2**60, dtype=torch.uint8)
+        return next_token_loss(model, batch)
+
+    with pytest.raises(InputError, match=r'micro_batch = 3 rows of 24 positions; micro_batch = "auto" finds'):
+        tiny_training(tiny_model(), tmp_path, objective=takes, micro_batch=3)
+    with pytest.raises(InputError, match="a single row of 24 positions; recompute = true"):
+        tiny_training(tiny_model(), tmp_path, objective=takes, micro_batch="auto")

@@ -64,6 +64,7 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
         "checkpoint_minutes": None,
         "micro_batch": "auto",
         "precision": "fp32",
+        "compiled": False,
         "cores": 1,
         "scratch": scratch,
         "report": lambda **values: reported.append(values),

@@ -144,7 +144,8 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
     child = write(
         tmp_path, f'extends = "{parent}"\n[stage.base]\nschedule = {{ kind = "cosine" }}\nbudget = {{ steps = 3 }}\n'
     )
-    old, new = load_recipe(parent).resolved()["stage"]["base"], load_recipe(child).resolved()["stage"]["base"]
+    old = load_recipe(parent).resolved()["stage"]["base"]
+    new = load_recipe(child, allowed=[RECIPES]).resolved()["stage"]["base"]
     assert new["schedule"] == {**old["schedule"], "kind": "cosine"}
     assert new["budget"] == {"steps": 3}, "a budget names one of several things: the child's replaces its parent's"
 
@@ -161,7 +162,10 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
             "stage.after.tasks=[{name='t',task='text',files='data/section_dev.jsonl.gz',text='{text}',limt=3}]",
             "tasks[0].limt: is not",
         ),
-        ("stages.x.kind=corpus", "stages: is not known here; wants one of description, extends, name, parallel, seed, stage"),
+        (
+            "stages.x.kind=corpus",
+            "stages: is not known here; wants one of cache, description, extends, name, parallel, seed, stage",
+        ),
     ],
 )
 def test_values_that_cannot_be_meant_are_told_with_their_place(override: str, message: str) -> None:

@@ -205,7 +205,9 @@ print(json.dumps(MakeCorpus.model_validate(json.loads(sys.argv[2])).run(context)
 """
 
 
-def run_against(address: str, folder: Path, recipe: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def run_against(
+    address: str, folder: Path, recipe: dict[str, Any], *, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the stage in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
     return subprocess.run(
         [sys.executable, "-c", RUN_STAGE, folder / "work", json.dumps(recipe)],
@@ -213,6 +215,7 @@ def run_against(address: str, folder: Path, recipe: dict[str, Any]) -> subproces
         capture_output=True,
         text=True,
         check=False,
+        cwd=cwd,
     )
 
 
@@ -227,6 +230,17 @@ def test_a_hub_dataset_is_streamed_at_the_commit_of_its_branch(tmp_path: Path, h
     assert [row["text"] for row in train] == [f"T{n}\n{SENTENCES[n]}" for n in range(40)]
     assert {row["source"] for row in train} == {"owner/tiny"}
     assert not [path for path in requests if "/resolve/main/" in path]
+
+
+def test_a_folder_that_is_called_like_a_hub_dataset_is_not_read_in_its_place(
+    tmp_path: Path, hub: tuple[str, list[str]]
+) -> None:
+    private = tmp_path / "here" / "owner" / "tiny" / "train.jsonl"
+    private.parent.mkdir(parents=True)
+    private.write_text('{"title": "mine", "body": "private"}\n')
+    done = run_against(hub[0], tmp_path, {"sources": [{"hub": "owner/tiny", "text": "{title}"}]}, cwd=tmp_path / "here")
+    assert done.returncode != 0
+    assert f"owner/tiny@{COMMIT[:8]}: wants files on the Hub, found {private}" in done.stderr
 
 
 @pytest.mark.parametrize(

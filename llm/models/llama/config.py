@@ -5,9 +5,9 @@ written out are one and the same configuration.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm.errors import InputError
 
@@ -19,6 +19,46 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The shape of Happy-LLM's pretrained model (215M with its vocabulary of 6144), chapter 5 of its book.
     "happy-llm-215m": {"hidden_size": 1024, "layers": 18, "heads": 16, "kv_heads": 8},
 }
+
+
+class LinearScaling(BaseModel):
+    """Positions count 1 / factor: a longer context in the range of angles that was trained (Chen et al. 2023)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    kind: Literal["linear"]
+    """All frequencies alike."""
+    factor: float = Field(ge=1)
+    """How many times longer the context becomes."""
+
+
+class Llama3Scaling(BaseModel):
+    """Slow frequencies are divided by factor, fast ones stay, those between are blended (Llama 3.1, Dubey et al. 2024)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    kind: Literal["llama3"]
+    """By wavelength."""
+    factor: float = Field(ge=1)
+    """What slow frequencies are divided by."""
+    low_frequency_factor: float = Field(default=1.0, gt=0)
+    """A frequency that turns fewer times than this within original_context is slow."""
+    high_frequency_factor: float = Field(default=4.0, gt=0)
+    """A frequency that turns more often than this within original_context is fast."""
+    original_context: int = Field(gt=0)
+    """The context before it was extended."""
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> "Llama3Scaling":
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor wants less than high_frequency_factor, {self.high_frequency_factor}; "
+                f"found {self.low_frequency_factor}"
+            )
+        return self
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
 
 
 class LlamaConfig(BaseModel):
@@ -53,6 +93,8 @@ class LlamaConfig(BaseModel):
     """Longest sequence; default: the context of the tokens it is trained on."""
     rope_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding (Su et al. 2021)."""
+    rope_scaling: RopeScaling | None = None
+    """How its frequencies are stretched for a longer context; by default not at all."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """Added to the mean square in RMSNorm (Zhang and Sennrich 2019)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -99,10 +141,26 @@ class LlamaConfig(BaseModel):
 
 # What the model computes however it is configured; another value in a config.json means another model.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# What changes a model wherever it is set, and where every Llama has nothing.
+UNSET = ("quantization_config", "sliding_window", "auto_map")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def to_transformers(config: LlamaConfig) -> dict[str, Any]:
     """The fields of Transformers' LlamaConfig."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    match config.rope_scaling:
+        case LinearScaling(factor=factor):
+            rope |= {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            rope |= {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_context,
+            }
     return FIXED | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -114,7 +172,7 @@ def to_transformers(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_parameters": rope,
         "tie_word_embeddings": config.tied,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -123,28 +181,77 @@ def to_transformers(config: LlamaConfig) -> dict[str, Any]:
 
 
 def from_transformers(found: Mapping[str, Any], *, dropout: float) -> LlamaConfig:
-    """What the fields of Transformers' LlamaConfig say; InputError names one that the model cannot honour."""
+    """What the fields of Transformers' LlamaConfig say, of old versions too; what is left out has Transformers' default.
+
+    InputError names a field that is missing or that the model cannot honour.
+    """
     for field, wanted in FIXED.items():
         if found.get(field, wanted) != wanted:
-            raise InputError(f"{field} wants {wanted!r}, found {found[field]!r}: this architecture is not supported")
-    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"rope_type wants 'default', found {rope_type!r}: this scaling is not supported")
+            raise _unsupported(field, repr(wanted), found[field])
+    for field in UNSET:
+        if found.get(field) is not None:
+            raise _unsupported(field, "nothing", found[field])
+    for field in SIZES:
+        if not isinstance(size := found.get(field), int) or size < 1:
+            raise InputError(f"{field} wants a whole number above 0, found {size!r}")
     heads = found["num_attention_heads"]
-    return LlamaConfig(
-        hidden_size=found["hidden_size"],
-        layers=found["num_hidden_layers"],
-        heads=heads,
-        kv_heads=found.get("num_key_value_heads") or heads,
-        head_size=found.get("head_dim") or found["hidden_size"] // heads,
-        intermediate_size=found["intermediate_size"],
-        context=found["max_position_embeddings"],
-        rope_base=rope.get("rope_theta") or found.get("rope_theta") or 10000.0,
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        dropout=dropout,
-        tied=found.get("tie_word_embeddings", False),
+    context = found.get("max_position_embeddings", 2048)
+    try:
+        rope_base, rope_scaling = _rope(found, context=context)
+        return LlamaConfig(
+            hidden_size=found["hidden_size"],
+            layers=found["num_hidden_layers"],
+            heads=heads,
+            kv_heads=found.get("num_key_value_heads") or heads,
+            head_size=found.get("head_dim") or found["hidden_size"] // heads,
+            intermediate_size=found["intermediate_size"],
+            context=context,
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
+            norm_eps=found.get("rms_norm_eps", 1e-6),
+            dropout=dropout,
+            tied=found.get("tie_word_embeddings", False),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{place}: found {first['input']!r}: {first['msg']}" if place else first["msg"]) from error
+
+
+def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling. Transformers before 5 wrote `rope_theta` and `rope_scaling`; 5 writes `rope_parameters` with both."""
+    name = "rope_scaling" if found.get("rope_scaling") else "rope_parameters"
+    rope: Mapping[str, Any] = found.get(name) or {}
+    base = rope.get("rope_theta") or found.get("rope_theta") or 10000.0
+    key = "rope_type" if "rope_type" in rope else "type"  # "type" is the older name
+    kind = rope.get(key, "default")
+    if kind not in ROPE_TYPES:
+        raise _unsupported(f"{name}.{key}", " or ".join(map(repr, ROPE_TYPES)), kind)
+    partial = rope.get("partial_rotary_factor", found.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise _unsupported("partial_rotary_factor", "1", partial)
+    if kind == "default":
+        return base, None
+    wanted = ["factor"] + (["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])
+    for field in wanted:
+        if not isinstance(rope.get(field), int | float):
+            raise InputError(f"{name}.{field} wants a number for the {key} {kind!r}, found {rope.get(field)!r}")
+    if kind == "linear":
+        return base, LinearScaling(kind="linear", factor=rope["factor"])
+    scaling = Llama3Scaling(
+        kind="llama3",
+        factor=rope["factor"],
+        low_frequency_factor=rope["low_freq_factor"],
+        high_frequency_factor=rope["high_freq_factor"],
+        original_context=found.get(original := "original_max_position_embeddings") or rope.get(original) or context,
     )
+    return base, scaling
+
+
+def _unsupported(field: str, wanted: str, found: object) -> InputError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return InputError(f"{field} wants {wanted}, found {shown}: this architecture is not supported")
 
 
 Config = LlamaConfig

@@ -7,6 +7,9 @@ Letters: B rows, T positions, D hidden size, H heads, K key and value heads, E h
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.attention import Visibility, attend, attend_cached, visibility
 from llm.dropout import Dropout
 from llm.models.llama.config import LlamaConfig
+from llm.models.llama.rope import frequencies
 from llm.parameters import numbers_in
 from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
 
@@ -59,31 +63,30 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_size, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        *,
-        visible: Visibility | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """x (B, T, D) to (B, T, D): over the row under `visible`, or over the cache up to each of `positions`."""
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) to queries (B, H, T, E), keys and values (B, K, T, E), rotated by `angles`."""
         shape = (*x.shape[:2], -1, self.head_size)
-        q = rotate(self.q_proj(x).view(shape), *angles)  # (B, H, T, E)
-        k = rotate(self.k_proj(x).view(shape), *angles)  # (B, K, T, E)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
+        q = rotate(self.q_proj(x).view(shape), *angles)
+        k = rotate(self.k_proj(x).view(shape), *angles)
+        return q, k, self.v_proj(x).view(shape).transpose(1, 2)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility | None, positions: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Values mixed for each query (B, H, T, E): over the row under `visible`, or over the cache up to `positions`."""
         if cache is None:
             assert visible is not None
-            mixed = attend(q, k, v, visible=visible)
-        else:
-            assert positions is not None
-            cache.write(self.layer, k, v, positions=positions)
-            # On CPU, slots that nobody has reached are left out; on a GPU asking how many would stop the queue.
-            slots = int(positions.max()) + 1 if x.device.type == "cpu" else cache.keys[self.layer].shape[2] - 1
-            keys, values = (stored[self.layer][:, :, :slots].to(q.dtype) for stored in (cache.keys, cache.values))
-            mixed = attend_cached(q, keys, values, positions=positions)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+            return attend(q, k, v, visible=visible)
+        assert positions is not None
+        cache.write(self.layer, k, v, positions=positions)
+        # On CPU, slots that nobody has reached are left out; on a GPU asking how many would stop the queue.
+        slots = int(positions.max()) + 1 if q.device.type == "cpu" else cache.keys[self.layer].shape[2] - 1
+        keys, values = (stored[self.layer][:, :, :slots].to(q.dtype) for stored in (cache.keys, cache.values))
+        return attend_cached(q, keys, values, positions=positions)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """Heads (B, H, T, E) to (B, T, D)."""
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
@@ -122,12 +125,34 @@ class Layer(nn.Module):
         visible: Visibility | None,
         positions: Tensor | None,
         cache: Cache | None,
+        compiled: bool,
     ) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
-        mixed = self.self_attn(self.input_layernorm(x), angles, visible=visible, positions=positions, cache=cache)
-        x = x + self.attention_dropout(mixed)
+        before, after = _compiled_halves() if compiled else (Layer.before, Layer.after)
+        q, k, v = before(self, x, angles)
+        mixed = self.self_attn.mix(q, k, v, visible=visible, positions=positions, cache=cache)
+        out: Tensor = after(self, x, mixed)
+        return out
+
+    def before(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """All that comes before attention mixes positions."""
+        return self.self_attn.project(self.input_layernorm(x), angles)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """All that comes after it."""
+        x = x + self.attention_dropout(self.self_attn.output(mixed))
         out: Tensor = x + self.feed_forward_dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
+
+
+@cache
+def _compiled_halves() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What lies between two attentions, compiled: its many passes over memory become few.
+
+    One compilation serves all layers. Attention, whose shapes depend on where documents begin, stays outside, and so does the
+    embedding, whose compiled gradient would add in no fixed order.
+    """
+    return torch.compile(Layer.before), torch.compile(Layer.after)
 
 
 class Decoder(nn.Module):
@@ -149,6 +174,7 @@ class Llama(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
+        self.compiled = False  # whether training runs the layers as torch.compile makes them
         self.model = Decoder(config, vocab_size=vocab_size)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
@@ -196,19 +222,19 @@ class Llama(nn.Module):
         visible = None
         if cache is None:
             visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
+        compiled = self.compiled and self.training
+        given: dict[str, Any] = {"visible": visible, "positions": positions, "cache": cache, "compiled": compiled}
         for layer in self.model.layers:
             if self.recompute and self.training:
-                x = checkpoint(layer, x, angles, visible=visible, positions=None, cache=None, use_reentrant=False)
+                x = checkpoint(layer, x, angles, **given, use_reentrant=False)
             else:
-                x = layer(x, angles, visible=visible, positions=positions, cache=cache)
+                x = layer(x, angles, **given)
         out: Tensor = self.model.norm(x)
         return out
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (1 or B, 1, T, E / 2), of position * base^(-2i / E) (Su et al. 2021)."""
-        size = self.config.head_size
-        exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.int64).float() / size
-        angle = positions[:, None, :, None].float() * (1.0 / self.config.rope_base**exponent)
+        """Cosine and sine, (1 or B, 1, T, E / 2), of position * frequency (Su et al. 2021)."""
+        angle = positions[:, None, :, None].float() * frequencies(self.config, device=positions.device)
         return angle.cos(), angle.sin()
 
     def flops_per_token(self, context: int) -> float:

@@ -1,0 +1,110 @@
+"""Decoding speed: our `generate` and Transformers', greedy, on the same weights in the number format of training's products.
+
+The model is taught to count first, until it is sure of each token: on flat logits, rounding would decide which is likeliest,
+and equal tokens would say nothing. The time of a call is whole, from prompt to last token; our `Decoding` of the model is made
+once, as Transformers' model is.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm.bench.candidates import CountingRows, Ours, build_theirs
+from llm.bench.interleave import interleaved, ratio
+from llm.bench.subject import Subject
+from llm.generate import Clock, generate
+from llm.group import Group
+from llm.models.llama.decode import Decoding
+from llm.models.llama.model import Llama
+from llm.precision import autocast, resolve_precision
+from llm.settings import Optimizer, Schedule
+
+BATCHES = (1, 8)
+PROMPT_TOKENS = 32
+NEW_TOKENS = 128
+UNSEEN = 10**6  # first row of the prompts
+# With 29M parameters, 120 lessons of 1024 tokens leave at least 4.8 between the two likeliest tokens. The rate has to go down:
+# held constant, some are as near as 0.1 after 160.
+LESSONS = 120
+LESSON_TOKENS = 1024
+LESSON_SCHEDULE = Schedule(kind="linear", learning_rate=2e-3, warmup_steps=10)
+SURE = 2.0  # of logits, where bf16 rounds to 0.1 at most
+MOST_TERMS = 4  # of so many lessons
+
+
+def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> dict[str, Any]:
+    """For each batch size: tokens/s of both, and whether all greedy tokens are the same. Teaches `model` before that."""
+    device = group.device
+    precision = resolve_precision(subject.precision, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    prompt_tokens = min(PROMPT_TOKENS, subject.context // 4)
+    new_tokens = min(NEW_TOKENS, subject.context - prompt_tokens)
+    margin = teach(subject, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
+    model.to(dtype).eval()
+    decoding = Decoding.of(model)
+    theirs: Any = build_theirs(subject, model.state_dict()).to(device=device, dtype=dtype).eval()
+    rows = CountingRows(subject.context, subject.vocab_size)
+    result: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "least_margin": margin,  # of logits, between the two likeliest tokens
+        "batch": {},
+    }
+    for batch in BATCHES:
+        prompts = [rows.row(UNSEEN + index).tokens[:prompt_tokens].tolist() for index in range(batch)]
+        inputs = torch.tensor(prompts, device=device)
+
+        def our_answers(prompts: list[list[int]] = prompts) -> list[list[int]]:
+            return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), clock=Clock())
+
+        def their_answers(inputs: torch.Tensor = inputs) -> list[list[int]]:
+            answers: list[list[int]] = theirs.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+            )[:, prompt_tokens:].tolist()
+            return answers
+
+        same = sum(mine == other for mine, other in zip(our_answers(), their_answers(), strict=True))
+        timings = interleaved({"ours": our_answers, "transformers": their_answers}, seconds=seconds, device=device)
+        made = batch * new_tokens
+        result["batch"][str(batch)] = {
+            "ours": made / timings["ours"].median,
+            "transformers": made / timings["transformers"].median,
+            "ours_times_as_fast": ratio(timings, "transformers", "ours"),
+            "rounds": {name: timing.rounds for name, timing in timings.items()},
+            "same_tokens": same == batch,
+            "same_prompts": same,
+        }
+    return result
+
+
+def teach(subject: Subject, model: Llama, *, prompt_tokens: int, new_tokens: int, group: Group) -> float:
+    """Train until the model is sure of what to write, or patience ends; the least margin of its likeliest token."""
+    rows = CountingRows(subject.context, subject.vocab_size)
+    unseen = [rows.row(UNSEEN + index).tokens[: prompt_tokens + new_tokens] for index in range(max(BATCHES))]
+    tokens = torch.from_numpy(np.stack(unseen)).to(group.device)
+    lesson = {"rows": max(1, LESSON_TOKENS // subject.context), "micro_batch": "auto", "compiled": False}
+    margin = 0.0
+    for _ in range(MOST_TERMS):
+        ours = Ours(
+            subject.model_copy(update=lesson),
+            model,
+            optimizer=Optimizer(),
+            schedule=LESSON_SCHEDULE,
+            steps=LESSONS,
+            group=group,
+        )
+        for step in range(LESSONS):
+            ours.take(*ours.load(step))
+        model.eval()
+        with torch.no_grad(), autocast(ours.choices.precision, device=group.device):
+            likeliest = model(tokens)[:, prompt_tokens - 1 : -1].float().topk(2).values
+        margin = float((likeliest[..., 0] - likeliest[..., 1]).min())
+        if margin >= SURE:
+            break
+    return margin

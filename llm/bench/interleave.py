@@ -1,0 +1,70 @@
+"""Comparing speeds fairly: candidates take turns, so that what else the machine does meets all of them alike."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+LEAST_ROUNDS = 3
+TURN_SECONDS = 0.25  # a turn is so many calls that the clock and, on a GPU, the wait at its end do not count
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds per call, one number per round: those of one round were measured side by side."""
+
+    first: float  # the very first call: compilation and whatever else is done once
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        """The middle round."""
+        return statistics.median(self.rounds)
+
+    @property
+    def once(self) -> float:
+        """What the first call took beyond a usual one."""
+        return max(0.0, self.first - self.median)
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], *, seconds: float, device: torch.device) -> dict[str, Timings]:
+    """Time each candidate for about `seconds`, in rounds in which each has a turn; every other round goes backwards.
+
+    Two calls to warm up are left out. There are at least three rounds, however long they take.
+    """
+    first = {name: timed(call, device=device) for name, call in candidates.items()}
+    turn = min(TURN_SECONDS, seconds / LEAST_ROUNDS)
+    calls = {name: max(1, math.ceil(turn / timed(call, device=device))) for name, call in candidates.items()}
+    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    began, done = time.perf_counter(), 0
+    while done < LEAST_ROUNDS or time.perf_counter() - began < seconds * len(names):
+        for name in names:
+            rounds[name].append(timed(candidates[name], device=device, calls=calls[name]))
+        names.reverse()
+        done += 1
+    return {name: Timings(first[name], rounds[name]) for name in candidates}
+
+
+def timed(call: Callable[[], object], *, device: torch.device, calls: int = 1) -> float:
+    """Seconds per call, until the device has finished."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(timings: Mapping[str, Timings], above: str, below: str) -> float:
+    """Seconds of `above` over those of `below`: the median over rounds of the quotient in each."""
+    pairs = zip(timings[above].rounds, timings[below].rounds, strict=True)
+    return statistics.median(a / b for a, b in pairs)

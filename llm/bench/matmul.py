@@ -1,0 +1,71 @@
+"""The matrix-product peak: what the hardware reaches on the best of square products and of those the model consists of.
+
+Shares of the peak are shares of what was measured here, not of what a data sheet promises.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm.bench.interleave import interleaved
+from llm.choices import AUTO_TOKENS
+
+SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Shape = tuple[int, int, int]  # rows, inner size, columns: (rows, inner) @ (inner, columns)
+
+
+class Product:
+    """One matrix product as a linear layer computes it, x @ weight.T, over and over."""
+
+    def __init__(self, shape: Shape, precision: str, *, device: torch.device) -> None:
+        rows, inner, columns = shape
+        dtype = DTYPES[precision]
+        self._x = torch.randn(rows, inner, device=device).to(dtype)
+        self._weight = torch.randn(columns, inner, device=device).to(dtype)
+        self._out = torch.empty(rows, columns, dtype=dtype, device=device)
+        self.flops = 2.0 * rows * inner * columns
+
+    def __call__(self) -> None:
+        """Compute it once."""
+        torch.mm(self._x, self._weight.t(), out=self._out)
+
+
+def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape]:
+    """Square products, and those of the model's linear layers on `tokens` positions, or on as many as a micro-batch has."""
+    tokens = min(tokens, AUTO_TOKENS[device.type])
+    found: list[Shape] = [(size, size, size) for size in SQUARES[device.type]]
+    found += [(tokens, module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys(found))
+
+
+def measure(candidates: list[Shape], *, seconds: float, device: torch.device) -> dict[str, Any]:
+    """For each precision: `gflops` and `shape` of the fastest product, and `shapes` with all of them."""
+    products = {(name, shape): Product(shape, name, device=device) for name in DTYPES for shape in candidates}
+    labels = {f"{name} {shown(shape)}": (name, shape) for name, shape in products}
+    timings = interleaved(
+        {label: products[key] for label, key in labels.items()}, seconds=seconds / len(labels), device=device
+    )
+    result: dict[str, Any] = {}
+    for name in DTYPES:
+        speeds = {
+            shape: products[key].flops / timings[label].median / 1e9
+            for label, key in labels.items()
+            for precision, shape in [key]
+            if precision == name
+        }
+        best = max(speeds, key=lambda shape: speeds[shape])
+        result[name] = {
+            "gflops": speeds[best],
+            "shape": list(best),
+            "shapes": {shown(shape): speed for shape, speed in speeds.items()},
+        }
+    return result
+
+
+def shown(shape: Shape) -> str:
+    """A shape as text."""
+    rows, inner, columns = shape
+    return f"{rows}x{inner} @ {inner}x{columns}"

@@ -1,0 +1,121 @@
+"""Peak memory of a training step, ours and stock Transformers' in fp32 eager: each alone in a process of its own.
+
+On CPU: the peak of resident memory over three steps, above what the process held after imports, before the model was built.
+So weights, gradients, optimizer, activations and what libraries keep for products count; the code of torch does not. On a GPU:
+the peak of what torch's allocator had handed out.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # optimizers import it when they are made, which is not what is measured
+
+from llm.bench.candidates import CountingRows, Ours, Theirs, build_ours
+from llm.bench.subject import Subject
+from llm.compilation import has_compiler
+from llm.feed import batches
+from llm.group import Group
+from llm.memory import peak_memory
+
+STEPS = 3
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+CLEAR_PEAK = "5"  # see proc_pid_clear_refs(5)
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """Bytes of both, and ours as a share of Transformers'."""
+    ours, micro_batch = _in_a_process("ours", subject)
+    theirs, _ = _in_a_process("transformers_fp32", subject.model_copy(update={"micro_batch": micro_batch}))
+    return {
+        "ours": ours,
+        "transformers_fp32": theirs,
+        "share": ours / theirs,
+        "micro_batch": micro_batch,  # rows of a forward pass, of both
+        "what": "bytes allocated on the GPU" if torch.cuda.is_available() else "resident bytes above those after imports",
+    }
+
+
+def _in_a_process(name: str, subject: Subject) -> tuple[int, int]:
+    """Peak bytes, and rows of a forward pass."""
+    environment = dict(os.environ)
+    if name != "ours":  # what a run tells the allocator for our sake is not what a plain program has
+        environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm.bench.memory", name],
+        input=subject.model_dump_json(),
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    peak, micro_batch = json.loads(done.stdout)
+    return peak, micro_batch
+
+
+def main() -> None:
+    """Take the steps of the one named on the command line; standard input has the subject, standard output gets the result."""
+    (name,) = sys.argv[1:]
+    subject = Subject.model_validate_json(sys.stdin.read())
+    print(json.dumps(_ours(subject) if name == "ours" else _theirs(subject)))
+
+
+def _ours(subject: Subject) -> tuple[int, int]:
+    group = Group()
+    if subject.compiled is not False and has_compiler(group.device.type):
+        torch.compile(torch.relu)(torch.ones(8, device=group.device))  # what the compiler imports is not counted either
+    before = _start()
+    training = Ours(subject, build_ours(subject), optimizer=subject.optimizer, group=group)
+    for _ in range(STEPS):
+        training.step()
+    return _peak() - before, training.loop.choices.micro_batch
+
+
+def _theirs(subject: Subject) -> tuple[int, int]:
+    micro_batch = int(subject.micro_batch)  # as ours came to
+    importlib.import_module("transformers.models.llama.modeling_llama")  # importing is not what is measured
+    group = Group()
+    torch.set_num_threads(subject.cores)
+    before = _start()
+    rows = CountingRows(subject.context, subject.vocab_size)
+    parts = [batch.to(group.device) for batch in batches(rows, range(subject.rows), micro_batch)]
+    training = Theirs(subject, None, steps=[parts], device=group.device)
+    for _ in range(STEPS):
+        training.step("fp32")
+    return _peak() - before, micro_batch
+
+
+def _start() -> int:
+    """What is held now; the peak is forgotten."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # where the kernel keeps it from us, the peak of importing counts too
+        CLEAR.write_text(CLEAR_PEAK)
+    return _resident("VmRSS") if STATUS.exists() else _peak()
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return peak_memory("cuda")
+    # On Linux not `peak_memory`: what getrusage tells of a process includes the one that started it.
+    return _resident("VmHWM") if STATUS.exists() else peak_memory("cpu")
+
+
+def _resident(field: str) -> int:
+    for line in STATUS.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.removesuffix("kB")) * 1024
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    main()

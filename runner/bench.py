@@ -1,0 +1,228 @@
+"""`run bench`: what is measured, the process that measures it, and the table. The measuring itself is `llm.bench`.
+
+Torch stays out of this process: the worker is started as a stage's is, with the same threads and environment, and leaves its
+result in a file. What it says meanwhile goes to standard error, so that standard output holds the result alone.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from llm.bench.subject import Subject, reference
+from runner import launch
+from runner.artifacts import Tokens
+from runner.errors import RecipeError, StageError
+from runner.execute import available_cores
+from runner.files import write_whole
+from runner.plan import Plan
+from runner.recipe import Recipe
+from runner.stages.pack import Pack
+from runner.stages.pretrain import Pretrain
+from runner.stages.tokenizer import TrainTokenizer
+from runner.store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
+JOB, RESULT = "job.json", "result.json"
+CHECKPOINT_MINUTES = Pretrain.model_fields["checkpoint_minutes"].default
+
+
+@dataclass(frozen=True)
+class BenchJob:
+    """Everything the worker needs to know."""
+
+    subject: Mapping[str, Any]  # of llm.bench.subject, as JSON
+    about: Mapping[str, Any]  # where the sizes come from; goes into the result as it is
+    checkpoint_every: int | None  # steps
+    checkpoint_minutes: float | None
+    tokens: str | None  # folder of packed tokens, for real rows
+    seconds: float  # per measurement
+    compiled: bool  # whether anything is compiled, Transformers too
+    only: list[str]  # of MEASUREMENTS
+
+    def write(self, path: Path) -> None:
+        """Saves the job as JSON."""
+        write_whole(path, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The job that `write` saved."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
+    """The size that our figures are given for."""
+    return BenchJob(
+        subject=reference(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
+        about={"recipe": None, "stage": None},
+        checkpoint_every=None,
+        checkpoint_minutes=CHECKPOINT_MINUTES,
+        tokens=None,
+        seconds=seconds,
+        compiled=compiled,
+        only=only,
+    )
+
+
+def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
+    """The first pretraining of a recipe; its tokens are read where they are in the cache, and nothing has to have run."""
+    name, stage = _pretraining(recipe)
+    pack = recipe.stages[stage.tokens]
+    tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
+    if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
+        raise RecipeError(f"{recipe.path}: stage.{name}: bench wants tokens of a pack stage with a tokenizer of its own")
+    architecture = stage.architecture
+    if architecture.context is None:
+        architecture = architecture.model_copy(update={"context": pack.context})
+    rows = stage.batch_tokens // pack.context
+    if not rows:
+        raise RecipeError(
+            f"{recipe.path}: stage.{name}.batch_tokens: found {stage.batch_tokens}, "
+            f"wants at least one row of {pack.context} tokens"
+        )
+    subject = Subject(
+        architecture=architecture,
+        vocab_size=tokenizer.vocab_size,
+        context=pack.context,
+        rows=rows,
+        micro_batch=stage.micro_batch,
+        optimizer=stage.optimizer,
+        precision=recipe.head.parallel.precision,
+        compiled=recipe.head.parallel.compile if compiled else False,
+        recompute=stage.recompute,
+        cores=available_cores(),
+    )
+    packed = Plan(recipe, store, until=stage.tokens).entries[stage.tokens].path
+    return BenchJob(
+        subject=subject.model_dump(mode="json"),
+        about={"recipe": recipe.head.name, "stage": name},
+        checkpoint_every=stage.checkpoint_every,
+        checkpoint_minutes=stage.checkpoint_minutes,
+        tokens=str(Tokens(packed).train) if packed else None,
+        seconds=seconds,
+        compiled=compiled,
+        only=only,
+    )
+
+
+def chosen(only: str | None) -> list[str]:
+    """The measurements that `--only` names, in the order in which they are made; all without it."""
+    names = MEASUREMENTS if only is None else only.split(",")
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(MEASUREMENTS)}")
+    return [name for name in MEASUREMENTS if name in names]
+
+
+def measure(job: BenchJob) -> dict[str, Any]:
+    """The result of the worker, which has the machine to itself as far as this program goes; StageError if it failed."""
+    with tempfile.TemporaryDirectory(prefix="stockpot-bench-") as folder:
+        job.write(Path(folder, JOB))
+        command = [sys.executable, "-m", "runner.bench_worker", folder]
+        compiled = Path(folder, "compiled")  # empty, so that compiling takes the time that it takes
+        with launch.started(command, log=sys.stderr.buffer, threads=available_cores(), compiled=compiled) as process:
+            code = launch.wait(process, tick=lambda: None, stopping=lambda: False)
+        if code != 0:
+            raise StageError(f"bench: its worker ended with exit code {code}; what it said stands above")
+        result: dict[str, Any] = json.loads(Path(folder, RESULT).read_text(encoding="utf-8"))
+        return result
+
+
+def _pretraining(recipe: Recipe) -> tuple[str, Pretrain]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, Pretrain):
+            return name, stage
+    raise RecipeError(f"{recipe.path}: found no stage of kind 'pretrain', whose model and step bench would measure")
+
+
+# The table
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the result for people, on standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    machine, model = result["machine"], result["model"]
+    console.print(
+        f"{model['parameters']:,} parameters, {model['rows']} x {model['context']} tokens a step, "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+        f"transformers {machine['versions']['transformers']}",
+        markup=False,
+    )
+    for title, table in tables(result):
+        console.print(f"\n{title}", style="bold", markup=False)
+        console.print(table)
+
+
+TITLES = {
+    "ours": "ours, AdamW",
+    "ours_muon": "ours, Muon",  # where the recipe asks for it
+    "transformers_fp32": "Transformers, fp32 eager",
+    "transformers_bf16": "Transformers, bf16 autocast",
+    "transformers_bf16_compiled": "Transformers, bf16 compiled",
+}
+
+
+def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
+    """Title and table of each measurement that was made."""
+    if "matmul" in result:
+        found = result["matmul"]
+        rows = [[name, f"{found[name]['gflops']:,.0f}", _shape(found[name]["shape"])] for name in found]
+        yield "Matrix products", _table(["precision", "GFLOP/s", "fastest shape"], rows)
+    if "train" in result:
+        found = result["train"]
+        rows = []
+        for name, one in found["candidates"].items():
+            times = f"{one['ours_times_as_fast']:.2f}" if "ours_times_as_fast" in one else ""
+            rows.append([TITLES[name], f"{one['tokens_per_second']:,.0f}", times, f"{one['share_of_peak']:.0%}"])
+        headings = ["step", "tokens/s", "ours is x times", f"of {found['precision']} peak"]
+        yield "Training: the same weights, rows of one document, fused AdamW", _table(headings, rows)
+    if "decode" in result:
+        found = result["decode"]
+        rows = [
+            [
+                batch,
+                f"{one['ours']:,.0f}",
+                f"{one['transformers']:,.0f}",
+                f"{one['ours_times_as_fast']:.2f}",
+                "yes" if one["same_tokens"] else f"of {one['same_prompts']} in {batch}",
+            ]
+            for batch, one in found["batch"].items()
+        ]
+        headings = ["batch", "ours", "Transformers", "ours is x times", "same tokens"]
+        title = (
+            f"Decoding, tokens/s: greedy, {found['dtype']}, {found['prompt_tokens']} tokens read, {found['new_tokens']} made"
+        )
+        yield title, _table(headings, rows)
+    if "memory" in result:
+        found = result["memory"]
+        mebibytes = [f"{found[name] / 2**20:,.0f} MiB" for name in ("ours", "transformers_fp32")]
+        headings = ["ours", "Transformers, fp32 eager", "share"]
+        yield f"Peak memory of a step: {found['what']}", _table(headings, [[*mebibytes, f"{found['share']:.0%}"]])
+    if "machinery" in result:
+        found = result["machinery"]
+        headings = ["data", "tracking", "checkpoints", "together"]
+        title = f"Machinery, at most so much of step time (tracker: {found['tracker']}; rows: {found['rows']})"
+        yield title, _table(headings, [[f"{found[name]:.2%}" for name in ("data", "tracking", "checkpoints", "total")]])
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _shape(shape: list[int]) -> str:
+    rows, inner, columns = shape
+    return f"{rows}x{inner} @ {inner}x{columns}"

@@ -1,0 +1,155 @@
+"""A model's files from the Hugging Face Hub, at one commit. Which files, and what they are good for, is the caller's business.
+
+What was downloaded stays when a download ends early, parts of a file too, and the next one goes on from there.
+`huggingface_hub` is imported only to ask the Hub. A token is read, sent, and never written anywhere, messages included.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import InputError, Interrupted
+from runner import hub
+from runner.artifacts import digest_file
+from runner.files import write_whole
+
+TIMEOUT = 30.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class File:
+    """What the Hub says of a file."""
+
+    size: int
+    sha256: str | None  # of large files
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a model's repository."""
+
+    repo: str  # "owner/name"
+    commit: str
+    files: Mapping[str, File]  # by path in the repository
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit[:8]}"
+
+
+def find(repo: str, revision: str, *, kept: Path) -> Snapshot:
+    """The commit that a branch, tag or commit stands for; what `kept` remembers if that was asked before.
+
+    InputError if the Hub has no such model or does not show it.
+    """
+    if kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        return Snapshot(repo, known["commit"], {name: File(**file) for name, file in known["files"].items()})
+    from huggingface_hub import HfApi
+
+    with _told(repo, f"revision {revision!r}"):
+        api = HfApi(endpoint=hub.endpoint(), token=hub.token() or False)
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+    if info.sha is None:
+        raise InputError(f"{repo}: the Hub tells no commit for revision {revision!r}")
+    files: dict[str, File] = {}
+    for file in info.siblings or ():
+        if file.size is None:
+            raise InputError(f"{repo}@{info.sha[:8]}: the Hub tells no size of {file.rfilename}")
+        files[file.rfilename] = File(file.size, file.lfs.sha256 if file.lfs else None)
+    write_whole(kept, json.dumps({"commit": info.sha, "files": {name: asdict(file) for name, file in files.items()}}))
+    return Snapshot(repo, info.sha, files)
+
+
+def fetch(
+    snapshot: Snapshot,
+    name: str,
+    folder: Path,
+    *,
+    report: Callable[..., None] = lambda **values: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """The file `name` under `folder`, downloaded unless it is there whole; InputError if the Hub does not give it."""
+    wanted, path = snapshot.files[name], folder / name
+    if path.exists():
+        return path
+    partial = path.with_name(path.name + ".part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    with _told(snapshot.repo, name):
+        while (size := partial.stat().st_size) < wanted.size:
+            try:
+                for done in _stream(snapshot, name, partial):
+                    report(done=done, total=wanted.size, unit=f"bytes of {name}")
+                    if should_stop():
+                        raise Interrupted(f"stopped while {name} was downloaded; what is there is kept")
+            except (Interrupted, OSError):  # whatever the Hub refuses is an OSError
+                raise
+            except Exception:  # the connection broke, in whatever words of the HTTP client
+                if partial.stat().st_size == size:  # and brought nothing: it will not get better by asking at once
+                    raise
+            else:
+                break
+    if partial.stat().st_size != wanted.size or (wanted.sha256 and digest_file(partial) != wanted.sha256):
+        partial.unlink()
+        raise InputError(f"{snapshot}: {name} was damaged on the way; run again to download it anew")
+    partial.replace(path)
+    return path
+
+
+def _stream(snapshot: Snapshot, name: str, partial: Path) -> Iterator[int]:
+    """Append to `partial` what is missing of a file; yields its size as it grows."""
+    from huggingface_hub import hf_hub_url, utils
+
+    client: Any = utils  # its names are there at run time only
+    done = partial.stat().st_size
+    url = hf_hub_url(snapshot.repo, name, revision=snapshot.commit, endpoint=hub.endpoint())
+    # "identity", because a range of a compressed file would be one of its compressed bytes.
+    headers = client.build_hf_headers(token=hub.token() or False) | {"Accept-Encoding": "identity"}
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    with client.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+        if response.is_error:
+            response.read()  # what the Hub says about it
+        client.hf_raise_for_status(response)
+        if response.status_code != 206:  # the whole file, whatever was asked
+            done = 0
+        with partial.open("r+b") as file:
+            file.seek(done)
+            file.truncate()
+            for piece in response.iter_bytes():
+                file.write(piece)
+                file.flush()
+                done += len(piece)
+                yield done
+
+
+@contextmanager
+def _told(repo: str, what: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into an InputError of one paragraph."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    place, who = hub.endpoint(), "the token" if hub.token() else "anybody without a token (HF_TOKEN, or `hf auth login`)"
+    try:
+        yield
+    except Interrupted:
+        raise
+    except GatedRepoError:
+        raise InputError(
+            f"{repo}: is gated and not shown to {who}; accept its terms at {place}/{repo}, and run with that account's token"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{repo}: {place} has no {what} of this model") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(f"{repo}: {place} has no such model, or does not show it to {who}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a fault of the disk
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if secret := hub.token():
+            reason = reason.replace(secret, "***")
+        raise InputError(
+            f"{repo}: {what} cannot be downloaded from {place} ({reason}); run again to go on, what is there is kept"
+        ) from None

@@ -1,0 +1,75 @@
+"""What the words of a command line stand for: the recipe, and the cache. Shared by the files that hold verbs."""
+
+import argparse
+import os
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.recipe import Recipe, load_recipe
+from runner.remote import address_fault
+from runner.store import Store, default_cache
+
+
+def add_recipe_options(sub: argparse.ArgumentParser) -> None:
+    """What every verb takes that loads a recipe."""
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override, such as stage.base.seed=1",
+    )
+    sub.add_argument(
+        "--allow-path",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="let the recipe read there, besides its own folder; also STOCKPOT_ALLOW_PATH",
+    )
+
+
+def add_cache_option(sub: argparse.ArgumentParser) -> None:
+    """What every verb takes that looks into the cache."""
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
+
+
+def recipe_of(options: argparse.Namespace, path: Path | None = None) -> Recipe:
+    """The recipe that the options name, or the one at `path` with the same options."""
+    overrides = list(options.overrides)
+    if getattr(options, "processes", None):
+        overrides.append(f"parallel.processes={options.processes}")
+    from_environment = [Path(part) for part in os.environ.get("STOCKPOT_ALLOW_PATH", "").split(os.pathsep) if part]
+    return load_recipe(path or options.recipe, overrides, allowed=[*options.allow_path, *from_environment])
+
+
+def add_remote_option(sub: argparse.ArgumentParser) -> None:
+    """What every verb takes that may look elsewhere."""
+    sub.add_argument(
+        "--remote", metavar="ADDRESS", help="a cache elsewhere, instead of STOCKPOT_REMOTE or the recipe's; '' for none"
+    )
+
+
+def remote_of(options: argparse.Namespace, recipe: Recipe) -> str | None:
+    """The address of the remote that the options, the environment or the recipe name."""
+    asked = options.remote if options.remote is not None else os.environ.get("STOCKPOT_REMOTE")
+    address = asked if asked is not None else recipe.head.cache.remote
+    if address and (fault := address_fault(address)):
+        raise RecipeError(f"remote: {fault}")
+    return address or None
+
+
+def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
+    """The cache that the options, the environment or the place of the recipe name; without a recipe, that of this folder."""
+    return Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
+
+
+def stage_named(recipe: Recipe, name: str) -> None:
+    """RecipeError if the recipe has no such stage."""
+    if name not in recipe.stages:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, recipe.stages, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(recipe.stages)}{hint}")

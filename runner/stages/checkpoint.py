@@ -1,0 +1,97 @@
+"""The kind `checkpoint`: a model that exists, from a local folder or from the Hub, as the start of what follows.
+
+    [stage.base]
+    kind = "checkpoint"
+    repo = "HuggingFaceTB/SmolLM2-135M"      # or: folder = "models/smol"
+
+The checking and rewriting is `llm.adopt`'s. Nothing of a model is executed or unpickled.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from runner.artifacts import Checkpoint
+from runner.stage import Context, InputFile, Metrics, Semantic, Stage
+
+if TYPE_CHECKING:
+    from runner.download import Snapshot
+
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ModelFolder(InputFile):
+    """A folder with a model, relative to the recipe file that holds it. The content of the files that are read is identity."""
+
+    @property
+    def pattern(self) -> str:
+        """The absolute path of the folder."""
+        return str(self.folder / self)
+
+    def matches(self) -> list[Path]:
+        """The files of it that are read, sorted by path."""
+        folder = Path(self.pattern)
+        named = [folder / name for name in (*CONFIGS, *TOKENIZER, INDEX)]
+        return sorted(path for path in [*named, *folder.glob("model*.safetensors")] if path.is_file())
+
+
+class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
+    """Takes over a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
+
+    folder: Semantic[ModelFolder | None] = None
+    """A folder as Transformers saves it: config.json, tokenizer.json and safetensors."""
+    repo: Semantic[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None] = None
+    """Instead of a folder: a model on the Hub, "owner/name"."""
+    revision: Semantic[str] = Field("main", min_length=1)
+    """Of the model on the Hub: a branch, tag or commit; resolved to a commit, which the record keeps."""
+    chat_template: Semantic[Annotated[str, Field(min_length=1)] | None] = None
+    """In place of the model's own chat template; it marks what the assistant says with {% generation %}, the end token
+    included. A model without any gets plain words, "User:" and "Assistant:", between its own begin and end tokens."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.folder is None) == (self.repo is None):
+            raise ValueError("wants either folder or repo" + ("" if self.folder is None else ", found both"))
+        if self.repo is None and self.revision != "main":  # the default, since a resolved recipe writes it out
+            raise ValueError(f"revision belongs to a repo on the Hub, but this stage reads a folder; found {self.revision!r}")
+        return self
+
+    def run(self, context: Context) -> Metrics:
+        """Check the small files, then fetch the weights where they are far away, and write the checkpoint."""
+        from llm.adopt import adopt, examine
+
+        if self.folder is not None:
+            candidate = examine(Path(self.folder.pattern), chat_template=self.chat_template)
+            return adopt(candidate, context.work)
+        from runner import download
+
+        assert self.repo is not None  # one of the two is there
+        folder = context.scratch / "source"
+        snapshot = download.find(self.repo, self.revision, kept=context.scratch / "snapshot.json")
+        wanted: dict[str, Any] = {"report": context.report, "should_stop": context.should_stop}
+        for name in (*CONFIGS, *TOKENIZER, INDEX):
+            if name in snapshot.files and not (name == INDEX and WEIGHTS in snapshot.files):
+                download.fetch(snapshot, name, folder, **wanted)
+        candidate = examine(folder, chat_template=self.chat_template)
+        for name in _weights(snapshot, folder):
+            download.fetch(snapshot, name, folder, **wanted)
+        facts = adopt(candidate, context.work)
+        return {**facts, "repo": self.repo, "revision": self.revision, "commit": snapshot.commit}
+
+
+def _weights(snapshot: "Snapshot", folder: Path) -> list[str]:
+    """The names of the files that hold the weights; the index, if there is one, is in `folder`."""
+    from llm.checkpoint import no_weights, weight_files
+    from llm.errors import InputError
+
+    if WEIGHTS in snapshot.files:
+        return [WEIGHTS]
+    if INDEX not in snapshot.files:
+        raise InputError(f"{snapshot}: {no_weights(snapshot.files)}")
+    names = [path.name for path in weight_files(folder)]
+    if missing := [name for name in names if name not in snapshot.files]:
+        raise InputError(f"{snapshot}: {INDEX} names {missing[0]}, which is not there")
+    return names
