@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
+LEARNING = "learning"  # only where it is asked for: it trains twice for the whole time, on a recipe's tokens
 JOB, RESULT = "job.json", "result.json"
 CHECKPOINT_MINUTES = Pretrain.model_fields["checkpoint_minutes"].default
 
@@ -44,7 +45,9 @@ class BenchJob:
     tokens: str | None  # folder of packed tokens, for real rows
     seconds: float  # per measurement
     compiled: bool  # whether anything is compiled, Transformers too
-    only: list[str]  # of MEASUREMENTS
+    only: list[str]  # of MEASUREMENTS, or LEARNING
+    schedule: Mapping[str, Any] | None = None  # of the recipe's training
+    held_out: str | None = None  # folder of packed tokens that nothing is learned from
 
     def write(self, path: Path) -> None:
         """Saves the job as JSON."""
@@ -58,6 +61,8 @@ class BenchJob:
 
 def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
     """The size that our figures are given for."""
+    if LEARNING in only:
+        raise RecipeError("--only learning: wants a recipe, whose tokens are learned")
     return BenchJob(
         subject=reference(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
         about={"recipe": None, "stage": None},
@@ -99,6 +104,11 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
         cores=available_cores(),
     )
     packed = Plan(recipe, store, until=stage.tokens).entries[stage.tokens].path
+    if LEARNING in only and packed is None:
+        raise RecipeError(
+            f"{recipe.path}: stage.{stage.tokens}: bench wants its tokens to learn from, and they are not in the cache; "
+            f"`run {recipe.path} --until {stage.tokens}` makes them"
+        )
     return BenchJob(
         subject=subject.model_dump(mode="json"),
         about={"recipe": recipe.head.name, "stage": name},
@@ -108,15 +118,18 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
         seconds=seconds,
         compiled=compiled,
         only=only,
+        schedule=stage.schedule.model_dump(mode="json"),
+        held_out=str(Tokens(packed).validation) if packed else None,
     )
 
 
 def chosen(only: str | None) -> list[str]:
     """The measurements that `--only` names, in the order in which they are made; all without it."""
+    possible = (*MEASUREMENTS, LEARNING)
     names = MEASUREMENTS if only is None else only.split(",")
-    if unknown := [name for name in names if name not in MEASUREMENTS]:
-        raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(MEASUREMENTS)}")
-    return [name for name in MEASUREMENTS if name in names]
+    if unknown := [name for name in names if name not in possible]:
+        raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(possible)}")
+    return [name for name in possible if name in names]
 
 
 def measure(job: BenchJob) -> dict[str, Any]:
@@ -210,6 +223,19 @@ def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
         headings = ["data", "tracking", "checkpoints", "together"]
         title = f"Machinery, at most so much of step time (tracker: {found['tracker']}; rows: {found['rows']})"
         yield title, _table(headings, [[f"{found[name]:.2%}" for name in ("data", "tracking", "checkpoints", "total")]])
+
+    if LEARNING in result:
+        found = result[LEARNING]
+        names = {"ours": "ours, as the recipe trains", "plain": "Transformers, AdamW at 3e-3"}
+        rows = [
+            [names[name], f"{one['steps']:,}", f"{one['seconds']:,.0f}", f"{one['bits_per_byte']:.3f}"]
+            for name, one in found.items()
+            if name in names
+        ]
+        title = (
+            f"Learning: held-out text after {found['seconds_wanted']:,.0f} s; ours is {found['bits_per_byte_below']:.3f} below"
+        )
+        yield title, _table(["training", "steps", "seconds", "bits per byte"], rows)
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> "Table":

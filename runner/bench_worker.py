@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.bench import JOB, RESULT, BenchJob
+from runner.bench import JOB, LEARNING, RESULT, BenchJob
 from runner.files import write_whole
 from runner.progress import Follower
 from runner.track import Tracker
@@ -45,11 +45,12 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """The whole result."""
     import torch
 
-    from llm.bench import decode, machinery, matmul, memory, step
+    from llm.bench import decode, learning, machinery, matmul, memory, step
     from llm.bench.candidates import build_ours
     from llm.bench.subject import Subject
     from llm.group import Group
     from llm.parameters import count_parameters
+    from llm.settings import Schedule
     from llm.tokens import TokenRows
 
     subject = Subject.model_validate_json(json.dumps(job.subject))
@@ -98,6 +99,14 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
             )
         about = {"tracker": tracking.name, "rows": "of the recipe" if job.tokens else "made up"}
         result["machinery"] = found | about
+    if LEARNING in job.only:
+        _say(f"learning, twice for {job.seconds:.0f} s")
+        assert job.tokens and job.held_out and job.schedule  # the job of a recipe has them
+        text = learning.Text(Path(job.tokens), Path(job.held_out))
+        schedule = Schedule.model_validate_json(json.dumps(job.schedule))
+        result[LEARNING] = learning.measure(
+            subject, text, schedule=schedule, seconds=job.seconds, scratch=folder / "learning", say=_say
+        )
     return result
 
 

@@ -229,7 +229,11 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--json", action="store_true", help="for programs")
     sub.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10), at least three rounds")
-    sub.add_argument("--only", metavar="WHAT", help="some of matmul,train,decode,memory,machinery")
+    sub.add_argument(
+        "--only",
+        metavar="WHAT",
+        help="some of matmul,train,decode,memory,machinery; or learning, which trains twice for --seconds",
+    )
     sub.add_argument("--no-compile", action="store_true", help="compile nothing, neither ours nor Transformers")
 
 

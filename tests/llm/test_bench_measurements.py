@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from llm.bench import decode, machinery, matmul, step
+from llm.bench import decode, learning, machinery, matmul, step
 from llm.bench.candidates import CountingRows, Ours, Theirs, build_ours, build_theirs
 from llm.bench.interleave import Timings, interleaved, ratio
 from llm.bench.subject import Subject, reference
 from llm.group import Group
 from llm.rows import IGNORE
+from llm.settings import Schedule
+from llm.tokens import TokenWriter
 
 CPU = torch.device("cpu")
 
@@ -186,3 +188,29 @@ def test_the_nearer_of_two_intervals_counts() -> None:
     assert machinery.interval_seconds(2.0, every=10, minutes=5.0) == 20.0
     assert machinery.interval_seconds(2.0, every=None, minutes=5.0) == 300.0
     assert math.isinf(machinery.interval_seconds(2.0, every=None, minutes=None))
+
+
+def test_learning_gives_both_the_same_time_text_and_measure(tmp_path: Path) -> None:
+    """On text that counts, so that both learn something: bits per byte fall below those of a guess."""
+    subject = tiny(optimizer={"kind": "muon"})
+    for name, documents in (("train", 400), ("held_out", 20)):
+        with TokenWriter(tmp_path / name, vocab_size=80, context=32, padding=0) as writer:
+            for start in range(documents):
+                writer.append([(start * 7 + step) % 80 for step in range(40)], passes=1, text_bytes=40)
+            writer.finish()
+    said: list[str] = []
+    found = learning.measure(
+        subject,
+        learning.Text(tmp_path / "train", tmp_path / "held_out"),
+        schedule=Schedule(learning_rate=3e-3),
+        seconds=1.5,
+        scratch=tmp_path / "scratch",
+        say=said.append,
+    )
+    for name in ("ours", "plain"):
+        one = found[name]
+        assert one["tokens"] == one["steps"] * 128 and one["steps"] > 10
+        assert one["bits_per_byte"] < math.log2(80) - 0.5
+        assert any(line.startswith(f"{name}: ") for line in said)
+    assert found["ours"]["optimizer"] == "muon" and found["plain"]["optimizer"] == "adamw"
+    assert found["bits_per_byte_below"] == pytest.approx(found["plain"]["bits_per_byte"] - found["ours"]["bits_per_byte"])

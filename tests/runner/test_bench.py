@@ -127,6 +127,14 @@ def test_an_unknown_measurement_is_refused_with_the_right_names() -> None:
         chosen("train,speed")
 
 
+def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> None:
+    assert chosen("learning") == ["learning"]
+    with pytest.raises(RecipeError, match="learning: wants a recipe"):
+        reference_job(seconds=1.0, compiled=False, only=["learning"])
+    done = run(recipe, str(recipe), "--only", "learning")
+    assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
+
+
 def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:
     small = load_recipe(recipe, ["stage.base.batch_tokens=31"])
     with pytest.raises(RecipeError, match=r"stage\.base\.batch_tokens: found 31, wants at least one row of 32 tokens"):

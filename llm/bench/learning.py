@@ -1,0 +1,155 @@
+"""Learning per minute: held-out bits per byte after equal time, ours as a recipe trains it and a plain model with AdamW.
+
+The plain one is stock Transformers' LLaMA of the same shape with its own initialization, bf16 autocast where ours has it, the
+same rows in the same order, AdamW at 3e-3 and otherwise torch's defaults, gradients clipped to 1, the recipe's schedule.
+Each is given as many steps as fit into the time by its own speed, measured on a throw-away copy; what is once paid for
+(compiling, the self-check) is part of ours. Both are measured by the same code on the same text, documents kept apart.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from llm.bench.candidates import build_ours, build_theirs
+from llm.bench.subject import Subject
+from llm.choices import Choices
+from llm.feed import feed
+from llm.group import Group
+from llm.objectives import next_token_loss
+from llm.precision import autocast, resolve_precision
+from llm.rows import IGNORE
+from llm.settings import Budget, Schedule
+from llm.tokens import TokenRows, TokenShards
+from llm.train import train
+from llm.validation import Validation, measure_model
+
+PLAIN_RATE = 3e-3
+TRIAL_STEPS = 30  # after as many to warm up, to learn how many fit
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Text:
+    """Folders of packed tokens to learn from and to be measured on."""
+
+    train: Path
+    held_out: Path
+
+    def rows(self, context: int) -> TokenRows:
+        """What is learned, the same for both."""
+        return TokenRows(self.train, context=context, seed=SEED)
+
+    def validation(self, context: int) -> Validation:
+        """What is measured."""
+        shards = TokenShards(self.held_out)
+        rows = TokenRows(self.held_out, context=context, seed=None)
+        return Validation(rows, bytes_per_token=shards.bytes / shards.tokens)
+
+
+def measure(
+    subject: Subject, text: Text, *, schedule: Schedule, seconds: float, scratch: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Steps, seconds and bits per byte of both, and the difference."""
+    found: dict[str, Any] = {"seconds_wanted": seconds}
+    for name, run in (("ours", _ours), ("plain", _plain)):
+        found[name] = run(subject, text, schedule, seconds, scratch / name)
+        say(f"{name}: {found[name]['bits_per_byte']:.3f} bits per byte after {found[name]['seconds']:.0f} s")
+    found["bits_per_byte_below"] = found["plain"]["bits_per_byte"] - found["ours"]["bits_per_byte"]
+    return found
+
+
+def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
+    def run(
+        steps: int, folder: Path, *, check: bool = True, checked: Validation | None = None
+    ) -> tuple[dict[str, Any], float]:
+        torch.manual_seed(SEED)
+        began = time.perf_counter()
+        metrics = train(
+            build_ours(subject),
+            next_token_loss,
+            rows=text.rows(subject.context),
+            validation=checked,
+            budget=Budget(steps=steps),
+            batch_tokens=subject.tokens_per_step,
+            schedule=schedule,
+            optimizer=subject.optimizer,
+            seed=SEED,
+            check=check,
+            validate_every=None,
+            checkpoint_every=None,
+            checkpoint_minutes=None,
+            micro_batch=subject.micro_batch,
+            precision=subject.precision,
+            compiled=subject.compiled,
+            cores=subject.cores,
+            scratch=folder,
+            report=lambda **values: None,
+            should_stop=lambda: False,
+        )
+        return metrics, time.perf_counter() - began
+
+    _, once = run(TRIAL_STEPS, scratch / "first", check=False)  # what is compiled is compiled
+    _, begun = run(1, scratch / "second", check=False)
+    _, taken = run(1 + TRIAL_STEPS, scratch / "third", check=False)
+    per_step = (taken - begun) / TRIAL_STEPS
+    start = max(begun, once - TRIAL_STEPS * per_step)
+    steps = max(1, round((seconds - start) / per_step))
+    metrics, _ = run(steps, scratch / "whole", checked=text.validation(subject.context))
+    return {
+        "steps": steps,
+        "seconds": metrics["seconds"],
+        "tokens": metrics["tokens"],
+        "optimizer": subject.optimizer.kind,
+        "compiled": metrics["choices"]["compiled"],
+        "bits_per_byte": metrics["validation_bits_per_byte"],
+    }
+
+
+def _plain(subject: Subject, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
+    group = Group()
+    precision = resolve_precision(subject.precision, device=group.device)
+
+    def run(model: nn.Module, limit: int, *, until: Schedule | None = None) -> float:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_RATE, fused=True)
+        micro_batch = subject.rows if subject.micro_batch == "auto" else subject.micro_batch
+        steps = feed(text.rows(subject.context), group, micro_batch, subject.rows, range(limit))
+        began = time.perf_counter()
+        for step, (parts, targets) in enumerate(steps):
+            if until is not None:
+                optimizer.param_groups[0]["lr"] = PLAIN_RATE * until.factor(step, steps=limit)
+            for batch in parts:
+                with autocast(precision, device=group.device):
+                    logits = model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)
+                    loss = cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+                torch.autograd.backward(loss / targets)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    torch.manual_seed(SEED)
+    trial = build_theirs(subject, None).to(group.device).train()
+    run(trial, TRIAL_STEPS)
+    steps = max(1, round(seconds / run(trial, TRIAL_STEPS) * TRIAL_STEPS))
+    torch.manual_seed(SEED)
+    model = build_theirs(subject, None).to(group.device).train()
+    taken = run(model, steps, until=schedule)
+    same = build_ours(subject)
+    same.load_state_dict(model.state_dict())
+    choices = Choices(precision, subject.rows, 1, subject.cores, group.device.type)
+    held_out = text.validation(subject.context)
+    scores = measure_model(same.eval(), held_out, choices=choices, should_stop=lambda: False)
+    return {
+        "steps": steps,
+        "seconds": taken,
+        "tokens": steps * subject.tokens_per_step,
+        "optimizer": "adamw",
+        "compiled": False,
+        "bits_per_byte": scores["validation_bits_per_byte"],
+    }
