@@ -76,22 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
     return out
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, positions: Tensor) -> Tensor:
-    """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E): all slots up to each query's position (B, T).
-
-    A query at position -1 is padding: its result means nothing (it sees slot 0, so that it is a number).
-    """
-    rows, heads, length, size = q.shape
-    slots = k.shape[2]
-    grouped = (q * size**-0.5).reshape(rows, k.shape[1], -1, size)  # (B, K, G T, E)
-    scores = (grouped @ k.transpose(-1, -2)).view(rows, heads, length, slots)
-    late = torch.arange(slots, device=q.device) > positions.clamp(min=0)[:, :, None]  # (B, T, S)
-    weights = scores.masked_fill(late[:, None], -torch.inf).float().softmax(-1).to(q.dtype)
-    mixed: Tensor = weights.view(rows, k.shape[1], -1, slots) @ v
-    return mixed.view(rows, heads, length, size)
-
-
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor) -> Tensor:
     """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E), all of one dtype, plus `bias` (B, 1, G T, S)
     on the scores, the same T rows for each of the G query heads that share keys. Returns (B, H, T, E)."""
     # The queries that share keys stand as queries of one head: no key is repeated, and every SDPA kernel can do it.

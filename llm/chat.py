@@ -30,6 +30,7 @@ from llm.turns import Template, TextTemplate, Turn
 
 STATISTICS = "statistics.json"
 _IDS, _LEARNED, _INDEX = "ids.bin", "learned.bin", "index.npz"
+FILLED = 0.97  # share of the positions computed that should be real tokens
 _BATCH = 1024  # rows that are tokenized at a time
 
 Encoded = tuple[list[int], list[bool]]  # ids, and which of them are learned
@@ -165,14 +166,14 @@ def write_rows(
     *,
     tokenizer: TextTokenizer,
     context: int,
-    row_length: int | None = None,  # default: context
+    longest_row: int | None = None,  # default: context
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Pack `tables` under `folder`, which is complete once it exists; returns statistics.
 
-    A chat has at most `context` positions, a row `row_length`, which may be more: chats of a row do not see each other, and
-    the longer it is, the less of it stays empty.
+    A chat has at most `context` positions. So has a row, unless too little of it would be real tokens: then rows are twice
+    as long, and again, up to `longest_row`. Chats of a row do not see each other, so length costs only time in attention.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -198,10 +199,12 @@ def write_rows(
     if not lengths:
         names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
         raise InputError(f"{names}: wants rows to learn from; found none: {json.dumps(totals)}")
-    row_length = row_length or context
+    row_lengths = [context]
+    while 2 * row_lengths[-1] <= (longest_row or context):
+        row_lengths.append(2 * row_lengths[-1])
     statistics = (
         totals
-        | _write_index(temporary, np.array(lengths), np.array(passes), row_length=row_length, padding=tokenizer.padding)
+        | _write_index(temporary, np.array(lengths), np.array(passes), row_lengths=row_lengths, padding=tokenizer.padding)
         | {"stream_tokens": _percentiles(full_lengths), "tables": [asdict(count) for count in counts]}
     )
     (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
@@ -283,13 +286,20 @@ def _passes(turns: Sequence[Turn], weight: float) -> int:
 
 
 def _write_index(
-    folder: Path, lengths: NDArray[np.int64], passes: NDArray[np.int64], *, row_length: int, padding: int
+    folder: Path, lengths: NDArray[np.int64], passes: NDArray[np.int64], *, row_lengths: Sequence[int], padding: int
 ) -> dict[str, Any]:
-    """Decide which streams share a row. Streams are shuffled first, so that rows mix the tables whatever their order."""
+    """Decide which streams share a row, and of which length: the first that is filled enough, else the last.
+
+    Streams are shuffled first, so that rows mix the tables whatever their order.
+    """
     streams = np.repeat(np.arange(len(lengths)), passes)
     streams = np.random.default_rng(0).permutation(streams)
     positions = lengths[streams] - 1
-    rows = best_fit(positions, capacity=row_length)
+    for row_length in row_lengths:
+        rows = best_fit(positions, capacity=row_length)
+        real_share = float(positions.sum()) / (len(rows) * row_length)
+        if real_share >= FILLED:
+            break
     np.savez(
         folder / _INDEX,
         starts=np.concatenate([[0], np.cumsum(lengths)]),
@@ -303,7 +313,7 @@ def _write_index(
         "packed_rows": len(rows),
         "row_length": row_length,
         "tokens": int(positions.sum()),
-        "real_share": round(float(positions.sum()) / (len(rows) * row_length), 4),
+        "real_share": round(real_share, 4),
     }
 
 

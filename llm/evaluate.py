@@ -16,7 +16,6 @@ from llm.documents import language_by_script
 from llm.errors import InputError
 from llm.generate import Clock, generate
 from llm.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
-from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer
@@ -102,7 +101,7 @@ def classify(
     chosen: list[int] = [0] * len(prompts)
     margins: list[float] = [0.0] * len(prompts)
     done = 0
-    decoding = Decoding(model)
+    decoding = model.decoding()
     for batch in similar_lengths([len(prompt) + len(spelled[longest]) for prompt in prompts]):
         likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, clock=clock)  # (B, L)
         for index, row in zip(batch, likelihoods, strict=True):

@@ -40,13 +40,14 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
 
-    Prompts of similar length share a batch. `progress` is told the number of finished prompts after each batch. InputError
-    for a prompt of no token, or of more than the context. Who generates often makes the `Decoding` of the model once.
+    Prompts of similar length share a batch, the longest first. `progress` is told the number of finished prompts after each
+    batch. InputError for a prompt of no token, or of more than the context. Who generates often makes `model.decoding()` once
+    and gives that.
     """
     sampling, clock, decoding = sampling or Sampling(), clock or Clock(), Decoding.of(model)
     limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: len(prompts[index]))
+    order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         for new in steps(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm import compilation, training_state
-from llm.choices import Choices, choose, restored
+from llm.choices import Choices, choose, is_plain, restored
 from llm.dropout import set_counters
 from llm.errors import InputError, Interrupted
 from llm.feed import batches, feed, most_batches
@@ -99,7 +99,7 @@ def train(
             group,
             micro_batch,
             precision,
-            compiled,
+            False if compiled == "auto" and not is_plain(model) else compiled,
             cores=cores,
             context=rows.context,
             rows_per_step=rows_per_step,

@@ -80,6 +80,7 @@ def _metadata(model: Model) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["stockpot"],
+        base_model=[record["metrics"]["repo"] for record in _adopted(model.records) if "repo" in record["metrics"]] or None,
         datasets=sorted({source["hub"] for source in _sources(model.records.values()) if "hub" in source}) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
@@ -88,8 +89,20 @@ def _metadata(model: Model) -> str:
     return data.to_yaml()
 
 
+def _adopted(records: Mapping[str, Record]) -> list[Record]:
+    """The records of models that were made elsewhere."""
+    return [record for record in records.values() if record["kind"] == "checkpoint"]
+
+
 def _summary(model: Model) -> str:
-    """The size of the network, where it was trained from nothing."""
+    """What it was adapted from, or the size of the network where it was trained from nothing."""
+    if adopted := _adopted(model.records):
+        metrics = adopted[-1]["metrics"]
+        if "repo" not in metrics:
+            return "Adapted from a model that was made elsewhere.\n"
+        return (
+            f"Adapted from [{metrics['repo']}](https://huggingface.co/{metrics['repo']}), commit `{metrics['commit'][:12]}`.\n"
+        )
     bases = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
     if not bases:
         return ""
@@ -165,10 +178,12 @@ def _data(model: Model) -> str:
     ]
     if not rows:
         return ""
+    before = "What its base had learned is for the base's own card to tell; nobody"
+    beyond = before if _adopted(model.records) else "It knows nothing but this, and nobody"
     return (
         "## Data\n\nWhat the model learned from, by stage, with the number of rows of each licence and origin:\n\n"
         + _table(["stage", "data", "rows", "licences", "origins"], rows)
-        + "\nIt knows nothing but this, and nobody has checked its answers: what it says may be wrong.\n"
+        + f"\n{beyond} has checked its answers: what it says may be wrong.\n"
     )
 
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from llm.validation import Validation
 
 _ROWS, _VALIDATION_ROWS = "rows", "validation-rows"  # in scratch
-WIDE_ROW = 1024  # positions: pairs of up to 256 leave 4% of a row of 256 empty, and less than 1% of one of 512 or more
-LEAST_ROWS = 4  # in a step, where its batch allows
+LEAST_ROWS = 4  # in a step, if rows are made longer than a chat
 
 
 class RowTable(Spec):
@@ -64,13 +63,6 @@ class RowTable(Spec):
         return Template(self.prompt, self.response, self.messages)
 
 
-def row_length(context: int, *, batch_tokens: int) -> int:
-    """Positions of the rows that chats of up to `context` positions share: a multiple of it, so that little stays empty, and
-    few enough that a step has rows for several processes.
-    """
-    return context * max(1, min(-(-WIDE_ROW // context), batch_tokens // (LEAST_ROWS * context)))
-
-
 class TrainingTable(RowTable):
     """A table that is gone through more or less often than once."""
 
@@ -108,7 +100,7 @@ class RowTraining(TrainingStage):
                     ],
                     tokenizer=tokenizer,
                     context=self.context or most,
-                    row_length=row_length(self.context or most, batch_tokens=self.batch_tokens),
+                    longest_row=max(self.context or most, self.batch_tokens // LEAST_ROWS),
                     report=context.report,
                     should_stop=context.should_stop,
                 )

@@ -205,35 +205,29 @@ def test_padding_changes_nothing_before_it(name: str) -> None:
 
 @GROUPED
 @HEAD_SIZES
-@pytest.mark.parametrize("parts", [[1] * 12, [9, 1, 1, 1], [33, 5, 1, 90, 1, 1]])
-@torch.no_grad()
-def test_cached_decoding_equals_the_whole_forward_pass(name: str, shared_by: int, head_size: int, parts: list[int]) -> None:
+@pytest.mark.parametrize(("read", "steps"), [(1, 11), (9, 3), (130, 2)])
+@torch.inference_mode()
+def test_cached_decoding_equals_the_whole_forward_pass(
+    name: str, shared_by: int, head_size: int, read: int, steps: int
+) -> None:
     model, _ = pair(name, shared_by, True, head_size)
-    inputs = tokens(3, sum(parts))
-    cache = model.new_cache(3, sum(parts))
-    places = torch.arange(sum(parts)).expand(3, -1).split(parts, 1)
-    found = [model(part, positions=place, cache=cache) for part, place in zip(inputs.split(parts, 1), places, strict=True)]
-    torch.testing.assert_close(torch.cat(found, 1), model(inputs), **LOGITS)
+    inputs, decoding = tokens(3, read + steps), model.decoding()
+    found = [decoding.read(inputs[:, :read].tolist(), room=steps)]
+    found += [decoding.step(inputs[:, place].tolist()) for place in range(read, read + steps)]
+    torch.testing.assert_close(torch.stack(found, 1), model(inputs)[:, read - 1 :], **LOGITS)
 
 
 @GROUPED
-@pytest.mark.parametrize("left", [True, False])
-@torch.no_grad()
-def test_prompts_of_different_lengths_share_a_cache(name: str, shared_by: int, left: bool) -> None:
+@torch.inference_mode()
+def test_prompts_of_different_lengths_share_a_cache(name: str, shared_by: int) -> None:
     model, _ = pair(name, shared_by, True, 32)
-    lengths = [3, 8, 5]
-    prompts = [tokens(1, 8)[0, :n] for n in lengths]
-    batch, positions = torch.zeros(3, 8, dtype=torch.int64), torch.full((3, 8), -1)
-    for row, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
-        place = slice(8 - n, 8) if left else slice(0, n)
-        batch[row, place], positions[row, place] = prompt, torch.arange(n)
-    cache = model.new_cache(3, 12)
-    step = tokens(3, 1)
-    model(batch, positions=positions, cache=cache)
-    found = model(step, positions=torch.tensor(lengths)[:, None], cache=cache)
+    prompts = [tokens(1, 8)[0, :length] for length in (3, 8, 5)]
+    step, decoding = tokens(3, 1), model.decoding()
+    decoding.read([prompt.tolist() for prompt in prompts], room=1)
+    found = decoding.step(step[:, 0].tolist())
     for row in range(3):
         alone = model(torch.cat([prompts[row], step[row]])[None])
-        torch.testing.assert_close(found[row, 0], alone[0, -1], **LOGITS)
+        torch.testing.assert_close(found[row], alone[0, -1], **LOGITS)
 
 
 @contextmanager

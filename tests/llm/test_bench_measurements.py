@@ -137,7 +137,7 @@ def test_shares_of_the_peak_follow_from_speeds() -> None:
 def test_a_taught_model_decodes_as_transformers_does() -> None:
     subject = tiny()
     found = decode.measure(subject, build_ours(subject), seconds=0.0, group=Group())
-    assert found["least_margin"] > 2.0  # so that equal tokens are no chance
+    assert found["least_margin"] > 3.0  # so that equal tokens are no chance
     for batch, one in found["batch"].items():
         assert one["same_tokens"] and one["same_prompts"] == int(batch)
         assert min(one["ours"], one["transformers"], one["ours_times_as_fast"]) > 0

@@ -33,13 +33,13 @@ def pack(tmp_path: Path) -> Callable[..., tuple[ChatRows, dict[str, Any]]]:
             files[-1].write_text(text, encoding="utf-8")
         template = options.pop("template", Template())
         folder = tmp_path / options.pop("name", "packed")
-        row_length = options.pop("row_length", None)
+        longest_row = options.pop("longest_row", None)
         statistics = write_rows(
             folder,
             [Table((file,), template, **options) for file in files],
             tokenizer=TOKENIZER,
             context=context,
-            row_length=row_length,
+            longest_row=longest_row,
             report=lambda **values: None,
             should_stop=lambda: False,
         )
@@ -239,10 +239,12 @@ def test_the_tokenizer_that_packs_is_the_one_that_is_loaded_from_a_folder(tmp_pa
     assert fit(turns, TextTokenizer.load(tmp_path), positions=30) == fit(turns, TOKENIZER, positions=30)
 
 
-def test_a_row_longer_than_a_chat_may_be_leaves_less_empty_and_cuts_chats_as_before(tmp_path: Path, pack: Any) -> None:
+def test_rows_are_longer_than_a_chat_may_be_where_they_would_stay_empty_and_chats_are_cut_as_before(
+    tmp_path: Path, pack: Any
+) -> None:
     pairs = [pair("q", "x" * (14 + number % 8)) for number in range(600)] + [pair("q", "heart " * 90)]
     _, short = pack(pairs, context=32, name="short")
-    rows, wide = pack(pairs, context=32, row_length=128, name="wide")
+    rows, wide = pack(pairs, context=32, longest_row=140, name="wide")
     assert rows.context == 128 and len(rows.row(0).tokens) == 128
     assert wide["real_share"] > 0.9 and short["real_share"] < 0.8  # two of them do not fit into 32
     assert wide["cut_responses"] == short["cut_responses"] == 1

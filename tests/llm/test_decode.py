@@ -104,6 +104,16 @@ def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
         torch.testing.assert_close(found, torch.stack([whole[1][step + 1], whole[2][step + 1]]), atol=1e-5, rtol=1e-5)
 
 
+def test_what_an_earlier_batch_left_in_the_cache_is_not_seen() -> None:
+    model = small(kv_heads=2)
+    decoding = Decoding(model)
+    for lengths, more in (([20, 3, 9, 14, 2], 4), ([1, 5, 2], 12), ([6] * 7, 2), ([25], 6)):
+        rows = rows_of(lengths, more=more)
+        torch.testing.assert_close(
+            decoded(decoding, rows, read=lengths), computed(model, rows, read=lengths), atol=1e-5, rtol=1e-5
+        )
+
+
 @torch.inference_mode()
 def test_what_was_looked_at_ahead_leaves_no_trace() -> None:
     model = small(kv_heads=2)

@@ -15,6 +15,7 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
 from runner.artifacts import Release
+from runner.card import Model, model_card
 from runner.errors import StageError
 from runner.stage import Context
 from runner.stages.publish import Publish
@@ -233,6 +234,16 @@ def test_the_digest_of_a_release_is_not_over_card_and_lock_file(
     first, second = Release(context.work), Release(other.work)
     assert first.card.read_text() != second.card.read_text()
     assert first.digests() == second.digests()
+
+
+def test_a_model_that_was_made_elsewhere_is_credited() -> None:
+    recipe = {"name": "m", "stage": {"base": {"kind": "checkpoint"}, "chat": {"kind": "sft", "data": [{"files": "a"}]}}}
+    rows = {"tables": [{"rows": 3, "bad": 0, "unselected": 0, "dropped": 0}]}
+    records = {"base": record("checkpoint", repo="ada/small", commit="c" * 40), "chat": record("sft", data=rows)}
+    card = model_card(Model(recipe, records, scores={}, license="mit", languages=["en"], version="1"))
+    assert metadata(card)["base_model"] == ["ada/small"]
+    assert "Adapted from [ada/small](https://huggingface.co/ada/small), commit `cccccccccccc`." in card
+    assert "It knows nothing but this" not in card and "trained from nothing" not in card
 
 
 def test_a_release_without_scores_has_a_valid_card(context: Context) -> None:

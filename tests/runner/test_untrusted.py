@@ -79,10 +79,10 @@ ESCAPES = [
 def test_a_path_that_climbs_out_is_refused_with_its_place_and_the_flag(place: Path, files: str) -> None:
     files = files.format(outside=place.parent / "private")
     stage_kinds()  # imports
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(RecipeError) as caught:
         recipe(place, files)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
     message = str(caught.value)
     assert "stage.corpus.sources[0].files: found " in message
     assert "outside of the recipe's folder" in message and "--allow-path " in message

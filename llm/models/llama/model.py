@@ -9,33 +9,21 @@ Letters: B rows, T positions, D hidden size, H heads, K key and value heads, E h
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.attention import Visibility, attend, attend_cached, visibility
+from llm.attention import Visibility, attend, visibility
 from llm.dropout import Dropout
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.rope import frequencies
 from llm.parameters import numbers_in
 from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
 
-
-class Cache:
-    """Keys and values of one batch while text is generated, for `length` positions; the last slot takes the padding."""
-
-    def __init__(self, shape: tuple[int, int, int, int], *, layers: int, dtype: torch.dtype, device: torch.device) -> None:
-        rows, kv_heads, length, size = shape
-        self.keys = [torch.zeros(rows, kv_heads, length + 1, size, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.rows = torch.arange(rows, device=device)[:, None]
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, *, positions: Tensor) -> None:
-        """Put keys and values (B, K, T, E) at `positions` (B, T); position -1 goes to the slot nobody reads."""
-        self.keys[layer][self.rows, :, positions] = keys.transpose(1, 2).to(self.keys[layer].dtype)
-        self.values[layer][self.rows, :, positions] = values.transpose(1, 2).to(self.values[layer].dtype)
+if TYPE_CHECKING:
+    from llm.models.llama.decode import Decoding
 
 
 class RMSNorm(nn.Module):
@@ -54,9 +42,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_size = config.head_size
         self.q_proj = nn.Linear(config.hidden_size, config.heads * config.head_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * config.head_size, bias=False)
@@ -69,20 +56,6 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(shape), *angles)
         k = rotate(self.k_proj(x).view(shape), *angles)
         return q, k, self.v_proj(x).view(shape).transpose(1, 2)
-
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility | None, positions: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """Values mixed for each query (B, H, T, E): over the row under `visible`, or over the cache up to `positions`."""
-        if cache is None:
-            assert visible is not None
-            return attend(q, k, v, visible=visible)
-        assert positions is not None
-        cache.write(self.layer, k, v, positions=positions)
-        # On CPU, slots that nobody has reached are left out; on a GPU asking how many would stop the queue.
-        slots = int(positions.max()) + 1 if q.device.type == "cpu" else cache.keys[self.layer].shape[2] - 1
-        keys, values = (stored[self.layer][:, :, :slots].to(q.dtype) for stored in (cache.keys, cache.values))
-        return attend_cached(q, keys, values, positions=positions)
 
     def output(self, mixed: Tensor) -> Tensor:
         """Heads (B, H, T, E) to (B, T, D)."""
@@ -108,30 +81,20 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches."""
 
-    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer=layer)
+        self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention_dropout = Dropout(config.dropout)
         self.feed_forward_dropout = Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        *,
-        visible: Visibility | None,
-        positions: Tensor | None,
-        cache: Cache | None,
-        compiled: bool,
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], *, visible: Visibility, compiled: bool) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
         before, after = _compiled_halves() if compiled else (Layer.before, Layer.after)
         q, k, v = before(self, x, angles)
-        mixed = self.self_attn.mix(q, k, v, visible=visible, positions=positions, cache=cache)
-        out: Tensor = after(self, x, mixed)
+        out: Tensor = after(self, x, attend(q, k, v, visible=visible))
         return out
 
     def before(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +125,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.embedding_dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config, layer=layer) for layer in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
 
@@ -188,42 +151,25 @@ class Llama(nn.Module):
                 if self.config.init == "scaled" and name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.data.div_(math.sqrt(2 * self.config.layers))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        documents: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); the arguments are those of `hidden`."""
-        logits: Tensor = self.lm_head(self.hidden(tokens, documents=documents, positions=positions, cache=cache))
+        logits: Tensor = self.lm_head(self.hidden(tokens, documents=documents, positions=positions))
         return logits
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        documents: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """What the head reads, (B, T, D).
 
         `documents` (B, T) numbers the document of each position (attention stays inside); `positions` (B, T) counts from the
-        start of each document. Without them a row is one document. With a `cache`, new keys and values are stored at
-        `positions` and attention is over all slots up to there; position -1 marks padding, neither stored nor seen.
+        start of each document. Without them a row is one document.
         """
         x: Tensor = self.model.embedding_dropout(self.model.embed_tokens(tokens))
         dtype = compute_dtype(x)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         angles = self._angles(positions)
-        visible = None
-        if cache is None:
-            visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
+        visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
         compiled = self.compiled and self.training
-        given: dict[str, Any] = {"visible": visible, "positions": positions, "cache": cache, "compiled": compiled}
+        given: dict[str, Any] = {"visible": visible, "compiled": compiled}
         for layer in self.model.layers:
             if self.recompute and self.training:
                 x = checkpoint(layer, x, angles, **given, use_reentrant=False)
@@ -237,6 +183,12 @@ class Llama(nn.Module):
         angle = positions[:, None, :, None].float() * frequencies(self.config, device=positions.device)
         return angle.cos(), angle.sin()
 
+    def decoding(self) -> "Decoding":
+        """The form in which the model writes text: `llm.generate` and `llm.likelihood` know no more of an architecture."""
+        from llm.models.llama.decode import Decoding
+
+        return Decoding(self)
+
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of a forward and backward pass per position of full rows: an estimate.
 
@@ -247,13 +199,6 @@ class Llama(nn.Module):
         products += self.lm_head.weight.numel()
         width = self.config.heads * self.config.head_size
         return 6.0 * products + 12.0 * self.config.layers * width * context / 2
-
-    def new_cache(
-        self, batch: int, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Cache:
-        """An empty cache for `batch` rows of up to `length` positions."""
-        shape = (batch, self.config.kv_heads, length, self.config.head_size)
-        return Cache(shape, layers=self.config.layers, dtype=dtype, device=torch.device(device))
 
 
 def build(config: LlamaConfig, *, vocab_size: int) -> Llama:
