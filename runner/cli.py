@@ -4,6 +4,7 @@ import argparse
 import codecs
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,6 +170,7 @@ def bench(options: argparse.Namespace) -> int:
         raise RecipeError("--set: wants a RECIPE to change, found none")
     else:
         job = reference_job(**settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker ends and its folder goes then, too
     result = measure(job)
     if options.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """`run bench` as a user calls it, on a recipe of which nothing has run; with so little time, only relations are tested."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,6 +147,19 @@ def test_a_worker_that_fails_is_told_and_its_words_stand_above(capfd: pytest.Cap
     with pytest.raises(StageError, match="its worker ended with exit code 1"):
         measure(job)
     assert "vocab_size" in capfd.readouterr().err
+
+
+def test_ended_in_the_middle_it_leaves_no_folder_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner.cli", "bench", "--only", "matmul", "--json"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert any("matrix products" in line for line in process.stderr)
+        assert list(tmp_path.glob("stockpot-bench-*"))
+        process.terminate()
+        assert process.wait() == 130
+        assert process.stdout.read() == ""
+    assert not list(tmp_path.glob("stockpot-bench-*"))
 
 
 def test_the_process_that_shows_the_table_imports_no_torch() -> None:
