@@ -16,10 +16,10 @@ from llm.bench.subject import Subject, reference
 from runner import launch
 from runner.artifacts import Tokens
 from runner.errors import RecipeError, StageError
-from runner.execute import available_cores
 from runner.files import write_whole
 from runner.plan import Plan
 from runner.recipe import Recipe
+from runner.stage_run import available_cores
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer

@@ -18,7 +18,7 @@ from runner.bench import JOB, LEARNING, RESULT, BenchJob
 from runner.files import write_whole
 from runner.progress import Follower
 from runner.track import Tracker
-from runner.worker import EXIT_FAILED, _Report, hardware, versions, watch_parent
+from runner.worker import EXIT_FAILED, Report, hardware, versions, watch_parent
 
 if TYPE_CHECKING:
     import psutil
@@ -116,7 +116,7 @@ class Untracked:
     name = "none installed"
 
     def __init__(self, metrics: Path) -> None:
-        self.report = _Report(metrics)
+        self.report = Report(metrics)
 
     def processor_seconds(self) -> float:
         """Nobody works."""

@@ -72,8 +72,9 @@ codecs.register_error(PRINTABLE, _printable)
 
 def run(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
-    from runner.execute import Execution, StopRequest
+    from runner.execute import Execution
     from runner.progress import make_progress
+    from runner.stage_run import StopRequest
 
     recipe, store = recipe_of(options), store_of(options)
     for name in [*options.force, *([options.until] if options.until else [])]:

@@ -1,32 +1,28 @@
 """TOML to Recipe: reads the file and what it extends, validates all of it, and reports every fault at once.
 
-A fault names the dotted path, what was found, what was wanted, and the nearest right name. Planning and running start
-only from a Recipe, so nothing after this file checks fields again.
+Planning and running start only from a Recipe, so nothing after this file checks fields again. How files are read and merged is
+`runner.tables`' business, how a fault is told `runner.faults`'.
 """
 
-import difflib
 import importlib
 import os
 import pkgutil
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any
 
-import tomli
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 import runner.stages
 from runner.errors import RecipeError
+from runner.faults import listed, nearest, shown, validated
 from runner.graph import edges, find_cycle, input_files, plain
 from runner.paths import Bounds, fixed_part, leaves_by_name
 from runner.remote import address_fault, is_local, local_folder
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
-
-ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
-M = TypeVar("M", bound=BaseModel)
+from runner.tables import apply_override, read_with_parents
 
 
 class CacheTable(Spec):
@@ -93,12 +89,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
     All that it names has to lie in its own folder or in one that is `allowed`.
     """
     bounds = Bounds(path.resolve().parent, tuple(allowed))
-    table = _read_with_parents(path, (), bounds)
+    table = read_with_parents(path, (), bounds)
     for override in overrides:
-        _apply_override(table, override, path)
+        apply_override(table, override, path)
     faults = list(_place_remote(table, bounds))
     stage_tables = table.pop("stage", None)
-    head = _validate(Head, table, "", faults)
+    head = validated(Head, table, "", faults)
     stages: dict[str, Stage] = {}
     if not isinstance(stage_tables, dict) or not stage_tables:
         faults.append("stage: wants at least one [stage.NAME] table, found none")
@@ -117,75 +113,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
     return Recipe(path, head, stages)
 
 
-# Reading
-
-
-def _read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) -> dict[str, Any]:
-    """The table of a file merged over the one it extends; every string remembers the folder it was written in."""
-    path = path.resolve()
-    if path in children:
-        chain = " -> ".join(child.name for child in (*children, path))
-        raise RecipeError(f"{children[-1]}: extends: wants a file that does not extend this one, found {chain}")
-    try:
-        with path.open("rb") as file:
-            table = tomli.load(file)
-    except FileNotFoundError as error:
-        by = f", which {children[-1].name} extends" if children else ""
-        raise RecipeError(f"{path}: no such recipe{by}") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: wants UTF-8 text, found byte {error.object[error.start]:#04x}") from error
-    except (tomli.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path}: is not TOML: {error}") from error
-    located: dict[str, Any] = _locate(table, path.parent)
-    parent = located.pop("extends", None)
-    if parent is None:
-        return located
-    if not isinstance(parent, Located) or not parent or "\0" in parent:
-        raise RecipeError(f"{path}: extends: wants the path of a recipe, found {_shown(parent)}")
-    if not bounds.hold(parent.folder / parent):
-        raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
-    return _merge(_read_with_parents(parent.folder / parent, (*children, path), bounds), located)
-
-
-def _locate(value: Any, folder: Path) -> Any:
-    match value:
-        case str():
-            return Located(value, folder)
-        case dict():
-            return {key: _locate(item, folder) for key, item in value.items()}
-        case list():
-            return [_locate(item, folder) for item in value]
-    return value
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge deeply, `above` wins; lists, plain values and tables of alternatives replace."""
-    both = {**below, **above}
-    for key in (below.keys() & above.keys()) - ALTERNATIVES:
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            both[key] = _merge(below[key], above[key])
-    return both
-
-
-def _apply_override(table: dict[str, Any], override: str, path: Path) -> None:
-    """`key.path=value` from the command line: the value is read as TOML, else as a string."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"--set {override}: wants KEY=VALUE with a dotted key, such as stage.base.seed=1")
-    try:
-        value = tomli.loads(f"value = {text}")["value"]
-    except (tomli.TOMLDecodeError, RecursionError):
-        value = text.strip()
-    for depth, part in enumerate(parts[:-1]):
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a table")
-    table[parts[-1]] = _locate(value, path.resolve().parent)
-
-
 # Validating
 
 
@@ -197,118 +124,14 @@ def _validate_stage(name: str, fields: Any, seed: int, faults: list[str]) -> Sta
     kinds = stage_kinds()
     kind = fields.pop("kind", None)
     if kind is None:
-        faults.append(f"stage.{name}.kind: is missing; wants one of {_listed(kinds)}")
+        faults.append(f"stage.{name}.kind: is missing; wants one of {listed(kinds)}")
         return None
     if not isinstance(kind, str) or kind not in kinds:
-        faults.append(f"stage.{name}.kind: found {_shown(kind)}, wants one of {_listed(kinds)}{_nearest(kind, kinds)}")
+        faults.append(f"stage.{name}.kind: found {shown(kind)}, wants one of {listed(kinds)}{nearest(kind, kinds)}")
         return None
     if "seed" in kinds[kind].model_fields:
         fields.setdefault("seed", seed)
-    return _validate(kinds[kind], fields, f"stage.{name}.", faults)
-
-
-def _validate(model: type[M], table: dict[str, Any], prefix: str, faults: list[str]) -> M | None:
-    """An instance of `model`, or None after adding each fault once, with its dotted path."""
-    try:
-        return model.model_validate(table)
-    except ValidationError as error:
-        wants: dict[str, list[str]] = {}
-        for fault in error.errors(include_url=False):
-            where = _path_in(table, fault["loc"])
-            message = _message(model, fault, where)
-            wants.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
-        for where_text, messages in wants.items():
-            faults.append(f"{where_text}: {_joined(messages)}")
-        return None
-
-
-def _message(model: type[BaseModel], fault: Any, where: Sequence[str | int]) -> str:
-    found = fault["input"]
-    match fault["type"]:
-        case "extra_forbidden":
-            names = _field_names(model, where[:-1])
-            return f"is not known here; wants one of {_listed(names)}{_nearest(where[-1], names)}"
-        case "missing":
-            return "is missing"
-        case "literal_error":
-            expected = fault["ctx"]["expected"]
-            return f"found {_shown(found)}, wants {expected}{_nearest(found, _quoted(expected))}"
-        case "value_error":
-            return str(fault["ctx"]["error"])
-    text = fault["msg"].removeprefix("Input should be ")
-    return f"found {_shown(found)}, wants {text}"
-
-
-def _joined(messages: Sequence[str]) -> str:
-    """One message out of the several that a union gives for one place."""
-    unique = list(dict.fromkeys(messages))
-    found, marker, _ = unique[0].partition(", wants ")
-    if len(unique) > 1 and marker and all(message.startswith(found + marker) for message in unique):
-        return found + marker + ", or ".join(message.removeprefix(found + marker) for message in unique)
-    return "; ".join(unique)
-
-
-def _path_in(table: Any, location: Sequence[str | int]) -> list[str | int]:
-    """The part of pydantic's location that is a path in the recipe: the names of union members in it are not."""
-    path: list[str | int] = []
-    here = table
-    for index, part in enumerate(location):
-        if isinstance(here, dict) and part in (here.get("task"), here.get("name")) and index < len(location) - 1:
-            continue  # the tag by which pydantic chose among several tables
-        if (isinstance(here, dict) and part in here) or (
-            isinstance(here, list) and isinstance(part, int) and part < len(here)
-        ):
-            path.append(part)
-            here = here[part]  # type: ignore[index]  # the two cases above
-        elif isinstance(here, dict) and isinstance(part, str) and index == len(location) - 1:
-            path.append(part)  # a key that is missing
-    return path
-
-
-def _dotted(path: Iterable[str | int]) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
-
-
-def _field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """The keys that may stand in the table at `path` below `model`."""
-    models = [model]
-    for part in path:
-        if isinstance(part, str):
-            fields = (m.model_fields[part].annotation for m in models if part in m.model_fields)
-            models = [found for annotation in fields for found in _models_in(annotation)]
-    names = [name for m in models for name in m.model_fields]
-    if not path:
-        names += ["kind"] if issubclass(model, Stage) else ["stage", "extends"]
-    return list(dict.fromkeys(names))
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if get_origin(annotation) in (list, dict, tuple, Union, types.UnionType, Annotated):
-        for argument in get_args(annotation):
-            yield from _models_in(argument)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-
-
-def _quoted(expected: str) -> list[str]:
-    return [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
-
-
-def _shown(value: Any) -> str:
-    text = repr(str(value)) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def _nearest(name: Any, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name)[:80], list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return validated(kinds[kind], fields, f"stage.{name}.", faults)
 
 
 # References and files
@@ -323,11 +146,11 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
                 continue
             if ref not in stages:
                 dangling = True
-                yield f"{place}: found {str(ref)!r}, wants the name of a stage{_nearest(ref, [*stages, *broken])}"
+                yield f"{place}: found {str(ref)!r}, wants the name of a stage{nearest(ref, [*stages, *broken])}"
             elif not issubclass(stages[ref].makes, ref.wants):
                 made = stages[ref].makes.__name__
                 able = [other for other in stages if issubclass(stages[other].makes, ref.wants) and other != name]
-                hint = f"; these make it: {_listed(able)}" if able else ""
+                hint = f"; these make it: {listed(able)}" if able else ""
                 yield f"{place}: wants {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
     if not dangling and (cycle := find_cycle(stages)):
         yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"

@@ -113,13 +113,13 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         recipe=job.recipe,
         parallel=Parallel.model_validate(job.parallel),
         cores=job.cores,
-        report=_Report(Path(job.work) / METRICS) if rank == 0 else _silent,
+        report=Report(Path(job.work) / METRICS) if rank == 0 else _silent,
         should_stop=(scratch / STOP).exists,
     )
     return stage, context
 
 
-class _Report:
+class Report:
     """Appends one JSON line per call; only the first process of a training has one."""
 
     def __init__(self, path: Path) -> None:
@@ -128,6 +128,7 @@ class _Report:
             self._file.write("\n")  # after a line that a kill cut short
 
     def __call__(self, **values: Any) -> None:
+        """Append `values`, with the time."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._file.write(json.dumps({"time": now, **values}, ensure_ascii=False) + "\n")
 

@@ -14,13 +14,13 @@ from llm.bench.subject import Subject
 from llm.choices import choose
 from llm.feed import batches, most_batches
 from llm.group import Group
+from llm.loop import LOG_EVERY, Loop, Progress
 from llm.models import architectures
 from llm.models.llama.model import Llama
 from llm.objectives import Learner, next_token_loss
 from llm.probe import settle
 from llm.rows import IGNORE, Batch, Row, RowSource
 from llm.settings import Optimizer, Schedule
-from llm.train import LOG_EVERY, Loop, Progress
 
 SCHEDULE = Schedule(kind="constant", learning_rate=1e-3)
 MANY = 2**31  # steps of a training that is never finished

@@ -29,9 +29,9 @@ from llm.bench.interleave import LEAST_ROUNDS, synchronize
 from llm.bench.subject import Subject
 from llm.feed import feed
 from llm.group import Group
+from llm.loop import LOG_EVERY
 from llm.rows import Batch, RowSource
 from llm.tokens import TokenRows, TokenWriter
-from llm.train import LOG_EVERY
 
 SAVES = 3
 MADE_UP_TOKENS = 2**21

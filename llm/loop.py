@@ -1,0 +1,174 @@
+"""The steps of one training: forward and backward passes, the update, and what is reported of them."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from llm.choices import Choices
+from llm.dropout import set_counters
+from llm.errors import InputError
+from llm.group import Group
+from llm.memory import is_out_of_memory
+from llm.objectives import Learner
+from llm.optim import build_optimizers, set_learning_rate
+from llm.probe import smaller
+from llm.rows import Batch
+from llm.settings import Optimizer, Schedule
+from llm.validation import Validation, measure
+
+LOG_EVERY = 10  # steps between two reports
+
+
+@dataclass
+class Progress:
+    """How far a training has come; JSON values only, because it is part of every checkpoint."""
+
+    steps: int
+    step: int = 0  # finished
+    tokens: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)  # losses of the steps since the last report
+    loss: float | None = None  # mean over the steps of the last report
+    validation: dict[str, float] = field(default_factory=dict)  # the last one
+    best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
+    self_check: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """One training's modules and optimizers, and what its steps have left to report."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: Optimizer,
+        *,
+        schedule: Schedule,
+        seed: int,
+        group: Group,
+        choices: Choices,
+        auto: bool,  # whether the micro-batch may shrink
+        report: Callable[..., None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        model = learner.model
+        self.model, self.group, self.choices, self.auto = model, group, choices, auto
+        self.report, self.should_stop = report, should_stop
+        self.schedule, self.seed = schedule, seed
+        self.clip = optimizer.gradient_clip or math.inf
+        self.learner = learner
+        self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
+        self.wrapped = group.wrap(learner)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
+        self._norms: list[Tensor] = []
+        self._norm = 0.0  # of the last step collected
+        self._since = time.monotonic()
+        self._tokens = 0  # of this process, since then
+
+    def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
+        """One optimizer step over this process's micro-batches; `targets` is the number over all processes.
+
+        No process has more micro-batches than `rounds`. Who has fewer begins later, so that all do their last one, which
+        sums the gradients, together; before each round they may agree to stop.
+        """
+        self.wrapped.train()
+        if self.group.size == 1:
+            parts = [piece for part in parts for piece in part.split(self.choices.micro_batch)]
+            rounds = len(parts)
+        try:
+            loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
+        except (RuntimeError, MemoryError) as error:
+            if self.group.size > 1 or not is_out_of_memory(error):
+                raise
+            loss = None
+        if loss is None:  # out here nothing holds what the failed attempt had computed
+            self.learner.zero_grad()
+            micro_batch = smaller(self.choices.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
+            self.choices = replace(self.choices, micro_batch=micro_batch)
+            self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
+            self.step(progress, parts, targets=targets, rounds=rounds)
+            return
+        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
+        set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self._losses.append(loss / max(1.0, targets))
+        self._norms.append(norm)
+        self._tokens += sum(part.tokens.numel() for part in parts)
+
+    def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
+        """Forward and backward passes of a step; returns this process's share of the sum of losses."""
+        # Whatever draws numbers besides our own dropout starts afresh, so nothing of a generator has to be kept.
+        torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
+        loss = torch.zeros((), device=self.group.device)
+        # DDP averages gradients over processes, where the sum is wanted: hence the factor.
+        scale = self.group.size / max(1.0, targets)
+        late = rounds - len(parts)
+        for index in range(rounds):
+            if index > 0:
+                self.group.stop_if(self.should_stop())
+            if index < late:
+                continue
+            batch = parts[index - late]
+            set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
+            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that it
+            # must not be called at all: DDP talks to the other processes even where it is told not to sum.
+            total, _ = (self.wrapped if index == rounds - 1 else self.learner)(batch)
+            (total * scale).backward()
+            loss += total.detach()
+        return loss
+
+    def collect(self, progress: Progress) -> None:
+        """Wait for the steps taken so far and keep their losses; InputError if one of them was not finite."""
+        if not self._losses:
+            return
+        losses = self.group.sum(*torch.stack(self._losses).tolist())
+        norms: list[float] = torch.stack(self._norms).tolist()
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=progress.step - len(losses)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
+                raise InputError(
+                    f"training wants a finite loss and gradient; found at step {step}: loss {loss:g}, gradient norm {norm:g}, "
+                    f"learning rate {rate:g}. A lower schedule.learning_rate or more schedule.warmup_steps usually helps; "
+                    "checkpoints of earlier steps are kept"
+                )
+        progress.recent += losses
+        self._norm = norms[-1]
+        self._losses, self._norms = [], []
+
+    def report_steps(self, progress: Progress) -> None:
+        """Report the steps since the last report; only at fixed steps, so that a record does not depend on the clock."""
+        self.collect(progress)
+        now = time.monotonic()
+        (tokens,) = self.group.sum(self._tokens)
+        progress.loss = sum(progress.recent) / len(progress.recent)
+        progress.recent = []
+        self.report(
+            step=progress.step,
+            steps=progress.steps,
+            tokens=progress.tokens,
+            loss=progress.loss,
+            learning_rate=self.schedule.learning_rate * self.schedule.factor(progress.step - 1, steps=progress.steps),
+            gradient_norm=self._norm,
+            tokens_per_second=tokens / max(now - self._since, 1e-9),
+        )
+        self._tokens, self._since = 0, now
+
+    def validate(self, progress: Progress, validation: Validation) -> None:
+        """Measure the loss on held-out text; training goes on as if it had not happened."""
+        began = time.monotonic()
+        found: dict[str, float] = {"step": progress.step}
+        found |= measure(
+            self.learner, validation, group=self.group, micro_batch=self.choices.micro_batch, should_stop=self.should_stop
+        )
+        self.report(**found)
+        progress.validation = found
+        if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
+            progress.best = found
+        self._since += time.monotonic() - began  # the speed that is reported is of training

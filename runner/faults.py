@@ -1,0 +1,119 @@
+"""How the faults of a recipe are told: the dotted path, what was found, what was wanted, and the nearest right name."""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from runner.stage import Stage
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[str]) -> M | None:
+    """An instance of `model`, or None after adding each fault once, with its dotted path."""
+    try:
+        return model.modelvalidated(table)
+    except ValidationError as error:
+        wants: dict[str, list[str]] = {}
+        for fault in error.errors(include_url=False):
+            where = _path_in(table, fault["loc"])
+            message = _message(model, fault, where)
+            wants.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
+        for where_text, messages in wants.items():
+            faults.append(f"{where_text}: {_joined(messages)}")
+        return None
+
+
+def _message(model: type[BaseModel], fault: Any, where: Sequence[str | int]) -> str:
+    found = fault["input"]
+    match fault["type"]:
+        case "extra_forbidden":
+            names = _field_names(model, where[:-1])
+            return f"is not known here; wants one of {listed(names)}{nearest(where[-1], names)}"
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            expected = fault["ctx"]["expected"]
+            return f"found {shown(found)}, wants {expected}{nearest(found, _quoted(expected))}"
+        case "value_error":
+            return str(fault["ctx"]["error"])
+    text = fault["msg"].removeprefix("Input should be ")
+    return f"found {shown(found)}, wants {text}"
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """One message out of the several that a union gives for one place."""
+    unique = list(dict.fromkeys(messages))
+    found, marker, _ = unique[0].partition(", wants ")
+    if len(unique) > 1 and marker and all(message.startswith(found + marker) for message in unique):
+        return found + marker + ", or ".join(message.removeprefix(found + marker) for message in unique)
+    return "; ".join(unique)
+
+
+def _path_in(table: Any, location: Sequence[str | int]) -> list[str | int]:
+    """The part of pydantic's location that is a path in the recipe: the names of union members in it are not."""
+    path: list[str | int] = []
+    here = table
+    for index, part in enumerate(location):
+        if isinstance(here, dict) and part in (here.get("task"), here.get("name")) and index < len(location) - 1:
+            continue  # the tag by which pydantic chose among several tables
+        if (isinstance(here, dict) and part in here) or (
+            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        ):
+            path.append(part)
+            here = here[part]  # type: ignore[index]  # the two cases above
+        elif isinstance(here, dict) and isinstance(part, str) and index == len(location) - 1:
+            path.append(part)  # a key that is missing
+    return path
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def _field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """The keys that may stand in the table at `path` below `model`."""
+    models = [model]
+    for part in path:
+        if isinstance(part, str):
+            fields = (m.model_fields[part].annotation for m in models if part in m.model_fields)
+            models = [found for annotation in fields for found in _models_in(annotation)]
+    names = [name for m in models for name in m.model_fields]
+    if not path:
+        names += ["kind"] if issubclass(model, Stage) else ["stage", "extends"]
+    return list(dict.fromkeys(names))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if get_origin(annotation) in (list, dict, tuple, Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+
+
+def _quoted(expected: str) -> list[str]:
+    return [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+
+
+def shown(value: Any) -> str:
+    """A value as it may stand in a message: quoted, and never long."""
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names to choose from."""
+    return ", ".join(sorted(names))
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """The hint at the name that was probably meant; empty if none is near."""
+    close = difflib.get_close_matches(str(name)[:80], list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
