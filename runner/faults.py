@@ -15,7 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[str]) -> M | None:
     """An instance of `model`, or None after adding each fault once, with its dotted path."""
     try:
-        return model.modelvalidated(table)
+        return model.model_validate(table)
     except ValidationError as error:
         wants: dict[str, list[str]] = {}
         for fault in error.errors(include_url=False):
