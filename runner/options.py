@@ -3,11 +3,15 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.errors import RecipeError
 from runner.recipe import Recipe, load_recipe
 from runner.remote import address_fault
 from runner.store import Store, default_cache
+
+if TYPE_CHECKING:
+    from runner.remote import Remote
 
 
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
@@ -58,6 +62,16 @@ def remote_of(options: argparse.Namespace, recipe: Recipe) -> str | None:
     if address and (fault := address_fault(address)):
         raise RecipeError(f"remote: {fault}")
     return address or None
+
+
+def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
+    """The remote that the options, the environment or the recipe name; RecipeError if none does."""
+    from runner.remote import open_remote
+
+    address = remote_of(options, recipe)
+    if address is None:
+        raise RecipeError(f"{recipe.path}: names no [cache] remote; wants one there, in STOCKPOT_REMOTE, or with --remote")
+    return open_remote(address)
 
 
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:

@@ -1,0 +1,29 @@
+"""`run path RECIPE STAGE`: where an artifact is."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("stage", metavar="STAGE", help="a stage of the recipe")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the folder of a finished artifact."""
+    from runner.plan import Plan
+
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    entry = Plan(recipe, store_of(options)).entries[options.stage]
+    if entry.path is None:
+        print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
+        return 1
+    print(entry.path)
+    return 0

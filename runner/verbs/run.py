@@ -1,0 +1,50 @@
+"""`run RECIPE`: does what is not in the cache."""
+
+import argparse
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.graph import ancestors
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_remote_option,
+    recipe_of,
+    remote_of,
+    stage_named,
+    store_of,
+)
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+    sub.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
+    sub.add_argument("--force", action="append", default=[], metavar="STAGE", help="make its artifact again")
+    add_remote_option(sub)
+    sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Does what is not in the cache."""
+    from runner.execute import Execution
+    from runner.progress import make_progress
+    from runner.stage_run import StopRequest
+
+    recipe, store = recipe_of(options), store_of(options)
+    for name in [*options.force, *([options.until] if options.until else [])]:
+        stage_named(recipe, name)
+    if options.until:
+        for name in options.force:
+            if name != options.until and name not in ancestors(recipe.stages, options.until):
+                raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
+    remote = remote_of(options, recipe)
+    progress, stop = make_progress(), StopRequest()
+    stop.install()
+    try:
+        Execution(recipe, store, progress, stop, remote=remote).run(until=options.until, force=options.force)
+    finally:
+        progress.close()
+    return 0

@@ -1,0 +1,28 @@
+"""`run verify [RECIPE]`: every artifact of a cache against its digests."""
+
+import argparse
+from pathlib import Path
+
+from runner.errors import DamageError, RecipeError
+from runner.options import add_cache_option, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Checks every artifact of a cache against its digests; sets aside what is damaged."""
+    from runner.verify import verify as verify_store
+
+    if options.recipe is not None and not options.recipe.is_file():
+        raise RecipeError(f"{options.recipe}: no such recipe")
+    store = store_of(options)
+    findings = verify_store(store)
+    counted = f"{store.root}: {findings.artifacts} artifacts and {findings.records} records"
+    if findings.faults:
+        raise DamageError("\n".join([*findings.faults, f"{counted}; found {len(findings.faults)} files damaged"]))
+    print(f"{counted}, all as recorded")
+    return 0

@@ -1,0 +1,31 @@
+"""`run why RECIPE STAGE`: the state of one stage."""
+
+import argparse
+from pathlib import Path
+
+from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("stage", metavar="STAGE", help="a stage of the recipe")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Explains the state of one stage."""
+    from runner.plan import Plan
+
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    entry = Plan(recipe, store_of(options)).entries[options.stage]
+    print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
+    for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
+        print(f"  {line}")
+    if entry.key:
+        print(f"  key {entry.key}")
+    if entry.record:
+        print(f"  made {entry.record.data['finished']} in {entry.record.data['seconds']:.0f} s")
+    return 0
