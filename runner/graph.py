@@ -156,7 +156,12 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two identities, a line each: `schedule.learning_rate: 0.001 -> 0.003`."""
-    before, after = (dict(_flat({**one["fields"], "version": one["version"]})) for one in (old, new))
+    return changes(*({**one["fields"], "version": one["version"]} for one in (old, new)))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two tables of plain data, a line for each dotted name."""
+    before, after = dict(_flat(old)), dict(_flat(new))
     names = list(dict.fromkeys([*before, *after]))
     return [_difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 

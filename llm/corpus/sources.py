@@ -123,6 +123,21 @@ def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[Row]:
         yield from _FORMATS[_format(path)](path, wanted)
 
 
+def field_names(path: Path) -> list[str]:
+    """What the fields of a file's rows are called, by its first row; an InputError if there is none."""
+    if _format(path) == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return list(pq.read_schema(path).names)
+        except pa.ArrowException as error:
+            raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+    for row in read_rows([path], set()):
+        return list(row.fields())
+    raise InputError(f"{path}: wants at least one row; found none")
+
+
 def _size(row: Row) -> int:
     if isinstance(row.content, dict):
         return sum(len(value) for value in row.content.values() if isinstance(value, str)) + 1

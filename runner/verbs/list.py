@@ -1,0 +1,52 @@
+"""`run list`: the recipes that are at hand, with what their headers say of hardware, time and result."""
+
+import argparse
+import re
+from pathlib import Path
+
+import tomli
+
+import runner
+from runner.errors import RecipeError
+
+FACTS = ("Hardware", "Time", "Result")  # how lines of a recipe's header begin
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    shipped = Path(next(iter(runner.__path__))).parent / "recipes"
+    sub.add_argument(
+        "folder", type=Path, nargs="?", default=shipped, metavar="FOLDER", help="whose recipes; else those shipped"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Lists recipes with what they make, on which hardware and in what time."""
+    if not options.folder.is_dir():
+        raise RecipeError(f"{options.folder}: wants a folder of recipes, found none")
+    for path in sorted(options.folder.glob("*.toml")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            description = tomli.loads(text).get("description", "")
+        except tomli.TOMLDecodeError as error:
+            description = f"is not TOML: {error}"
+        print(f"{path.name}: {description}" if description else path.name)
+        for fact, told in header(text).items():
+            print(f"  {fact.lower()}: {told}")
+    return 0
+
+
+def header(text: str) -> dict[str, str]:
+    """What the comments at the top of a recipe say under `Hardware:`, `Time:` and `Result:`; indented lines go on."""
+    comments = re.match(r"(?:#.*\n)*", text)
+    facts: dict[str, str] = {}
+    name = None
+    for line in comments[0].splitlines() if comments else ():
+        begun = re.match(rf"#\s*({'|'.join(FACTS)}):\s*(.*)", line)
+        if begun:
+            name, facts[begun[1]] = begun[1], begun[2]
+        elif name and re.match(r"#\s{2,}\S", line):
+            facts[name] += " " + line.lstrip("# ")
+        else:
+            name = None
+    return facts

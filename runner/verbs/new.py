@@ -1,0 +1,114 @@
+"""`run new`: five questions, and a commented recipe that validates and plans."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import runner
+from runner.errors import RecipeError
+from runner.launch import gpu_count
+from runner.new_recipe import Answers, Hardware, Language, recipe_text
+from runner.recipe import load_recipe
+
+SHIPPED = Path(next(iter(runner.__path__))).parent / "recipes"
+LANGUAGES: tuple[Language, ...] = ("en", "zh", "both")
+HARDWARE: tuple[Hardware, ...] = ("cpu", "gpu")
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="the TOML file to write; beside the shipped data if it names no folder"
+    )
+    sub.add_argument("--language", choices=LANGUAGES, help="of the model")
+    sub.add_argument("--data", metavar="FILE", help="rows of your domain (jsonl, csv or parquet); '' for none")
+    sub.add_argument("--hardware", choices=HARDWARE, help="to train on")
+    sub.add_argument("--minutes", type=float, metavar="N", help="that the whole may take")
+    sub.add_argument("--repo", metavar="OWNER/NAME", help="to publish as on the Hub; '' for nowhere")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Asks five questions (language, domain data, hardware, time, where to publish) and writes a recipe."""
+    path: Path = options.recipe if options.recipe.parent != Path() else SHIPPED / options.recipe
+    path = path.with_suffix(".toml")
+    if path.exists():
+        raise RecipeError(f"{path}: is there already; wants the name of a new file")
+    if not re.fullmatch(r"[\w.-]+", path.stem):
+        raise RecipeError(f"{path.name}: wants a name of letters, digits, '.', '-' and '_'")
+    best: Hardware = "gpu" if gpu_count() else "cpu"
+    language = _answer(options.language, "language of the model", LANGUAGES, "en")
+    data = _answer(options.data, "file with rows of your domain (empty for none)", None, "", check=_is_file)
+    hardware = _answer(options.hardware, "hardware to train on", HARDWARE, best)
+    minutes = _answer(options.minutes, "minutes that the whole may take", None, "30", check=_minutes)
+    repo = _answer(options.repo, "owner/name to publish as on the Hub (empty for nowhere)", None, "", check=_repo)
+    answers = Answers(
+        name=path.stem,
+        language=language,  # type: ignore[arg-type]  # one of LANGUAGES
+        data=os.path.relpath(Path(data).resolve(), path.parent.resolve()) if data else None,
+        fields=_fields(Path(data)) if data else (),
+        hardware=hardware,  # type: ignore[arg-type]  # one of HARDWARE
+        minutes=float(minutes),
+        repo=repo or None,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(recipe_text(answers), encoding="utf-8")
+    outside = [Path(data).resolve().parent] if data else []
+    load_recipe(path, allowed=outside)
+    is_inside = not data or Path(data).resolve().is_relative_to(path.parent.resolve())
+    allow = "" if is_inside else f" --allow-path {shlex.quote(str(outside[0]))}"
+    named = shlex.quote(os.path.relpath(path))
+    print(f"wrote {path}\nlook at it, then:\n  run plan {named}{allow}\n  run {named}{allow}")
+    return 0
+
+
+def _answer(
+    given: object,
+    question: str,
+    choices: tuple[str, ...] | None,
+    default: str,
+    check: Callable[[str], str | None] | None = None,
+) -> str:
+    """What the command line says, else what a person answers, else (where nobody can be asked) the default."""
+    fault = check or (lambda text: None if not choices or text in choices else f"wants one of {', '.join(choices)}")
+    if given is not None or not sys.stdin.isatty():
+        text = default if given is None else str(given)
+        if found := fault(text):
+            raise RecipeError(f"{question}: {found}")
+        return text
+    shown = f" ({' / '.join(choices)})" if choices else ""
+    while True:
+        text = input(f"{question}{shown} [{default}]: ").strip() or default
+        found = fault(text)
+        if found is None:
+            return text
+        print(f"  {found}")
+
+
+def _is_file(text: str) -> str | None:
+    return None if not text or Path(text).is_file() else f"wants a file, found none at {text}"
+
+
+def _minutes(text: str) -> str | None:
+    try:
+        return None if 0 < float(text) < 1e6 else f"wants more than 0, found {text}"
+    except ValueError:
+        return f"wants a number, found {text!r}"
+
+
+def _repo(text: str) -> str | None:
+    return None if not text or re.fullmatch(r"([\w.-]+/)?[\w.-]+", text) else f"wants owner/name, found {text!r}"
+
+
+def _fields(path: Path) -> list[str]:
+    """The fields of the first row."""
+    from llm.corpus.sources import field_names
+    from llm.errors import InputError
+
+    try:
+        return field_names(path)
+    except InputError as error:
+        raise RecipeError(str(error)) from error

@@ -1,0 +1,58 @@
+"""The verbs that only read: diff, graph, list."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from runner.cli import main
+from runner.verbs.list import header
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
+QUICKSTART = SHIPPED / "quickstart.toml"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_a_recipe_does_not_differ_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_difference_is_told_by_its_dotted_name_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.r=5"]) == 1
+    assert capsys.readouterr().out == "stage.medical.r: 8 -> 5\n"
+
+
+def test_a_default_that_is_written_out_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.rslora=false"]) == 0
+
+
+@pytest.mark.parametrize("form", ["text", "mermaid", "svg"])
+def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", str(QUICKSTART), "--form", form, "--cache", str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out
+    for name in ("corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"):
+        assert name in drawn
+    if form == "text":
+        assert "medical (lora, waiting)  <- chat\n" in drawn
+        assert "publish (publish, waiting)  <- release, before, after" in drawn
+    if form == "mermaid":
+        assert drawn.count("-->") == 13
+    if form == "svg":
+        picture = ElementTree.fromstring(drawn)
+        boxes = [(group.get("transform"), len(group.findall(f"{SVG}rect"))) for group in picture.iter(f"{SVG}g")][1:]
+        assert len(boxes) == 10 and len({place for place, _ in boxes}) == 10, "no box lies on another"
+        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 13
+
+
+def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    told = capsys.readouterr().out
+    for path in SHIPPED.glob("*.toml"):
+        assert path.name in told
+        assert set(header(path.read_text(encoding="utf-8"))) == {"Hardware", "Time", "Result"}, path.name
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", str(tmp_path / "none")]) == 2
+    assert "wants a folder of recipes" in capsys.readouterr().err
