@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 import runner.verbs
+from runner import completion
 from runner.errors import StockpotError
 from runner.files import DISK_FULL
 from runner.secrets import redact
@@ -20,6 +21,8 @@ VERBS = [module.name.replace("_", "-") for module in pkgutil.iter_modules(runner
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; the console script `run` exits with what this returns."""
+    if completion.is_asked():
+        completion.propose(_parser(()), VERBS)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] not in (*VERBS, "-h", "--help"):
         words.insert(0, "run")

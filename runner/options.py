@@ -3,8 +3,9 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from runner.completion import stages
 from runner.errors import RecipeError
 from runner.recipe import Recipe, load_recipe
 from runner.remote import address_fault
@@ -32,6 +33,14 @@ def add_recipe_options(sub: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="let the recipe read there, besides its own folder; also STOCKPOT_ALLOW_PATH",
     )
+
+
+def add_stage_argument(
+    sub: argparse.ArgumentParser, *names: str, help: str = "a stage of the recipe", **settings: Any
+) -> None:
+    """A stage of the recipe: an argument, or the option `names`; the shell proposes what there is."""
+    action = sub.add_argument(*(names or ("stage",)), metavar="STAGE", help=help, **settings)
+    action.completer = stages  # type: ignore[attr-defined]  # argcomplete reads it there
 
 
 def add_cache_option(sub: argparse.ArgumentParser) -> None:

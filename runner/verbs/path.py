@@ -4,13 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """What may follow the verb."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("stage", metavar="STAGE", help="a stage of the recipe")
+    add_stage_argument(sub)
     add_recipe_options(sub)
     add_cache_option(sub)
 

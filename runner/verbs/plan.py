@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_recipe_options(sub)
     add_cache_option(sub)
-    sub.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
     sub.add_argument("--json", action="store_true", help="for programs")
 
 

@@ -8,6 +8,7 @@ from runner.options import (
     add_cache_option,
     add_recipe_options,
     add_remote_option,
+    add_stage_argument,
     open_remote_of,
     recipe_of,
     stage_named,
@@ -18,7 +19,7 @@ from runner.options import (
 def add_options(sub: argparse.ArgumentParser) -> None:
     """What may follow the verb."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_recipe_options(sub)
     add_remote_option(sub)
     add_cache_option(sub)

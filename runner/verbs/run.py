@@ -9,6 +9,7 @@ from runner.options import (
     add_cache_option,
     add_recipe_options,
     add_remote_option,
+    add_stage_argument,
     recipe_of,
     remote_of,
     stage_named,
@@ -21,8 +22,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_recipe_options(sub)
     add_cache_option(sub)
-    sub.add_argument("--until", metavar="STAGE", help="only this stage and what it needs")
-    sub.add_argument("--force", action="append", default=[], metavar="STAGE", help="make its artifact again")
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
+    add_stage_argument(sub, "--force", help="make its artifact again", action="append", default=[])
     add_remote_option(sub)
     sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
 

@@ -1,0 +1,43 @@
+"""What a shell proposes when Tab is pressed: verbs, options, files, and the stages of the recipe that was named.
+
+eval "$(register-python-argcomplete run)"       # in ~/.bashrc or ~/.zshrc
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+def is_asked() -> bool:
+    """Whether the shell runs this process for its proposals."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def propose(parser: argparse.ArgumentParser, verbs: Sequence[str]) -> None:
+    """Answer the shell and end the process. `run RECIPE ...` completes as `run run RECIPE ...`, which it is short for."""
+    import argcomplete
+
+    line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", "0"))
+    command, space, rest = line.partition(" ")
+    first, gap, _ = rest.lstrip().partition(" ")
+    if gap and first not in verbs and not first.startswith("-") and point > len(command):
+        os.environ["COMP_LINE"] = f"{command}{space}run {rest}"
+        os.environ["COMP_POINT"] = str(point + len("run "))
+    argcomplete.autocomplete(parser)
+
+
+def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """The stages of the recipe on the command line; none where it cannot be read."""
+    from runner.errors import RecipeError
+    from runner.paths import Bounds
+    from runner.tables import read_with_parents
+
+    recipe = getattr(parsed_args, "recipe", None)
+    if recipe is None:
+        return []
+    try:
+        tables = read_with_parents(recipe, (), Bounds(recipe.resolve().parent, ())).get("stage")
+    except RecipeError:
+        return []
+    return list(tables) if isinstance(tables, dict) else []
