@@ -43,6 +43,15 @@ def add_stage_argument(
     action.completer = stages  # type: ignore[attr-defined]  # argcomplete reads it there
 
 
+def add_sampling_options(sub: argparse.ArgumentParser) -> None:
+    """How a model that one talks to chooses its words."""
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
+    sub.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that together reach P")
+    sub.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    sub.add_argument("--seed", type=int, default=0, help="of what is left to chance (default: 0)")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+
+
 def add_cache_option(sub: argparse.ArgumentParser) -> None:
     """What every verb takes that looks into the cache."""
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")

@@ -1,0 +1,68 @@
+"""Which models of a recipe one can talk to, and `run chat` in a pipe, with a real model."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from llm.checkpoint import save_checkpoint
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer import train_bpe
+
+RECIPE = """
+name = "talks"
+[stage.base]
+kind = "checkpoint"
+folder = "model"
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.txt" }]
+[stage.medical]
+kind = "lora"
+base = "base"
+data = [{ files = "rows.jsonl" }]
+"""
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`run` in a folder with a recipe of which only `base` is finished."""
+    folder = tmp_path_factory.mktemp("talks")
+    tokenizer = train_bpe(["what is it? 是什么"] * 9, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
+    tokenizer.save(folder / "model")
+    save_checkpoint(folder / "model", model, folder / "model")
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    (folder / "text.txt").write_text("text", encoding="utf-8")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+
+    def run(*words: str, said: str = "") -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "runner.cli", *words, "--cache", "cache"]
+        return subprocess.run(command, cwd=folder, input=said, capture_output=True, text=True, timeout=120, check=False)
+
+    nothing = run("chat", "recipe.toml")
+    assert nothing.returncode == 2 and "found none" in nothing.stderr
+    assert run("recipe.toml", "--until", "base").returncode == 0
+    return run
+
+
+def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "5")
+    once = ask(*words, said="what is it?\n")
+    assert once.returncode == 0, once.stderr
+    again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
+    assert again.stdout == once.stdout * 2, "/new forgets, and greedy answers repeat"
+
+
+def test_only_finished_models_talk(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    for stage, told in (
+        ("corpus", "makes Corpus; these are: base"),
+        ("medical", "its state is 'run'"),
+        ("bas", "did you mean 'base'"),
+    ):
+        refused = ask("chat", "recipe.toml", stage)
+        assert refused.returncode == 2 and told in refused.stderr, refused.stderr
