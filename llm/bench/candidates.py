@@ -58,8 +58,12 @@ def build_ours(subject: Subject) -> Llama:
     return model
 
 
-def build_theirs(subject: Subject, weights: Mapping[str, Tensor] | None) -> nn.Module:
-    """Transformers' model of the same architecture, with `weights` by name (None: fresh ones)."""
+def build_theirs(
+    subject: Subject, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Transformers' model of the same architecture, with `weights` by name (None: fresh ones), as `from_pretrained` opens it in
+    `dtype`: casting it afterwards would round its rotary frequencies, too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = architectures()[subject.architecture.name]
@@ -68,7 +72,7 @@ def build_theirs(subject: Subject, weights: Mapping[str, Tensor] | None) -> nn.M
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # text that never ends
     config = AutoConfig.for_model(architecture.model_type, **fields, **special)
     make: Any = AutoModelForCausalLM.from_config  # its signature is untyped
-    model: nn.Module = make(config, attn_implementation="sdpa", dtype=torch.float32)
+    model: nn.Module = make(config, attn_implementation="sdpa", dtype=dtype)
     if weights is not None:
         model.load_state_dict(weights)
     if subject.recompute:

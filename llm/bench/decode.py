@@ -43,7 +43,7 @@ def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> 
     margin = teach(subject, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
     model.to(dtype).eval()
     decoding = Decoding.of(model)
-    theirs: Any = build_theirs(subject, model.state_dict()).to(device=device, dtype=dtype).eval()
+    theirs: Any = build_theirs(subject, model.state_dict(), dtype=dtype).to(device).eval()
     rows = CountingRows(subject.context, subject.vocab_size)
     result: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
