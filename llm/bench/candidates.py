@@ -61,8 +61,8 @@ def build_ours(subject: Subject) -> Llama:
 def build_theirs(
     subject: Subject, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Transformers' model of the same architecture, with `weights` by name (None: fresh ones), as `from_pretrained` opens it in
-    `dtype`: casting it afterwards would round its rotary frequencies, too.
+    """Transformers' model of the same architecture, with `weights` by name (None: fresh ones), as `from_pretrained` opens it
+    in `dtype`: casting it afterwards would round its rotary frequencies, too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
