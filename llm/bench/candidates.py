@@ -58,9 +58,7 @@ def build_ours(subject: Subject) -> Llama:
     return model
 
 
-def build_theirs(
-    subject: Subject, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def build_theirs(subject: Subject, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Transformers' model of the same architecture, with `weights` by name (None: fresh ones), as `from_pretrained` opens it
     in `dtype`: casting it afterwards would round its rotary frequencies, too.
     """

@@ -118,7 +118,7 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
                 if not all(fields.get(name) == value for name, value in source.where.items()):
                     dropped["filtered"] += 1
                     continue
-                text = clean(_text(fields, parts))
+                text = clean(text_of(fields, parts))
             except InputError as error:
                 if not treatment.skip_bad_rows:
                     raise InputError(f"{row.at}: {error}") from error
@@ -161,7 +161,7 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
     }
 
 
-def _text(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
+def text_of(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
     """Fixed text and values of fields, joined; `parts` as `split_text` gives them."""
     return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
 

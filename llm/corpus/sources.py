@@ -87,7 +87,7 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
     for number, source in enumerate(sources):
         rows: list[Row] = []
         size = 0
-        for row in _rows(source):
+        for row in rows_of(source):
             rows.append(row)
             size += _size(row)
             if size >= shard_bytes:
@@ -98,7 +98,8 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
             index += 1
 
 
-def _rows(source: Source) -> Iterator[Row]:
+def rows_of(source: Source) -> Iterator[Row]:
+    """The rows of a source, in order, as many as its limit lets through."""
     left = source.limit
     for row in _all_rows(source):
         if left is not None:

@@ -16,6 +16,7 @@ from runner.artifacts import Corpus
 from runner.stage import Context, Execution, InputFile, Metrics, Semantic, Spec, Stage
 
 if TYPE_CHECKING:
+    from llm.corpus.cleaning import Rules
     from llm.corpus.sources import Source
 
 
@@ -97,10 +98,24 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
         """What each source is called. Never its file: a file may be renamed and the corpus stays what it is."""
         return [source.name or source.hub or f"source-{number}" for number, source in enumerate(self.sources, start=1)]
 
+    def rules(self) -> "Rules":
+        """What a document has to be to stay."""
+        from llm.corpus.cleaning import Rules
+
+        return Rules(
+            min_characters=self.min_characters,
+            max_characters=self.max_characters,
+            max_repeated_lines=self.max_repeated_lines,
+            min_compressed=self.min_compressed,
+        )
+
+    def local_sources(self) -> "list[Source]":
+        """The sources that are files here."""
+        return [_source(spec, name, {}) for spec, name in zip(self.sources, self.names(), strict=True) if spec.hub is None]
+
     def run(self, context: Context) -> Metrics:
         """Build the corpus with all cores."""
         from llm.corpus.build import build_corpus
-        from llm.corpus.cleaning import Rules
         from llm.corpus.executor import LocalProcesses
         from llm.corpus.shards import Treatment
 
@@ -110,12 +125,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
         metrics = build_corpus(
             sources,
             Treatment(
-                rules=Rules(
-                    min_characters=self.min_characters,
-                    max_characters=self.max_characters,
-                    max_repeated_lines=self.max_repeated_lines,
-                    min_compressed=self.min_compressed,
-                ),
+                rules=self.rules(),
                 validation=self.validation,
                 similarity=self.similarity if self.near_duplicates else None,
                 skip_bad_rows=self.on_bad_row == "skip",
