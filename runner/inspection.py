@@ -1,4 +1,4 @@
-"""What a stage will learn from, shown beforehand: rows before and after cleaning, tokens, packed rows, chats with what is learned.
+"""What a stage will learn from, shown beforehand: cleaned rows, tokens, packed rows, and chats with what is learned of them.
 
 Everything is shown through the code that the stages themselves run: the same cleaning, tokenizer, packing and chat template.
 Samples are spread evenly or are the first; nothing is drawn by chance, and nothing is written.

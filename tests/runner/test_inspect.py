@@ -1,0 +1,97 @@
+"""`run inspect`: what a stage will learn from, shown through the code that stages run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.cli import main
+
+RECIPE = """
+name = "look"
+[stage.corpus]
+kind = "corpus"
+sources = [{ name = "both", files = "text.jsonl", where = { keep = true } }]
+validation = 0.3
+near_duplicates = false
+[stage.tokenizer]
+kind = "tokenizer"
+corpus = "corpus"
+vocab_size = 300
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = 48
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { hidden_size = 16, layers = 1, heads = 2 }
+[stage.chat]
+kind = "sft"
+model = "base"
+context = 40
+data = [{ files = "rows.jsonl", prompt = "问：{q}", response = "{a}" }]
+"""
+ROWS = [
+    {"text": "The heart pumps blood through the body.\r\nAlways.", "keep": True},
+    {"text": "short", "keep": True},
+    {"text": "not chosen by the recipe", "keep": False},
+    {"text": "one thing\n" * 60, "keep": True},
+    *({"text": f"高血压是一种常见的疾病，第{number}号，需要长期治疗。", "keep": True} for number in range(40)),
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("look")
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    rows = [{"q": "什么是高血压", "a": "一种疾病"}, {"q": "why", "a": "long " * 60}, {"q": "no answer"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "look.toml").write_text(RECIPE, encoding="utf-8")
+    assert main([str(folder / "look.toml"), "--until", "tokens", "--cache", str(folder / "cache")]) == 0
+    return folder / "look.toml"
+
+
+def inspected(recipe: Path, stage: str, capsys: pytest.CaptureFixture[str], *, code: int = 0) -> str:
+    assert main(["inspect", str(recipe), stage, "--count", "4", "--cache", str(recipe.parent / "cache")]) == code
+    found = capsys.readouterr()
+    return found.err if code else found.out
+
+
+def test_a_corpus_shows_what_cleaning_does_and_why_rows_go(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspected(recipe, "corpus", capsys)
+    assert "text.jsonl:1  kept" in told and "before" in told and "after" in told
+    assert "text.jsonl:2  dropped: too_short" in told
+    assert "text.jsonl:3  dropped: filtered by `where`" in told
+    assert "text.jsonl:4  dropped: repetition" in told
+
+
+def test_a_tokenizer_shows_whole_characters_only(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspected(recipe, "tokenizer", capsys)
+    assert "300 tokens; special: <|begin|>" in told
+    assert "疗" in told and "\ufffd" not in told
+    assert "0 of " in told and "do not come back" in told
+
+
+@pytest.mark.parametrize("stage", ["tokens", "base"])
+def test_packed_rows_show_where_documents_end(stage: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspected(recipe, stage, capsys)
+    assert "of 48 tokens" in told and "<|end|>|<|begin|>" in told
+
+
+def test_chats_show_what_is_learned_what_is_cut_and_what_cannot_be_used(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = inspected(recipe, "chat", capsys)
+    assert "<|user|>问：什么是高血压<|assistant|>[一种疾病<|end|>]" in told
+    assert "answer cut" in told
+    assert "rows.jsonl:3" in told and "cannot be used" in told
+
+
+def test_what_is_not_finished_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = str(recipe.parent / "empty")
+    assert main(["inspect", str(recipe), "tokens", "--cache", empty]) == 2
+    assert "tokens: wants to be finished" in capsys.readouterr().err
+    assert main(["inspect", str(recipe), "chat", "--cache", empty]) == 2
+    assert "wants a finished tokenizer above it" in capsys.readouterr().err
