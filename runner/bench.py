@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
 LEARNING = "learning"  # only where it is asked for: it trains twice for the whole time, on a recipe's tokens
+PACE = "pace"  # our steps alone, for `run plan --measure`
+PACE_SECONDS = 5.0
 JOB, RESULT = "job.json", "result.json"
 CHECKPOINT_MINUTES = Pretrain.model_fields["checkpoint_minutes"].default
 
@@ -144,6 +146,12 @@ def measure(job: BenchJob) -> dict[str, Any]:
             raise StageError(f"bench: its worker ended with exit code {code}; what it said stands above")
         result: dict[str, Any] = json.loads(Path(folder, RESULT).read_text(encoding="utf-8"))
         return result
+
+
+def measured_speed(recipe: Recipe, store: Store) -> float:
+    """Operations per second of the first pretraining of a recipe, as this machine does them now."""
+    job = recipe_job(recipe, store, seconds=PACE_SECONDS, compiled=False, only=[PACE])
+    return float(measure(job)[PACE]["flops_per_second"])
 
 
 def _pretraining(recipe: Recipe) -> tuple[str, Pretrain]:

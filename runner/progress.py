@@ -237,10 +237,12 @@ def brief(reason: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 7s, 1:05 or 2:03:04."""
+    """Seconds as 7s, 1:05, 2:03:04 or 12 days."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours / 24:,.0f} days"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,8 +2,9 @@
 
 A folder holds `config.py` and `model.py`. The first imports no torch, because it is read while planning: `Config`, a frozen
 Pydantic model whose `name` field is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes the
-same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`. The second has the modules,
-under Transformers' names, and `build`. Adding a folder adds an architecture; nothing else lists them.
+same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`; `parameter_count` and
+`flops_per_token`. The second has the modules, under Transformers' names, and `build`. Adding a folder adds an architecture;
+nothing else lists them.
 """
 
 import importlib
@@ -43,6 +44,16 @@ class Architecture:
         """What the fields of a `config.json` say; InputError names one that this architecture cannot honour."""
         config: LlamaConfig = self._config_module().from_transformers(found, dropout=dropout)
         return config
+
+    def parameter_count(self, config: BaseModel, *, vocab_size: int) -> int:
+        """How many weights a model of this shape has."""
+        count: int = self._config_module().parameter_count(config, vocab_size=vocab_size)
+        return count
+
+    def flops_per_token(self, config: BaseModel, *, vocab_size: int, context: int) -> float:
+        """Floating-point operations of a forward and backward pass per position: an estimate."""
+        flops: float = self._config_module().flops_per_token(config, vocab_size=vocab_size, context=context)
+        return flops
 
     def _config_module(self) -> Any:
         return importlib.import_module(f"llm.models.{self.name}.config")

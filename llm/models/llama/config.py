@@ -139,6 +139,33 @@ class LlamaConfig(BaseModel):
         return self
 
 
+def parameter_count(config: LlamaConfig, *, vocab_size: int) -> int:
+    """How many weights a model has: embedding, layers, norms, and a head of its own where it is not tied."""
+    embedding = vocab_size * config.hidden_size
+    norms = (2 * config.layers + 1) * config.hidden_size
+    return embedding * (1 if config.tied else 2) + norms + _layer_matrices(config) * config.layers
+
+
+def flops_per_token(config: LlamaConfig, *, vocab_size: int, context: int) -> float:
+    """Floating-point operations of a forward and backward pass per position of full rows: an estimate.
+
+    6 per weight of a matrix product (the head counts, the embedding does not) and, for scores and mixing, 12 per layer,
+    channel and visible position, of which there are context / 2 on average.
+    """
+    products = _layer_matrices(config) * config.layers + vocab_size * config.hidden_size
+    return 6.0 * products + attention_flops(config, context=context)
+
+
+def attention_flops(config: LlamaConfig, *, context: int) -> float:
+    """Of `flops_per_token`, what scores and mixing take."""
+    return 12.0 * config.layers * config.heads * config.head_size * context / 2
+
+
+def _layer_matrices(config: LlamaConfig) -> int:
+    attention = 2 * config.hidden_size * config.head_size * (config.heads + config.kv_heads)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
 # What the model computes however it is configured; another value in a config.json means another model.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 # What changes a model wherever it is set, and where every Llama has nothing.

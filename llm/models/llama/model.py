@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.attention import Visibility, attend, visibility
 from llm.dropout import Dropout
-from llm.models.llama.config import LlamaConfig
+from llm.models.llama.config import LlamaConfig, attention_flops
 from llm.models.llama.rope import frequencies
 from llm.parameters import numbers_in
 from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
@@ -190,15 +190,12 @@ class Llama(nn.Module):
         return Decoding(self)
 
     def flops_per_token(self, context: int) -> float:
-        """Floating-point operations of a forward and backward pass per position of full rows: an estimate.
-
-        6 per weight of a matrix product (the head counts, the embedding does not) and, for scores and mixing, 12 per layer,
-        channel and visible position, of which there are context / 2 on average.
+        """Floating-point operations of a forward and backward pass per position: those of `config.flops_per_token`, and those
+        of adapters.
         """
         products = sum(numbers_in(weight) for weight in self.model.layers.parameters() if weight.dim() == 2)
         products += self.lm_head.weight.numel()
-        width = self.config.heads * self.config.head_size
-        return 6.0 * products + 12.0 * self.config.layers * width * context / 2
+        return 6.0 * products + attention_flops(self.config, context=context)
 
 
 def build(config: LlamaConfig, *, vocab_size: int) -> Llama:
