@@ -25,6 +25,7 @@ from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
 from runner.stages.training import TrainingStage
+from runner.store import Store
 
 AHEAD = (*RUNNABLE, "waiting")  # states of what will run
 BYTES_PER_TOKEN = 4.0  # of text, where nothing better is known
@@ -64,6 +65,12 @@ def costs(recipe: Recipe, plan: Plan, records: Sequence[Record], *, measured: fl
     here = [record for record in records if _is_here(record)]
     shapes: dict[str, Shape | None] = {}
     return {entry.name: _cost(recipe, plan, entry, here, shapes, measured) for entry in plan if entry.state in AHEAD}
+
+
+def expected_seconds(recipe: Recipe, store: Store) -> dict[str, float]:
+    """What each stage that will run is thought to take, as far as records tell."""
+    found = costs(recipe, Plan(recipe, store), store.records())
+    return {name: cost.seconds for name, cost in found.items() if cost.seconds is not None}
 
 
 def total(found: Mapping[str, Cost]) -> Cost:

@@ -1,4 +1,4 @@
-"""What a person sees while a recipe runs: one line per event in a pipe, a bar per stage on a terminal. Always on stderr.
+"""What is told while a recipe runs: a line per event for people, or one for programs. The view of a terminal is `runner.live`.
 
 It is fed with plan entries and with the lines of metrics.jsonl, and never asks a worker anything.
 """
@@ -8,7 +8,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -39,9 +39,18 @@ class Progress(Protocol):
         """The run has ended."""
 
 
-def make_progress() -> Progress:
-    """A live view on a terminal, plain lines elsewhere."""
-    return LiveProgress() if sys.stderr.isatty() else PlainProgress(sys.stderr)
+def make_progress(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> Progress:
+    """A live view on a terminal, plain lines elsewhere, JSON on standard output where it is asked for.
+
+    `expected` gives the seconds that stages are thought to take, as far as known; only the live view asks.
+    """
+    if as_json:
+        return JsonProgress(sys.stdout)
+    if not sys.stderr.isatty():
+        return PlainProgress(sys.stderr)
+    from runner.live import LiveProgress
+
+    return LiveProgress(expected())
 
 
 class Follower:
@@ -121,61 +130,42 @@ class PlainProgress:
             print(text, file=self._stream, flush=True)
 
 
-class LiveProgress:
-    """A bar per stage on a terminal."""
+class JsonProgress:
+    """One JSON object a line for programs: `event`, `stage` where there is one, and what is known of it."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-        self._bars = Progress(
-            SpinnerColumn(finished_text=" "),
-            TextColumn("{task.fields[stage]}", style="bold"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
-            console=Console(stderr=True),
-            refresh_per_second=4,
-        )
-        self._task: Any = None
-        self._clock = Clock()
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._name = ""
 
     def planned(self, plan: Plan) -> None:
-        """The cached stages as finished lines."""
-        self._bars.start()
-        for entry in plan:
-            if entry.state == "cached":
-                self._bars.console.print(f"[green]✓[/] {entry.name} [dim]cached[/]", highlight=False)
+        """The state of every stage."""
+        stages = [{"name": entry.name, "kind": entry.stage.kind, "state": entry.state} for entry in plan]
+        self._write("planned", stages=stages)
 
     def started(self, entry: Entry) -> None:
-        """A new bar."""
-        self._clock = Clock()
-        self._task = self._bars.add_task(brief(entry.reason), stage=entry.name, total=None)
+        """The stage and why it runs."""
+        self._name = entry.name
+        self._write("started", stage=entry.name, kind=entry.stage.kind, reason=entry.reason, key=entry.key)
 
     def reported(self, line: Mapping[str, Any]) -> None:
-        """Moves the bar."""
-        self._clock.see(line)
-        if "note" in line:
-            self._bars.console.print(line["note"], markup=False, highlight=False)
-            return
-        done, total = position(line)
-        if done is not None:
-            self._bars.update(self._task, completed=done, total=total)
-        self._bars.update(self._task, description=describe(line, self._clock))
+        """The line of metrics as it is."""
+        self._write("reported", stage=self._name, **line)
 
     def finished(self, entry: Entry, outcome: str) -> None:
-        """Replaces the bar by a line."""
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
-        self._bars.console.print(f"[green]✓[/] {entry.name} [dim]{outcome}[/]", highlight=False)
+        """How the stage ended."""
+        self._write("finished", stage=entry.name, outcome=outcome)
 
     def note(self, text: str) -> None:
-        """The sentence above the bars."""
-        self._bars.console.print(text, markup=False, highlight=False)
+        """The sentence."""
+        self._write("note", text=text)
 
     def close(self) -> None:
-        """Gives the terminal back."""
-        self._bars.stop()
+        """The last line."""
+        self._write("closed")
+
+    def _write(self, event: str, **values: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps({"event": event, **values}, ensure_ascii=False), file=self._stream, flush=True)
 
 
 class Clock:

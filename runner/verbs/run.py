@@ -25,11 +25,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_stage_argument(sub, "--force", help="make its artifact again", action="append", default=[])
     add_remote_option(sub)
+    sub.add_argument("--json", action="store_true", help="for programs: one JSON object per event, on standard output")
     sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
 
 
 def main(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
+    from runner.cost import expected_seconds
     from runner.execute import Execution
     from runner.progress import make_progress
     from runner.stage_run import StopRequest
@@ -42,7 +44,8 @@ def main(options: argparse.Namespace) -> int:
             if name != options.until and name not in ancestors(recipe.stages, options.until):
                 raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
     remote = remote_of(options, recipe)
-    progress, stop = make_progress(), StopRequest()
+    progress = make_progress(lambda: expected_seconds(recipe, store), as_json=options.json)
+    stop = StopRequest()
     stop.install()
     try:
         Execution(recipe, store, progress, stop, remote=remote).run(until=options.until, force=options.force)
