@@ -31,7 +31,7 @@ class Execution:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
         self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
-        self._tracker = Tracker(store.root)
+        self._tracker = Tracker(store.root, recipe.head.tracking.to)
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,6 +19,7 @@ import runner.stages
 from runner.errors import RecipeError
 from runner.faults import listed, nearest, shown, validated
 from runner.graph import edges, find_cycle, input_files, plain
+from runner.mirrors import TrackerName
 from runner.paths import Bounds, fixed_part, leaves_by_name
 from runner.remote import address_fault, is_local, local_folder
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
@@ -41,6 +42,13 @@ class CacheTable(Spec):
         return remote
 
 
+class TrackingTable(Spec):
+    """Where the curves of trainings go besides metrics.jsonl."""
+
+    to: Execution[list[TrackerName] | Literal["auto"]] = "auto"
+    """Trackers, each with its client installed; "auto" is aim where it is installed, [] is none."""
+
+
 class Head(Spec):
     """What stands in a recipe above its stages."""
 
@@ -54,6 +62,8 @@ class Head(Spec):
     """Where and how to run."""
     cache: Execution[CacheTable] = CacheTable()
     """Where else results may be."""
+    tracking: Execution[TrackingTable] = TrackingTable()
+    """Where curves go."""
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,48 @@
-"""The tracker: a process of its own that follows metrics.jsonl files and mirrors them to aim. The only file that imports aim.
+"""The tracker: a process of its own that follows metrics.jsonl files and mirrors them to aim and whatever else a recipe names.
 
-One writer per cache, since concurrent writers damage an aim repository. A tracker that fails is a warning, never a failed run.
+One writer per cache, since concurrent writers damage an aim repository. A tracker that fails is a warning, never a failed run,
+and the others go on.
 """
 
+import contextlib
 import fcntl
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from runner.mirrors import Machine, Mirror, TrackerName, chosen, open_mirror, subsets
 from runner.progress import Follower
 
 CLOSE_SECONDS = 20.0  # for what is left to mirror when a run ends
 POLL_SECONDS = 0.5
-NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total"})
+EXIT_INCOMPLETE = 1
 
 
 class Tracker:
     """The run's end of the tracker process, which starts with the first stage that is tracked."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: Path, to: Sequence[TrackerName] | Literal["auto"] = "auto") -> None:
+        self._cache, self._to = cache, chosen(to)
         self._process: subprocess.Popen[str] | None = None
 
     def follow(self, metrics: Follower, finished: Path, facts: Mapping[str, Any]) -> None:
         """Mirrors a metrics file from where `metrics` stands; it will move to `finished` when its stage is done."""
+        if not self._to:
+            return
         if self._process is None:
             with self._log().open("a") as log:
                 command = [sys.executable, "-m", "runner.track", str(self._cache)]
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
                 )
-        self._tell({"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished), "facts": facts})
+        places = {"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished)}
+        self._tell({**places, "facts": facts, "to": self._to})
 
     def close(self) -> str | None:
         """Waits until everything is mirrored; a sentence if that did not succeed."""
@@ -48,7 +55,9 @@ class Tracker:
             self._process.wait()
         if self._process.returncode == 0:
             return None
-        return f"warning: not everything reached aim; the curves are complete in metrics.jsonl (see {self._log()})"
+        return (
+            f"warning: not everything reached {', '.join(self._to)} (see {self._log()}); metrics.jsonl has the curves complete"
+        )
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -64,19 +73,18 @@ class Tracker:
         return path
 
 
-class _Mirror:
-    """One stage as an aim run."""
+class _Stage:
+    """One stage in all its mirrors; one that fails is left out from then on."""
 
-    def __init__(self, repo: str, message: Mapping[str, Any]) -> None:
-        from aim.sdk.run import Run
-
-        facts = message["facts"]
-        self._run = Run(repo=repo, experiment=facts["recipe"], capture_terminal_logs=False)
-        self._run.name = f"{facts['recipe']}/{facts['stage']}"
-        for name, value in facts.items():
-            self._run[name] = value
+    def __init__(self, cache: Path, message: Mapping[str, Any]) -> None:
+        self.complete = True
+        self._mirrors: dict[TrackerName, Mirror] = {}
         self._paths = [Path(message["metrics"]), Path(message["finished"])]
         self._follower = Follower(self._paths[0], offset=message["offset"])
+        self._machine, self._step = Machine(), 0
+        for name in message["to"]:
+            with self._guarded(name):
+                self._mirrors[name] = open_mirror(name, cache, message["facts"])
 
     def copy(self) -> bool:
         """Mirrors new lines; true once the stage is finished and everything is copied."""
@@ -84,21 +92,35 @@ class _Mirror:
         if moved:
             self._follower.moved_to(self._paths[1])
         for line in self._follower.new_lines():
-            for name, value in line.items():
-                if name not in NOT_TRACKED and isinstance(value, int | float):
-                    subset, short = ("validation", name[11:]) if name.startswith("validation_") else ("train", name)
-                    self._run.track(value, name=short, step=line.get("step"), context={"subset": subset})
+            self._step = line.get("step", self._step)
+            for subset, values in subsets(line).items():
+                self._track(values, step=line.get("step"), subset=subset)
+        if self._mirrors and (seen := self._machine.look()):
+            self._track(seen, step=self._step, subset="system")
         return moved
 
     def close(self) -> None:
-        """Ends the run, and enters it in aim's index, which otherwise only the server of `aim up` does."""
-        from aim.sdk.index_manager import RepoIndexManager
+        """Ends all mirrors."""
+        for name, mirror in list(self._mirrors.items()):
+            with self._guarded(name):
+                mirror.close()
 
-        self._run.close()
-        RepoIndexManager.get_index_manager(self._run.repo).index(self._run.hash)
+    def _track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
+        for name, mirror in list(self._mirrors.items()):
+            with self._guarded(name):
+                mirror.track(values, step=step, subset=subset)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: TrackerName) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # whatever a tracker's client raises, the others go on
+            traceback.print_exc()
+            self.complete = False
+            self._mirrors.pop(name, None)
 
 
-def main() -> None:
+def main() -> int:
     """Follows what standard input names, one JSON object a line, until it closes."""
     cache = Path(sys.argv[1])
     arriving: list[dict[str, Any]] = []
@@ -110,23 +132,25 @@ def main() -> None:
         closed.set()
 
     threading.Thread(target=read, daemon=True).start()
-    repo = cache / "aim"
-    repo.mkdir(parents=True, exist_ok=True)
-    with (repo / "writer.lock").open("w") as lock:
+    place = cache / "aim" / "writer.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        open_runs: list[_Mirror] = []
+        open_stages: list[_Stage] = []
+        complete = True
         while True:
             last_round = closed.is_set()
             while arriving:
-                open_runs.append(_Mirror(str(repo), arriving.pop(0)))
-            for mirror in list(open_runs):
-                if mirror.copy() or last_round:
-                    mirror.close()
-                    open_runs.remove(mirror)
+                open_stages.append(_Stage(cache, arriving.pop(0)))
+            for stage in list(open_stages):
+                if stage.copy() or last_round:
+                    stage.close()
+                    open_stages.remove(stage)
+                    complete = complete and stage.complete
             if last_round and not arriving:
-                return
+                return 0 if complete else EXIT_INCOMPLETE
             time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

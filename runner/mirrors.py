@@ -1,0 +1,153 @@
+"""What the tracker process writes to: aim, and the other trackers that accelerate knows. The only file that imports aim.
+
+A mirror is one stage in one tracker. All get the same: the facts of the stage, its metrics by step, and what the machine does
+meanwhile. Each has a client of its own, which looks for its credentials in the environment.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+TrackerName = Literal["aim", "tensorboard", "wandb", "trackio", "swanlab"]
+TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
+CLASSES = {
+    "tensorboard": "TensorBoardTracker",
+    "wandb": "WandBTracker",
+    "trackio": "TrackioTracker",
+    "swanlab": "SwanLabTracker",
+}
+NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total"})
+SYSTEM_SECONDS = 10.0  # between two looks at the machine
+
+
+class Mirror(Protocol):
+    """One stage in one tracker."""
+
+    def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
+        """Numbers of one moment; `subset` is train, validation or system."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def chosen(wanted: Sequence[TrackerName] | Literal["auto"]) -> list[TrackerName]:
+    """The trackers to use; "auto" is aim where it is installed."""
+    if wanted != "auto":
+        return list(wanted)
+    return ["aim"] if find_spec("aim") else []
+
+
+def open_mirror(name: TrackerName, cache: Path, facts: Mapping[str, Any]) -> Mirror:
+    """A mirror in the tracker `name`; whatever its client raises goes through."""
+    return AimMirror(cache / "aim", facts) if name == "aim" else AccelerateMirror(name, cache / name, facts)
+
+
+class AimMirror:
+    """A stage as an aim run. Runs of a recipe share an experiment, so their curves can be laid over each other."""
+
+    def __init__(self, repo: Path, facts: Mapping[str, Any]) -> None:
+        from aim.sdk.run import Run
+
+        repo.mkdir(parents=True, exist_ok=True)
+        self._run = Run(repo=str(repo), experiment=facts["recipe"], capture_terminal_logs=False, system_tracking_interval=None)
+        self._run.name = f"{facts['recipe']}/{facts['stage']}"
+        for name, value in facts.items():
+            self._run[name] = value
+
+    def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
+        """Each value as a sequence of its own."""
+        for name, value in values.items():
+            self._run.track(value, name=name, step=step, context={"subset": subset})
+
+    def close(self) -> None:
+        """Ends the run, and enters it in aim's index, which otherwise only the server of `aim up` does."""
+        from aim.sdk.index_manager import RepoIndexManager
+
+        self._run.close()
+        RepoIndexManager.get_index_manager(self._run.repo).index(self._run.hash)
+
+
+class AccelerateMirror:
+    """A stage in one of accelerate's trackers."""
+
+    def __init__(self, name: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        from accelerate import PartialState, tracking
+
+        PartialState(cpu=True)  # accelerate's trackers ask it whether they are the main process
+        title = f"{facts['stage']}-{str(facts['key'])[:12]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        made: Any = getattr(tracking, CLASSES[name])
+        match name:
+            case "tensorboard":
+                self._tracker = made(f"{facts['recipe']}/{title}", logging_dir=str(folder))
+            case "wandb":
+                self._tracker = made(facts["recipe"], name=title, group=facts["stage"], dir=str(folder))
+            case "swanlab":
+                self._tracker = made(facts["recipe"], experiment_name=title, logdir=str(folder))
+            case _:
+                self._tracker = made(facts["recipe"], name=title, group=facts["stage"])
+        self._tracker.start()
+        self._tracker.store_init_configuration(dict(_flat(facts)))
+        self._last = 0  # step; some trackers refuse one that goes back
+
+    def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
+        """All values of a moment at once."""
+        self._last = max(self._last, step or 0)
+        self._tracker.log({f"{subset}/{name}": value for name, value in values.items()}, step=self._last)
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._tracker.finish()
+
+
+class Machine:
+    """Processor, memory and GPUs of this machine, looked at now and then."""
+
+    def __init__(self) -> None:
+        self._looked = 0.0
+
+    def look(self) -> dict[str, float]:
+        """Shares in percent; empty where the last look is not long ago."""
+        now = time.monotonic()
+        if now - self._looked < SYSTEM_SECONDS:
+            return {}
+        self._looked = now
+        import psutil
+
+        found = {"cpu_percent": float(psutil.cpu_percent()), "memory_percent": float(psutil.virtual_memory().percent)}
+        return found | _gpus()
+
+
+def _gpus() -> dict[str, float]:
+    """By nvidia-smi, where there is one."""
+    import shutil
+    import subprocess
+
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10)
+    found: dict[str, float] = {}
+    for index, line in enumerate(told.stdout.splitlines() if told.returncode == 0 else ()):
+        use, used, total = (float(part) for part in line.split(","))
+        found |= {f"gpu{index}_percent": use, f"gpu{index}_memory_percent": 100 * used / total}
+    return found
+
+
+def subsets(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of a line of metrics, by subset."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in line.items():
+        if name not in NOT_TRACKED and isinstance(value, int | float):
+            subset, short = ("validation", name[11:]) if name.startswith("validation_") else ("train", name)
+            found.setdefault(subset, {})[short] = value
+    return found
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Facts as flat names and plain values, which every tracker takes."""
+    if isinstance(value, Mapping):
+        return [pair for key, item in value.items() for pair in _flat(item, f"{name}.{key}".removeprefix("."))]
+    return [(name, value if isinstance(value, int | float | bool | str) else str(value))]

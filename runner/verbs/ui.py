@@ -1,0 +1,35 @@
+"""`run ui`: aim's own page on the curves of a cache."""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, store_of
+
+COMMAND = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
+    sub.add_argument("--port", type=int, default=43800, help="(default: 43800)")
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Opens aim on the curves of all trainings of a cache, at http://127.0.0.1:43800."""
+    if importlib.util.find_spec("aim") is None:
+        raise RecipeError(
+            "ui: wants the package aim, which is not installed here (it has no release for Python 3.13 and newer)"
+        )
+    repo = store_of(options).root / "aim"
+    if not (repo / ".aim").is_dir():
+        raise RecipeError(f"{repo}: there are no curves yet; a run with a training makes some")
+    words = ["up", "--repo", str(repo), "--host", "127.0.0.1", "--port", str(options.port)]
+    try:
+        return subprocess.run([sys.executable, "-c", COMMAND, *words], check=False).returncode
+    except KeyboardInterrupt:
+        return 0
