@@ -65,6 +65,8 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
         "micro_batch": "auto",
         "precision": "fp32",
         "compiled": False,
+        "strategy": "ddp",
+        "find_unused_parameters": False,
         "cores": 1,
         "scratch": scratch,
         "report": lambda **values: reported.append(values),
