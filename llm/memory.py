@@ -19,7 +19,7 @@ def peak_memory(device: str) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be used: of a GPU; or of main memory, by the machine, its container and this process's own limit."""
+    """Bytes still to be had: of a GPU; or of main memory, by the machine, its container and this process's own limit."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, handed to nobody
         return float(torch.cuda.mem_get_info(device)[0] + idle)

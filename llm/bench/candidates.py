@@ -147,7 +147,7 @@ class Ours:
 
     def take(self, parts: list[Batch], targets: int) -> None:
         """One optimizer step."""
-        self.loop.step(self.progress, parts, targets=targets, rounds=len(parts))
+        self.loop.step(self.progress, parts, targets=targets, rounds=self.rounds)
         self.progress.step += 1
 
     def last_loss(self) -> float:
