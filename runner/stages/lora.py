@@ -56,7 +56,7 @@ class TrainAdapter(RowTraining, kind="lora", version=2, makes=Adapter):
         """A base in four bits is not spread over processes."""
         if self.quantize is None or parallel.strategy != "fsdp" or parallel.processes == 1:
             return None
-        return f'quantize: found {self.quantize!r} beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
+        return f'quantize: found "{self.quantize}" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
 
     def prepare(self, context: Context) -> None:
         """Pack the rows."""
