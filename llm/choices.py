@@ -9,6 +9,7 @@ from llm.compilation import resolve_compile
 from llm.dropout import Dropout
 from llm.group import Group
 from llm.precision import Precision, resolve_precision
+from llm.sharding import Strategy
 
 # Positions of a micro-batch that is "auto", where they fit. On CPU, activations of more than this fall out of the cache; a GPU
 # has enough to do with as many.
@@ -25,6 +26,7 @@ class Choices:
     threads: int
     device: str
     compiled: bool = False  # whether layers run as torch.compile makes them
+    strategy: Strategy = "single"  # how processes share it
 
 
 def choose(
@@ -32,6 +34,7 @@ def choose(
     micro_batch: int | Literal["auto"],
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],
+    strategy: Literal["ddp", "fsdp"],
     *,
     cores: int,
     context: int,
@@ -45,6 +48,9 @@ def choose(
     rows = min(wanted, most)
     device = group.device.type
     resolved = resolve_precision(precision, device=group.device)
+    strategy_here: Strategy = strategy if group.size > 1 else "single"
+    if strategy_here == "fsdp" and compiled == "auto":
+        compiled = False  # what it gains there was not measured, and a fault in one process would leave the others waiting
     shape = f"{shape} {context} {rows} {resolved} {device}"
     return Choices(
         precision=resolved,
@@ -53,6 +59,7 @@ def choose(
         threads=max(1, cores // group.size),
         device=device,
         compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops / group.size, shape=shape)),
+        strategy=strategy_here,
     )
 
 
@@ -66,9 +73,15 @@ def is_plain(model: nn.Module) -> bool:
     return not masked and all(weight.requires_grad for weight in model.parameters())
 
 
-def restored(facts: dict[str, Any], group: Group, *, cores: int) -> Choices:
-    """The choices of a checkpoint. Processes and device are what this run was started in; others are equal up to rounding."""
+def restored(facts: dict[str, Any], group: Group, strategy: Literal["ddp", "fsdp"], *, cores: int) -> Choices:
+    """The choices of a checkpoint. Processes, strategy and device are this run's own; others are equal up to rounding."""
     kept = Choices(**facts)
     if kept.processes != group.size:
         kept = replace(kept, processes=group.size, threads=max(1, cores // group.size))
-    return replace(kept, device=group.device.type)
+    return replace(kept, device=group.device.type, strategy=strategy if group.size > 1 else "single")
+
+
+def layout(choices: Choices) -> str:
+    """Processes, strategy and device, in words."""
+    shared = "1 process" if choices.processes == 1 else f"{choices.processes} processes ({choices.strategy})"
+    return f"{shared} on {choices.device}"

@@ -3,6 +3,8 @@
 Counts and flags go over a gloo group of their own, between main memories, so asking them never waits for a GPU.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,20 +12,27 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from llm.errors import Interrupted
+from llm.objectives import Learner
+from llm.sharding import Strategy, is_spread
 
 
 class Group:
     """This process and the others that `accelerate launch` started with it; or this process alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, find_unused_parameters: bool = False) -> None:
         # Rows are split and the loss is normalized by the loop itself: DDP only has to average gradients.
-        options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
+        )
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options])
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.device: torch.device = self._accelerator.device
+        self.find_unused_parameters = find_unused_parameters
         self._host = dist.new_group(backend="gloo") if self.size > 1 else None
 
     @property
@@ -31,10 +40,27 @@ class Group:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` on this process's device, with gradients averaged over the group after each backward pass."""
-        wrapped: nn.Module = self._accelerator.prepare(module)
+    def wrap(self, learner: Learner, strategy: Strategy) -> nn.Module:
+        """What of `learner` (as `llm.sharding.spread` left it) averages gradients over the group after a backward pass.
+
+        RuntimeError if that is not `strategy`: no other one is ever run in its place.
+        """
+        wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner)
+        found = "fsdp" if is_spread(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+        if found != strategy or (found == "single") != (self.size == 1):
+            raise RuntimeError(f"{self.size} processes were to train by {strategy!r}; found {found!r}")
         return wrapped
+
+    @contextlib.contextmanager
+    def averaging(self, wrapped: nn.Module, wanted: bool) -> Iterator[None]:
+        """Whether backward passes inside average gradients; where not, they add up in each process alone."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(wanted)
+        if isinstance(wrapped, DistributedDataParallel) and not wanted:
+            with wrapped.no_sync():
+                yield
+        else:
+            yield
 
     def sum(self, *values: float) -> list[float]:
         """Each value added up over the group, in fp64."""

@@ -18,6 +18,7 @@ from llm.optim import build_optimizers, set_learning_rate
 from llm.probe import smaller
 from llm.rows import Batch
 from llm.settings import Optimizer, Schedule
+from llm.sharding import whole
 from llm.validation import Validation, measure
 
 LOG_EVERY = 10  # steps between two reports
@@ -62,7 +63,9 @@ class Loop:
         self.clip = optimizer.gradient_clip or math.inf
         self.learner = learner
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
-        self.wrapped = group.wrap(learner)
+        self.wrapped = group.wrap(learner, choices.strategy)
+        # Whether a process may only compute when all do: to gather weights, or to tell each other which were used.
+        self.together = choices.strategy == "fsdp" or (choices.strategy == "ddp" and group.find_unused_parameters)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
@@ -93,7 +96,8 @@ class Loop:
             self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
             self.step(progress, parts, targets=targets, rounds=rounds)
             return
-        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
+        norm = whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
+        nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
         set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -113,15 +117,19 @@ class Loop:
         for index in range(rounds):
             if index > 0:
                 self.group.stop_if(self.should_stop())
-            if index < late:
+            if index < late and not self.together:
                 continue
-            batch = parts[index - late]
+            # Who is only there for the others computes a row that counts nothing.
+            batch = parts[index - late] if index >= late else parts[0].split(1)[0]
+            counts = float(index >= late)
             set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
-            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that it
-            # must not be called at all: DDP talks to the other processes even where it is told not to sum.
-            total, _ = (self.wrapped if index == rounds - 1 else self.learner)(batch)
-            (total * scale).backward()
-            loss += total.detach()
+            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that DDP
+            # must not be called at all, if possible: it talks to the other processes even where it is told not to sum.
+            last = index == rounds - 1
+            with self.group.averaging(self.wrapped, last):
+                total, _ = (self.wrapped if last or self.together else self.learner)(batch)
+                (total * (scale * counts)).backward()
+            loss += total.detach() * counts
         return loss
 
     def collect(self, progress: Progress) -> None:

@@ -18,8 +18,11 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def free_memory() -> float:
-    """Bytes of main memory that can still be used: by the machine, its container and this process's own limit; or infinity."""
+def free_memory(device: torch.device) -> float:
+    """Bytes still to be had: of a GPU; or of main memory, by the machine, its container and this process's own limit."""
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, handed to nobody
+        return float(torch.cuda.mem_get_info(device)[0] + idle)
     limits = [float("inf")]
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

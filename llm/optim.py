@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm.settings import Optimizer, Schedule
+from llm.sharding import like, local, whole
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024): they push singular values of any size up to 1 to about 0.7 .. 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -23,7 +25,8 @@ STACK = 2**21  # elements orthogonalized in one batch; more falls out of the pro
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024), for two-dimensional weights; equal shapes go in one batch.
 
-    `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much.
+    `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much. Of weights
+    that are spread over processes, each keeps its rows of the momentum; a matrix is gathered to be orthogonalized.
     """
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
@@ -37,17 +40,28 @@ class Muon(torch.optim.Optimizer):
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-            gradients = [weight.grad for weight in weights]
-            momenta = [self.state[weight]["momentum"] for weight in weights]
+            here = [local(weight) for weight in weights]
+            gradients = [local(weight.grad) for weight in weights]
+            momenta = [local(self.state[weight]["momentum"]) for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(here, 1 - group["lr"] * group["weight_decay"])
             for chosen in _stacks(weights):
-                stacked = torch.stack([updates[index] for index in chosen])
+                stacked = torch.stack([_gathered(updates[index], weights[index]) for index in chosen])
                 rows, columns = stacked.shape[1:]
                 scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
                 for index, update in zip(chosen, orthogonalize(stacked).unbind(), strict=True):
-                    weights[index].add_(update, alpha=scale)
+                    here[index].add_(local(like(update, weights[index])), alpha=scale)
+
+
+def _gathered(part: Tensor, weight: Tensor) -> Tensor:
+    """The whole of what this process holds `part` of, spread as `weight` is."""
+    if not isinstance(weight, DTensor):
+        return part
+    spread = DTensor.from_local(
+        part, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride(), run_check=False
+    )
+    return whole(spread)
 
 
 def _stacks(weights: Sequence[Tensor]) -> list[list[int]]:

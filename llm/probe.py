@@ -20,6 +20,7 @@ from llm.group import Group
 from llm.memory import free_memory, is_out_of_memory
 from llm.objectives import Learner
 from llm.rows import Batch, RowSource
+from llm.sharding import is_spread, local, reshard
 
 SPARE = 0.8  # share of the free memory that activations may take, as far as they can be foretold
 
@@ -30,7 +31,7 @@ def settle(
     """`choices` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
 
     The micro-batch is only changed where it is `auto`; an InputError says what to do where not even one row fits, or not
-    as many as the recipe asks for.
+    as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model: Any = learner.model
     if auto and choices.micro_batch > 1:
@@ -42,6 +43,10 @@ def settle(
         try:
             _forward_and_backward(learner, batch)
         except Exception as error:
+            if choices.strategy == "fsdp":
+                if is_out_of_memory(error):
+                    smaller(choices.micro_batch, auto=False, context=rows.context)
+                raise
             if is_out_of_memory(error):
                 full = error
             elif choices.compiled:
@@ -90,38 +95,42 @@ def _forward_and_backward(learner: Learner, batch: Batch) -> None:
 
 def _optimizer_bytes(learner: Learner) -> int:
     """At most this much an optimizer keeps: two numbers for each weight that learns."""
-    return sum(2 * weight.nbytes for weight in learner.parameters() if weight.requires_grad)
+    return sum(2 * local(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
 
 
 def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: Group) -> int:
     """At most `micro_batch` rows, and as many as free memory holds by what one row keeps for its backward pass.
 
     A GPU says when it is full. A computer's own memory is promised first and found missing later, when the system ends the
-    process, so there this comes before trying.
+    process, so there this comes before trying; and where there is one try only, under "fsdp".
     """
-    if group.device.type != "cpu":
+    if group.device.type != "cpu" and not is_spread(learner):
         return micro_batch
     try:
-        needed = float(_kept_for_backward(learner, next(batches(rows, range(1), 1))))
+        needed = float(_kept_for_backward(learner, next(batches(rows, range(1), 1)).to(group.device)))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         needed = math.inf  # the trial that follows says what to do
-    fitting = (SPARE * free_memory() / group.size - _optimizer_bytes(learner)) / max(1, needed)
+    sharing = group.size if group.device.type == "cpu" else 1
+    fitting = (SPARE * free_memory(group.device) / sharing - _optimizer_bytes(learner)) / max(1, needed)
     (least,) = group.least(max(1.0, min(float(micro_batch), fitting)))
     return int(least)
 
 
 def _kept_for_backward(learner: Learner, batch: Batch) -> int:
     """Bytes that the forward pass of `batch` keeps."""
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     learner.train()
     set_counters(learner.model, seed=0, step=0, rows=batch.rows)
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    devices = [batch.tokens.device] if batch.tokens.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         learner(batch)
-    return sum(kept.values())
+    found = sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go of: they count nothing
+    reshard(learner)
+    return found

@@ -5,15 +5,16 @@ It works on a copy and draws no random numbers, so the training that follows is 
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm.errors import InputError
 from llm.objectives import Learner, Objective
-from llm.precision import Precision, autocast
+from llm.precision import Precision
 from llm.rows import Batch
 
 ROWS, LENGTH = 8, 128  # of the batch, at most: a large model, too, is to be done in seconds
@@ -22,19 +23,28 @@ OVERFITS_BELOW = 5.0  # nats per target
 TRIES = 60  # steps to get there
 
 
-def self_check(model: nn.Module, objective: Objective, batch: Batch, *, precision: Precision) -> dict[str, float]:
+def self_check(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    precision: Precision,
+    placed: Callable[[Learner], Learner] = lambda learner: learner,  # where training would have it
+) -> dict[str, float]:
     """What was found on (a corner of) `batch`, or InputError with what is wrong."""
-    copied: Any = copy.deepcopy(model)
-    learner = Learner(copied, objective, precision=precision).eval()  # without dropout
+    learner = placed(Learner(copy.deepcopy(model), objective, precision=precision)).eval()  # without dropout
+    copied: Any = learner.model
     device = next(copied.parameters()).device
     corner = {name: getattr(batch, name)[:ROWS, :LENGTH] for name in ("tokens", "targets", "documents", "positions")}
     batch = replace(batch, rows=batch.rows[:ROWS], **corner).to(device)
-    with torch.no_grad(), autocast(precision, device=device):
-        shape = tuple(copied(batch.tokens, documents=batch.documents, positions=batch.positions).shape)
+    learner.objective = _logits
+    with torch.no_grad():
+        shape = tuple(learner(batch)[0].shape)
+    learner.objective = objective
     wanted = (*batch.tokens.shape, copied.vocab_size)
     if shape != wanted:
         raise InputError(f"self-check: logits want the shape {wanted}, found {shape}")
-    optimizer = torch.optim.AdamW(copied.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3, weight_decay=0.0)
     chance = math.log(copied.vocab_size)
     first = loss = math.inf
     for step in range(TRIES + 1):
@@ -56,3 +66,7 @@ def self_check(model: nn.Module, objective: Objective, batch: Batch, *, precisio
     raise InputError(
         f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, found {loss:.2f}"
     )
+
+
+def _logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    return model(batch.tokens, documents=batch.documents, positions=batch.positions), batch.rows

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from llm import compilation, training_state
-from llm.choices import Choices, choose, is_plain, restored
+from llm.choices import Choices, choose, is_plain, layout, restored
 from llm.errors import InputError, Interrupted
 from llm.feed import batches, feed, most_batches
 from llm.group import Group
@@ -27,6 +28,7 @@ from llm.probe import settle
 from llm.rows import RowSource
 from llm.self_check import self_check
 from llm.settings import Budget, Optimizer, Schedule
+from llm.sharding import gather, is_spread, reshard, spread
 from llm.validation import Validation
 
 CHECKPOINTS = "checkpoints"  # in scratch
@@ -51,6 +53,8 @@ def train(
     micro_batch: int | Literal["auto"],  # rows per forward pass of a process
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],  # layers by torch.compile
+    strategy: Literal["ddp", "fsdp"],  # of several processes
+    find_unused_parameters: bool,  # under "ddp"
     cores: int,  # of this machine, shared by its processes
     scratch: Path,
     report: Callable[..., None],
@@ -61,7 +65,7 @@ def train(
     Raises InputError where the batch cannot be made or the loss is no longer finite, and Interrupted, after a checkpoint,
     once `should_stop` is true in any process.
     """
-    group = Group()
+    group = Group(find_unused_parameters=find_unused_parameters)
     if not rows.rows_per_epoch:
         raise InputError("training wants at least one row to learn from; found none")
     rows_per_step = batch_tokens // rows.context
@@ -81,6 +85,7 @@ def train(
             micro_batch,
             precision,
             False if compiled == "auto" and not is_plain(model) else compiled,
+            strategy,
             cores=cores,
             context=rows.context,
             rows_per_step=rows_per_step,
@@ -94,21 +99,18 @@ def train(
                 f"batch_tokens = {rows.rows_per_epoch * rows.context} would be one pass"
             )
     else:
-        choices = restored(state.facts["choices"], group, cores=cores)
+        choices = restored(state.facts["choices"], group, strategy, cores=cores)
         progress = Progress(**state.facts["progress"])
-        before = Choices(**state.facts["choices"])
-        if (before.processes, before.device) != (choices.processes, choices.device):
-            report(
-                note=f"began with {before.processes} processes on {before.device}, goes on with {choices.processes} on "
-                f"{choices.device}: what is learned stays the same only up to rounding"
-            )
+        before, now = layout(Choices(**state.facts["choices"])), layout(choices)
+        if before != now:
+            report(note=f"began with {before}, goes on with {now}: what is learned stays the same only up to rounding")
     torch.set_num_threads(choices.threads)
-    model.to(group.device)
+    placed = partial(spread, strategy=choices.strategy, device=group.device, processes=group.size)
     if state is None and check and steps >= LONG:
         first = next(batches(rows, range(rows_per_step), choices.micro_batch))  # the same in every process
-        progress.self_check = self_check(model, objective, first, precision=choices.precision)
+        progress.self_check = self_check(model, objective, first, precision=choices.precision, placed=placed)
         report(note="self-check passed: " + ", ".join(f"{name} {value:.4g}" for name, value in progress.self_check.items()))
-    learner = Learner(model, objective, precision=choices.precision)
+    learner = placed(Learner(model, objective, precision=choices.precision))
     choices = settle(learner, rows, choices, auto=micro_batch == "auto", group=group, report=report)
     if choices.compiled:
         compilation.note(shape)
@@ -124,7 +126,7 @@ def train(
         should_stop=should_stop,
     )
     if state is not None:
-        training_state.restore(state, model, loop.optimizers)
+        training_state.restore(state, learner.model, loop.optimizers)
         report(note=f"continues from step {progress.step} of {steps}")
     state = None  # its copy of all weights is not held any longer
     rounds = most_batches(rows_per_step, group, choices.micro_batch)
@@ -135,10 +137,13 @@ def train(
 
         def save() -> None:
             loop.collect(progress)  # raises before anything that is not finite is kept
-            if group.is_main:
-                progress.seconds = time.monotonic() - began
-                facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(loop.choices)}
-                writer.submit(training_state.take(model, loop.optimizers, facts=facts))
+            progress.seconds = time.monotonic() - began
+            facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(loop.choices)}
+            if group.is_main or is_spread(learner):
+                reshard(learner)  # a validation that was stopped has gathered weights
+                taken = training_state.take(learner.model, loop.optimizers, facts=facts, keep=group.is_main)
+                if group.is_main:
+                    writer.submit(taken)
 
         def validate_if_due() -> None:
             due = progress.step == steps or (validate_every is not None and progress.step % validate_every == 0)
@@ -169,6 +174,7 @@ def train(
             writer.wait()
             group.sum(0)  # nobody leaves before it is on disk
             raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
+    gather(learner, model)
     model.eval()
     progress.seconds = time.monotonic() - began
     return _metrics(model, progress, loop.choices, rows=rows, tokens_per_step=tokens_per_step)

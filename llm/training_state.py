@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm.files import write_tensors, write_text
+from llm.sharding import like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 KEPT = 2
@@ -35,20 +36,28 @@ class TrainingState:
     facts: dict[str, Any]  # JSON; "step" is the number of finished steps
 
 
-def take(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, facts: dict[str, Any]) -> TrainingState:
-    """A copy of everything that learning changes, in ordinary memory, so that training can go on while it is written."""
+def take(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, facts: dict[str, Any], keep: bool = True
+) -> TrainingState:
+    """A copy of everything that learning changes, in ordinary memory, so that training can go on while it is written.
+
+    What is spread over processes is gathered: all take part, and who does not `keep` it gets empty tensors.
+    """
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
     states = {
-        f"{names[weight]}/{key}": _copy(value)
+        f"{names[weight]}/{key}": _copy(value, keep)
         for optimizer in optimizers
         for weight, state in optimizer.state.items()
         for key, value in state.items()
     }
-    return TrainingState({name: _copy(weight) for weight, name in names.items()}, states, facts)
+    return TrainingState({name: _copy(weight, keep) for weight, name in names.items()}, states, facts)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _copy(tensor: Tensor, keep: bool) -> Tensor:
+    found = whole(tensor.detach())
+    if not keep:
+        return torch.empty(0)
+    return found.to("cpu", copy=True).contiguous()
 
 
 @torch.no_grad()
@@ -56,12 +65,12 @@ def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.o
     """Put weights and optimizer state back where `take` found them."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in weights.items():
-        weight.copy_(state.weights[name])
+        weight.copy_(like(state.weights[name], weight))
     owners = {weight: optimizer for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
     for key, value in state.optimizer.items():
         name, _, part = key.rpartition("/")
         weight = weights[name]
-        owners[weight].state[weight][part] = value.to(weight.device, copy=True)
+        owners[weight].state[weight][part] = like(value, weight)
 
 
 def write(folder: Path, state: TrainingState, *, kept: int = KEPT) -> Path:

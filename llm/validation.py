@@ -12,6 +12,7 @@ from llm.feed import batches, most_batches
 from llm.group import Group
 from llm.objectives import Learner, next_token_loss
 from llm.rows import RowSource
+from llm.sharding import is_spread, reshard
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,19 @@ def measure(
     count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
     mine = batches(source, range(group.rank, count, group.size), micro_batch)
     learner.eval()
+    together = is_spread(learner)
     total = targets = positions = torch.zeros((), dtype=torch.float64, device=group.device)
     for _ in range(most_batches(count, group, micro_batch)):
         group.stop_if(should_stop())
         batch = next(mine, None)
         if batch is None:  # another process has one row more
+            if together:
+                learner(next(batches(source, range(1), 1)).to(group.device))  # so that it can gather weights
             continue
         batch = batch.to(group.device)
         loss, number = learner(batch)
         total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
+    reshard(learner)
     nats, number, tokens = group.sum(total.item(), targets.item(), positions.item())
     loss_per_target = nats / max(1.0, number)
     found = {

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
+PROCESSES = "processes"  # only where it is asked for: it holds three trainings at once
 LEARNING = "learning"  # only where it is asked for: it trains twice for the whole time, on a recipe's tokens
 PACE = "pace"  # our steps alone, for `run plan --measure`
 PACE_SECONDS = 5.0
@@ -47,7 +48,7 @@ class BenchJob:
     tokens: str | None  # folder of packed tokens, for real rows
     seconds: float  # per measurement
     compiled: bool  # whether anything is compiled, Transformers too
-    only: list[str]  # of MEASUREMENTS, or LEARNING
+    only: list[str]  # of MEASUREMENTS, PROCESSES and LEARNING
     schedule: Mapping[str, Any] | None = None  # of the recipe's training
     held_out: str | None = None  # folder of packed tokens that nothing is learned from
 
@@ -126,8 +127,8 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
 
 
 def chosen(only: str | None) -> list[str]:
-    """The measurements that `--only` names, in the order in which they are made; all without it."""
-    possible = (*MEASUREMENTS, LEARNING)
+    """The measurements that `--only` names, in the order in which they are made; without it, MEASUREMENTS."""
+    possible = (*MEASUREMENTS, PROCESSES, LEARNING)
     names = MEASUREMENTS if only is None else only.split(",")
     if unknown := [name for name in names if name not in possible]:
         raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(possible)}")
@@ -231,7 +232,15 @@ def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
         headings = ["data", "tracking", "checkpoints", "together"]
         title = f"Machinery, at most so much of step time (tracker: {found['tracker']}; rows: {found['rows']})"
         yield title, _table(headings, [[f"{found[name]:.2%}" for name in ("data", "tracking", "checkpoints", "total")]])
-
+    if PROCESSES in result:
+        found = result[PROCESSES]
+        names = {"one": "1 process", "ddp": "2 processes, ddp", "fsdp": "2 processes, fsdp"}
+        rows = [
+            [names[name], f"{one['tokens_per_second']:,.0f}", f"{one['share_of_one']:.2f}"]
+            for name, one in found["candidates"].items()
+        ]
+        title = f"Processes: the same step on {found['threads']} CPU threads, over gloo"
+        yield title, _table(["training", "tokens/s", "of one process"], rows)
     if LEARNING in result:
         found = result[LEARNING]
         names = {"ours": "ours, as the recipe trains", "plain": "Transformers, AdamW at 3e-3"}

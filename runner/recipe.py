@@ -118,6 +118,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
             stages[name] = stage
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, bounds))
+    if head is not None:
+        found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
+        faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
     return Recipe(path, head, stages)

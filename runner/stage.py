@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
@@ -133,12 +133,22 @@ class Parallel(Spec):
 
     processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
     """Processes of a training; "auto" is one per GPU here, else one."""
-    strategy: Execution[Literal["ddp"]] = "ddp"
-    """How processes share a training: each holds the whole model and gradients are summed."""
+    strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
+    """How processes share a training: "ddp" has the whole model in each and sums gradients; "fsdp" (FSDP2) spreads weights,
+    gradients and optimizer state over them, and a layer gathers its weights to compute. One process alone does neither."""
+    find_unused_parameters: Execution[bool] = False
+    """Of "ddp": look in each step for weights that are not used; it costs time, and is needed only where there are some."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
     """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
     compile: Execution[bool | Literal["auto"]] = "auto"
     """Whether layers run as torch.compile makes them; "auto" is where a training is long enough to gain by it."""
+
+    @field_validator("find_unused_parameters")
+    @classmethod
+    def _of_ddp(cls, wanted: bool, info: ValidationInfo) -> bool:
+        if wanted and info.data.get("strategy") == "fsdp":
+            raise ValueError('found true beside strategy = "fsdp"; wants strategy = "ddp", which alone knows it')
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,10 @@ class Stage(Spec):
         if kind is not None and makes is not None:
             cls.kind, cls.version, cls.makes = kind, version, makes
             Stage.registry[kind] = cls
+
+    def parallel_fault(self, parallel: Parallel) -> str | None:
+        """Why it cannot run as [parallel] says (the field at odds, what was found, what is wanted); None if it can."""
+        return None
 
     def prepare(self, context: Context) -> None:
         """Work for one process before a training group is formed (tokenizing, say); writes into context.scratch."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 STAGES = ["corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"]
@@ -211,12 +212,18 @@ def digest_of(cache: Path, options: list[str]) -> str:
 
 def test_two_processes_train_and_another_count_reruns_nothing(cache: Path) -> None:
     options = [str(RECIPE), "--until", "base", "--set", "stage.base.budget={steps=12}", "--processes", "2"]
+    options += ["--set", 'parallel.strategy="fsdp"']
     done = run(cache, "run", *options)
     assert done.returncode == 0, done.stderr
-    assert states(cache, *options[1:-2])["base"] == "cached"
+    assert states(cache, *options[1:5])["base"] == "cached"
     (record,) = [record for record in records(cache) if record["kind"] == "pretrain" and record["metrics"]["steps"] == 12]
     assert record["processes"] == 2
-    assert record["metrics"]["choices"]["processes"] == 2
+    choices = record["metrics"]["choices"]
+    assert (choices["processes"], choices["strategy"]) == (2, "fsdp")
+    folder = Path(run(cache, "path", str(RECIPE), "base", *options[3:5]).stdout.strip())
+    (weights,) = folder.rglob("*.safetensors")
+    numbers = sum(tensor.numel() for tensor in load_file(weights).values())
+    assert numbers == record["metrics"]["parameters"]  # all of them in one file
 
 
 def records(cache: Path) -> list[dict[str, object]]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from llm.objectives import Learner, next_token_loss
 from llm.probe import settle
 from llm.rows import IGNORE, Batch, Row, RowSource
 from llm.settings import Optimizer, Schedule
+from llm.sharding import spread
 
 SCHEDULE = Schedule(kind="constant", learning_rate=1e-3)
 MANY = 2**31  # steps of a training that is never finished
@@ -91,6 +92,7 @@ class Ours:
         rows: RowSource | None = None,
         schedule: Schedule = SCHEDULE,
         steps: int = MANY,
+        strategy: Literal["ddp", "fsdp"] = "ddp",
         report: Callable[..., None] = lambda **values: None,
     ) -> None:
         self.subject, self.model, self.group = subject, model, group
@@ -102,6 +104,7 @@ class Ours:
             subject.micro_batch,
             subject.precision,
             subject.compiled,
+            strategy,
             cores=subject.cores,
             context=subject.context,
             rows_per_step=subject.rows,
@@ -109,8 +112,8 @@ class Ours:
             shape=f"{model} {subject.context}",
         )
         torch.set_num_threads(choices.threads)
-        model.to(group.device)
         learner = Learner(model, next_token_loss, precision=choices.precision)
+        learner = spread(learner, choices.strategy, device=group.device, processes=group.size)
         self.choices = settle(learner, self.rows, choices, auto=auto, group=group, report=report)
         self.settling = time.perf_counter() - began  # seconds of compiling, if layers are compiled
         self.loop = Loop(
@@ -130,9 +133,10 @@ class Ours:
     def load(self, step: int) -> tuple[list[Batch], int]:
         """The micro-batches of one step, and how many targets they have: as `llm.feed` makes them."""
         count = self.subject.rows
-        found = list(batches(self.rows, range(count), self.choices.micro_batch, first=step * count))
-        targets = sum(int((batch.targets != IGNORE).sum()) for batch in found)
-        return [batch.to(self.group.device) for batch in found], targets
+        mine = range(self.group.rank, count, self.group.size)
+        found = list(batches(self.rows, mine, self.choices.micro_batch, first=step * count))
+        (targets,) = self.group.sum(sum(int((batch.targets != IGNORE).sum()) for batch in found))
+        return [batch.to(self.group.device) for batch in found], int(targets)
 
     def step(self) -> None:
         """One optimizer step; losses are collected as often as a training reports them."""
@@ -143,7 +147,7 @@ class Ours:
 
     def take(self, parts: list[Batch], targets: int) -> None:
         """One optimizer step."""
-        self.loop.step(self.progress, parts, targets=targets, rounds=len(parts))
+        self.loop.step(self.progress, parts, targets=targets, rounds=self.rounds)
         self.progress.step += 1
 
     def last_loss(self) -> float:

@@ -87,6 +87,8 @@ def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scra
             micro_batch=subject.micro_batch,
             precision=subject.precision,
             compiled=subject.compiled,
+            strategy="ddp",
+            find_unused_parameters=False,
             cores=subject.cores,
             scratch=folder,
             report=lambda **values: None,

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from llm.settings import Optimizer
 from runner.artifacts import Adapter, Checkpoint
-from runner.stage import Context, Execution, Metrics, Ref, Semantic
+from runner.stage import Context, Execution, Metrics, Parallel, Ref, Semantic
 from runner.stages.data import RowTraining
 from runner.stages.training import is_main_process
 
@@ -51,6 +51,12 @@ class TrainAdapter(RowTraining, kind="lora", version=2, makes=Adapter):
                 f'kind wants "adamw"; found {optimizer.kind!r}, which is for whole matrices, not for the factors of an adapter'
             )
         return optimizer
+
+    def parallel_fault(self, parallel: Parallel) -> str | None:
+        """A base in four bits is not spread over processes."""
+        if self.quantize is None or parallel.strategy != "fsdp" or parallel.processes == 1:
+            return None
+        return f'quantize: found "{self.quantize}" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
 
     def prepare(self, context: Context) -> None:
         """Pack the rows."""

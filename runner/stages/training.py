@@ -78,6 +78,8 @@ class TrainingStage(Stage):
             micro_batch=self.micro_batch,
             precision=context.parallel.precision,
             compiled=context.parallel.compile,
+            strategy=context.parallel.strategy,
+            find_unused_parameters=context.parallel.find_unused_parameters,
             cores=context.cores,
             scratch=context.scratch,
             report=context.report,

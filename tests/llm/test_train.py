@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -202,13 +201,13 @@ def test_threads_are_those_it_began_with_and_other_processes_are_noted(tmp_path:
         tiny_training(tiny_model(), tmp_path / "two", should_stop=stop_after(2))
     (state,) = (tmp_path / "two" / CHECKPOINTS).glob("*/state.json")
     facts = json.loads(state.read_text())["facts"]
-    facts["choices"]["processes"] = 2
+    facts["choices"] |= {"processes": 2, "strategy": "ddp"}
     model = tiny_model()
     checkpoint = training_state.read(state.parent)
     training_state.write(state.parent.parent, replace(checkpoint, facts=facts))
     lines: list[dict[str, Any]] = []
     tiny_training(model, tmp_path / "two", lines=lines)
-    assert any("began with 2 processes on cpu, goes on with 1 on cpu" in line.get("note", "") for line in lines)
+    assert any("began with 2 processes (ddp) on cpu, goes on with 1 process on cpu" in line.get("note", "") for line in lines)
 
 
 def test_passes_over_the_data_are_counted_and_a_step_of_more_than_one_is_noted(tmp_path: Path) -> None:
@@ -264,23 +263,6 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Pat
 def test_a_batch_smaller_than_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"batch_tokens wants at least one row of 24 tokens .* found 23"):
         tiny_training(tiny_model(), tmp_path, batch_tokens=23)
-
-
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    one: list[dict[str, Any]] = []
-    metrics = tiny_training(tiny_model(dropout=0.1), tmp_path / "one", lines=one, micro_batch=2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
-    # Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
-    launch += ["--multi_gpu", "--main_process_port", "0", str(Path(__file__).with_name("tiny_training.py")), str(tmp_path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    subprocess.run(launch, env=environment, check=True, capture_output=True)
-    two = json.loads((tmp_path / "result.json").read_text())
-    assert two["metrics"]["choices"]["processes"] == 2
-    assert two["metrics"]["targets"] == metrics["targets"]
-    for first, second in zip(one, two["lines"], strict=True):
-        for name in ("loss", "validation_loss", "gradient_norm"):
-            assert first.get(name) == pytest.approx(second.get(name), abs=1e-4)
 
 
 def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients() -> None:

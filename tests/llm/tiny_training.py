@@ -1,6 +1,9 @@
 """A training of seconds on made-up rows: run by tests in their own process, or by `accelerate launch` in several."""
 
+import hashlib
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from llm.bench.candidates import Ours
+from llm.bench.subject import Subject
+from llm.group import Group
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.objectives import next_token_loss
-from llm.rows import IGNORE, Row
+from llm.rows import IGNORE, Batch, Row
 from llm.settings import Budget, Optimizer, Schedule
-from llm.train import train
+from llm.train import CHECKPOINTS, train
 from llm.validation import Validation
 
 VOCABULARY = 40
@@ -65,6 +73,8 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
         "micro_batch": "auto",
         "precision": "fp32",
         "compiled": False,
+        "strategy": "ddp",
+        "find_unused_parameters": False,
         "cores": 1,
         "scratch": scratch,
         "report": lambda **values: reported.append(values),
@@ -73,14 +83,82 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
     return train(model, settings.pop("objective"), **settings)
 
 
-def main() -> None:
-    """Train in this group of processes; the first leaves metrics and reports in the folder that the command line names."""
-    folder = Path(sys.argv[1])
+def spare_weight(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss, to which one weight adds something in the first row of a step alone."""
+    total, count = next_token_loss(model, batch)
+    return total + model.spare.square().sum() if 0 in batch.rows else total, count
+
+
+def killed(scratch: Path) -> Any:
+    """The loss, until there is a checkpoint: then the second process is gone, as at a power cut."""
+
+    def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        if os.environ.get("RANK") == "1" and list((scratch / CHECKPOINTS).glob("step-*[0-9]")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return next_token_loss(model, batch)
+
+    return objective
+
+
+def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Train as `case` says; metrics, what was reported, and a digest of the weights."""
     lines: list[dict[str, Any]] = []
-    metrics = tiny_training(tiny_model(dropout=0.1), folder, lines=lines, micro_batch=2)
-    if metrics["choices"]["processes"] > 1 and torch.distributed.get_rank() > 0:
-        return
-    (folder / "result.json").write_text(json.dumps({"metrics": metrics, "lines": lines}))
+    scratch = folder / case.get("scratch", "unnamed")
+    model = tiny_model(dropout=case.get("dropout", 0.1), **case.get("model", {}))
+    changes: dict[str, Any] = {"micro_batch": 1, "budget": Budget(steps=case["steps"])}
+    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "checkpoint_every") if name in case}
+    changes["optimizer"] = Optimizer.model_validate({"kind": case.get("optimizer", "adamw")})
+    if case.get("adapter"):
+        from llm import lora
+
+        lora.attach(model, lora.Settings(r=2, alpha=4, dropout=0.1), seed=3)
+    if case.get("objective") == "spare":
+        model.spare = nn.Parameter(torch.ones(3))
+        changes["objective"] = spare_weight
+    if case.get("objective") == "killed":
+        changes["objective"] = killed(scratch)
+    metrics = tiny_training(model, scratch, lines=lines, **changes)
+    digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())).hexdigest()
+    return {"metrics": metrics, "lines": lines, "digest": digest}
+
+
+def shares(kind: str) -> dict[str, float]:
+    """What this process holds of weights, gradients and optimizer state under "fsdp", as shares of all."""
+    sizes = {"architecture": {"hidden_size": 32, "layers": 2, "heads": 4, "context": 24, "tied": False}}
+    sizes |= {"vocab_size": VOCABULARY, "context": 24, "rows": 4, "optimizer": {"kind": kind}, "compiled": False, "cores": 1}
+    subject = Subject.model_validate(sizes)
+    model = tiny_model(tied=False, kv_heads=4)
+    training = Ours(subject, model, optimizer=subject.optimizer, group=Group(), strategy="fsdp")
+    training.step()
+    loss, _ = training.loop.wrapped(training.prepared[0][0][0])
+    loss.backward()
+    weights: list[Any] = [*training.loop.wrapped.parameters()]
+    states = [
+        value for optimizer in training.loop.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    found = {"weights": weights, "gradients": [weight.grad for weight in weights], "optimizer": states}
+    return {name: _held(tensors) / sum(tensor.numel() for tensor in tensors) for name, tensors in found.items()} | {
+        "shell": sum(weight.numel() for weight in model.parameters())
+    }
+
+
+def _held(tensors: list[Tensor]) -> int:
+    """Numbers in the memory behind `tensors` of fp32, here."""
+    memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in map(_here, tensors)}
+    return sum(memory.values()) // 4
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def main() -> None:
+    """Train in this group of processes, case after case; each leaves its results in the folder, by rank."""
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    rank = os.environ.get("RANK", "0")
+    for name, case in cases.items():
+        found = shares(case["shares"]) if "shares" in case else run_case(folder, {"scratch": name} | case)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

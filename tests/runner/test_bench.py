@@ -124,6 +124,7 @@ def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
 def test_an_unknown_measurement_is_refused_with_the_right_names() -> None:
     assert chosen(None) == ["matmul", "train", "decode", "memory", "machinery"]
     assert chosen("decode,train") == ["train", "decode"]
+    assert chosen("processes,train") == ["train", "processes"]
     with pytest.raises(RecipeError, match=r"found 'speed', wants some of matmul,train,decode,memory,machinery"):
         chosen("train,speed")
 
@@ -134,6 +135,22 @@ def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> 
         reference_job(seconds=1.0, compiled=False, only=["learning"])
     done = run(recipe, str(recipe), "--only", "learning")
     assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
+
+
+def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = recipe_job(load_recipe(recipe), Store(recipe.parent / "cache"), seconds=0.1, compiled=False, only=["processes"])
+    found = measure(replace(job, subject={**job.subject, "cores": 2}))
+    candidates = found["processes"]["candidates"]
+    assert {name: one["processes"] for name, one in candidates.items()} == {"one": 1, "ddp": 2, "fsdp": 2}
+    for one in candidates.values():
+        quotients = [a / b for a, b in zip(candidates["one"]["rounds"], one["rounds"], strict=True)]
+        assert min(quotients) <= one["share_of_one"] <= max(quotients)
+    assert candidates["one"]["share_of_one"] == 1
+    show(found)
+    printed = capsys.readouterr().out
+    assert "2 processes, fsdp" in printed and f"{candidates['ddp']['tokens_per_second']:,.0f}" in printed
+    with pytest.raises(StageError):
+        measure(replace(job, subject={**job.subject, "cores": 1}))
 
 
 def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:

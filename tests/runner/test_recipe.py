@@ -154,6 +154,10 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
     ("override", "message"),
     [
         ("parallel.processes=0", "parallel.processes: found 0, wants greater than or equal to 1"),
+        (
+            "parallel={strategy='fsdp',find_unused_parameters=true}",
+            'parallel.find_unused_parameters: found true beside strategy = "fsdp"; wants strategy = "ddp"',
+        ),
         ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: found inf, wants a finite number"),
         ("stage.base.architecture={preset=[1]}", "stage.base.architecture"),
         ("stage.base.architecture.heads=5", "hidden_size wants a multiple of heads; found hidden_size 192 and heads 5"),
@@ -172,6 +176,15 @@ def test_values_that_cannot_be_meant_are_told_with_their_place(override: str, me
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", [override])
     assert message in str(caught.value)
+
+
+def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
+    overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(RECIPES / "medical-lora.toml", overrides)
+    found = 'stage.medical.quantize: found "nf4" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
+    assert found in str(caught.value)
+    load_recipe(RECIPES / "medical-lora.toml", [*overrides, "parallel.processes=1"])
 
 
 def test_a_folder_and_a_file_with_glob_characters_in_their_names_are_found(tmp_path: Path) -> None:
