@@ -29,7 +29,8 @@ READ_AIM = """
 import json, sys
 from aim import Repo
 (run,) = [found.run for found in Repo(sys.argv[1]).query_metrics('metric.name == "loss"').iter_runs()]
-values = {f"{metric.context.to_dict()['subset']}/{metric.name}": sorted(metric.values.values_list()) for metric in run.metrics()}
+names = {metric: f"{metric.context.to_dict()['subset']}/{metric.name}" for metric in run.metrics()}
+values = {name: sorted(metric.values.values_list()) for metric, name in names.items()}
 print(json.dumps({"experiment": run.experiment, "stage": run["stage"], "values": values}))
 """
 
