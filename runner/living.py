@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,12 @@ SHOW_SECONDS = 0.5  # for stacks to be written
 
 
 def announce(scratch: Path, name: str) -> IO[str]:
-    """Makes this process known; keep the file, whose lock says that it lives. From now on it shows its stacks when asked."""
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    """Makes this process known; keep the file, whose lock says that it lives. From now on it shows its stacks when asked.
+
+    To be called before other threads begin, so that the signal reaches none of them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=_show_when_asked, daemon=True, name="stacks").start()
     path = scratch / FOLDER / f"{os.uname().nodename}-{name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w", encoding="ascii")
@@ -31,6 +36,13 @@ def announce(scratch: Path, name: str) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _show_when_asked() -> None:
+    # In a thread that holds the interpreter's lock: a handler that reads the frames of threads that run has crashed.
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
 def living(scratch: Path) -> list[int]:

@@ -34,11 +34,11 @@ MACHINES = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
 def main() -> int:
     """Runs the job file named on the command line; `--prepare` runs only what comes before a training group is formed."""
     job_path, *flags = sys.argv[1:]
-    watch_parent()
     job = Job.read(Path(job_path))
     rank = int(os.environ.get("RANK", "0"))
     scratch = Path(job.work) / SCRATCH
     known = living.announce(scratch, str(rank))  # noqa: F841  # the lock on it lasts as long as this process
+    watch_parent()
     try:
         if flags == ["--prepare"]:
             stage, context = _open(job, scratch, rank)
