@@ -1,6 +1,10 @@
 """Alerts on real trainings of seconds: what each notices, and that what changes learning ends the same after interruptions."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from llm import training_state
 from llm.alerts import Alerts, Judge, Memory
+from llm.choices import shrink
 from llm.errors import InputError, Interrupted, Paused
 from llm.loop import Progress
 from llm.objectives import next_token_loss
@@ -257,3 +262,56 @@ def test_as_many_checkpoints_are_kept_as_asked_and_one_to_roll_back_to(tmp_path:
         for step in (0, 3, 6, 9, 12):
             writer.submit(training_state.take(tiny_model(), [], facts={"step": step}))
     assert [path.name for path in sorted((tmp_path / "reach").iterdir())] == [f"step-{step:08d}" for step in (6, 9, 12)]
+
+
+def test_what_a_shortage_of_memory_left_bounds_the_micro_batch_and_only_where_it_is_auto(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"budget": Budget(steps=3), "validation": None}
+    whole, found = tiny_model(), tiny_model()
+    assert tiny_training(whole, tmp_path / "whole", **settings)["choices"]["micro_batch"] == ROWS
+    for name in ("short", "asked"):
+        (tmp_path / name).mkdir()
+        shrink(tmp_path / name, 2)
+    assert tiny_training(found, tmp_path / "short", **settings)["choices"]["micro_batch"] == 2
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weight, weights(found)[name], atol=1e-6, rtol=0)
+    assert tiny_training(tiny_model(), tmp_path / "asked", micro_batch=3, **settings)["choices"]["micro_batch"] == 3
+
+
+@pytest.mark.long
+def test_a_group_in_which_one_process_runs_out_of_memory_begins_again_with_less(tmp_path: Path) -> None:
+    """A real group of two: in the second process the allocator refuses more than one row at a time, from step 3 on."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import json, os, sys
+from pathlib import Path
+import torch
+from llm.objectives import next_token_loss
+from llm.settings import Budget
+from tests.llm.tiny_training import tiny_model, tiny_training
+
+folder, steps = Path(sys.argv[1]), []
+
+def takes(model, batch):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and batch.rows.numel() > 1 and len(steps) > 6:
+        torch.empty(2**60, dtype=torch.uint8)
+    return next_token_loss(model, batch)
+
+metrics = tiny_training(
+    tiny_model(), folder, objective=takes, validation=None, checkpoint_every=2, budget=Budget(steps=10), micro_batch="auto"
+)
+if os.environ["RANK"] == "0":
+    (folder / "result.json").write_text(json.dumps(metrics))
+"""
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*launch, str(program), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert first.returncode != 0 and "in process 1 of 2; micro_batch = 1 is next" in first.stderr
+    assert list((tmp_path / CHECKPOINTS).iterdir())
+    subprocess.run([*launch, str(program), str(tmp_path)], env=environment, check=True, capture_output=True)
+    metrics = json.loads((tmp_path / "result.json").read_text())
+    expected = tiny_training(tiny_model(), tmp_path / "alone", validation=None, budget=Budget(steps=10))
+    assert metrics["choices"]["micro_batch"] == 1 and metrics["loss"] == pytest.approx(expected["loss"], abs=1e-4)
