@@ -7,6 +7,7 @@ hold a password or be a secret as a whole, so none is ever shown or kept.
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 from pydantic import Field, field_validator
@@ -54,7 +55,9 @@ def _sent(address: str, *, title: str, text: str) -> bool:
 
     logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # it writes addresses
     try:
-        sender = apprise.Apprise()
-        return sender.add(address) and bool(sender.notify(title=title, body=text))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about modules that its services import
+            sender = apprise.Apprise()
+            return sender.add(address) and bool(sender.notify(title=title, body=text))
     except Exception:  # of any service's client: a notice is no reason to end a training
         return False

@@ -99,6 +99,7 @@ sources = [{{ files = "text.txt" }}]
 [stage.tokenizer]
 kind = "tokenizer"
 corpus = "corpus"
+vocab_size = 300
 [stage.tokens]
 kind = "pack"
 corpus = "corpus"
