@@ -1,12 +1,15 @@
 """What "auto" means in a training: resolved once, kept in its checkpoints, restored from them."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from llm.compilation import resolve_compile
 from llm.dropout import Dropout
+from llm.files import write_json
 from llm.group import Group
 from llm.precision import Precision, resolve_precision
 from llm.sharding import Strategy
@@ -14,6 +17,7 @@ from llm.sharding import Strategy
 # Positions of a micro-batch that is "auto", where they fit. On CPU, activations of more than this fall out of the cache; a GPU
 # has enough to do with as many.
 AUTO_TOKENS = {"cpu": 4096, "cuda": 65536}
+SHRUNK = "micro-batch.json"  # in scratch: what a group that begins again after a shortage of memory may take at most
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,17 @@ def layout(choices: Choices) -> str:
     """Processes, strategy and device, in words."""
     shared = "1 process" if choices.processes == 1 else f"{choices.processes} processes ({choices.strategy})"
     return f"{shared} on {choices.device}"
+
+
+def shrink(scratch: Path, micro_batch: int) -> None:
+    """Have the trainings that begin in `scratch` from now on take at most `micro_batch` rows at a time."""
+    write_json(scratch / SHRUNK, micro_batch)
+
+
+def shrunk(choices: Choices, scratch: Path) -> Choices:
+    """`choices` with no more rows than a shortage of memory before has left."""
+    try:
+        most = int(json.loads((scratch / SHRUNK).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return choices
+    return replace(choices, micro_batch=min(choices.micro_batch, most))

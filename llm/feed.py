@@ -1,6 +1,6 @@
 """Batches for the training loop, made in the background while the step before is computed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from llm.group import Group
@@ -8,14 +8,19 @@ from llm.rows import IGNORE, Batch, RowSource, collate
 
 
 def feed(
-    rows: RowSource, group: Group, micro_batch: int, rows_per_step: int, steps: range
-) -> Iterator[tuple[list[Batch], int]]:
+    rows: RowSource,
+    group: Group,
+    micro_batch: int,
+    rows_per_step: int,
+    steps: range,
+    place: Callable[[int], int] = lambda step: step,  # whose rows a step learns from
+) -> Generator[tuple[list[Batch], int], None, None]:
     """This process's micro-batches of each step and how many targets they have; the next step's are made meanwhile."""
     mine = range(group.rank, rows_per_step, group.size)
 
     def load(step: int) -> tuple[list[Batch], int]:
         parts, targets = [], 0
-        for batch in batches(rows, mine, micro_batch, first=step * rows_per_step):
+        for batch in batches(rows, mine, micro_batch, first=place(step) * rows_per_step):
             targets += int((batch.targets != IGNORE).sum())
             parts.append(batch.to(group.device))
         return parts, targets

@@ -5,12 +5,13 @@ Counts and flags go over a gloo group of their own, between main memories, so as
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -23,17 +24,20 @@ from llm.sharding import Strategy, is_spread
 class Group:
     """This process and the others that `accelerate launch` started with it; or this process alone."""
 
-    def __init__(self, *, find_unused_parameters: bool = False) -> None:
+    def __init__(self, *, find_unused_parameters: bool = False, timeout_minutes: float = 30.0) -> None:
+        """Join the group; each waits `timeout_minutes` for the others, here and whenever they compute together."""
+        timeout = timedelta(minutes=timeout_minutes)
         # Rows are split and the loss is normalized by the loop itself: DDP only has to average gradients.
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
         )
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options])
+        handlers = [options, InitProcessGroupKwargs(timeout=timeout)]
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.device: torch.device = self._accelerator.device
         self.find_unused_parameters = find_unused_parameters
-        self._host = dist.new_group(backend="gloo") if self.size > 1 else None
+        self._host = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
 
     @property
     def is_main(self) -> bool:

@@ -2,15 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llm.alerts import Finding, Judge, Memory, RollBack, weightiest
 from llm.choices import Choices
 from llm.dropout import set_counters
-from llm.errors import InputError
+from llm.errors import InputError, MemoryShortageError, Paused
 from llm.group import Group
 from llm.memory import is_out_of_memory
 from llm.objectives import Learner
@@ -38,6 +40,13 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
     self_check: dict[str, float] = field(default_factory=dict)
+    reported: int = 0  # step of the last report
+    alerts: Memory = field(default_factory=Memory)
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Progress":
+        """The progress that a checkpoint keeps."""
+        return cls(**(facts | {"alerts": Memory(**facts["alerts"])}))
 
 
 class Loop:
@@ -53,6 +62,7 @@ class Loop:
         group: Group,
         choices: Choices,
         auto: bool,  # whether the micro-batch may shrink
+        judge: Judge,
         report: Callable[..., None],
         should_stop: Callable[[], bool],
     ) -> None:
@@ -60,6 +70,7 @@ class Loop:
         self.model, self.group, self.choices, self.auto = model, group, choices, auto
         self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = schedule, seed
+        self.judge = judge
         self.clip = optimizer.gradient_clip or math.inf
         self.learner = learner
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
@@ -69,6 +80,7 @@ class Loop:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
+        self._found: list[Finding] = []  # about steps, not yet acted upon
         self._norm = 0.0  # of the last step collected
         self._since = time.monotonic()
         self._tokens = 0  # of this process, since then
@@ -86,25 +98,51 @@ class Loop:
         try:
             loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
         except (RuntimeError, MemoryError) as error:
-            if self.group.size > 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             loss = None
         if loss is None:  # out here nothing holds what the failed attempt had computed
             self.learner.zero_grad()
             micro_batch = smaller(self.choices.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
+            if self.group.size > 1:  # the others wait amid a step: they can only all begin again
+                raise MemoryShortageError(
+                    f"memory ran out at step {progress.step} with micro_batch = {self.choices.micro_batch} in process "
+                    f"{self.group.rank} of {self.group.size}; micro_batch = {micro_batch} is next",
+                    micro_batch=micro_batch,
+                )
             self.choices = replace(self.choices, micro_batch=micro_batch)
             self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
             self.step(progress, parts, targets=targets, rounds=rounds)
             return
         norm = whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
         nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
+        loss = loss / max(1.0, targets)
+        self._tokens += sum(part.tokens.numel() for part in parts)
+        if not self.judge.each_step:
+            self._losses.append(loss)
+            self._norms.append(norm)
+        elif self._is_left_out(progress, loss, norm):
+            self.learner.zero_grad()
+            return
         set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self._losses.append(loss / max(1.0, targets))
-        self._norms.append(norm)
-        self._tokens += sum(part.tokens.numel() for part in parts)
+
+    def _is_left_out(self, progress: Progress, loss: Tensor, norm: Tensor) -> bool:
+        """Judges a step before its update, in every process alike; true if there is to be none."""
+        values = self.group.sum(loss.item(), norm.item() / self.group.size)
+        self._judge(progress, progress.step, *values)
+        return progress.alerts.skipped[-1:] == [progress.step]
+
+    def _judge(self, progress: Progress, step: int, loss: float, norm: float) -> None:
+        rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
+        finding = self.judge.step(progress.alerts, step, loss=loss, norm=norm, rate=rate)
+        if finding is not None:
+            self._found.append(finding)
+        if finding is None or finding.action != "skip":
+            progress.recent.append(loss)
+            self._norm = norm
 
     def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
         """Forward and backward passes of a step; returns this process's share of the sum of losses."""
@@ -133,30 +171,56 @@ class Loop:
         return loss
 
     def collect(self, progress: Progress) -> None:
-        """Wait for the steps taken so far and keep their losses; InputError if one of them was not finite."""
-        if not self._losses:
-            return
-        losses = self.group.sum(*torch.stack(self._losses).tolist())
-        norms: list[float] = torch.stack(self._norms).tolist()
-        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=progress.step - len(losses)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
+        """Wait for the steps taken so far, keep their losses and judge them; raises what an alert asks for."""
+        if self._losses:
+            number, size = len(self._losses), self.group.size
+            norms = [norm / size for norm in torch.stack(self._norms).tolist()]
+            values = self.group.sum(*torch.stack(self._losses).tolist(), *norms)
+            self._losses, self._norms = [], []
+            for index, (loss, norm) in enumerate(zip(values[:number], values[number:], strict=True)):
+                self._judge(progress, progress.step - number + index, loss, norm)
+        found, self._found = self._found, []
+        self.act(found)
+
+    def act(self, findings: Iterable[Finding]) -> None:
+        """Tell what was found, and raise what the weightiest of it asks for: RollBack, InputError or Paused."""
+        findings = list(findings)
+        decisive = weightiest(findings)
+        if decisive is not None and decisive.action in ("rollback", "stop"):  # the rest follows from it
+            findings = [one for one in findings if one.steps.stop < decisive.steps.stop] + [decisive]
+        for finding in findings:
+            note = {"skip": f"{finding.text}: it is skipped", "warn": f"warning: {finding.text}"}.get(finding.action)
+            said = {"note": note} if note else {"text": finding.text}
+            self.report(alert=finding.alert, action=finding.action, **said)
+        match decisive:
+            case Finding(action="rollback"):
+                raise RollBack(decisive)
+            case Finding(action="stop", alert="not_finite", text=text):
                 raise InputError(
-                    f"training wants a finite loss and gradient; found at step {step}: loss {loss:g}, gradient norm {norm:g}, "
-                    f"learning rate {rate:g}. A lower schedule.learning_rate or more schedule.warmup_steps usually helps; "
+                    f"{text}. A lower schedule.learning_rate or more schedule.warmup_steps usually helps; "
                     "checkpoints of earlier steps are kept"
                 )
-        progress.recent += losses
-        self._norm = norms[-1]
-        self._losses, self._norms = [], []
+            case Finding(action="stop", alert=alert, text=text):
+                raise InputError(f'{text}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept')
+            case Finding(action="pause", alert=alert, text=text):
+                raise Paused(f"paused by the alert {alert!r}: {text}")
+
+    def forget(self) -> None:
+        """Drop what is known of steps that never were."""
+        self.learner.zero_grad()
+        self._losses, self._norms, self._found = [], [], []
+        self._tokens, self._since = 0, time.monotonic()
 
     def report_steps(self, progress: Progress) -> None:
         """Report the steps since the last report; only at fixed steps, so that a record does not depend on the clock."""
         self.collect(progress)
         now = time.monotonic()
-        (tokens,) = self.group.sum(self._tokens)
-        progress.loss = sum(progress.recent) / len(progress.recent)
-        progress.recent = []
+        tokens, seconds = self.group.sum(self._tokens, (now - self._since) / self.group.size)
+        loss = sum(progress.recent) / len(progress.recent) if progress.recent else None
+        progress.loss = progress.loss if loss is None else loss
+        steps = range(progress.reported, progress.step)
+        progress.recent, progress.reported = [], progress.step
+        speed = tokens / max(seconds, 1e-9)
         self.report(
             step=progress.step,
             steps=progress.steps,
@@ -164,9 +228,10 @@ class Loop:
             loss=progress.loss,
             learning_rate=self.schedule.learning_rate * self.schedule.factor(progress.step - 1, steps=progress.steps),
             gradient_norm=self._norm,
-            tokens_per_second=tokens / max(now - self._since, 1e-9),
+            tokens_per_second=speed,
         )
         self._tokens, self._since = 0, now
+        self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed))
 
     def validate(self, progress: Progress, validation: Validation) -> None:
         """Measure the loss on held-out text; training goes on as if it had not happened."""
@@ -180,3 +245,5 @@ class Loop:
         if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
             progress.best = found
         self._since += time.monotonic() - began  # the speed that is reported is of training
+        loss = found["validation_loss"]
+        self.act(self.judge.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))

@@ -7,6 +7,7 @@ that depends on the clock change when and where things are computed, and beyond 
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from llm import compilation, training_state
-from llm.choices import Choices, choose, is_plain, layout, restored
-from llm.errors import InputError, Interrupted
+from llm.alerts import MOST_ROLLBACKS, Alerts, Judge, RollBack
+from llm.choices import Choices, choose, is_plain, layout, restored, shrink, shrunk
+from llm.errors import InputError, Interrupted, MemoryShortageError, Paused
 from llm.feed import batches, feed, most_batches
 from llm.group import Group
 from llm.loop import LOG_EVERY, Loop, Progress
@@ -50,22 +52,26 @@ def train(
     validate_every: int | None,  # steps; None: only at the end
     checkpoint_every: int | None,  # steps
     checkpoint_minutes: float | None,
+    keep_checkpoints: int,  # the last ones
+    alerts: Alerts,
     micro_batch: int | Literal["auto"],  # rows per forward pass of a process
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],  # layers by torch.compile
     strategy: Literal["ddp", "fsdp"],  # of several processes
     find_unused_parameters: bool,  # under "ddp"
     cores: int,  # of this machine, shared by its processes
+    timeout_minutes: float,  # for which processes wait for each other
     scratch: Path,
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Train `model` in place, from the last checkpoint under `scratch` if there is one; returns what a record should tell.
 
-    Raises InputError where the batch cannot be made or the loss is no longer finite, and Interrupted, after a checkpoint,
-    once `should_stop` is true in any process.
+    Raises InputError where the batch cannot be made or an alert says stop, as it does by default where the loss is no longer
+    finite; Paused, after a checkpoint, where one says pause; and Interrupted, after a checkpoint, once `should_stop` is true
+    in any process.
     """
-    group = Group(find_unused_parameters=find_unused_parameters)
+    group = Group(find_unused_parameters=find_unused_parameters, timeout_minutes=timeout_minutes)
     if not rows.rows_per_epoch:
         raise InputError("training wants at least one row to learn from; found none")
     rows_per_step = batch_tokens // rows.context
@@ -100,10 +106,12 @@ def train(
             )
     else:
         choices = restored(state.facts["choices"], group, strategy, cores=cores)
-        progress = Progress(**state.facts["progress"])
+        progress = Progress.of(state.facts["progress"])
         before, now = layout(Choices(**state.facts["choices"])), layout(choices)
         if before != now:
             report(note=f"began with {before}, goes on with {now}: what is learned stays the same only up to rounding")
+    if micro_batch == "auto":
+        choices = shrunk(choices, scratch)
     torch.set_num_threads(choices.threads)
     placed = partial(spread, strategy=choices.strategy, device=group.device, processes=group.size)
     if state is None and check and steps >= LONG:
@@ -122,6 +130,7 @@ def train(
         group=group,
         choices=choices,
         auto=micro_batch == "auto",
+        judge=Judge(alerts, warmup_steps=schedule.warmup_steps),
         report=report,
         should_stop=should_stop,
     )
@@ -133,7 +142,9 @@ def train(
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
 
-    with training_state.Writer(folder) as writer:
+    # An alert rolls back to a checkpoint from before its steps; these are known at the report after them at the latest.
+    reach = alerts.reach + LOG_EVERY if alerts.does("rollback") else None
+    with training_state.Writer(folder, kept=keep_checkpoints, reach=reach) as writer:
 
         def save() -> None:
             loop.collect(progress)  # raises before anything that is not finite is kept
@@ -150,39 +161,86 @@ def train(
             if validation is not None and due and progress.validation.get("step") != progress.step:
                 loop.validate(progress, validation)
 
-        try:
+        def go_on() -> None:
+            nonlocal saved
             if progress.step:
                 validate_if_due()  # the run before this one was stopped in it
-            for parts, targets in feed(rows, group, choices.micro_batch, rows_per_step, range(progress.step, steps)):
-                due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
-                total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
-                if stopping:
-                    raise Interrupted("asked to stop")
-                loop.step(progress, parts, targets=total, rounds=rounds)
-                progress.step += 1
-                progress.tokens += tokens_per_step
-                progress.targets += int(total)
-                if progress.step == steps or progress.step % LOG_EVERY == 0:
-                    loop.report_steps(progress)
-                validate_if_due()
-                if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
-                    save()
-                    saved = time.monotonic()
-        except Interrupted:
-            # A step or a validation that was not finished left no trace; the next run begins it anew.
-            save()
+            elif reach is not None:
+                save()  # the beginning, to roll back to
+            ahead = range(progress.step, steps)
+            with closing(feed(rows, group, choices.micro_batch, rows_per_step, ahead, progress.alerts.place)) as fed:
+                for parts, targets in fed:
+                    due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
+                    total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
+                    if stopping:
+                        raise Interrupted("asked to stop")
+                    loop.step(progress, parts, targets=total, rounds=rounds)
+                    progress.step += 1
+                    progress.tokens += tokens_per_step
+                    progress.targets += int(total)
+                    if progress.step == steps or progress.step % LOG_EVERY == 0:
+                        loop.report_steps(progress)
+                    validate_if_due()
+                    if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
+                        save()
+                        saved = time.monotonic()
+
+        def roll_back(offence: RollBack) -> Progress:
             writer.wait()
-            group.sum(0)  # nobody leaves before it is on disk
-            raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
+            before = _last_state(folder, group, report, until=offence.steps.start)
+            if before is None:
+                raise InputError(f"{offence}; there is no checkpoint to roll back to")
+            reshard(learner)  # a validation that was stopped has gathered weights
+            training_state.restore(before, learner.model, loop.optimizers)
+            loop.forget()
+            memory = progress.alerts
+            memory.pass_over(offence.steps)
+            restored = Progress.of(before.facts["progress"])
+            restored.alerts.passed, restored.alerts.rollbacks = memory.passed, [*memory.rollbacks, offence.finding.steps.start]
+            if len(restored.alerts.rollbacks) > MOST_ROLLBACKS:
+                raise InputError(f"{offence}; {MOST_ROLLBACKS} rollbacks before it were of no use")
+            if group.is_main:
+                training_state.forget_after(folder, restored.step)
+            first, last = offence.steps.start, offence.steps.stop - 1
+            rows_of = f"step {first}" if first == last else f"steps {first} to {last}"
+            report(note=f"{offence}: goes back to step {restored.step}, and past the rows of {rows_of}")
+            return restored
+
+        while True:
+            try:
+                go_on()
+                break
+            except MemoryShortageError as shortage:
+                shrink(scratch, shortage.micro_batch)
+                raise
+            except RollBack as offence:
+                progress = roll_back(offence)
+            except (Interrupted, Paused) as end:
+                # A step or a validation that was not finished left no trace; the next run begins it anew.
+                reason = end
+                try:
+                    save()
+                except Paused as found:  # by a step that was not judged before
+                    reason = found
+                    save()
+                except RollBack:
+                    pass  # what would be saved is to be undone; the next run finds so too
+                writer.wait()
+                group.sum(0)  # nobody leaves before it is on disk
+                if isinstance(reason, Paused):
+                    raise Paused(f"{reason}; checkpointed after step {progress.step} of {steps}") from None
+                raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
     gather(learner, model)
     model.eval()
     progress.seconds = time.monotonic() - began
     return _metrics(model, progress, loop.choices, rows=rows, tokens_per_step=tokens_per_step)
 
 
-def _last_state(folder: Path, group: Group, report: Callable[..., None]) -> training_state.TrainingState | None:
-    """The last sound checkpoint, the same one in every process."""
-    path, damaged = training_state.newest(folder) if group.is_main else (None, [])
+def _last_state(
+    folder: Path, group: Group, report: Callable[..., None], *, until: int | None = None
+) -> training_state.TrainingState | None:
+    """The last sound checkpoint, after the step `until` none, the same one in every process."""
+    path, damaged = training_state.newest(folder, until=until) if group.is_main else (None, [])
     path = group.from_main(path)
     for broken in damaged:
         instead = f"goes on from {path.name}" if path is not None else "starts from the beginning"
@@ -216,4 +274,6 @@ def _metrics(
         metrics |= {"best_validation_loss": progress.best["validation_loss"], "best_validation_step": progress.best["step"]}
     if progress.self_check:
         metrics["self_check"] = progress.self_check
+    if alerts := progress.alerts.facts():
+        metrics["alerts"] = alerts
     return metrics

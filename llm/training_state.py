@@ -23,7 +23,6 @@ from llm.files import write_tensors, write_text
 from llm.sharding import like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-KEPT = 2
 PARTIAL = ".partial"
 
 
@@ -62,7 +61,9 @@ def _copy(tensor: Tensor, keep: bool) -> Tensor:
 
 @torch.no_grad()
 def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Put weights and optimizer state back where `take` found them."""
+    """Put weights and optimizer state back where `take` found them; what the optimizers have learned since is forgotten."""
+    for optimizer in optimizers:
+        optimizer.state.clear()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in weights.items():
         weight.copy_(like(state.weights[name], weight))
@@ -73,8 +74,11 @@ def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.o
         owners[weight].state[weight][part] = like(value, weight)
 
 
-def write(folder: Path, state: TrainingState, *, kept: int = KEPT) -> Path:
-    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept` up to it."""
+def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = None) -> Path:
+    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept` up to it.
+
+    The last one that is not after the step `since` is kept besides, and the one after it, which will be that in its time.
+    """
     final = folder / f"step-{state.facts['step']:08d}"
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,15 +94,21 @@ def write(folder: Path, state: TrainingState, *, kept: int = KEPT) -> Path:
     shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
     partial.rename(final)
     _fsync(folder)
-    for old in [path for path in _finished(folder) if path <= final][:-kept]:  # later ones are damaged: this one is new
-        shutil.rmtree(old)
+    earlier = [path for path in _finished(folder) if path <= final]  # later ones are damaged: this one is new
+    needed = set(earlier[-kept:])
+    if since is not None:
+        before = max(0, sum(_step(path) <= since for path in earlier) - 1)
+        needed |= set(earlier[before : before + 2])
+    for old in earlier:
+        if old not in needed:
+            shutil.rmtree(old)
     return final
 
 
-def newest(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The last checkpoint under `folder` whose digests match, and the damaged ones after it."""
+def newest(folder: Path, *, until: int | None = None) -> tuple[Path | None, list[Path]]:
+    """The last checkpoint under `folder`, after the step `until` none, whose digests match, and the damaged ones after it."""
     damaged: list[Path] = []
-    for path in reversed(_finished(folder)):
+    for path in reversed([path for path in _finished(folder) if until is None or _step(path) <= until]):
         if _is_sound(path):
             return path, damaged
         damaged.append(path)
@@ -111,11 +121,21 @@ def read(path: Path) -> TrainingState:
     return TrainingState(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), facts)
 
 
-class Writer:
-    """Writes checkpoints beside the training, one at a time. A fault of writing comes up at the next write or at close."""
+def forget_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for path in _finished(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Writer:
+    """Writes checkpoints beside the training, one at a time. A fault of writing comes up at the next write or at close.
+
+    The last `kept` stay; if `reach` is a number, so does the last one that is as many steps old.
+    """
+
+    def __init__(self, folder: Path, *, kept: int, reach: int | None = None) -> None:
+        self.folder, self._kept, self._reach = folder, kept, reach
         for partial in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while writing
             shutil.rmtree(partial)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -124,7 +144,8 @@ class Writer:
     def submit(self, state: TrainingState) -> None:
         """Start writing `state`, after the one before it is on disk."""
         self.wait()
-        self._pending = self._pool.submit(write, self.folder, state)
+        since = None if self._reach is None else max(0, state.facts["step"] - self._reach)
+        self._pending = self._pool.submit(write, self.folder, state, kept=self._kept, since=since)
 
     def wait(self) -> None:
         """Return when everything submitted is on disk."""
@@ -143,6 +164,10 @@ class Writer:
 def _finished(folder: Path) -> list[Path]:
     """Checkpoints under their final name, oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(PARTIAL))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _is_sound(path: Path) -> bool:

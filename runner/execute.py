@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import IO
 
+from runner.alerts import Notices
 from runner.code import code_digest
 from runner.errors import GateError, StageError
 from runner.graph import ancestors
@@ -32,6 +33,7 @@ class Execution:
         upload = recipe.head.cache.upload
         self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
         self._tracker = Tracker(store.root, recipe.head.tracking.to)
+        self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
@@ -161,7 +163,9 @@ class Execution:
         stage, key = entry.stage, str(entry.key)
         self._progress.started(entry)
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-        result = StageRun(entry, plan, self._recipe, self._store, log).work(self._progress, self._stop, self._tracker)
+        result = StageRun(entry, plan, self._recipe, self._store, log).work(
+            self._progress, self._stop, self._tracker, self._notices
+        )
         seconds = time.monotonic() - clock
         if not plan.still_holds(entry):
             self._store.discard_work(stage, key)

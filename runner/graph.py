@@ -145,6 +145,7 @@ def identity(stage: Stage, *, artifacts: Mapping[str, str], files: Callable[[Inp
         file=lambda file: {"content": files(file)},
         semantic_only=True,
     )
+    fields |= stage.decided()
     return {"format": KEY_FORMAT, "kind": stage.kind, "version": stage.version, "fields": fields}
 
 

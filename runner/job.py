@@ -11,7 +11,8 @@ from runner.files import write_whole
 JOB = "job.json"
 PREPARED = "prepared"  # there once the work before a training group is done
 RESULT = "result.json"  # metrics, versions and hardware; written last by a worker that succeeded
-ERROR = "error.json"  # the sentence of the first process that failed
+ERROR = "error.json"  # the sentence of the first process that failed, and whether it may be tried again
+PAUSED = "paused.json"  # the sentence of an alert that asks for a person; stays until the stage goes on
 STOP = "stop"  # its presence asks the workers to checkpoint and end
 
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 from runner.artifacts import SCRATCH
 from runner.code import code_digest
 from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of
+from runner.job import PAUSED
 from runner.recipe import Recipe
 from runner.record import Record
 from runner.stage import Effect, Stage, Verdict
 from runner.store import Store
 
 State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "failed", "paused"]
-RUNNABLE: frozenset[State] = frozenset({"run", "resume"})
+RUNNABLE: frozenset[State] = frozenset({"run", "resume", "paused"})
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ class Plan:
         key = key_of(what)
         record = self._store.record(stage, key)
         if record is None:
-            resumable = (self._store.work(stage, key) / SCRATCH).exists()
+            scratch = self._store.work(stage, key) / SCRATCH
+            if (scratch / PAUSED).exists():
+                return Entry(name, stage, "paused", "by an alert; run goes on from its checkpoint", key, what, None, None)
+            resumable = scratch.exists()
             reason = "goes on where it was interrupted" if resumable else self._why_new(stage, what, key)
             return Entry(name, stage, "resume" if resumable else "run", reason, key, what, None, None)
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 import runner.stages
+from runner.alerts import AlertsTable
 from runner.errors import RecipeError
 from runner.faults import listed, nearest, shown, validated
 from runner.graph import edges, find_cycle, input_files, plain
@@ -23,7 +24,7 @@ from runner.mirrors import TrackerName
 from runner.paths import Bounds, fixed_part, leaves_by_name
 from runner.remote import address_fault, is_local, local_folder
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
-from runner.tables import apply_override, read_with_parents
+from runner.tables import apply_override, merged, read_with_parents
 
 
 class CacheTable(Spec):
@@ -64,6 +65,8 @@ class Head(Spec):
     """Where else results may be."""
     tracking: Execution[TrackingTable] = TrackingTable()
     """Where curves go."""
+    alerts: Execution[AlertsTable] = AlertsTable()
+    """What is watched in every training, and who is told of it; `stage.NAME.alerts` overrides it field by field."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,19 @@ class Recipe:
     stages: Mapping[str, Stage]
 
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder."""
+        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder.
+
+        Addresses of notices are left out: they may hold secrets, and what is resolved is kept and shown.
+        """
         folder = self.path.parent.resolve()
 
         def relative(file: Located) -> str:
             return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
         stages = {name: {"kind": stage.kind, **plain(stage, file=relative)} for name, stage in self.stages.items()}
-        return {**plain(self.head), "stage": stages}
+        head = plain(self.head)
+        del head["alerts"]["notify"]
+        return {**head, "stage": stages}
 
 
 @cache
@@ -105,13 +113,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
     faults = list(_place_remote(table, bounds))
     stage_tables = table.pop("stage", None)
     head = validated(Head, table, "", faults)
+    alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
     stages: dict[str, Stage] = {}
     if not isinstance(stage_tables, dict) or not stage_tables:
         faults.append("stage: wants at least one [stage.NAME] table, found none")
         stage_tables = {}
     broken: set[str] = set()
     for name, fields in stage_tables.items():
-        stage = _validate_stage(name, fields, head.seed if head else 0, faults)
+        stage = _validate_stage(name, fields, head.seed if head else 0, alerts, faults)
         if stage is None:
             broken.add(name)
         else:
@@ -129,7 +138,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
 # Validating
 
 
-def _validate_stage(name: str, fields: Any, seed: int, faults: list[str]) -> Stage | None:
+def _validate_stage(name: str, fields: Any, seed: int, alerts: dict[str, Any], faults: list[str]) -> Stage | None:
     if not isinstance(fields, dict):
         faults.append(f"stage.{name}: wants a table, found {fields!r}")
         return None
@@ -144,6 +153,8 @@ def _validate_stage(name: str, fields: Any, seed: int, faults: list[str]) -> Sta
         return None
     if "seed" in kinds[kind].model_fields:
         fields.setdefault("seed", seed)
+    if "alerts" in kinds[kind].model_fields and isinstance(fields.get("alerts", {}), dict):
+        fields["alerts"] = merged(alerts, fields.get("alerts", {}))
     return validated(kinds[kind], fields, f"stage.{name}.", faults)
 
 

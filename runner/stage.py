@@ -142,6 +142,16 @@ class Parallel(Spec):
     """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
     compile: Execution[bool | Literal["auto"]] = "auto"
     """Whether layers run as torch.compile makes them; "auto" is where a training is long enough to gain by it."""
+    retries: Execution[int] = Field(2, ge=0)
+    """How often a training begins again from its last checkpoint after a worker died, a group failed, memory ran out or a step
+    did not end; a fault at a later step than any before begins the count anew. Faults of data or recipe are not retried."""
+    fallback: Execution[Literal["single", "none"]] = "single"
+    """What follows when retries are used up: "single" goes on with one process and the same global batch."""
+    timeout_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
+    """How long the processes of a training wait for each other, when they form a group and when they compute together."""
+    stall_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
+    """A step that has not ended after this long, and after 20 times the longest step, counts as a fault; until the first step
+    has ended it is four times as long, and ten minutes at least."""
 
     @field_validator("find_unused_parameters")
     @classmethod
@@ -216,6 +226,12 @@ class Stage(Spec):
     @abc.abstractmethod
     def run(self, context: Context) -> Metrics:
         """Do the work; return what the record should tell. Called in every process of a training."""
+
+    def decided(self) -> Mapping[str, Any]:
+        """What else than the semantic fields decides the result, by field, as it enters the key: of a field that does so only
+        with some of its values.
+        """
+        return {}
 
     def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
         """Judges what `run` returned, on every run and while planning; what reads the artifact waits until all gates pass."""

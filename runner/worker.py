@@ -16,24 +16,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llm.errors import InputError, Interrupted
+from llm.errors import InputError, Interrupted, Paused
+from runner import living
 from runner.artifacts import METRICS, SCRATCH
 from runner.files import write_whole
-from runner.job import ERROR, RESULT, STOP, Job
+from runner.job import ERROR, PAUSED, RESULT, STOP, Job
 from runner.recipe import stage_kinds
 from runner.stage import Context, Parallel, Stage
+from runner.watchdog import Heartbeat
 
 REPORTED_VERSIONS = ("stockpot", "torch", "tokenizers", "transformers", "peft", "bitsandbytes", "accelerate", "rensa")
-EXIT_FAILED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 130, 4
+EXIT_FAILED, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 5, 130, 4
+# What machines do to a training, and torch says with a RuntimeError; anything else would only happen again.
+MACHINES = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
 
 
 def main() -> int:
     """Runs the job file named on the command line; `--prepare` runs only what comes before a training group is formed."""
     job_path, *flags = sys.argv[1:]
-    watch_parent()
     job = Job.read(Path(job_path))
     rank = int(os.environ.get("RANK", "0"))
     scratch = Path(job.work) / SCRATCH
+    known = living.announce(scratch, str(rank))  # noqa: F841  # the lock on it lasts as long as this process
+    watch_parent()
     try:
         if flags == ["--prepare"]:
             stage, context = _open(job, scratch, rank)
@@ -44,13 +49,17 @@ def main() -> int:
         metrics = stage.run(context)
     except Interrupted:
         return EXIT_INTERRUPTED
+    except Paused as pause:
+        if rank == 0:
+            write_whole(scratch / PAUSED, json.dumps({"message": str(pause)}))
+        return EXIT_PAUSED
     except (InputError, OSError, MemoryError) as error:
         traceback.print_exc()
-        _leave_error(scratch, rank, sentence(error, Path(job.work)))
+        _leave_error(scratch, rank, sentence(error, Path(job.work)), again=isinstance(error, MACHINES))
         return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        _leave_error(scratch, rank, f"{type(error).__name__}: {error}")
+        _leave_error(scratch, rank, f"{type(error).__name__}: {error}", again=isinstance(error, MACHINES))
         return EXIT_FAILED
     if rank == 0:
         write_whole(scratch / RESULT, json.dumps({"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}))
@@ -114,7 +123,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         parallel=Parallel.model_validate(job.parallel),
         cores=job.cores,
         report=Report(Path(job.work) / METRICS) if rank == 0 else _silent,
-        should_stop=(scratch / STOP).exists,
+        should_stop=Heartbeat(scratch, (scratch / STOP).exists) if rank == 0 else (scratch / STOP).exists,
     )
     return stage, context
 
@@ -137,11 +146,14 @@ def _silent(**values: Any) -> None:
     pass
 
 
-def _leave_error(scratch: Path, rank: int, message: str) -> None:
-    """The first process that fails says why; the others fail only because it did."""
+def _leave_error(scratch: Path, rank: int, message: str, *, again: bool) -> None:
+    """The first process that fails says why, and whether trying again may help; the others fail only because it did.
+
+    What is wrong for good is said in any case: another process may have been first to miss this one.
+    """
     with contextlib.suppress(OSError):  # a full disk, say: then the log and the exit code are what is left
-        if not (scratch / ERROR).exists():
-            write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message}))
+        if not again or not (scratch / ERROR).exists():
+            write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message, "again": again}))
 
 
 def _assert_world_size(wanted: int) -> None:

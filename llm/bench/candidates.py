@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm.alerts import Alerts, Judge
 from llm.bench.subject import Subject
 from llm.choices import choose
 from llm.feed import batches, most_batches
@@ -124,6 +125,7 @@ class Ours:
             group=group,
             choices=self.choices,
             auto=auto,
+            judge=Judge(Alerts(), warmup_steps=schedule.warmup_steps),
             report=report,
             should_stop=lambda: False,
         )

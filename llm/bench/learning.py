@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from llm.alerts import Alerts
 from llm.bench.candidates import build_ours, build_theirs
 from llm.bench.subject import Subject
 from llm.choices import Choices
@@ -84,12 +85,15 @@ def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scra
             validate_every=None,
             checkpoint_every=None,
             checkpoint_minutes=None,
+            keep_checkpoints=1,
+            alerts=Alerts(),
             micro_batch=subject.micro_batch,
             precision=subject.precision,
             compiled=subject.compiled,
             strategy="ddp",
             find_unused_parameters=False,
             cores=subject.cores,
+            timeout_minutes=30.0,
             scratch=folder,
             report=lambda **values: None,
             should_stop=lambda: False,

@@ -179,7 +179,7 @@ def _full_step(ours: Ours, loaded: Iterator[tuple[list[Batch], int]], spent: Spe
 def _checkpoints(ours: Ours, scratch: Path) -> tuple[float, float]:
     """Seconds for which the loop stands while the state is copied, and processor seconds of writing it; medians."""
     copying, writing = [], []
-    with training_state.Writer(scratch) as writer:
+    with training_state.Writer(scratch, kept=2) as writer:
         for save in range(SAVES):
             start = time.perf_counter()
             state = training_state.take(ours.model, ours.loop.optimizers, facts={"step": save})

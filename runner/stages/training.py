@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llm.alerts import Alerts
 from llm.settings import Budget, Optimizer, Schedule
 from runner.stage import Context, Execution, Semantic, Stage
 
@@ -45,6 +46,16 @@ class TrainingStage(Stage):
     """Steps between two training checkpoints."""
     checkpoint_minutes: Execution[float | None] = Field(5.0, gt=0)
     """Minutes between two training checkpoints."""
+    keep_checkpoints: Execution[int] = Field(2, gt=0)
+    """Training checkpoints to keep: the last ones. An alert that may roll back keeps up to two more."""
+    alerts: Execution[Alerts] = Alerts()
+    """What is watched while training; fields that are not set here are those of [alerts]. An alert whose action is `skip` or
+    `rollback` decides what is learned, and is part of the key."""
+
+    def decided(self) -> dict[str, Any]:
+        """The alerts that change what is learned."""
+        learned = self.alerts.learned()
+        return {"alerts": learned} if learned else {}
 
     def learn(
         self,
@@ -75,12 +86,15 @@ class TrainingStage(Stage):
             validate_every=self.validate_every,
             checkpoint_every=self.checkpoint_every,
             checkpoint_minutes=self.checkpoint_minutes,
+            keep_checkpoints=self.keep_checkpoints,
+            alerts=self.alerts,
             micro_batch=self.micro_batch,
             precision=context.parallel.precision,
             compiled=context.parallel.compile,
             strategy=context.parallel.strategy,
             find_unused_parameters=context.parallel.find_unused_parameters,
             cores=context.cores,
+            timeout_minutes=context.parallel.timeout_minutes,
             scratch=context.scratch,
             report=context.report,
             should_stop=context.should_stop,

@@ -175,7 +175,7 @@ def test_a_checkpoint_made_after_damaged_ones_is_kept(tmp_path: Path) -> None:
 def test_writing_a_checkpoint_never_removes_it(tmp_path: Path) -> None:
     model = tiny_model()
     for step in (10, 11, 3):
-        written = training_state.write(tmp_path, training_state.take(model, [], facts={"step": step}))
+        written = training_state.write(tmp_path, training_state.take(model, [], facts={"step": step}), kept=2)
         assert written.exists()
 
 
@@ -204,7 +204,7 @@ def test_threads_are_those_it_began_with_and_other_processes_are_noted(tmp_path:
     facts["choices"] |= {"processes": 2, "strategy": "ddp"}
     model = tiny_model()
     checkpoint = training_state.read(state.parent)
-    training_state.write(state.parent.parent, replace(checkpoint, facts=facts))
+    training_state.write(state.parent.parent, replace(checkpoint, facts=facts), kept=2)
     lines: list[dict[str, Any]] = []
     tiny_training(model, tmp_path / "two", lines=lines)
     assert any("began with 2 processes (ddp) on cpu, goes on with 1 process on cpu" in line.get("note", "") for line in lines)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llm.alerts import Alerts
 from llm.bench.candidates import Ours
 from llm.bench.subject import Subject
 from llm.group import Group
@@ -70,12 +71,15 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
         "validate_every": 8,
         "checkpoint_every": None,
         "checkpoint_minutes": None,
+        "keep_checkpoints": 2,
+        "alerts": Alerts(),
         "micro_batch": "auto",
         "precision": "fp32",
         "compiled": False,
         "strategy": "ddp",
         "find_unused_parameters": False,
         "cores": 1,
+        "timeout_minutes": 1.0,
         "scratch": scratch,
         "report": lambda **values: reported.append(values),
         "should_stop": lambda: False,

@@ -168,7 +168,7 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
         ),
         (
             "stages.x.kind=corpus",
-            "stages: is not known here; wants one of cache, description, extends, name, parallel, seed, stage",
+            "stages: is not known here; wants one of alerts, cache, description, extends, name, parallel, seed, stage",
         ),
     ],
 )

@@ -1,0 +1,293 @@
+"""Alerts: what is watched while a training runs, as a recipe writes it, and the judgement. Numbers only, no torch.
+
+What a step, a report or a validation shows is compared with limits; what is done about it is the loop's business. An action
+that changes learning (`skip`, `rollback`) is judged from what is a function of the rows, the settings and the seed alone,
+so that an interrupted training decides as an uninterrupted one does. An alert speaks once, and again only after what it is
+about had ended; so a training that goes on after a pause does not pause for the same thing again.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llm.errors import InputError
+from llm.settings import Settings
+
+NORMS = 50  # steps whose gradient norms make the running median
+LEAST_NORMS = 20  # steps before one is judged by it
+SPEEDS = 5  # reports before one is judged by the speed of those before
+MOST_SKIPPED = 50  # steps in a row; by then the running median has followed, so what still goes on is no spike
+MOST_ROLLBACKS = 10  # of one training
+
+Action = Literal["off", "warn", "pause", "stop", "skip", "rollback"]
+
+
+class Alert(Settings):
+    """One thing that is watched, and what is done about it."""
+
+    @property
+    def what_it_does(self) -> Action:
+        """The action."""
+        action: Action = self.action  # type: ignore[attr-defined]  # each has it, with the actions that it allows
+        return action
+
+    def learned(self) -> dict[str, Any]:
+        """The fields that decide what is learned: none, unless the action changes it."""
+        if self.what_it_does == "rollback":
+            return self.model_dump()
+        return self.model_dump(exclude={"back"}) if self.what_it_does == "skip" else {}
+
+
+class LossAlert(Alert):
+    """The training loss is high, as the mean over a report."""
+
+    above: float = 10.0
+    """Nats per target."""
+    after: int = Field(100, ge=0)
+    """Steps from which on it is judged; never before the end of the schedule's warm-up."""
+    action: Literal["off", "warn", "pause", "stop", "rollback"] = "pause"
+    """What is done about it."""
+    back: int = Field(20, ge=0)
+    """Of "rollback": steps before the offending ones that are undone, and their rows passed over, with them."""
+
+
+class NotFiniteAlert(Alert):
+    """The loss or the gradient of a step is not a finite number."""
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    """What is done about it; going on as it is would be in vain."""
+    back: int = Field(0, ge=0)
+    """Of "rollback": steps before the offending one that are undone, and their rows passed over, with it."""
+
+
+class GradientNormAlert(Alert):
+    """The gradient's norm, before clipping, is far above what it was in the last 50 steps."""
+
+    times: float = Field(10.0, gt=1)
+    """The median of those norms."""
+    action: Literal["off", "warn", "pause", "stop", "skip", "rollback"] = "warn"
+    """What is done about it; "skip" leaves out the update of the step, counts it, and goes on."""
+    back: int = Field(0, ge=0)
+    """Of "rollback": steps before the offending one that are undone, and their rows passed over, with it."""
+
+
+class ValidationAlert(Alert):
+    """The validation loss rises."""
+
+    rising: int = Field(3, gt=0)
+    """Evaluations in a row, each with a higher loss than the one before."""
+    action: Literal["off", "warn", "pause", "stop"] = "warn"
+    """What is done about it."""
+
+
+class ThroughputAlert(Alert):
+    """Training has become slow."""
+
+    below: float = Field(0.3, gt=0, lt=1)
+    """A share of the median speed since this run began."""
+    action: Literal["off", "warn", "pause", "stop"] = "warn"
+    """What is done about it."""
+
+
+class GapAlert(Alert):
+    """The validation loss is far above the training loss."""
+
+    above: float = Field(1.0, gt=0)
+    """Nats per target."""
+    action: Literal["off", "warn", "pause", "stop"] = "warn"
+    """What is done about it."""
+
+
+class Alerts(Settings):
+    """What is watched while a training runs. Actions: `off`; `warn`; `pause`, a checkpoint and the end of the run with exit
+    code 5; `stop`, a failed stage; `skip`, no update from the step; `rollback`, back to before, and past the rows.
+    """
+
+    loss: LossAlert = LossAlert()
+    """The training loss is high."""
+    not_finite: NotFiniteAlert = NotFiniteAlert()
+    """The loss or the gradient of a step is not a finite number."""
+    gradient_norm: GradientNormAlert = GradientNormAlert()
+    """The gradient is suddenly long."""
+    validation: ValidationAlert = ValidationAlert()
+    """The validation loss rises."""
+    throughput: ThroughputAlert = ThroughputAlert()
+    """Training has become slow."""
+    gap: GapAlert = GapAlert()
+    """The validation loss is far above the training loss."""
+
+    def learned(self) -> dict[str, Any]:
+        """What of them decides what is learned: the alerts whose action is `skip` or `rollback`."""
+        return {name: fields for name, alert in self.each() if (fields := alert.learned())}
+
+    def each(self) -> Iterator[tuple[str, Alert]]:
+        """Name and alert."""
+        return ((name, getattr(self, name)) for name in type(self).model_fields)
+
+    def does(self, action: Action) -> bool:
+        """Whether one of them has this action."""
+        return any(alert.what_it_does == action for _, alert in self.each())
+
+    @property
+    def reach(self) -> int:
+        """Steps before a step or a report that a rollback undoes at most, with those of the report itself left aside."""
+        return max((alert.back for alert in (self.loss, self.not_finite, self.gradient_norm)), default=0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One alert that was raised."""
+
+    alert: str
+    action: Action
+    text: str
+    steps: range  # the offending ones, counted from 0
+    back: int = 0  # steps before them to undo as well
+
+
+@dataclass
+class Memory:
+    """What alerts remember of a training; JSON values only, because it is part of every checkpoint."""
+
+    norms: list[float] = field(default_factory=list)  # gradient norms of the last steps
+    raised: list[str] = field(default_factory=list)  # alerts whose cause has not ended yet
+    rising: int = 0  # validations in a row
+    validation_loss: float | None = None  # the last
+    skipped: list[int] = field(default_factory=list)  # steps without an update
+    passed: list[list[int]] = field(default_factory=list)  # [first, end) of steps' rows that are passed over, sorted, apart
+    rollbacks: list[int] = field(default_factory=list)  # the first offending step of each
+    counts: dict[str, int] = field(default_factory=dict)  # how often each alert spoke
+
+    def place(self, step: int) -> int:
+        """Whose rows `step` learns from: its own, moved on by the ranges that are passed over."""
+        for first, end in self.passed:
+            if step >= first:
+                step += end - first
+        return step
+
+    def pass_over(self, steps: range) -> None:
+        """Never again learn from the rows that `steps` learned from."""
+        new = [self.place(steps.start), self.place(steps.stop - 1) + 1]
+        apart = [kept for kept in self.passed if kept[1] < new[0] or kept[0] > new[1]]
+        touched = [kept for kept in self.passed if kept not in apart]
+        merged = [min(new[0], *(kept[0] for kept in touched)), max(new[1], *(kept[1] for kept in touched))] if touched else new
+        self.passed = sorted([*apart, merged])
+
+    def facts(self) -> dict[str, Any]:
+        """What a record should tell; empty if there is nothing."""
+        found = {
+            "raised": self.counts,
+            "skipped_steps": self.skipped,
+            "passed_over": self.passed,
+            "rollbacks": self.rollbacks,
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+class Judge:
+    """Compares what a training shows with the limits of its alerts."""
+
+    def __init__(self, alerts: Alerts, *, warmup_steps: int) -> None:
+        self.alerts = alerts
+        self._warmup = warmup_steps
+        self._speeds: list[float] = []  # of this run alone: another machine has another
+
+    @property
+    def each_step(self) -> bool:
+        """Whether a step has to be judged before its update, which costs waiting for its gradient."""
+        return self.alerts.does("skip")
+
+    def step(self, memory: Memory, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
+        """Judges one step, in order; one whose action is `skip` must not update."""
+        finding = self._of_step(memory, step, loss=loss, norm=norm, rate=rate)
+        if math.isfinite(norm):
+            memory.norms = [*memory.norms, norm][-NORMS:]
+        if finding is None or finding.action != "skip":
+            return finding
+        memory.skipped.append(step)
+        if memory.skipped[-MOST_SKIPPED:] == list(range(step - MOST_SKIPPED + 1, step + 1)):
+            raise InputError(f"{MOST_SKIPPED} steps in a row were skipped, the last because {finding.text}")
+        return finding
+
+    def _of_step(self, memory: Memory, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
+        this = range(step, step + 1)
+        wrong = not (math.isfinite(loss) and math.isfinite(norm))
+        if wrong:
+            text = (
+                f"training wants a finite loss and gradient; found at step {step}: loss {loss:g}, gradient norm {norm:g}, "
+                f"learning rate {rate:g}"
+            )
+            alert = self.alerts.not_finite
+            memory.counts["not_finite"] = memory.counts.get("not_finite", 0) + 1
+            return Finding("not_finite", alert.action, text, this, alert.back)
+        spiky = self.alerts.gradient_norm
+        usual = median(memory.norms) if len(memory.norms) >= LEAST_NORMS else math.inf
+        spike = spiky.action != "off" and norm > spiky.times * usual
+        text = f"the gradient norm at step {step} is {norm:.4g}, and the median of the last {len(memory.norms)} is {usual:.4g}"
+        return self._spoken(memory, "gradient_norm", spike, spiky, text, this, spiky.back)
+
+    def report(self, memory: Memory, steps: range, *, loss: float | None, speed: float) -> Iterator[Finding]:
+        """Judges the mean loss of some steps (None: all were skipped), and tokens per second."""
+        alert = self.alerts.loss
+        judged = steps.stop > max(self._warmup, alert.after) and alert.action != "off"
+        if loss is not None:
+            text = f"the loss over the {len(steps)} steps before step {steps.stop} is {loss:.4g}, above {alert.above:g}"
+            found = self._spoken(memory, "loss", judged and loss > alert.above, alert, text, steps, alert.back)
+            if found:
+                yield found
+        slow = self.alerts.throughput
+        usual = median(self._speeds) if len(self._speeds) >= SPEEDS else 0.0
+        self._speeds = [*self._speeds, speed][-NORMS:]
+        text = f"at step {steps.stop} training makes {speed:,.0f} tokens/s, and {usual:,.0f} was usual"
+        if found := self._spoken(
+            memory, "throughput", slow.action != "off" and speed < slow.below * usual, slow, text, steps, 0
+        ):
+            yield found
+
+    def validation(self, memory: Memory, step: int, *, found: float, loss: float | None) -> Iterator[Finding]:
+        """Judges the loss on held-out rows beside the last one and the training loss."""
+        before, memory.validation_loss = memory.validation_loss, found
+        memory.rising = memory.rising + 1 if before is not None and found > before else 0
+        alert, steps = self.alerts.validation, range(step, step)
+        rises = alert.action != "off" and memory.rising >= alert.rising
+        text = f"the validation loss has risen {memory.rising} times in a row, to {found:.4g} after step {step}"
+        if one := self._spoken(memory, "validation", rises, alert, text, steps, 0):
+            yield one
+        gap = self.alerts.gap
+        wide = gap.action != "off" and loss is not None and found - loss > gap.above
+        text = f"after step {step} the validation loss is {found:.4g} and the training loss {loss or 0.0:.4g}"
+        if one := self._spoken(memory, "gap", wide, gap, text, steps, 0):
+            yield one
+
+    def _spoken(
+        self, memory: Memory, name: str, found: bool, alert: Alert, text: str, steps: range, back: int
+    ) -> Finding | None:
+        """The finding where there is one: of what goes on, only the first, unless the action is taken each time."""
+        before = name in memory.raised
+        if found != before:
+            memory.raised = sorted({*memory.raised, name} if found else {*memory.raised} - {name})
+        if not found or (before and alert.what_it_does not in ("skip", "rollback")):
+            return None
+        memory.counts[name] = memory.counts.get(name, 0) + 1
+        return Finding(name, alert.what_it_does, text, steps, back)
+
+
+class RollBack(Exception):  # noqa: N818  # it is no error
+    """Training is to go on from before the offending steps, and past their rows."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.text)
+        self.finding = finding
+        self.steps = range(max(0, finding.steps.start - finding.back), finding.steps.stop)
+
+
+WEIGHT: dict[Action, int] = {"rollback": 0, "stop": 1, "pause": 2, "skip": 3, "warn": 4, "off": 5}
+
+
+def weightiest(findings: Iterable[Finding]) -> Finding | None:
+    """What decides how a training goes on: first what changes learning, since the rest may be about steps that never were."""
+    return min(findings, key=lambda finding: (WEIGHT[finding.action], finding.steps.start), default=None)
