@@ -116,6 +116,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
             broken.add(name)
         else:
             stages[name] = stage
+    for name, stage in list(stages.items()):
+        stages |= stage.completed(name, stages)
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, bounds))
     if head is not None:

@@ -18,12 +18,24 @@ from typing import Any
 
 from llm.errors import InputError, Interrupted
 from runner.artifacts import METRICS, SCRATCH
+from runner.curves import read_curves
 from runner.files import write_whole
 from runner.job import ERROR, RESULT, STOP, Job
 from runner.recipe import stage_kinds
 from runner.stage import Context, Parallel, Stage
 
-REPORTED_VERSIONS = ("stockpot", "torch", "tokenizers", "transformers", "peft", "bitsandbytes", "accelerate", "rensa")
+REPORTED_VERSIONS = (
+    "stockpot",
+    "torch",
+    "tokenizers",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "rensa",
+    "gguf",
+    "xllamacpp",
+)
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 130, 4
 
 
@@ -53,7 +65,10 @@ def main() -> int:
         _leave_error(scratch, rank, f"{type(error).__name__}: {error}")
         return EXIT_FAILED
     if rank == 0:
-        write_whole(scratch / RESULT, json.dumps({"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}))
+        result = {"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}
+        if stage.trains:
+            result["curves"] = read_curves(Path(job.work) / METRICS)
+        write_whole(scratch / RESULT, json.dumps(result))
     return 0
 
 
