@@ -44,6 +44,7 @@ class LlamaCpp:
             raise InputError(f"{path.name}: llama.cpp does not open it: {error}") from error
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
+        self._whole = self.encode("a")[0]  # a token that is text by itself
 
     def encode(self, text: str) -> list[int]:
         """The text alone, special tokens as text."""
@@ -59,7 +60,10 @@ class LlamaCpp:
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
         """Of what follows `tokens`, (1, V); NaN for all but the likeliest."""
         wanted = min(LIKELIEST, self._vocab_size)
-        (position,) = self._complete(tokens, n_predict=1, n_probs=wanted)["completion_probabilities"]
+        # An end token, and one that ends amid a character, would have no entry if it were chosen: another is made to be. What is
+        # told is from before that.
+        told = self._complete(tokens, n_predict=1, n_probs=wanted, logit_bias=[[self._whole, 1e9]])
+        (position,) = told["completion_probabilities"]
         found = torch.full((1, self._vocab_size), torch.nan)
         for entry in position["top_logprobs"]:
             found[0, entry["id"]] = entry["logprob"]

@@ -1,8 +1,8 @@
 """Whether a model is the same wherever it is opened: each other system beside the model as it was trained.
 
 The systems are stock Transformers (`llm.stock`) and llama.cpp (`llm.llama_cpp`). Compared are the tokens of sentences, the
-tokens of chats, log-probabilities, and greedy answers. Two systems round differently, so where two tokens are as good as equally
-likely the answers may part: that is told, and is no fault.
+tokens of chats, log-probabilities, and greedy answers. Two systems round differently, so where two tokens are as good as
+equally likely the answers may part: that is told, and is no fault.
 """
 
 import math
@@ -91,7 +91,8 @@ class Ours:
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits (T, V)."""
         device = self.model.model.embed_tokens.weight.device
-        return self.model(torch.tensor([list(tokens)], device=device))[0].cpu()
+        logits: Tensor = self.model(torch.tensor([list(tokens)], device=device))[0]
+        return logits.cpu()
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -162,7 +163,10 @@ def check_likelihoods(ours: Ours, other: System, texts: Sequence[Sequence[int]],
         mine = ours.logits(tokens)[-len(theirs) :].log_softmax(-1)
         said = ~theirs.isnan()
         difference = (mine - theirs)[said].abs()
-        worst = max(worst, float(difference.max())) if torch.isfinite(difference).all() else math.inf
+        if not said.any(-1).all() or not torch.isfinite(difference).all():
+            worst = moved = math.inf
+            break
+        worst = max(worst, float(difference.max()))
         largest = max(largest, float(mine[said].abs().max()))
         moved += float((mine.exp() - theirs.exp())[said].abs().sum() / 2 / len(theirs))
     moved /= max(1, len(texts))

@@ -53,15 +53,17 @@ def pre_tokenizer(name: PreTokenizerName) -> "PreTokenizer":
 
 
 def name_of(tokenizer: Mapping[str, Any]) -> PreTokenizerName | None:
-    """The name of the pre-tokenizer in a `tokenizer.json`; None where it is none of these, or not all that cuts the text."""
+    """The name of the pre-tokenizer in a `tokenizer.json`; None where it is none of these, or not all that cuts the text.
+
+    Whether whole words come first is not compared: it matters only to words that no merges lead to.
+    """
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or tokenizer.get("normalizer"):
         return None
     found = _cuts(tokenizer.get("pre_tokenizer") or {})
-    for name in get_args(PreTokenizerName):
-        if found in (EXPRESSIONS[name], ELSEWHERE.get(name)) and bool(model.get("ignore_merges")) == (
-            name in WHOLE_WORDS_FIRST
-        ):
+    names: tuple[PreTokenizerName, ...] = get_args(PreTokenizerName)
+    for name in names:
+        if found in (EXPRESSIONS[name], ELSEWHERE.get(name)):
             return name
     return None
 

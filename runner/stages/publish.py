@@ -8,8 +8,8 @@
     scores = ["before", "after"]
 
 Nothing is published before the kind `parity` has found it the same wherever it is opened: a recipe that names no such stage
-gets one, with what its other stages hold out to compare by. The folder is the artifact; pushing is an effect that receipts decide
-on (`runner.hub`), so a run that only lacked a token repeats nothing.
+gets one, with what its other stages hold out to compare by. The folder is the artifact; pushing is an effect that receipts
+decide on (`runner.hub`), so a run that only lacked a token repeats nothing.
 """
 
 import json
@@ -69,8 +69,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
     def _parity(self, stages: Mapping[str, Stage]) -> CheckParity:
         """Compares by what the stages above hold out: documents of corpora, rows of evaluations, or else of trainings."""
         above = [other for other in stages if other in ancestors(stages, self.model) | {self.model}]
-        trainings = [stage for other in above if isinstance(stage := stages[other], RowTraining)]
-        scored = [stage for ref in self.scores if isinstance(stage := stages.get(ref), Evaluate)]
+        trainings = [stage for stage in map(stages.__getitem__, above) if isinstance(stage, RowTraining)]
+        scored = [stage for stage in map(stages.get, self.scores) if isinstance(stage, Evaluate)]
         tables: list[RowTable] = [task for stage in scored for task in stage.tasks if isinstance(task, RowTable)]
         tables = tables or [table for stage in trainings for table in stage.validation or stage.data]
         adapter = stages.get(self.adapter) if self.adapter is not None else None
@@ -93,9 +93,10 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         self._check_inputs(context)
         for path in checkpoint.content():
             _link_or_copy(path, context.work / path.relative_to(checkpoint.folder))
-        for ref, folder in ((self.gguf, release.folder), (self.adapter, release.adapter.folder)):
-            for path in context.open(ref).content() if ref is not None else ():
-                _link_or_copy(path, folder / path.name)
+        for path in context.open(self.gguf).content() if self.gguf is not None else ():
+            _link_or_copy(path, context.work / path.name)
+        for path in context.open(self.adapter).content() if self.adapter is not None else ():
+            _link_or_copy(path, release.adapter.folder / path.name)
         if self.parity is not None:
             _link_or_copy(context.open(self.parity).results, release.parity)
         recipe = tomllib.loads(context.recipe)

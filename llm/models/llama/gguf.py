@@ -59,4 +59,5 @@ def tensors(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tupl
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """The rows (heads * E, D) of each head reordered from 0, 1, 2, ... to 0, E / 2, 1, E / 2 + 1, ..."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    pairs = weight.view(heads, 2, -1, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
