@@ -60,8 +60,8 @@ class LlamaCpp:
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
         """Of what follows `tokens`, (1, V); NaN for all but the likeliest."""
         wanted = min(LIKELIEST, self._vocab_size)
-        # An end token, and one that ends amid a character, would have no entry if it were chosen: another is made to be. What is
-        # told is from before that.
+        # An end token, or one that ends amid a character, would have no entry if it were chosen: another is made to be. What
+        # is told is from before that.
         told = self._complete(tokens, n_predict=1, n_probs=wanted, logit_bias=[[self._whole, 1e9]])
         (position,) = told["completion_probabilities"]
         found = torch.full((1, self._vocab_size), torch.nan)

@@ -18,6 +18,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -60,9 +61,9 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def completed(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
         """With a stage `NAME-parity` where it names none."""
-        if self.parity is not None or self.model not in stages:
+        if self.parity is not None:
             return {name: self}
-        parity = f"{name}-parity"
+        parity = next(free for number in count(1) if (free := f"{name}-parity" + f"-{number}" * (number > 1)) not in stages)
         complete: Publish = self.model_copy(update={"parity": _ref(Parity, parity)})
         return {name: complete, parity: self._parity(stages)}
 
