@@ -14,45 +14,21 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from llm.templates import split_text
-from llm.turns import TextTemplate
 from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity
 from runner.files import write_whole
-from runner.stage import Context, InputFile, Metrics, Ref, Semantic, Spec, Stage, Verdict
+from runner.stage import Context, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.data import RowTable
+from runner.stages.material import Material, TextTable, rows_of, texts_of
 
 if TYPE_CHECKING:
     from llm.parity import Check, Ours, System
-    from llm.tokenizer import TextTokenizer
 
-CORPUS_BYTES = 2**20  # of a corpus's held-out documents that are cut into sentences
-MOST_ROWS = 5000  # of the files of a table that prompts are chosen from
 LIKELIHOODS = 20  # texts after which log-probabilities are compared
-TURNS = 10  # chats of several turns
-
-T = TypeVar("T")
-Chat = list[dict[str, str]]
-
-
-class TextTable(Spec):
-    """Files of held-out text."""
-
-    files: Semantic[InputFile]
-    """Path or glob: .jsonl, .txt or .csv (also .gz, .zst), or .parquet."""
-    text: Semantic[str] = "text"
-    """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
-
-    @field_validator("text")
-    @classmethod
-    def _is_field_or_template(cls, text: str) -> str:
-        split_text(text)
-        return text
 
 
 @dataclass(frozen=True)
@@ -105,8 +81,17 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     def run(self, context: Context) -> Metrics:
         """Compare everything, whether or not something fails."""
         from llm.parity import balanced
+        from llm.tokenizer import TextTokenizer
 
-        material = _Material.of(self, context)
+        checkpoint = context.open(self.model)
+        material = Material.of(
+            TextTokenizer.load(checkpoint.folder),
+            list(texts_of([context.open(corpus).validation for corpus in self.corpora], self.text)),
+            list(rows_of(self.prompts)),
+            positions=json.loads(checkpoint.config.read_text(encoding="utf-8"))["max_position_embeddings"],
+            wanted=self.answers,
+            max_new_tokens=self.max_new_tokens,
+        )
         chosen = balanced(material.sentences, self.sentences)
         sentences = [text for texts in chosen.values() for text in texts]
         checks = list(_until_stopped(context, self._checks(context, material, sentences)))
@@ -122,7 +107,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         """One of each comparison; what could not be checked passes, and says so."""
         return [ParityVerdict(check["passed"] is not False, sentence(**check)) for check in metrics["checks"]]
 
-    def _checks(self, context: Context, material: "_Material", sentences: list[str]) -> "Iterator[Check]":
+    def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
         import torch
 
         from llm.checkpoint import load_checkpoint
@@ -150,7 +135,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         for precision, path in context.open(self.gguf).files().items() if self.gguf is not None else ():
             yield from self._llama_cpp(path, precision, ours, words, cores=context.cores)
 
-    def _adapter_check(self, context: Context, ours: "Ours", material: "_Material") -> "Check":
+    def _adapter_check(self, context: Context, ours: "Ours", material: Material) -> "Check":
         """Whether stock PEFT computes with the adapter on the stock base what the adapter computes here."""
         from llm.checkpoint import load_checkpoint
         from llm.lora import load_adapter
@@ -201,95 +186,6 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
                 yield check_answers(ours, other)
         except InputError as error:
             yield Check(name, False, str(error))
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What is compared."""
-
-    tokenizer: "TextTokenizer"
-    sentences: list[str]
-    chats: list[Chat]  # each ends with an answer
-    prompts: list[list[int]]
-    max_new_tokens: int
-
-    @classmethod
-    def of(cls, stage: CheckParity, context: Context) -> "_Material":
-        """Read from what the recipe names; rows and sentences that cannot be used are passed over."""
-        from llm.parity import PROBES
-        from llm.tokenizer import TextTokenizer
-
-        checkpoint = context.open(stage.model)
-        tokenizer = TextTokenizer.load(checkpoint.folder)
-        most: int = json.loads(checkpoint.config.read_text(encoding="utf-8"))["max_position_embeddings"]
-        max_new_tokens = min(stage.max_new_tokens, most // 2)
-        special = tokenizer.special_tokens
-        found = [text for text in _sentences(stage, context) if not any(token in text for token in special)]
-        if tokenizer.template is None:
-            halves = [tokenizer.encode_document(text)[:-1] for text in found or PROBES]
-            prompts = [ids[: max(1, min(len(ids) // 2, most - max_new_tokens))] for ids in halves]
-            return cls(tokenizer, found, [], _spread(prompts, stage.answers), max_new_tokens)
-        chats = list(_chats(stage))
-        if not chats:
-            texts = found or list(PROBES)
-            chats = [_chat(question, answer) for question, answer in zip(texts, texts[1:] + texts[:1], strict=True)]
-        fitting = [
-            (chat, prompt) for chat in chats if (prompt := _prompt(tokenizer, chat)) and len(prompt) <= most - max_new_tokens
-        ]
-        chosen = _spread(fitting or [(_chat("?", "."), tokenizer.encode_prompt(_chat("?", ".")[:-1]))], stage.answers)
-        single = [chat for chat, _ in chosen]
-        several = [first + second for first, second in pairwise(single)][:TURNS]
-        guided = [[{"role": "system", "content": "Answer briefly."}, *single[0]]]
-        rendered = [chat for chat in single + several + guided if _prompt(tokenizer, chat)]
-        return cls(tokenizer, found, rendered, [prompt for _, prompt in chosen], max_new_tokens)
-
-
-def _sentences(stage: CheckParity, context: Context) -> Iterator[str]:
-    """From the held-out documents of corpora and from files."""
-    from llm.chat import read_turns
-    from llm.documents import sample_documents
-    from llm.errors import InputError
-    from llm.parity import sentences
-
-    for corpus in stage.corpora:
-        documents = sample_documents(context.open(corpus).validation, CORPUS_BYTES)
-        yield from sentences(document.text for document in documents)
-    for table in stage.text:
-        rows = islice(read_turns(table.files.matches(), TextTemplate(table.text)), MOST_ROWS)
-        yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
-
-
-def _chats(stage: CheckParity) -> Iterator[Chat]:
-    from llm.chat import read_turns
-    from llm.errors import InputError
-
-    for table in stage.prompts:
-        for _, turns, _ in islice(read_turns(table.files.matches(), table.template), MOST_ROWS):
-            if isinstance(turns, InputError):
-                if table.on_bad_row == "fail":
-                    raise turns
-            elif turns[-1].role == "assistant":
-                yield [turn.message for turn in turns]
-
-
-def _chat(question: str, answer: str) -> Chat:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _prompt(tokenizer: "TextTokenizer", chat: Chat) -> list[int]:
-    """The chat's tokens up to its last answer; none where the template refuses it, or it holds a special token."""
-    from llm.errors import InputError
-
-    try:
-        tokenizer.encode_chat(chat)
-        return tokenizer.encode_prompt(chat[:-1])
-    except InputError:
-        return []
-
-
-def _spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them, evenly spread."""
-    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else list(items)
 
 
 def _until_stopped(context: Context, checks: "Iterator[Check]") -> "Iterator[Check]":
