@@ -12,6 +12,7 @@ A recipe that publishes without one gets one by itself (`runner.stages.publish`)
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,8 +105,14 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         }
 
     def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
-        """One of each comparison; what could not be checked passes, and says so."""
-        return [ParityVerdict(check["passed"] is not False, sentence(**check)) for check in metrics["checks"]]
+        """One of all that are equal, and one of each other; what could not be checked passes, and says so."""
+        equal = Counter(check["name"].partition(":")[0] for check in metrics["checks"] if check["passed"])
+        others = [
+            ParityVerdict(check["passed"] is None, sentence(**check)) for check in metrics["checks"] if not check["passed"]
+        ]
+        if not equal:
+            return others
+        return [ParityVerdict(True, f"{equal.total()} comparisons equal, in {', '.join(equal)}"), *others]
 
     def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
         import torch
@@ -175,7 +182,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             other = LlamaCpp(
                 path,
                 name=name,
-                context=ours.model.config.context or 0,
+                context=max(map(len, ours.prompts)) + ours.max_new_tokens,
                 vocab_size=ours.model.vocab_size,
                 ends=ours.tokenizer.ends,
                 threads=cores,

@@ -26,11 +26,10 @@ from pydantic import Field
 
 from runner import hub
 from runner.artifacts import Adapter, Artifact, Checkpoint, Corpus, Gguf, Parity, Release, Scores
-from runner.graph import ancestors, plain
+from runner.graph import ancestors, edges, plain
 from runner.stage import Context, Effect, Execution, Metrics, Ref, Semantic, Stage
 from runner.stages.data import RowTable, RowTraining
 from runner.stages.evaluate import Evaluate
-from runner.stages.lora import TrainAdapter
 from runner.stages.parity import CheckParity
 
 A = TypeVar("A", bound=Artifact)
@@ -74,13 +73,13 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         scored = [stage for stage in map(stages.get, self.scores) if isinstance(stage, Evaluate)]
         tables: list[RowTable] = [task for stage in scored for task in stage.tasks if isinstance(task, RowTable)]
         tables = tables or [table for stage in trainings for table in stage.validation or stage.data]
-        adapter = stages.get(self.adapter) if self.adapter is not None else None
+        bases = [] if self.adapter is None else [ref for _, ref in edges(stages[self.adapter]) if ref.wants is Checkpoint]
         rows = {(table.files.pattern, table.template): RowTable.model_construct(**_as_rows(table)) for table in tables}
         return CheckParity(
             model=self.model,
             gguf=self.gguf,
-            base=adapter.base if isinstance(adapter, TrainAdapter) else None,
-            adapter=self.adapter if isinstance(adapter, TrainAdapter) else None,
+            base=bases[0] if bases else None,
+            adapter=self.adapter if bases else None,
             corpora=[_ref(Corpus, other) for other in above if issubclass(stages[other].makes, Corpus)],
             prompts=list(rows.values()),
         )
