@@ -21,8 +21,8 @@ from llm.tokenizer import Message, TextTokenizer
 
 NEAR_TIE = 1e-4  # logits closer than this may fall either way
 CLOSE = 1e-4  # largest difference of log-probabilities in fp32, as a share of the largest (at least of 1)
-# The largest share of probability that moves to other tokens, on average, where weights are stored in fewer bits. Measured on the
-# model of the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
+# The largest share of probability that moves to other tokens, on average, where weights are stored in fewer bits. Measured on
+# the model of the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
 MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 
 # Always compared: where tokenizers that seem alike come apart.
