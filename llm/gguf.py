@@ -2,11 +2,12 @@
 
 Weights, tokenizer, special tokens and chat template are in the file. How an architecture is told to llama.cpp is in its own
 folder (`llm.models`); here are the precisions, and the tokenizer: llama.cpp knows how text is cut only by name
-(`llm.pretokenizers`).
+(`llm.pretokenizers`), or has the pieces of sentencepiece.
 """
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 Q8_BLOCK = 32  # numbers that share a scale; a matrix with other rows is left in f16, as llama.cpp's own tools do
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that is no piece
 
 logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every tensor
 
@@ -87,28 +90,38 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     from gguf import TokenType
 
     stored = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    pre_tokenizer = name_of(stored)
+    pieces = bool(stored["model"].get("byte_fallback"))
+    pre_tokenizer = "default" if pieces else name_of(stored)
     if pre_tokenizer is None:
         raise InputError(
             f"{folder / TOKENIZER_FILE}: wants a byte-level BPE whose pre-tokenizer is one of those in llm/pretokenizers.py, "
-            "which llama.cpp has too; found another, and llama.cpp would cut text into other tokens"
+            "which llama.cpp has too, or pieces as sentencepiece has them; found another, and llama.cpp would cut text into "
+            "other tokens"
         )
     tokenizer = TextTokenizer.load(folder)
     tokens = [f"[UNUSED{number}]" for number in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for token, number in stored["model"]["vocab"].items():
-        tokens[number], types[number] = token, TokenType.NORMAL
+        tokens[number] = token
+        types[number] = TokenType.BYTE if pieces and _BYTE.fullmatch(token) else TokenType.NORMAL
     for added in stored["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     for token in tokenizer.special_tokens:
         types[tokenizer.token_id(token)] = TokenType.CONTROL
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    if pieces:  # of two pairs llama.cpp joins the one whose piece has the higher score
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(merges):
+            ranks.setdefault(merge.replace(" ", ""), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+        writer.add_add_space_prefix(_begins_with_space(folder))
+    else:
+        writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.begin)
     writer.add_eos_token_id(tokenizer.end)
     writer.add_pad_token_id(tokenizer.padding)
@@ -123,7 +136,15 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     return pre_tokenizer
 
 
+def _begins_with_space(folder: Path) -> bool:
+    """Whether a word at the beginning of a text is what it is after a space."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokens: list[str] = tokenizer.encode("a", add_special_tokens=False).tokens
+    return tokens[0].startswith("\u2581")
+
+
 def adds_begin(folder: Path, tokenizer: TextTokenizer) -> bool:
-    """Whether Transformers puts the begin token before a text."""
+    """Whether Transformers puts the begin token before a text, and before a chat as well: llama.cpp does both or neither."""
     ids: list[int] = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode("a").ids
-    return ids[0] == tokenizer.begin
+    chat = tokenizer.encode_prompt([{"role": "user", "content": "a"}]) if tokenizer.template is not None else ids
+    return ids[0] == chat[0] == tokenizer.begin

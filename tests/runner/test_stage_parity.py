@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_models
 import pytest
 import torch
 from tiny_release import TEXTS, tiny_checkpoint
 
 from llm import lora
+from llm.adopt import adopt, examine
 from llm.checkpoint import load_checkpoint
 from llm.models.llama import gguf as llama
 from runner.artifacts import Gguf, Parity
@@ -132,6 +134,17 @@ def test_a_model_without_held_out_text_is_compared_by_the_texts_that_are_always_
     metrics = CheckParity.model_validate({"model": "release", "max_new_tokens": 8}).run(context)
     assert metrics["sentences"] == {}
     assert [check["passed"] for check in metrics["checks"]] == [True] * 4
+
+
+@pytest.mark.parametrize("family", foreign_models.FAMILIES)
+def test_models_that_others_made_are_the_same_everywhere(
+    family: str, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    adopt(examine(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
+    files = written(tmp_path / "model", make_context, "f32")
+    context = make_context(inputs={"release": tmp_path / "model", "gguf": files})
+    metrics = CheckParity.model_validate({"model": "release", "gguf": "gguf", "max_new_tokens": 8}).run(context)
+    assert [check["told"] for check in metrics["checks"] if not check["passed"]] == []
 
 
 RECIPE = """
