@@ -140,6 +140,34 @@ class Adapter(Artifact):
 
 
 @dataclass(frozen=True)
+class Gguf(Artifact):
+    """A model as GGUF files, one per precision, and the Modelfile that makes one of them a model of Ollama."""
+
+    def file(self, precision: str) -> Path:
+        """The file of that precision; llama.cpp and Ollama find it in a repository by the end of its name."""
+        return self.folder / f"model-{precision.upper()}.gguf"
+
+    def files(self) -> dict[str, Path]:
+        """All of them, by precision."""
+        return {path.stem.removeprefix("model-").lower(): path for path in sorted(self.folder.glob("model-*.gguf"))}
+
+    @property
+    def modelfile(self) -> Path:
+        """For `ollama create`."""
+        return self.folder / "Modelfile"
+
+
+@dataclass(frozen=True)
+class Parity(Artifact):
+    """What came of opening a model in other systems."""
+
+    @property
+    def results(self) -> Path:
+        """`{"checks": [{"name": "Transformers: tokens", "passed": true, "compared": 1012}]}`; null: could not be checked."""
+        return self.folder / "parity.json"
+
+
+@dataclass(frozen=True)
 class Scores(Artifact):
     """The result of an evaluation: flat names `task.metric`, deterministic values only."""
 
@@ -158,7 +186,7 @@ class Scores(Artifact):
 class Release(Artifact):
     """What is pushed: a Checkpoint with model card, resolved recipe, lock file and scores."""
 
-    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"README.md", "recipe.lock.json"}
+    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"README.md", "recipe.lock.json", "curves.png"}
 
     @property
     def card(self) -> Path:
@@ -179,3 +207,18 @@ class Release(Artifact):
     def scores(self) -> Path:
         """The scores before and after, by stage name."""
         return self.folder / "scores.json"
+
+    @property
+    def parity(self) -> Path:
+        """What came of opening the model in other systems."""
+        return self.folder / "parity.json"
+
+    @property
+    def curves(self) -> Path:
+        """How the loss went down, as a picture for the card."""
+        return self.folder / "curves.png"
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter alone, for PEFT."""
+        return Adapter(self.folder / "adapter")

@@ -6,10 +6,10 @@ may change without the release being made anew.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from llm.templates import split_template
+from runner.usage import usage
 
 Record = Mapping[str, Any]
 
@@ -28,6 +28,7 @@ class Model:
     license: str  # an identifier of the Hub, such as "apache-2.0"; "other" where there is none
     languages: Sequence[str]  # ISO 639 codes
     version: str  # of stockpot; "" where it is not installed as a package
+    publish: Mapping[str, Any] = field(default_factory=dict)  # fields of the stage that releases
 
 
 def model_card(model: Model) -> str:
@@ -38,8 +39,10 @@ def model_card(model: Model) -> str:
         f"{model.recipe['description']}\n" if model.recipe.get("description") else "",
         _summary(model),
         _scores(model),
-        _use(model.recipe),
+        usage(model.recipe, model.records, model.publish),
+        _parity(model),
         _data(model),
+        _curves(model.records),
         _making(model.records),
         _again(model.version),
     ]
@@ -79,7 +82,11 @@ def _metadata(model: Model) -> str:
         license=model.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["stockpot"],
+        tags=[
+            "stockpot",
+            *(["gguf"] if model.publish.get("gguf") else []),
+            *(["lora"] if model.publish.get("adapter") else []),
+        ],
         base_model=[record["metrics"]["repo"] for record in _adopted(model.records) if "repo" in record["metrics"]] or None,
         datasets=sorted({source["hub"] for source in _sources(model.records.values()) if "hub" in source}) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -148,28 +155,30 @@ def _tasks(model: Model) -> str:
     return f"{' '.join(scored)}\n\n{_table(['scores', 'task', 'data', 'rows'], rows)}" if rows else ""
 
 
-def _use(recipe: Mapping[str, Any]) -> str:
-    return """## Use
+def _parity(model: Model) -> str:
+    """What came of opening it elsewhere; what could not be checked is told like the rest."""
+    stage = model.publish.get("parity")
+    checks = model.records[stage]["metrics"]["checks"] if stage else ()
+    rows = [
+        [
+            check["name"],
+            "not checked" if check["passed"] is None else "equal" if check["passed"] else "not equal",
+            check["told"],
+        ]
+        for check in checks
+    ]
+    if not rows:
+        return ""
+    return f"""## The same everywhere
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+Before it was released, the model was opened in other systems and compared with the model as it was trained, in fp32:
 
-path = "."  # this folder, or the name of this repository
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-chat = [{"role": "user", "content": "..."}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-""" + _prompts(recipe)
+{_table(["compared", "outcome", "found"], rows)}"""
 
 
-def _prompts(recipe: Mapping[str, Any]) -> str:
-    """The wording that the model was taught, where a recipe gives one: with another it answers worse."""
-    tables = [table for fields in recipe["stage"].values() for table in fields.get("data", ())]
-    wordings = dict.fromkeys(prompt for table in tables if any(split_template(prompt := table.get("prompt", "{prompt}"))[::2]))
-    return "".join(f"\nFor what is in braces, it was taught this prompt:\n\n```\n{wording}\n```\n" for wording in wordings)
+def _curves(records: Mapping[str, Record]) -> str:
+    drawn = any(record.get("curves") for record in records.values())
+    return "## Curves\n\n![Loss of each training by step](curves.png)\n" if drawn else ""
 
 
 def _data(model: Model) -> str:

@@ -132,6 +132,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
         faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
+    for name, stage in list(stages.items()):
+        stages |= stage.completed(name, stages)
     return Recipe(path, head, stages)
 
 

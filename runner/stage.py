@@ -220,6 +220,10 @@ class Stage(Spec):
         """Why it cannot run as [parallel] says (the field at odds, what was found, what is wanted); None if it can."""
         return None
 
+    def completed(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
+        """The stage `name` with what the recipe left out: itself, perhaps changed, and stages that it adds to `stages`."""
+        return {name: self}
+
     def prepare(self, context: Context) -> None:
         """Work for one process before a training group is formed (tokenizing, say); writes into context.scratch."""
 

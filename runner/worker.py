@@ -19,13 +19,26 @@ from typing import Any
 from llm.errors import InputError, Interrupted, Paused
 from runner import living
 from runner.artifacts import METRICS, SCRATCH
+from runner.curves import read_curves
 from runner.files import write_whole
 from runner.job import ERROR, PAUSED, RESULT, STOP, Job
 from runner.recipe import stage_kinds
 from runner.stage import Context, Parallel, Stage
 from runner.watchdog import Heartbeat
 
-REPORTED_VERSIONS = ("stockpot", "torch", "tokenizers", "transformers", "peft", "bitsandbytes", "accelerate", "rensa")
+REPORTED_VERSIONS = (
+    "stockpot",
+    "torch",
+    "tokenizers",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "rensa",
+    "gguf",
+    "xllamacpp",
+)
+
 EXIT_FAILED, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 5, 130, 4
 # What machines do to a training, and torch says with a RuntimeError; anything else would only happen again.
 MACHINES = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
@@ -62,7 +75,10 @@ def main() -> int:
         _leave_error(scratch, rank, f"{type(error).__name__}: {error}", again=isinstance(error, MACHINES))
         return EXIT_FAILED
     if rank == 0:
-        write_whole(scratch / RESULT, json.dumps({"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}))
+        result = {"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}
+        if stage.trains:
+            result["curves"] = read_curves(Path(job.work) / METRICS)
+        write_whole(scratch / RESULT, json.dumps(result))
     return 0
 
 

@@ -16,7 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
-STAGES = ["corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"]
+STAGES = [
+    "corpus",
+    "tokenizer",
+    "tokens",
+    "base",
+    "chat",
+    "medical",
+    "release",
+    "before",
+    "after",
+    "gguf",
+    "parity",
+    "publish",
+]
 
 
 SECRETS = {
@@ -148,7 +161,8 @@ def test_the_release_holds_card_recipe_lock_and_scores(artifact: Callable[[str],
 def test_another_rank_reruns_the_adapter_and_what_is_below_it(cache: Path) -> None:
     changed = states(cache, "--set", "stage.medical.r=4")
     assert [name for name, state in changed.items() if state == "run"] == ["medical"]
-    assert [name for name, state in changed.items() if state == "waiting"] == ["release", "after", "publish"]
+    waiting = ["release", "after", "gguf", "parity", "publish"]
+    assert [name for name, state in changed.items() if state == "waiting"] == waiting
 
 
 def test_a_gate_that_fails_blocks_the_release_and_exits_with_4(cache: Path) -> None:

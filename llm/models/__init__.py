@@ -1,10 +1,10 @@
 """The architectures that can be trained: one folder each, found by being there.
 
-A folder holds `config.py` and `model.py`. The first imports no torch, because it is read while planning: `Config`, a frozen
-Pydantic model whose `name` field is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes the
-same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`; `parameter_count` and
-`flops_per_token`. The second has the modules, under Transformers' names, and `build`. Adding a folder adds an architecture;
-nothing else lists them.
+A folder holds `config.py`, `model.py` and `gguf.py`. The first imports no torch, because it is read in planning: `Config`, a
+frozen Pydantic model whose `name` field is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes
+the same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`; `parameter_count` and
+`flops_per_token`. The second has the modules, under Transformers' names, and `build`. The third tells llama.cpp how to compute
+the same. Adding a folder adds an architecture; nothing else lists them.
 """
 
 import importlib
@@ -54,6 +54,10 @@ class Architecture:
         """Floating-point operations of a forward and backward pass per position: an estimate."""
         flops: float = self._config_module().flops_per_token(config, vocab_size=vocab_size, context=context)
         return flops
+
+    def gguf(self) -> Any:
+        """The module that tells llama.cpp of it: ARCHITECTURE, `write_sizes` and `tensors`."""
+        return importlib.import_module(f"llm.models.{self.name}.gguf")
 
     def _config_module(self) -> Any:
         return importlib.import_module(f"llm.models.{self.name}.config")

@@ -31,18 +31,31 @@ def test_a_default_that_is_written_out_is_no_difference(capsys: pytest.CaptureFi
 def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["graph", str(QUICKSTART), "--form", form, "--cache", str(tmp_path)]) == 0
     drawn = capsys.readouterr().out
-    for name in ("corpus", "tokenizer", "tokens", "base", "chat", "medical", "release", "before", "after", "publish"):
+    for name in (
+        "corpus",
+        "tokenizer",
+        "tokens",
+        "base",
+        "chat",
+        "medical",
+        "release",
+        "before",
+        "after",
+        "gguf",
+        "parity",
+        "publish",
+    ):
         assert name in drawn
     if form == "text":
         assert "medical (lora, waiting)  <- chat\n" in drawn
-        assert "publish (publish, waiting)  <- release, before, after" in drawn
+        assert "publish (publish, waiting)  <- release, before, after, gguf, parity" in drawn
     if form == "mermaid":
-        assert drawn.count("-->") == 13
+        assert drawn.count("-->") == 18
     if form == "svg":
         picture = ElementTree.fromstring(drawn)
         boxes = [(group.get("transform"), len(group.findall(f"{SVG}rect"))) for group in picture.iter(f"{SVG}g")][1:]
-        assert len(boxes) == 10 and len({place for place, _ in boxes}) == 10, "no box lies on another"
-        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 13
+        assert len(boxes) == 12 and len({place for place, _ in boxes}) == 12, "no box lies on another"
+        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 18
 
 
 def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:

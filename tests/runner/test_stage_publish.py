@@ -11,6 +11,7 @@ import torch
 from hub_server import OWNER, TOKEN, Hub, serve
 
 from llm.checkpoint import save_checkpoint
+from llm.errors import InputError
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
@@ -55,6 +56,19 @@ kind = "evaluate"
 model = "chat"
 tasks = [{ name = "section", task = "classification", files = "data/test.jsonl" }]
 
+[stage.gguf]
+kind = "gguf"
+model = "base"
+precisions = ["f32", "q8_0"]
+
+[stage.tuned]
+kind = "lora"
+base = "base"
+
+[stage.parity]
+kind = "parity"
+model = "base"
+
 [stage.publish]
 kind = "publish"
 """
@@ -67,7 +81,7 @@ def record(kind: str, **metrics: Any) -> dict[str, Any]:
         "key": kind * 4,
         "digest": "0123456789abcdef" * 4,
         "files": {"file": "f" * 64},
-        "identity": {"fields": {"path": "/home/ada/secret"}},
+        "identity": {"fields": {"path": "/home/ada/secret", "sources": [{"files": {"content": [["jsonl", "e" * 64]]}}]}},
         "inputs": {},
         "seconds": 75.2,
         "versions": {"torch": "2.13.0"},
@@ -133,6 +147,34 @@ def context(checkpoint: Path, make_context: Callable[..., Context], tmp_path: Pa
 
 
 @pytest.fixture
+def whole(context: Context, make_context: Callable[..., Context], tmp_path: Path) -> Context:
+    """With an adapter, GGUF files, curves, and what parity said."""
+    for name, files in {
+        "gguf": ["model-F32.gguf", "Modelfile"],
+        "tuned": ["adapter_config.json"],
+        "parity": ["parity.json"],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text(file)
+    curves = {"loss": [[1, 5.0], [2, 4.0]]}
+    base = {"base": {"kind": "pretrain", "key": "k", "digest": "b" * 64}}
+    checks = [
+        {"name": "Transformers: tokens", "passed": True, "told": "1,012 of 1,012 texts", "compared": 1012, "measured": {}},
+        {"name": "llama.cpp f32", "passed": None, "told": "it is not installed here", "compared": 0, "measured": {}},
+    ]
+    records = RECORDS | {
+        "base": RECORDS["base"] | {"digest": "b" * 64, "curves": curves},
+        "gguf": record("gguf") | {"digest": "c" * 64, "inputs": base},
+        "tuned": record("lora") | {"digest": "d" * 64, "inputs": base, "curves": curves},
+    }
+    compared = base | {"gguf": {"digest": "c" * 64}, "tuned": {"digest": "d" * 64}}
+    records["parity"] = record("parity", checks=checks) | {"inputs": compared}
+    inputs = {**context.inputs, **{name: tmp_path / name for name in ("gguf", "tuned", "parity")}}
+    return make_context("whole", inputs=inputs, records=records, recipe=RECIPE)
+
+
+@pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
@@ -143,6 +185,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def publish(**fields: Any) -> Publish:
     return Publish.model_validate({"model": "base", "scores": ["before", "after"], "license": "apache-2.0", **fields})
+
+
+WHOLE = {"gguf": "gguf", "adapter": "tuned", "parity": "parity"}
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -222,6 +267,47 @@ def test_recipe_scores_and_lock_lie_beside_the_weights(context: Context) -> None
     assert lock["stages"]["base"]["versions"] == {"torch": "2.13.0"}
     assert lock["stages"]["base"]["digest"] == RECORDS["base"]["digest"]
     assert "secret" not in release.lock.read_text()
+
+
+def test_the_lock_file_holds_digests_of_the_data(context: Context) -> None:
+    publish().run(context)
+    lock = json.loads(Release(context.work).lock.read_text())
+    assert lock["stages"]["corpus"]["data"] == {"sources[0].files": ["e" * 64]}
+
+
+def test_gguf_files_adapter_curves_and_parity_lie_beside_the_weights(whole: Context) -> None:
+    publish(**WHOLE).run(whole)
+    release = Release(whole.work)
+    assert (release.folder / "model-F32.gguf").read_text() == "model-F32.gguf"
+    assert (release.folder / "Modelfile").exists()
+    assert release.adapter.config.exists()
+    assert release.parity.read_text() == "parity.json"
+    assert release.curves.read_bytes().startswith(b"\x89PNG")
+    assert "curves.png" not in release.digests()
+
+
+def test_the_card_tells_how_to_open_each_format_what_was_compared_and_shows_curves(whole: Context) -> None:
+    publish(**WHOLE).run(whole)
+    card = Release(whole.work).card.read_text()
+    assert "llama-cli -m model-F32.gguf" in card
+    assert "ollama create my-model -f Modelfile" in card
+    assert "Its base is the model of this repository:" in card
+    assert 'PeftModel.from_pretrained(base, ".", subfolder="adapter")' in card
+    assert "| Transformers: tokens | equal | 1,012 of 1,012 texts |" in card
+    assert "| llama.cpp f32 | not checked | it is not installed here |" in card
+    assert "](curves.png)" in card
+    assert metadata(card)["tags"] == ["stockpot", "gguf", "lora"]
+
+
+def test_what_is_released_has_to_be_what_was_written_and_compared(
+    whole: Context, make_context: Callable[..., Context]
+) -> None:
+    for stage, message in (("gguf", "'gguf' wrote another model"), ("parity", "wants 'base' compared before it is released")):
+        other = {name: dict(one) for name, one in whole.records.items()}
+        other[stage]["inputs"] = {"base": {"digest": "f" * 64}}
+        context = make_context("other", inputs=whole.inputs, records=other, recipe=RECIPE)
+        with pytest.raises(InputError, match=message):
+            publish(**WHOLE).run(context)
 
 
 def test_the_digest_of_a_release_is_not_over_card_and_lock_file(

@@ -1,0 +1,53 @@
+"""The curves of a training: read from what it reported, short enough for its record, and drawn.
+
+Drawing is matplotlib's, which is imported only there: as PNG for a model card, as SVG for a page.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+CURVES = ("loss", "validation_loss")  # of what a training reports
+POINTS = 100  # of a curve in a record
+INCHES = (4.0, 2.8)  # of one training in a picture
+
+Curve = list[tuple[int, float]]  # step and value
+
+
+def read_curves(metrics: Path) -> dict[str, Curve]:
+    """The curves in a `metrics.jsonl`, of at most POINTS + 1 points each. What a restart reported again counts."""
+    found: dict[str, dict[int, float]] = {name: {} for name in CURVES}
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        for name in CURVES:
+            if isinstance(value := values.get(name), float) and "step" in values:
+                found[name][values["step"]] = value
+    return {name: _thinned(sorted(points.items())) for name, points in found.items() if points}
+
+
+def _thinned(points: Curve) -> Curve:
+    """Evenly chosen points, the last among them."""
+    stride = -(-len(points) // POINTS)
+    return [(step, float(f"{value:.5g}")) for step, value in [*points[:-1:stride], points[-1]]]
+
+
+def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
+    """Draw the curves of each training beside those of the others; the end of the name of `picture` says in which format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES[0] * len(trainings), INCHES[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, curves) in zip(figure.subplots(1, len(trainings), squeeze=False)[0], trainings.items(), strict=True):
+        for curve, style in (("loss", "-"), ("validation_loss", "o--")):
+            if points := curves.get(curve):
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, style, markersize=3, linewidth=1.2, label=curve.replace("_", " "))
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("loss, nats per token")
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,56 @@
+"""The kind `gguf`: a checkpoint as GGUF files, for llama.cpp and for Ollama.
+
+    [stage.gguf]
+    kind = "gguf"
+    model = "release"
+    precisions = ["f32", "q8_0"]
+
+How a model is told to llama.cpp is `llm.gguf`'s business; whether llama.cpp then computes the same, the kind `parity` asks.
+"""
+
+from pydantic import Field, field_validator
+
+from llm.precisions import GgufPrecision
+from runner.artifacts import Checkpoint, Gguf
+from runner.files import write_whole
+from runner.stage import Context, Metrics, Ref, Semantic, Stage
+
+
+class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
+    """Writes a model with its tokenizer and chat template as GGUF files, and a Modelfile for Ollama."""
+
+    model: Semantic[Ref[Checkpoint]]
+    """What is written."""
+    precisions: Semantic[list[GgufPrecision]] = Field(["f32"], min_length=1)
+    """A file each: "f32", "f16", "bf16", "q8_0" (blocks of 32 numbers in 8 bits). The Modelfile takes the smallest."""
+
+    @field_validator("precisions")
+    @classmethod
+    def _each_once(cls, precisions: list[GgufPrecision]) -> list[GgufPrecision]:
+        if twice := sorted({precision for precision in precisions if precisions.count(precision) > 1}):
+            raise ValueError(f"names {twice[0]!r} twice")
+        return precisions
+
+    def run(self, context: Context) -> Metrics:
+        """Write the files that are not there yet."""
+        from llm.gguf import adds_begin, write_gguf
+        from llm.modelfile import modelfile
+        from llm.tokenizer import TextTokenizer
+
+        checkpoint, made = context.open(self.model), Gguf(context.work)
+        facts = {}
+        for number, precision in enumerate(self.precisions):
+            facts[precision] = write_gguf(checkpoint.folder, made.file(precision), precision=precision)
+            context.report(done=number + 1, total=len(self.precisions), unit="files")
+        smallest = min(self.precisions, key=lambda precision: made.file(precision).stat().st_size)
+        tokenizer = TextTokenizer.load(checkpoint.folder)
+        write_whole(
+            made.modelfile,
+            modelfile(
+                tokenizer,
+                made.file(smallest).name,
+                context=facts[smallest]["context"],
+                adds_begin=adds_begin(checkpoint.folder, tokenizer),
+            ),
+        )
+        return {"files": facts}

@@ -1,0 +1,205 @@
+"""The kind `parity`: whether a model is the same in every system in which it will be opened. What fails here is not released.
+
+    [stage.parity]
+    kind = "parity"
+    model = "release"
+    gguf = "gguf"
+    text = [{ files = "data/general_en_val.jsonl.gz" }, { files = "data/general_zh_val.jsonl.gz" }]
+    prompts = [{ files = "data/medical_qa_test.jsonl.gz" }]
+
+A recipe that publishes without one gets one by itself (`runner.stages.publish`). The comparing is `llm.parity`'s.
+"""
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity
+from runner.files import write_whole
+from runner.stage import Context, Metrics, Ref, Semantic, Stage, Verdict
+from runner.stages.data import RowTable
+from runner.stages.material import Material, TextTable, rows_of, texts_of
+
+if TYPE_CHECKING:
+    from llm.parity import Check, Ours, System
+
+LIKELIHOODS = 20  # texts after which log-probabilities are compared
+
+
+@dataclass(frozen=True)
+class ParityVerdict:
+    """The judgement of one comparison."""
+
+    passed: bool
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def sentence(*, name: str, passed: bool | None, told: str, **numbers: Any) -> str:
+    """What came of a comparison, for a person."""
+    outcome = "not checked" if passed is None else "equal" if passed else "not equal"
+    return f"{name}: {outcome}: {told}"
+
+
+class CheckParity(Stage, kind="parity", version=1, makes=Parity):
+    """Compares a model in stock Transformers, PEFT and llama.cpp with the model as it was trained."""
+
+    model: Semantic[Ref[Checkpoint]]
+    """What is to be released."""
+    gguf: Semantic[Ref[Gguf] | None] = None
+    """Its GGUF files. Where llama.cpp is not installed (`pip install 'stockpot[llama-cpp]'`), they are told as not checked."""
+    base: Semantic[Ref[Checkpoint] | None] = None
+    """The model that `adapter` was trained on."""
+    adapter: Semantic[Ref[Adapter] | None] = None
+    """An adapter that is released by itself."""
+    corpora: Semantic[Annotated[list[Ref[Corpus]], Field(default_factory=list)]]
+    """Corpora whose held-out documents give sentences."""
+    text: Semantic[list[TextTable]] = Field(default_factory=list)
+    """Files that give sentences. A few that are hard to cut into tokens are always among them."""
+    prompts: Semantic[list[RowTable]] = Field(default_factory=list)
+    """Rows whose prompts are answered and whose chats are rendered; without any, sentences stand in for them."""
+    sentences: Semantic[int] = Field(1000, gt=0)
+    """Sentences to cut into tokens, an even share of each language."""
+    answers: Semantic[int] = Field(50, gt=0)
+    """Prompts to answer."""
+    max_new_tokens: Semantic[int] = Field(64, gt=0)
+    """Longest answer."""
+
+    @model_validator(mode="after")
+    def _adapter_with_base(self) -> Self:
+        if (self.base is None) != (self.adapter is None):
+            raise ValueError("wants base and adapter together, found " + ("adapter alone" if self.adapter else "base alone"))
+        return self
+
+    def run(self, context: Context) -> Metrics:
+        """Compare everything, whether or not something fails."""
+        from llm.parity import balanced
+        from llm.tokenizer import TextTokenizer
+
+        checkpoint = context.open(self.model)
+        material = Material.of(
+            TextTokenizer.load(checkpoint.folder),
+            list(texts_of([context.open(corpus).validation for corpus in self.corpora], self.text)),
+            list(rows_of(self.prompts)),
+            positions=json.loads(checkpoint.config.read_text(encoding="utf-8"))["max_position_embeddings"],
+            wanted=self.answers,
+            max_new_tokens=self.max_new_tokens,
+        )
+        chosen = balanced(material.sentences, self.sentences)
+        sentences = [text for texts in chosen.values() for text in texts]
+        checks = list(_until_stopped(context, self._checks(context, material, sentences)))
+        told = {"checks": [{"name": check.name, "passed": check.passed, "compared": check.compared} for check in checks]}
+        write_whole(Parity(context.work).results, json.dumps(told, indent=2) + "\n")
+        return {
+            "checks": [{**vars(check), "measured": dict(check.measured)} for check in checks],
+            "sentences": {language: len(texts) for language, texts in chosen.items()},
+            "prompts": len(material.prompts),
+        }
+
+    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+        """One of all that are equal, and one of each other; what could not be checked passes, and says so."""
+        equal = Counter(check["name"].partition(":")[0] for check in metrics["checks"] if check["passed"])
+        others = [
+            ParityVerdict(check["passed"] is None, sentence(**check)) for check in metrics["checks"] if not check["passed"]
+        ]
+        if not equal:
+            return others
+        return [ParityVerdict(True, f"{equal.total()} comparisons equal, in {', '.join(equal)}"), *others]
+
+    def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
+        import torch
+
+        from llm.checkpoint import load_checkpoint
+        from llm.parity import PROBES, Ours, check_answers, check_chats, check_likelihoods, check_tokens
+        from llm.stock import StockModel
+
+        folder, tokenizer = context.open(self.model).folder, material.tokenizer
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_checkpoint(folder, device=device)
+        ours = Ours.of(model, tokenizer, material.prompts, max_new_tokens=material.max_new_tokens)
+        texts = [*PROBES, *sentences]
+
+        def words(other: "System") -> "Iterator[Check]":
+            yield check_tokens(tokenizer, other, texts)
+            if tokenizer.template is not None:
+                yield check_chats(tokenizer, other, material.chats)
+
+        stock = StockModel(folder, ends=tokenizer.ends, padding=tokenizer.padding, device=device)
+        yield from words(stock)
+        yield check_likelihoods(ours, stock, material.prompts[:LIKELIHOODS])
+        yield check_answers(ours, stock)
+        del stock
+        if self.base is not None and self.adapter is not None:
+            yield self._adapter_check(context, ours, material)
+        for precision, path in context.open(self.gguf).files().items() if self.gguf is not None else ():
+            yield from self._llama_cpp(path, precision, ours, words, cores=context.cores)
+
+    def _adapter_check(self, context: Context, ours: "Ours", material: Material) -> "Check":
+        """Whether stock PEFT computes with the adapter on the stock base what the adapter computes here."""
+        from llm.checkpoint import load_checkpoint
+        from llm.lora import load_adapter
+        from llm.parity import check_likelihoods
+        from llm.stock import StockModel
+
+        assert self.base is not None and self.adapter is not None
+        base, adapter = context.open(self.base).folder, context.open(self.adapter).folder
+        adapted = load_checkpoint(base, device=ours.model.lm_head.weight.device)
+        load_adapter(adapted, adapter)
+        peft = StockModel(
+            base,
+            ends=ours.tokenizer.ends,
+            padding=ours.tokenizer.padding,
+            adapter=adapter,
+            device=str(ours.model.lm_head.weight.device),
+        )
+        return check_likelihoods(replace(ours, model=adapted), peft, material.prompts[:LIKELIHOODS])
+
+    def _llama_cpp(
+        self, path: Path, precision: str, ours: "Ours", words: "Callable[[System], Iterator[Check]]", *, cores: int
+    ) -> "Iterator[Check]":
+        """What llama.cpp makes of one file: answers are to be equal where its weights are those that were trained."""
+        from llm.errors import InputError
+        from llm.llama_cpp import PACKAGE, LlamaCpp
+        from llm.parity import Check, check_answers, check_likelihoods
+
+        name = f"llama.cpp {precision}"
+        if importlib.util.find_spec(PACKAGE) is None:
+            yield Check(
+                name,
+                None,
+                "it is not installed here: pip install 'stockpot[llama-cpp]', and run this stage again with --force",
+            )
+            return
+        try:
+            other = LlamaCpp(
+                path,
+                name=name,
+                context=max(map(len, ours.prompts)) + ours.max_new_tokens,
+                vocab_size=ours.model.vocab_size,
+                ends=ours.tokenizer.ends,
+                threads=cores,
+            )
+            yield from words(other)
+            yield check_likelihoods(ours, other, ours.prompts[:LIKELIHOODS], precision=precision)
+            if precision == "f32":
+                yield check_answers(ours, other)
+        except InputError as error:
+            yield Check(name, False, str(error))
+
+
+def _until_stopped(context: Context, checks: "Iterator[Check]") -> "Iterator[Check]":
+    from llm.errors import Interrupted
+
+    for number, check in enumerate(checks, start=1):
+        context.report(done=number, unit="comparisons", note=sentence(**vars(check)))
+        yield check
+        if context.should_stop():
+            raise Interrupted("stopped while systems were compared")
