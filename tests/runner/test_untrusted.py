@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import RECIPE, Folder
+from small_recipe import RECIPE, Folder
 
 from runner.cli import VERBS, main
 from runner.errors import RecipeError
