@@ -49,7 +49,7 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
             "records": {},
             "recipe": "",
             "parallel": Parallel(),
-            "cores": 2,
+            "cores": 1,
             "report": Report(),
             "should_stop": lambda: False,
         }

@@ -57,7 +57,13 @@ def adapted() -> Llama:
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model(dropout=0.1), adapted], ids=["all weights", "adapter"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: tiny_model(dropout=0.1), id="all weights"),
+        pytest.param(adapted, id="adapter", marks=pytest.mark.long),
+    ],
+)
 def test_a_compiled_training_learns_what_an_ordinary_one_does(make: Any, tmp_path: Path) -> None:
     found = []
     for compiled in (False, True):
