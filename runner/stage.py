@@ -125,7 +125,7 @@ class Ref(str, Generic[A]):
 class Spec(BaseModel):
     """A table of a recipe: strict types, no unknown keys, frozen; each field marked Semantic or Execution."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class Parallel(Spec):
