@@ -165,6 +165,7 @@ class Context:
     cores: int  # processor cores this stage may use
     report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
+    row_log: Path | None = None  # a file of this process, for the rows that a training learns from
 
     def open(self, ref: Ref[A]) -> A:
         """The finished artifact that the stage `ref` made."""

@@ -102,22 +102,7 @@ class StageRun:
         return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *map(redact, last)])
 
     def _job(self, processes: int, cores: int) -> Job:
-        name, stages = self._entry.name, self._recipe.stages
-        above = {source: self._plan.record(source) for source in ancestors(stages, name)}
-        return Job(
-            name=name,
-            kind=self._entry.stage.kind,
-            fields=plain(self._entry.stage, file=lambda file: file.pattern),
-            work=str(self._work),
-            inputs={
-                source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
-            },
-            records={source: record.data for source, record in above.items()},
-            recipe=tomli_w.dumps({name: value for name, value in self._recipe.resolved().items() if name != "cache"}),
-            parallel=plain(self._recipe.head.parallel),
-            processes=processes,
-            cores=cores,
-        )
+        return job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores)
 
     def _facts(self) -> dict[str, Any]:
         """What the trackers show of a stage beside its curves."""
@@ -129,6 +114,24 @@ class StageRun:
             "key": entry.key,
             "hparams": plain(entry.stage),
         }
+
+
+def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
+    """What the workers of a stage that can run, in the folder `work`, have to know."""
+    name, stages = entry.name, recipe.stages
+    above = {source: plan.record(source) for source in ancestors(stages, name)}
+    return Job(
+        name=name,
+        kind=entry.stage.kind,
+        fields=plain(entry.stage, file=lambda file: file.pattern),
+        work=str(work),
+        inputs={source: str(store.folder(above[source].kind, above[source].key)) for source in plan.inputs(name)},
+        records={source: record.data for source, record in above.items()},
+        recipe=tomli_w.dumps({name: value for name, value in recipe.resolved().items() if name != "cache"}),
+        parallel=plain(recipe.head.parallel),
+        processes=processes,
+        cores=cores,
+    )
 
 
 def _signal_in(log: str) -> int | None:
