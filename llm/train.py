@@ -27,6 +27,7 @@ from llm.memory import peak_memory
 from llm.objectives import Learner, Objective
 from llm.parameters import count_parameters
 from llm.probe import settle
+from llm.row_log import RowLog
 from llm.rows import RowSource
 from llm.self_check import self_check
 from llm.settings import Budget, Optimizer, Schedule
@@ -64,6 +65,7 @@ def train(
     scratch: Path,
     report: Callable[..., None],
     should_stop: Callable[[], bool],
+    row_log: RowLog | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, from the last checkpoint under `scratch` if there is one; returns what a record should tell.
 
@@ -175,6 +177,8 @@ def train(
                     if stopping:
                         raise Interrupted("asked to stop")
                     loop.step(progress, parts, targets=total, rounds=rounds)
+                    if row_log is not None:
+                        row_log(progress.step, parts)
                     progress.step += 1
                     progress.tokens += tokens_per_step
                     progress.targets += int(total)

@@ -83,17 +83,18 @@ def _field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]
     for part in path:
         if isinstance(part, str):
             fields = (m.model_fields[part].annotation for m in models if part in m.model_fields)
-            models = [found for annotation in fields for found in _models_in(annotation)]
+            models = [found for annotation in fields for found in models_in(annotation)]
     names = [name for m in models for name in m.model_fields]
     if not path:
         names += ["kind"] if issubclass(model, Stage) else ["stage", "extends"]
     return list(dict.fromkeys(names))
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables that a field with this annotation may hold."""
     if get_origin(annotation) in (list, dict, tuple, Union, types.UnionType, Annotated):
         for argument in get_args(annotation):
-            yield from _models_in(argument)
+            yield from models_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
 

@@ -58,7 +58,7 @@ def training_command(job: Path, processes: int) -> list[str]:
     `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
     1.15 silently starts one. The worker asserts its world size.
     """
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # as `accelerate launch`, without its other commands
     settings = job.with_name("accelerate.json")
     settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
     layout = ["--config_file", str(settings), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -1,10 +1,15 @@
-"""The JSON Schema of recipes, for editors: made from the same classes that validate."""
+"""The JSON Schema of recipes, for editors: made from the classes that validate and from the docstrings of their fields."""
 
+import ast
+import inspect
+import textwrap
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from runner.faults import models_in
 from runner.recipe import Head, stage_kinds
 
 
@@ -12,8 +17,13 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file, every kind of stage included."""
     kinds = stage_kinds()
     tables: list[type[BaseModel]] = [Head, *kinds.values()]
-    places, definitions = models_json_schema([(table, "validation") for table in tables], ref_template="#/$defs/{model}")
+    models = _with_inner(tables)
+    places, definitions = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
     definitions = definitions["$defs"]
+    for model in models:
+        properties = definitions[places[(model, "validation")]["$ref"].removeprefix("#/$defs/")]["properties"]
+        for field, text in docstrings(model).items():
+            properties[field] = dict(sorted({**properties[field], "description": text}.items()))
     variants = []
     for kind, model in sorted(kinds.items()):
         name = places[(model, "validation")]["$ref"].removeprefix("#/$defs/")
@@ -35,3 +45,30 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "$defs": definitions,
     }
+
+
+def _with_inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """`tables` and the tables in their fields, each once."""
+    found = dict.fromkeys(tables)
+    for table in tables:
+        for field in table.model_fields.values():
+            found |= dict.fromkeys(_with_inner([model for model in models_in(field.annotation) if model not in found]))
+    return list(found)
+
+
+def docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """The string below each field in the source of `model` and of what it inherits from.
+
+    pydantic can collect them too, but does so for every table when it is defined, which took a fifth of the time of planning.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if not issubclass(owner, BaseModel) or owner is BaseModel:
+            continue
+        (table,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(table, ast.ClassDef)
+        for field, below in pairwise(table.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = inspect.cleandoc(text)
+    return {name: text for name, text in found.items() if name in model.model_fields}

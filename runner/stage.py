@@ -125,7 +125,7 @@ class Ref(str, Generic[A]):
 class Spec(BaseModel):
     """A table of a recipe: strict types, no unknown keys, frozen; each field marked Semantic or Execution."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class Parallel(Spec):
@@ -175,6 +175,7 @@ class Context:
     cores: int  # processor cores this stage may use
     report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
+    row_log: Path | None = None  # a file of this process, for the rows that a training learns from
 
     def open(self, ref: Ref[A]) -> A:
         """The finished artifact that the stage `ref` made."""

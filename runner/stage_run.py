@@ -152,22 +152,7 @@ class StageRun:
         return _MachineError(name, f"its worker {died}{hint}", "\n".join(end))
 
     def _job(self, processes: int, cores: int) -> Job:
-        name, stages = self._entry.name, self._recipe.stages
-        above = {source: self._plan.record(source) for source in ancestors(stages, name)}
-        return Job(
-            name=name,
-            kind=self._entry.stage.kind,
-            fields=plain(self._entry.stage, file=lambda file: file.pattern),
-            work=str(self._work),
-            inputs={
-                source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
-            },
-            records={source: record.data for source, record in above.items()},
-            recipe=tomli_w.dumps({name: value for name, value in self._recipe.resolved().items() if name != "cache"}),
-            parallel=plain(self._recipe.head.parallel),
-            processes=processes,
-            cores=cores,
-        )
+        return job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores)
 
     def _facts(self) -> dict[str, Any]:
         """What the trackers show of a stage beside its curves."""
@@ -203,6 +188,24 @@ class _View:
             self.step = max(self.step, int(line.get("step", 0)))
             if "alert" in line:
                 self._notices.send(f"{self._name}: {line['action']}: {line.get('note') or line.get('text')}")
+
+
+def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
+    """What the workers of a stage that can run, in the folder `work`, have to know."""
+    name, stages = entry.name, recipe.stages
+    above = {source: plan.record(source) for source in ancestors(stages, name)}
+    return Job(
+        name=name,
+        kind=entry.stage.kind,
+        fields=plain(entry.stage, file=lambda file: file.pattern),
+        work=str(work),
+        inputs={source: str(store.folder(above[source].kind, above[source].key)) for source in plan.inputs(name)},
+        records={source: record.data for source, record in above.items()},
+        recipe=tomli_w.dumps({name: value for name, value in recipe.resolved().items() if name != "cache"}),
+        parallel=plain(recipe.head.parallel),
+        processes=processes,
+        cores=cores,
+    )
 
 
 def _signal_in(log: str) -> int | None:

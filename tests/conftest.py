@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: a Context for a stage that is run by hand."""
+"""How tests share the cores, and a fixture that all may use: a Context for a stage that is run by hand."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,22 @@ from typing import Any
 import pytest
 
 from runner.stage import Context, Parallel
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one test per core, not each on all of them
+LONGEST = ["test_quickstart.py"]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core; none for a single file, which they could not share: each takes seconds to start."""
+    if len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file():
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker begins them when the others have nothing left to do."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
@@ -32,7 +49,7 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
             "records": {},
             "recipe": "",
             "parallel": Parallel(),
-            "cores": 2,
+            "cores": 1,
             "report": Report(),
             "should_stop": lambda: False,
         }

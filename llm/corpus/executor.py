@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 S = TypeVar("S")
@@ -27,21 +28,23 @@ class Executor(Protocol):
 
 
 class LocalProcesses:
-    """Processes of this machine, one per core; with one core, this process alone."""
+    """Processes of this machine, one per core; with one core or one shard, this process alone."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
 
     def map(self, function: Callable[[S], R], shards: Iterable[S]) -> Iterator[R]:
         """Results in the order of the shards; at most two shards per process are in flight."""
-        if self.cores == 1:
-            yield from map(function, shards)
+        shards = iter(shards)
+        first = list(islice(shards, 2))
+        if self.cores == 1 or len(first) == 1:  # nothing to share: processes take longer to start than a small shard does
+            yield from map(function, chain(first, shards))
             return
         # Spawned, not forked: whoever calls may have threads.
         pool = ProcessPoolExecutor(self.cores, multiprocessing.get_context("spawn"), initializer=_enter)
         in_flight: deque[Future[R]] = deque()
         try:
-            for shard in shards:
+            for shard in chain(first, shards):
                 in_flight.append(pool.submit(function, shard))
                 if len(in_flight) > 2 * self.cores:
                     yield in_flight.popleft().result()

@@ -69,6 +69,7 @@ class TrainingStage(Stage):
     ) -> dict[str, Any]:
         """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
         from llm.objectives import next_token_loss
+        from llm.row_log import RowLog
         from llm.train import train
 
         model.recompute = self.recompute  # type: ignore[assignment]  # every registered model has it
@@ -98,6 +99,7 @@ class TrainingStage(Stage):
             scratch=context.scratch,
             report=context.report,
             should_stop=context.should_stop,
+            row_log=RowLog(context.row_log) if context.row_log else None,
         )
 
 

@@ -17,10 +17,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Explains the state of one stage."""
     from runner.plan import Plan
+    from runner.prove import proof_of, sentence
 
-    recipe = recipe_of(options)
+    recipe, store = recipe_of(options), store_of(options)
     stage_named(recipe, options.stage)
-    entry = Plan(recipe, store_of(options)).entries[options.stage]
+    entry = Plan(recipe, store).entries[options.stage]
     print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
     for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
         print(f"  {line}")
@@ -28,4 +29,6 @@ def main(options: argparse.Namespace) -> int:
         print(f"  key {entry.key}")
     if entry.record:
         print(f"  made {entry.record.data['finished']} in {entry.record.data['seconds']:.0f} s")
+    if entry.key and (proof := proof_of(store, entry.key)):
+        print(f"  proved {proof['time']}: {sentence(proof)}")
     return 0

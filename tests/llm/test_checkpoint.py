@@ -35,28 +35,6 @@ def fresh(tokenizer: Path, **changes: object) -> Llama:
     return Llama(LlamaConfig.model_validate(sizes | changes), vocab_size=TextTokenizer.load(tokenizer).vocab_size)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_transformers_opens_it_and_computes_the_same(tokenizer: Path, tmp_path: Path, tied: bool) -> None:
-    model = fresh(tokenizer, tied=tied)
-    save_checkpoint(tmp_path, model, tokenizer)
-    stock, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        torch.testing.assert_close(stock(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_opened_and_saved_by_transformers_it_opens_here_as_it_was(tokenizer: Path, tmp_path: Path, tied: bool) -> None:
-    model = fresh(tokenizer, tied=tied)
-    save_checkpoint(tmp_path / "ours", model, tokenizer)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    for folder in ("ours", "theirs"):
-        opened = load_checkpoint(tmp_path / folder)
-        assert opened.config == model.config and opened.vocab_size == model.vocab_size
-        for (name, weight), (_, wanted) in zip(opened.named_parameters(), model.named_parameters(), strict=True):
-            assert torch.equal(weight, wanted), name
-
-
 def test_the_tokenizer_and_its_special_tokens_come_along(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     ours, theirs = TextTokenizer.load(tokenizer), AutoTokenizer.from_pretrained(tmp_path)

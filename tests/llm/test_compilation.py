@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import tiny_model, tiny_training
+from tiny_training import MadeUpRows, tiny_model, tiny_training
 from torch import Tensor
 
 from llm import lora
@@ -15,7 +15,14 @@ from llm.compilation import COLD_SECONDS, SAVED, SPEED, WARM_SECONDS, has_compil
 from llm.errors import Interrupted
 from llm.models.llama.model import Llama
 from llm.settings import Budget
+from llm.validation import Validation
 
+# Batches of two rows throughout, of which none is left over: a layer is compiled anew for another number.
+TWO_ROWS: dict[str, Any] = {
+    "micro_batch": 2,
+    "batch_tokens": 4 * 24,
+    "validation": Validation(MadeUpRows(rows_per_epoch=4, seed=9), bytes_per_token=3.0),
+}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks at it
@@ -27,8 +34,11 @@ pytestmark = [
 def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of its own for what is compiled, shared by the tests of this file."""
     folder = tmp_path_factory.mktemp("compiled")
+    from torch._inductor import config
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setattr(config, "compile_threads", 1)  # processes that would compile take longer to start
         yield folder
 
 
@@ -47,12 +57,20 @@ def adapted() -> Llama:
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model(dropout=0.1), adapted], ids=["all weights", "adapter"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: tiny_model(dropout=0.1), id="all weights"),
+        pytest.param(adapted, id="adapter", marks=pytest.mark.long),
+    ],
+)
 def test_a_compiled_training_learns_what_an_ordinary_one_does(make: Any, tmp_path: Path) -> None:
     found = []
     for compiled in (False, True):
         model, lines = make(), []  # type: ignore[var-annotated]
-        metrics = tiny_training(model, tmp_path / str(compiled), budget=Budget(steps=6), compiled=compiled, lines=lines)
+        metrics = tiny_training(
+            model, tmp_path / str(compiled), budget=Budget(steps=6), compiled=compiled, lines=lines, **TWO_ROWS
+        )
         assert metrics["choices"]["compiled"] is compiled
         assert not [line for line in lines if "does not work" in line.get("note", "")]
         found.append((weights(model), metrics["validation_loss"]))
@@ -62,7 +80,7 @@ def test_a_compiled_training_learns_what_an_ordinary_one_does(make: Any, tmp_pat
 
 
 def test_a_compiled_training_that_was_stopped_ends_bit_for_bit_where_another_does(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"budget": Budget(steps=6), "compiled": True, "micro_batch": 2}
+    changes: dict[str, Any] = {"budget": Budget(steps=6), "compiled": True, **TWO_ROWS}
     whole = tiny_model(dropout=0.1)
     tiny_training(whole, tmp_path / "whole", **changes)
     with pytest.raises(Interrupted):
@@ -80,7 +98,7 @@ def test_compiled_layers_can_be_recomputed(tmp_path: Path) -> None:
     for recompute in (False, True):
         model = tiny_model(dropout=0.1)
         model.recompute = recompute
-        tiny_training(model, tmp_path / str(recompute), budget=Budget(steps=3), compiled=True)
+        tiny_training(model, tmp_path / str(recompute), budget=Budget(steps=3), compiled=True, **TWO_ROWS)
         found.append(weights(model))
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, atol=1e-6, rtol=0, msg=name)

@@ -63,17 +63,17 @@ def test_validation_loss_is_the_mean_over_all_targets(tmp_path: Path) -> None:
     assert metrics["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / (6 * 24 * 3.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_accumulation_and_micro_batch_do_not_change_the_update(tmp_path: Path, kind: str, micro_batch: int) -> None:
+def test_accumulation_and_micro_batch_do_not_change_an_update_of_muon(tmp_path: Path) -> None:
+    """AdamW's are held to more in `test_architectures`."""
     found = []
-    for size in (5, micro_batch):
+    for size in (5, 2, 1):
         model = tiny_model(dropout=0.1)
-        settings = {"optimizer": Optimizer.model_validate({"kind": kind}), "micro_batch": size, "budget": Budget(steps=3)}
+        settings = {"optimizer": Optimizer(kind="muon"), "micro_batch": size, "budget": Budget(steps=3)}
         tiny_training(model, tmp_path / str(size), **settings)
         found.append(weights(model))
     # Muon's iteration runs in bf16 and turns rounding of the gradient into about 1e-3 of an update of 0.02.
-    assert_same(*found, atol=1e-5 if kind == "adamw" else 1e-3, rtol=0)
+    for other in found[1:]:
+        assert_same(found[0], other, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from small_cache import flip
-from test_run import ALL_CACHED, RECIPE, Folder
+from small_recipe import ALL_CACHED, RECIPE, Folder
 
 from runner.cli import main
 from runner.runs import FOLDER
@@ -47,25 +47,7 @@ def set_writable(root: Path, writable: bool) -> None:
 def moved(folder: Folder, root: Path) -> Folder:
     root.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(folder.root, root)
-    other = Folder.__new__(Folder)
-    other.root, other.recipe, other.cache = root, root / folder.recipe.name, root / folder.cache.name
-    return other
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = Folder(tmp_path_factory.mktemp("finished"))
-    done = folder.run()
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def folder(finished: Folder, tmp_path: Path) -> Folder:
-    shutil.copytree(finished.root, tmp_path / "copy")
-    folder = Folder.__new__(Folder)
-    folder.root, folder.recipe, folder.cache = tmp_path / "copy", tmp_path / "copy/recipe.toml", tmp_path / "copy/cache"
-    return folder
+    return Folder(root)
 
 
 @pytest.fixture
@@ -134,12 +116,11 @@ def test_a_clock_that_jumps_reruns_nothing_and_loses_nothing(folder: Folder, yea
     assert len(list((folder.cache / "stages").iterdir())) == 4
 
 
-NAMES = ["数据 集/我的 配方", "with space/and 'quote\" $x", "-dash/--set", "a[1]*?/{b}", "percent%20/#hash"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_of_every_kind_run_resume_and_verify(tmp_path: Path, name: str) -> None:
-    folder = Folder(tmp_path / name)
+def test_names_of_every_kind_run_resume_and_verify(tmp_path: Path) -> None:
+    """All in one path: text of any script, spaces, quotes, what shells, globs, templates and addresses give a meaning to."""
+    folder = Folder(
+        tmp_path / "数据 集" / "with space and 'quote\" $x" / "-dash" / "--set" / "a[1]*?" / "{b}" / "percent%20" / "#hash"
+    )
     (folder.root / "text.jsonl").rename(folder.root / "文 本[1].jsonl")
     folder.write(RECIPE.replace("text.jsonl", "文 本[1].jsonl"))
     folder.recipe = folder.recipe.rename(folder.root / "配方 一.toml")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from small_cache import finish, key_for, small_cache
-from test_run import Folder
+from small_recipe import Folder
 
 from runner.cli import main
 from runner.recipe import load_recipe

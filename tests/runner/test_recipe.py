@@ -9,7 +9,7 @@ import tomli_w
 from runner.errors import RecipeError
 from runner.graph import input_files
 from runner.recipe import load_recipe, stage_kinds
-from runner.schema import recipe_schema
+from runner.schema import docstrings, recipe_schema
 from runner.stage import Identity, Spec
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -252,7 +252,7 @@ def test_every_field_is_marked_and_described(spec: type[Spec]) -> None:
     for name, field in spec.model_fields.items():
         marks = [mark for mark in field.metadata if isinstance(mark, Identity)]
         assert len(marks) == 1, f"{spec.__name__}.{name} wants exactly one of Semantic[...] and Execution[...]"
-        assert field.description, f"{spec.__name__}.{name} has no docstring"
+        assert docstrings(spec).get(name), f"{spec.__name__}.{name} has no docstring"
 
 
 def test_the_resolved_recipe_is_toml(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from hub_server import OWNER, TOKEN, Hub, serve
 from small_cache import flip
-from test_run import ALL_CACHED, Folder
+from small_recipe import ALL_CACHED, Folder
 
 from runner.artifacts import METRICS
 from runner.cli import main
@@ -28,32 +28,10 @@ from runner.remote import DamagedRemoteError, Mirror, Remote, address_fault, ope
 from runner.store import Store, Waiting
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A folder whose recipe has run. Nothing changes it."""
-    folder = Folder(tmp_path_factory.mktemp("finished"))
-    done = folder.run()
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def folder(finished: Folder, tmp_path: Path) -> Folder:
-    """A copy of it."""
-    shutil.copytree(finished.root, tmp_path / "here")
-    return at(tmp_path / "here")
-
-
-def at(root: Path) -> Folder:
-    folder = Folder.__new__(Folder)
-    folder.root, folder.recipe, folder.cache = root, root / "recipe.toml", root / "cache"
-    return folder
-
-
 def elsewhere(folder: Folder, name: str = "there") -> Folder:
     """The same recipe and data on another machine, whose cache is empty."""
     shutil.copytree(folder.root, folder.root.parent / name, ignore=shutil.ignore_patterns("cache"))
-    return at(folder.root.parent / name)
+    return Folder(folder.root.parent / name)
 
 
 def call(verb: str, folder: Folder, *options: str) -> int:
@@ -108,7 +86,7 @@ def test_the_recipe_names_the_remote_and_whether_to_upload_and_a_stage_that_ran_
     finished: Folder, tmp_path: Path
 ) -> None:
     shutil.copytree(finished.root, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
-    here = at(tmp_path / "here")
+    here = Folder(tmp_path / "here")
     keys = [record.key for record in records(finished)]
     table = '\n[cache]\nremote = "mirror"\nupload = false\n'
     here.write(here.recipe.read_text() + table)
@@ -216,7 +194,7 @@ def test_a_request_to_stop_ends_the_waiting_for_a_remote(tmp_path: Path) -> None
 
 def test_an_unreachable_remote_is_one_warning_and_the_run_goes_on(finished: Folder, tmp_path: Path) -> None:
     shutil.copytree(finished.root, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
-    here = at(tmp_path / "here")
+    here = Folder(tmp_path / "here")
     (tmp_path / "file").touch()
     done = here.call(
         "run", str(here.recipe), "--remote", "hf://ada/cache", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_XET="1"

@@ -7,107 +7,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-RECIPE = """
-name = "small"
-[stage.corpus]
-kind = "corpus"
-sources = [{ files = "text.jsonl", name = "text" }]
-validation = 0.2
-[stage.tokenizer]
-kind = "tokenizer"
-corpus = "corpus"
-vocab_size = 300
-[stage.tokens]
-kind = "pack"
-corpus = "corpus"
-tokenizer = "tokenizer"
-context = 32
-"""
-WORDS = [
-    "kidney",
-    "liver",
-    "heart",
-    "lung",
-    "brain",
-    "blood",
-    "bone",
-    "skin",
-    "nerve",
-    "muscle",
-    "fever",
-    "pain",
-    "rash",
-    "stroke",
-]
-
-
-class Folder:
-    """A recipe with its data and a cache of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.recipe, self.cache = root, root / "recipe.toml", root / "cache"
-        root.mkdir(parents=True, exist_ok=True)
-        self.write(RECIPE)
-        self.documents([f"{a} {b} and {a} of the {b}, {i}." for i, a in enumerate(WORDS) for b in WORDS])
-
-    def write(self, text: str) -> None:
-        self.recipe.write_text(text, encoding="utf-8")
-
-    def documents(self, texts: list[str]) -> None:
-        lines = [json.dumps({"text": text}) for text in texts]
-        (self.root / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "runner.cli", *words]
-
-    def call(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*words),
-            capture_output=True,
-            text=True,
-            env={**os.environ, "STOCKPOT_CACHE": str(self.cache), **environment},
-        )
-
-    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
-        return self.call("run", str(self.recipe), *options)
-
-    def states(self, *options: str) -> dict[str, str]:
-        done = self.call("plan", str(self.recipe), "--json", *options)
-        assert done.returncode == 0, done.stderr
-        return {stage["name"]: stage["state"] for stage in json.loads(done.stdout)["stages"]}
-
-    def artifact(self, stage: str) -> Path:
-        return Path(self.call("path", str(self.recipe), stage).stdout.strip())
-
-    def digest(self, stage: str) -> str:
-        return str(json.loads((self.artifact(stage) / "record.json").read_text())["digest"])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A folder whose recipe has run. Tests that change it take a copy."""
-    folder = Folder(tmp_path_factory.mktemp("finished"))
-    done = folder.run()
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def copy(finished: Folder, tmp_path: Path) -> Folder:
-    shutil.copytree(finished.root, tmp_path / "copy")
-    folder = Folder.__new__(Folder)
-    folder.root, folder.recipe, folder.cache = tmp_path / "copy", tmp_path / "copy/recipe.toml", tmp_path / "copy/cache"
-    return folder
-
-
-ALL_CACHED = {"corpus": "cached", "tokenizer": "cached", "tokens": "cached"}
+from small_recipe import ALL_CACHED, RECIPE, WORDS, Folder
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:
@@ -128,90 +33,90 @@ def test_the_plan_alone_stands_on_stdout_and_names_key_and_path(finished: Folder
         assert Path(stage["path"]).is_dir()
 
 
-def test_a_copied_folder_reruns_nothing(copy: Folder) -> None:
-    assert copy.states() == ALL_CACHED
+def test_a_copied_folder_reruns_nothing(folder: Folder) -> None:
+    assert folder.states() == ALL_CACHED
 
 
-def test_comments_new_names_and_processes_rerun_nothing(copy: Folder) -> None:
+def test_comments_new_names_and_processes_rerun_nothing(folder: Folder) -> None:
     text = RECIPE.replace("tokenizer]", "words] # a comment").replace('tokenizer = "tokenizer"', 'tokenizer = "words"')
-    copy.write(text.replace("vocab_size = 300", "vocab_size = 300\nmin_frequency = 2"))
-    assert set(copy.states("--set", "parallel.processes=2").values()) == {"cached"}
+    folder.write(text.replace("vocab_size = 300", "vocab_size = 300\nmin_frequency = 2"))
+    assert set(folder.states("--set", "parallel.processes=2").values()) == {"cached"}
 
 
-def test_a_changed_field_reruns_only_what_depends_on_it_and_says_which_field(copy: Folder) -> None:
+def test_a_changed_field_reruns_only_what_depends_on_it_and_says_which_field(folder: Folder) -> None:
     changed = ("--set", "stage.tokenizer.vocab_size=310")
-    assert copy.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
-    why = copy.call("why", str(copy.recipe), "tokenizer", *changed)
+    assert folder.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
+    why = folder.call("why", str(folder.recipe), "tokenizer", *changed)
     assert "vocab_size: 300 -> 310" in why.stdout
 
 
-def test_a_document_that_cleaning_drops_reruns_only_the_corpus(copy: Folder) -> None:
-    with (copy.root / "text.jsonl").open("a") as file:
+def test_a_document_that_cleaning_drops_reruns_only_the_corpus(folder: Folder) -> None:
+    with (folder.root / "text.jsonl").open("a") as file:
         file.write(json.dumps({"text": "short"}) + "\n")
-    assert copy.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
-    done = copy.run()
+    assert folder.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
+    done = folder.run()
     assert done.returncode == 0, done.stderr
     assert "corpus" in done.stderr and "done in" in done.stderr
     assert "tokenizer  tokenizer:" not in done.stderr, "tokenizer ran although the corpus is the same"
-    assert copy.states() == ALL_CACHED
+    assert folder.states() == ALL_CACHED
 
 
-def test_a_missing_artifact_is_rebuilt_only_when_a_stage_must_read_it(copy: Folder) -> None:
-    before = copy.digest("tokenizer")
-    shutil.rmtree(copy.artifact("tokenizer"))
-    assert copy.states() == ALL_CACHED
-    assert copy.call("path", str(copy.recipe), "tokenizer").returncode == 1
-    assert copy.run().returncode == 0
-    assert copy.call("path", str(copy.recipe), "tokenizer").returncode == 1
+def test_a_missing_artifact_is_rebuilt_only_when_a_stage_must_read_it(folder: Folder) -> None:
+    before = folder.digest("tokenizer")
+    shutil.rmtree(folder.artifact("tokenizer"))
+    assert folder.states() == ALL_CACHED
+    assert folder.call("path", str(folder.recipe), "tokenizer").returncode == 1
+    assert folder.run().returncode == 0
+    assert folder.call("path", str(folder.recipe), "tokenizer").returncode == 1
     changed = ("--set", "stage.tokens.context=16")
-    assert copy.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "run"}
-    assert copy.run(*changed).returncode == 0
-    assert copy.digest("tokenizer") == before
+    assert folder.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "run"}
+    assert folder.run(*changed).returncode == 0
+    assert folder.digest("tokenizer") == before
 
 
-def test_a_damaged_artifact_is_set_aside_and_rebuilt_when_it_is_read(copy: Folder) -> None:
-    file = copy.artifact("tokenizer") / "tokenizer.json"
+def test_a_damaged_artifact_is_set_aside_and_rebuilt_when_it_is_read(folder: Folder) -> None:
+    file = folder.artifact("tokenizer") / "tokenizer.json"
     before, status = file.read_bytes(), file.stat()
     with file.open("r+b") as opened:
         opened.write(b"[")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    done = copy.run("--set", "stage.tokens.context=16")
+    done = folder.run("--set", "stage.tokens.context=16")
     assert done.returncode == 0, done.stderr
     assert "does not match its record" in done.stderr
     assert file.read_bytes() == before
 
 
-def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(copy: Folder) -> None:
-    done = copy.run("--force", "tokenizer")
+def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(folder: Folder) -> None:
+    done = folder.run("--force", "tokenizer")
     assert done.returncode == 0
     assert "the old artifact is set aside" in done.stderr
     assert "tokens  pack" not in done.stderr
-    assert len(list((copy.cache / "aside").iterdir())) == 1
-    assert copy.states() == ALL_CACHED
+    assert len(list((folder.cache / "aside").iterdir())) == 1
+    assert folder.states() == ALL_CACHED
 
 
-def test_a_finished_stage_whose_record_was_not_copied_yet_serves_those_below_it(copy: Folder) -> None:
+def test_a_finished_stage_whose_record_was_not_copied_yet_serves_those_below_it(folder: Folder) -> None:
     """As after a kill between the rename of the folder and the copy of the record."""
-    shutil.rmtree(copy.cache / "records")
-    done = copy.run("--set", "stage.tokens.context=16")
+    shutil.rmtree(folder.cache / "records")
+    done = folder.run("--set", "stage.tokens.context=16")
     assert done.returncode == 0, done.stderr
 
 
-def test_an_input_that_changes_while_the_run_waits_is_read_under_its_new_key(copy: Folder, tmp_path: Path) -> None:
+def test_an_input_that_changes_while_the_run_waits_is_read_under_its_new_key(folder: Folder, tmp_path: Path) -> None:
     fresh = tmp_path / "cache"
-    plan = json.loads(copy.call("plan", str(copy.recipe), "--json", "--cache", str(fresh)).stdout)
+    plan = json.loads(folder.call("plan", str(folder.recipe), "--json", "--cache", str(fresh)).stdout)
     log = fresh / "logs" / f"corpus-{plan['stages'][0]['key']}.log"
     log.parent.mkdir(parents=True)
     with log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         process = subprocess.Popen(
-            copy.command("run", "--until", "corpus", str(copy.recipe), "--cache", str(fresh)),
+            folder.command("run", "--until", "corpus", str(folder.recipe), "--cache", str(fresh)),
             stderr=subprocess.PIPE,
             text=True,
         )
         assert process.stderr is not None
         assert "waiting for" in process.stderr.readline()
-        copy.documents(
+        folder.documents(
             ["a document that nobody had planned for, at the last moment"] * 2 + ["and another one for company, also new"]
         )
     process.communicate()
@@ -241,25 +146,25 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in folder.cache.rglob("*")] == ["digests.json"]
 
 
-def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(copy: Folder) -> None:
-    with (copy.root / "text.jsonl").open("a") as file:
+def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(folder: Folder) -> None:
+    with (folder.root / "text.jsonl").open("a") as file:
         file.write("{not json\n")
-    done = copy.run()
+    done = folder.run()
     assert done.returncode == 3
-    assert f"stage 'corpus': {copy.root}/text.jsonl:{len(WORDS) ** 2 + 1}" in done.stderr
+    assert f"stage 'corpus': {folder.root}/text.jsonl:{len(WORDS) ** 2 + 1}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(list((copy.cache / "stages").iterdir())) == 3
+    assert len(list((folder.cache / "stages").iterdir())) == 3
 
 
-def test_a_vocabulary_larger_than_the_text_supports_says_so(copy: Folder) -> None:
-    done = copy.run("--set", "stage.tokenizer.vocab_size=50000")
+def test_a_vocabulary_larger_than_the_text_supports_says_so(folder: Folder) -> None:
+    done = folder.run("--set", "stage.tokenizer.vocab_size=50000")
     assert done.returncode == 3
     assert "stage 'tokenizer':" in done.stderr and "50000" in done.stderr.replace(",", "")
 
 
-def test_a_wrong_recipe_exits_with_2_and_an_unknown_stage_too(copy: Folder) -> None:
-    assert copy.run("--set", "stage.tokenizer.kind=tokenizr").returncode == 2
-    done = copy.run("--until", "tokns")
+def test_a_wrong_recipe_exits_with_2_and_an_unknown_stage_too(folder: Folder) -> None:
+    assert folder.run("--set", "stage.tokenizer.kind=tokenizr").returncode == 2
+    done = folder.run("--until", "tokns")
     assert done.returncode == 2
     assert "did you mean 'tokens'?" in done.stderr
 

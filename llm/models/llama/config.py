@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class LinearScaling(BaseModel):
     """Positions count 1 / factor: a longer context in the range of angles that was trained (Chen et al. 2023)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
     kind: Literal["linear"]
     """All frequencies alike."""
@@ -35,7 +35,7 @@ class LinearScaling(BaseModel):
 class Llama3Scaling(BaseModel):
     """Slow frequencies are divided by factor, fast ones stay, those between are blended (Llama 3.1, Dubey et al. 2024)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
     kind: Literal["llama3"]
     """By wavelength."""
@@ -69,7 +69,7 @@ class LlamaConfig(BaseModel):
         strict=True,
         frozen=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=True,
         json_schema_extra=lambda schema: schema.pop("required"),  # a preset, or other sizes, stand in for any of them
     )
 

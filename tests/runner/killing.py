@@ -1,0 +1,133 @@
+"""Kills of a run at random instants: its parent, one of its workers, or both, by any signal that ends a process.
+
+After each kill the same command is run again. Whatever was killed, no process may stay, and a run says with its exit code
+that it ended, failed or was interrupted. Everything random comes from one seed; the instants are as random as the machine.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TARGETS = ("parent", "worker", "both")
+DONE, FAILED, INTERRUPTED = 0, 3, 130  # exit codes of a run
+PATIENCE = 180.0  # seconds until processes that should end count as hanging, on a machine that is busy
+
+
+@dataclass
+class Figures:
+    """What was done to the runs of a recipe, and how they took it."""
+
+    kills: Counter[str] = field(default_factory=Counter)  # by target and signal
+    amid: Counter[str] = field(default_factory=Counter)  # by the kind of stage that was being worked on
+    codes: Counter[int] = field(default_factory=Counter)  # exit codes of the runs that were hit
+    finished: int = 0  # times that the recipe came to its end
+
+
+class Victim:
+    """A recipe, its options, and the cache that its runs share."""
+
+    def __init__(self, recipe: Path, cache: Path, *options: str) -> None:
+        self.recipe, self.cache, self.options = recipe, cache, options
+        self.said = cache.with_suffix(".said")  # by the last run
+
+    def command(self, verb: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", "runner.cli", verb, str(self.recipe), *self.options, *more, "--cache", str(self.cache)]
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        with self.said.open("wb") as said:
+            return subprocess.Popen(self.command("run"), stdout=said, stderr=said, start_new_session=True)
+
+    def run(self) -> None:
+        done = subprocess.run(self.command("run"), capture_output=True, text=True)
+        assert done.returncode == DONE, done.stderr
+
+    def digests(self) -> dict[str, str]:
+        """Of each stage's artifact; fails the test where one is not finished."""
+        plan = json.loads(subprocess.run(self.command("plan", "--json"), capture_output=True, check=True).stdout)
+        assert {stage["state"] for stage in plan["stages"]} == {"cached"}, plan
+        records = {stage["name"]: Path(stage["path"]) / "record.json" for stage in plan["stages"]}
+        return {name: json.loads(record.read_text())["digest"] for name, record in records.items()}
+
+    def assert_sound(self) -> None:
+        """Nothing is damaged or half done."""
+        command = [sys.executable, "-m", "runner.cli", "verify", "--cache", str(self.cache)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == DONE, done.stderr
+        assert not list((self.cache / "work").iterdir())
+
+    def working_on(self) -> str:
+        """The kind of the stage in progress."""
+        works = [path.name.partition("-")[0] for path in (self.cache / "work").glob("*-*")]
+        return " and ".join(sorted(works)) or "nothing"
+
+    def processes(self) -> list[psutil.Process]:
+        """Those whose command line names the cache."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.cache) in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+
+def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: dict[str, str]) -> Figures:
+    """Kills runs of `victim` until `kills` have hit one, each within `longest` seconds of its start, and then lets it finish.
+
+    A recipe that comes to its end has to have the digests `wanted`, and if that is too early it begins with an empty cache.
+    """
+    choose, figures = random.Random(seed), Figures()
+    while figures.kills.total() < kills:
+        target, number = choose.choice(TARGETS), choose.choice(SIGNALS)
+        delay, pick = choose.uniform(0, longest), choose.random()
+        process, below = victim.start(), list[psutil.Process]()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        if process.returncode is None:
+            below = psutil.Process(process.pid).children(recursive=True)
+            figures.amid[victim.working_on()] += 1
+            hit = [below[int(pick * len(below))].pid] if below and target != "parent" else []
+            hit += [process.pid] if target != "worker" or not below else []
+            for pid in hit:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            figures.kills[f"{target if below else 'parent'}, {number.name}"] += 1
+        process.wait(PATIENCE)
+        figures.codes[process.returncode] += 1
+        _assert_it_ended_well(process.returncode, number, victim.said.read_text(errors="replace"))
+        alive = psutil.wait_procs([*below, *victim.processes()], timeout=PATIENCE)[1]
+        assert not alive, f"after {target} {number.name}: {alive}"
+        if process.returncode == DONE:
+            _assert_finished(victim, wanted, figures)
+            if figures.kills.total() < kills:
+                shutil.rmtree(victim.cache)
+    victim.run()
+    _assert_finished(victim, wanted, figures)
+    return figures
+
+
+def _assert_finished(victim: Victim, wanted: dict[str, str], figures: Figures) -> None:
+    assert victim.digests() == wanted, figures
+    victim.assert_sound()
+    figures.finished += 1
+
+
+def _assert_it_ended_well(code: int, number: signal.Signals, said: str) -> None:
+    """A signal that comes before the program has taken it over ends it as it ends any Python."""
+    early = code == -number or (number == signal.SIGINT and "KeyboardInterrupt" in said)
+    assert early or (code in (DONE, FAILED, INTERRUPTED) and "Traceback (most recent call last)" not in _own(said)), said
+
+
+def _own(said: str) -> str:
+    """What the run says itself, without the end of a killed worker's log."""
+    return said.partition("the end of ")[0]
