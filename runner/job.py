@@ -29,6 +29,7 @@ class Job:
     parallel: Mapping[str, Any]
     processes: int
     cores: int
+    data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
 
     def write(self, path: Path) -> None:
         """Saves the job as JSON."""

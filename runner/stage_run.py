@@ -12,7 +12,7 @@ import tomli_w
 from runner import launch
 from runner.artifacts import METRICS, SCRATCH
 from runner.errors import StageError
-from runner.graph import ancestors, plain
+from runner.graph import ancestors, input_files, plain
 from runner.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
 from runner.plan import Entry, Plan
 from runner.progress import Follower, Progress
@@ -49,6 +49,7 @@ class StageRun:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._work = store.work(entry.stage, str(entry.key))
         self._scratch = self._work / SCRATCH
+        self._folder = recipe.path.parent.resolve()
 
     def work(self, progress: Progress, stop: StopRequest, tracker: Tracker) -> dict[str, Any]:
         """Launches the stage's processes and waits for them; returns what the workers left as result."""
@@ -117,6 +118,11 @@ class StageRun:
             parallel=plain(self._recipe.head.parallel),
             processes=processes,
             cores=cores,
+            data={
+                other: named
+                for other in [*above, name]
+                if (named := self._store.digests.named_contents(input_files(stages[other]), self._folder))
+            },
         )
 
     def _facts(self) -> dict[str, Any]:

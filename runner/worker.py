@@ -115,6 +115,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         cores=job.cores,
         report=Report(Path(job.work) / METRICS) if rank == 0 else _silent,
         should_stop=(scratch / STOP).exists,
+        data=job.data,
     )
     return stage, context
 

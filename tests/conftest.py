@@ -1,10 +1,11 @@
-"""Fixtures shared by all tests: a Context for a stage that is run by hand."""
+"""Fixtures shared by all tests: a Context for a stage that is run by hand, and a Hub on a loopback port."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub, serve, use
 
 from runner.stage import Context, Parallel
 
@@ -39,3 +40,11 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
         return Context(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub whose client waits for nothing; the token is that of its user."""
+    with serve() as running:
+        use(running, monkeypatch, tmp_path)
+        yield running
