@@ -6,8 +6,8 @@
       recipe.toml   the recipe that is run
 
 Both files come from a stranger. The recipe is run from a folder of its own, which bounds what it may read; where its files
-lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache to use: those are for
-whoever runs it to say.
+lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache and trackers to use:
+those are for whoever runs it to say.
 """
 
 import os
@@ -117,7 +117,7 @@ def _text(snapshot: download.Snapshot, name: str, folder: Path) -> str:
 
 
 def _own_decisions(text: str, place: str) -> dict[str, Any]:
-    """The table of a recipe without what its author decided for himself: where to push, and a cache elsewhere."""
+    """The table of a recipe without what its author decided for himself: where results, curves and the release go."""
     try:
         table = tomli.loads(text)
     except (tomli.TOMLDecodeError, RecursionError) as error:
@@ -125,7 +125,8 @@ def _own_decisions(text: str, place: str) -> dict[str, Any]:
     stages = table.get("stage")
     if "extends" in table or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise RecipeError(f"{place}: wants a resolved recipe, as `run show` prints it")
-    table.pop("cache", None)
+    for name in ("cache", "tracking"):
+        table.pop(name, None)
     for stage in stages.values():
         if stage.get("kind") == "publish":
             for name in FOR_THE_USER_TO_SAY:

@@ -21,6 +21,8 @@ RECIPE = """
 name = "model"
 [cache]
 remote = "hf://ada/cache"
+[tracking]
+to = ["wandb"]
 [stage.corpus]
 kind = "corpus"
 sources = [{ files = "../texts/part-?.jsonl", name = "text" }, { files = "one.txt", name = "one" }]
@@ -143,10 +145,10 @@ def test_a_file_that_changed_after_it_was_placed_is_looked_for_again(author: Rec
     assert place.read_text() == "one"
 
 
-def test_where_to_push_and_which_cache_to_use_is_not_for_the_author_to_say(author: Recipe, tmp_path: Path) -> None:
+def test_where_results_curves_and_the_release_go_is_not_for_the_author_to_say(author: Recipe, tmp_path: Path) -> None:
     published, recipe, _ = brought(tmp_path, tmp_path / "author")
     table = tomllib.loads(published.recipe.read_text())
-    assert "cache" not in table
+    assert not table.keys() & {"cache", "tracking"}
     assert table["stage"]["release"].keys() & {"repo", "branch", "tag", "pull_request"} == set()
     assert recipe.head.cache.remote is None
 
