@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import os
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from runner.artifacts import digest_file
@@ -15,8 +19,26 @@ COMPRESSED = (".gz", ".zst")
 FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of its clock: its digest is not remembered
 
 
+@dataclass(frozen=True)
+class FileContent:
+    """What an input file holds."""
+
+    file: str  # its path; only the ending is identity
+    sha256: str
+    bytes: int
+
+    @property
+    def format(self) -> str:
+        """What decides how a file is read: its ending, the one before a compression's included."""
+        endings = [ending.lower() for ending in Path(self.file).suffixes[-2:]]
+        return "".join(endings if endings and endings[-1] in COMPRESSED else endings[-1:])
+
+
 class DigestMemo:
     """sha256 of files, remembered by (path, size, mtime_ns, inode) so that planning does not read them again."""
+
+    promised: Mapping[str, Sequence[FileContent]] = MappingProxyType({})
+    """What input files hold that are not here, as a lock file tells it, by the place where they would be."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,7 +66,26 @@ class DigestMemo:
 
     def of_inputs(self, file: InputFile) -> list[list[str]]:
         """[format, digest] of each file that an input means now: what a stage's identity holds of it."""
-        return [[_format(path), self.of(path)] for path in file.matches()]
+        return [[content.format, content.sha256] for content in self.contents(file)]
+
+    def contents(self, file: InputFile) -> Sequence[FileContent]:
+        """What the files hold that an input means now; where there are none, what is promised of them."""
+        here = [FileContent(str(path), self.of(path), path.stat().st_size) for path in file.matches()]
+        return here or self.promised.get(str(file.folder / file), ())
+
+    def named_contents(self, files: Iterable[tuple[str, InputFile]], folder: Path) -> dict[str, list[dict[str, Any]]]:
+        """The contents of input files by the field that names them, for a lock file; paths as in a recipe of `folder`."""
+
+        def named(file: InputFile, content: FileContent) -> dict[str, Any]:
+            written = os.path.relpath(content.file, folder) if Path(content.file).is_absolute() else content.file
+            return {**asdict(content), "file": content.file if Path(file).is_absolute() else written}
+
+        return {field: [named(file, content) for content in self.contents(file)] for field, file in files}
+
+    def paths_of(self, sha256: str) -> list[Path]:
+        """Files that were read before, and still hold this."""
+        paths = [Path(path) for path, (*_, digest) in {**self._known, **self._new}.items() if digest == sha256]
+        return [path for path in paths if path.is_file() and self.of(path) == sha256]
 
     def save(self) -> None:
         """Writes what was learned; a cache that cannot be written only makes the next planning slower."""
@@ -55,9 +96,3 @@ class DigestMemo:
         with contextlib.suppress(OSError):
             write_whole(self._path, json.dumps({path: entry for path, entry in merged.items() if Path(path).exists()}))
         self._new = {}
-
-
-def _format(path: Path) -> str:
-    """What decides how a file is read: its ending, the one before a compression's included."""
-    endings = [ending.lower() for ending in path.suffixes[-2:]]
-    return "".join(endings if endings and endings[-1] in COMPRESSED else endings[-1:])

@@ -4,7 +4,7 @@
     ├── RecipeError   2  the recipe, or a file that it names, is wrong
     ├── StageError    3  a stage failed while it ran
     ├── DamageError   3  the cache does not hold what was recorded
-    ├── RemoteError   3  a cache elsewhere was asked for and could not be used
+    ├── RemoteError   3  a cache or a published recipe elsewhere was asked for and could not be used
     ├── GateError     4  a gate on a score failed
     └── PausedError   5  an alert asked for a person
 
@@ -38,7 +38,7 @@ class DamageError(StockpotError):
 
 
 class RemoteError(StockpotError):
-    """A cache elsewhere could not be read or written. Fails what was only about it, never a run."""
+    """A cache or a recipe elsewhere could not be read or written. Fails what was only about it, never a run."""
 
     exit_code = 3
 

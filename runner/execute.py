@@ -11,13 +11,14 @@ from typing import IO
 from runner.alerts import Notices
 from runner.code import code_digest
 from runner.errors import GateError, StageError
-from runner.graph import ancestors
+from runner.graph import ancestors, input_files
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.progress import Progress, duration
 from runner.recipe import Recipe
 from runner.record import Record
 from runner.remote import Mirror
 from runner.runs import note_run
+from runner.stage import Acting
 from runner.stage_run import StageRun, StopRequest
 from runner.store import Store, Waiting
 from runner.track import Tracker
@@ -27,10 +28,18 @@ class Execution:
     """One run of one recipe on one cache."""
 
     def __init__(
-        self, recipe: Recipe, store: Store, progress: Progress, stop: StopRequest, *, remote: str | None = None
+        self,
+        recipe: Recipe,
+        store: Store,
+        progress: Progress,
+        stop: StopRequest,
+        *,
+        remote: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
+        self._acting = Acting(overwrite=overwrite, note=progress.note, sleep=self._sleep)
         self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
         self._tracker = Tracker(store.root, recipe.head.tracking.to)
         self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
@@ -63,6 +72,13 @@ class Execution:
     def _raise_if_stopped(self) -> None:
         if self._stop.requested:
             raise KeyboardInterrupt
+
+    def _sleep(self, seconds: float) -> None:
+        """Waits, unless the user asks to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._raise_if_stopped()
+            time.sleep(min(left, 0.1))
 
     def _plan(self, until: str | None, forced: set[str]) -> Plan:
         """The plan, after setting aside the artifacts of forced stages whose keys are known by now, and after asking the
@@ -120,7 +136,7 @@ class Execution:
             if entry.effect:
                 self._progress.note(f"{entry.name}: {entry.effect.sentence}")
                 if entry.effect.act:
-                    self._progress.note(f"{entry.name}: {entry.effect.act()}")
+                    self._progress.note(f"{entry.name}: {entry.effect.act(self._acting)}")
 
     def _judge(self, plan: Plan) -> None:
         for entry in plan:
@@ -136,6 +152,8 @@ class Execution:
     def _run_stage(self, entry: Entry, plan: Plan) -> bool:
         """Runs one stage under its lock; false if another run made it, or an input is damaged: then the plan is read again."""
         stage, key = entry.stage, str(entry.key)
+        if absent := [f"{field}: {file}" for field, file in input_files(stage) if not file.matches()]:
+            raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
         with self._store.lock(stage, key, waiting=self._patience(entry)) as log:
             record = self._store.record(stage, key)
             if record and self._store.has_artifact(record):

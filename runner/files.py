@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,6 +24,18 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Puts the content of `source` at `target`: by a hard link where the file system has them, since neither is ever changed
+    in place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def fsync(path: Path) -> None:

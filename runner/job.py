@@ -30,6 +30,7 @@ class Job:
     parallel: Mapping[str, Any]
     processes: int
     cores: int
+    data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
     row_logs: str | None = None  # a folder in which each process of a training writes which rows it learned from
 
     def write(self, path: Path) -> None:

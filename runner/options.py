@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,13 @@ def add_cache_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
 
 
-def recipe_of(options: argparse.Namespace, path: Path | None = None) -> Recipe:
+def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
     """The recipe that the options name, or the one at `path` with the same options."""
     overrides = list(options.overrides)
     if getattr(options, "processes", None):
         overrides.append(f"parallel.processes={options.processes}")
     from_environment = [Path(part) for part in os.environ.get("STOCKPOT_ALLOW_PATH", "").split(os.pathsep) if part]
-    return load_recipe(path or options.recipe, overrides, allowed=[*options.allow_path, *from_environment])
+    return load_recipe(path or options.recipe, overrides, allowed=[*options.allow_path, *from_environment], absent=absent)
 
 
 def add_remote_option(sub: argparse.ArgumentParser) -> None:

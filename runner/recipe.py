@@ -7,7 +7,7 @@ Planning and running start only from a Recipe, so nothing after this file checks
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,10 +101,13 @@ def stage_kinds() -> Mapping[str, type[Stage]]:
     return Stage.registry
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[Path] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[Path] = (), absent: Container[str] = ()
+) -> Recipe:
     """The recipe at `path` with `overrides` ("stage.base.seed=1") applied; RecipeError lists every fault.
 
-    All that it names has to lie in its own folder or in one that is `allowed`.
+    All that it names has to lie in its own folder or in one that is `allowed`. Input files at the places `absent` may be
+    missing: what they hold is known, and a result that was made of them may be in the cache.
     """
     bounds = Bounds(path.resolve().parent, tuple(allowed))
     table = read_with_parents(path, (), bounds)
@@ -126,7 +129,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
         else:
             stages[name] = stage
     faults.extend(_reference_faults(stages, broken))
-    faults.extend(_file_faults(stages, bounds))
+    faults.extend(_file_faults(stages, bounds, absent))
     if head is not None:
         found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
         faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
@@ -182,7 +185,7 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
         yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"
 
 
-def _file_faults(stages: Mapping[str, Stage], bounds: Bounds) -> Iterator[str]:
+def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[str]) -> Iterator[str]:
     for name, stage in stages.items():
         for field, file in input_files(stage):
             place = f"stage.{name}.{field}"
@@ -190,7 +193,9 @@ def _file_faults(stages: Mapping[str, Stage], bounds: Bounds) -> Iterator[str]:
                 yield f"{place}: found {str(file)!r}, wants no .. behind a wildcard"
             elif not bounds.hold(fixed_part(file.pattern)):
                 yield f"{place}: {bounds.fault(file, fixed_part(file.pattern))}"
-            elif not (matches := file.matches()):
+            elif not (matches := file.matches()) and str(file.folder / file) in absent:
+                continue
+            elif not matches:
                 yield f"{place}: wants a file, found nothing at {file.pattern}"
             elif outside := [match for match in matches if not bounds.hold(match)]:
                 yield f"{place}: {bounds.fault(outside[0].name, outside[0])}"

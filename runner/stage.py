@@ -24,8 +24,9 @@ import abc
 import enum
 import glob
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
@@ -176,6 +177,7 @@ class Context:
     report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
     row_log: Path | None = None  # a file of this process, for the rows that a training learns from
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files by stage and field: `runner.digests`
 
     def open(self, ref: Ref[A]) -> A:
         """The finished artifact that the stage `ref` made."""
@@ -191,11 +193,20 @@ class Verdict(Protocol):
 
 
 @dataclass(frozen=True)
+class Acting:
+    """How a run lets an effect act."""
+
+    overwrite: bool = False  # also over what somebody else changed meanwhile
+    note: Callable[[str], None] = lambda sentence: None  # tells the user of what takes time
+    sleep: Callable[[float], None] = time.sleep  # seconds; raises KeyboardInterrupt once the user asks to stop
+
+
+@dataclass(frozen=True)
 class Effect:
     """What is left to do in the world once an artifact exists: a push, say."""
 
-    sentence: str  # what acting will do; or, where nothing can be done now, how the user gets it done
-    act: Callable[[], str] | None  # does it and returns a sentence on what was done; None: not possible now
+    sentence: str  # what acting will do; or, where nothing is to be done now, why, and how the user gets it done
+    act: Callable[[Acting], str] | None  # does it and returns a sentence on what was done; None: nothing to do now
 
 
 class Stage(Spec):

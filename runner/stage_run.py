@@ -16,7 +16,7 @@ from runner.alerts import Notices
 from runner.artifacts import METRICS, SCRATCH
 from runner.attempts import Attempts
 from runner.errors import PausedError, StageError
-from runner.graph import ancestors, plain
+from runner.graph import ancestors, input_files, plain
 from runner.job import ERROR, JOB, PAUSED, PREPARED, RESULT, STOP, Job
 from runner.plan import Entry, Plan
 from runner.progress import Follower, Progress, duration
@@ -205,6 +205,11 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
         parallel=plain(recipe.head.parallel),
         processes=processes,
         cores=cores,
+        data={
+            other: named
+            for other in [*above, name]
+            if (named := store.digests.named_contents(input_files(stages[other]), recipe.path.parent.resolve()))
+        },
     )
 
 

@@ -10,6 +10,7 @@ folder is under `stages/`.
       aside/                  artifacts that were forced or found damaged
       runs/                   which keys each of the last runs used
       receipts/               what was pushed where
+      published/              recipes of published models, and their data where it was found
       compiled/               what torch.compile made, for this machine
       digests.json            memo of file digests by path, size, time and inode
 

@@ -1,11 +1,12 @@
-"""How tests share the cores, and a fixture that all may use: a Context for a stage that is run by hand."""
+"""How tests share the cores, and fixtures for all: a Context for a stage that is run by hand, and a Hub on loopback."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub, serve, use
 
 from runner.stage import Context, Parallel
 
@@ -56,3 +57,11 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
         return Context(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub whose client waits for nothing; the token is that of its user."""
+    with serve() as running:
+        use(running, monkeypatch, tmp_path)
+        yield running

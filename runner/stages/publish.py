@@ -13,21 +13,21 @@ decide on (`runner.hub`), so a run that only lacked a token repeats nothing.
 """
 
 import json
-import os
-import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from runner import hub
 from runner.artifacts import Adapter, Artifact, Checkpoint, Corpus, Gguf, Parity, Release, Scores
+from runner.files import link_or_copy
 from runner.graph import ancestors, edges, plain
-from runner.stage import Context, Effect, Execution, Metrics, Ref, Semantic, Stage
+from runner.receipts import Journal
+from runner.stage import Acting, Context, Effect, Execution, Metrics, Ref, Semantic, Stage
 from runner.stages.data import RowTable, RowTraining
 from runner.stages.evaluate import Evaluate
 from runner.stages.parity import CheckParity
@@ -57,6 +57,27 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
     """Where to push: "owner/name", or "name" for the owner of the token; without it nothing is pushed."""
     private: Execution[bool] = True
     """Whether a repository that has to be created is private."""
+    branch: Execution[Annotated[str, Field(pattern=r"^\w[\w./-]*$")]] = "main"
+    """Branch to push to; one that is not there begins at main."""
+    pull_request: Execution[bool] = False
+    """Whether to open a pull request to main, instead of pushing to a branch."""
+    tag: Execution[Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None] = None
+    """A tag for the commit, such as "v1"; a new release wants a new one."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.pull_request and self.branch != "main":
+            raise ValueError(f"a pull request goes to main; wants pull_request or branch, found both ({self.branch!r})")
+        if self.pull_request and self.tag is not None:
+            raise ValueError(f"a pull request is not released yet; wants pull_request or tag, found both ({self.tag!r})")
+        return self
+
+    @property
+    def target(self) -> hub.Target | None:
+        """Where to push."""
+        if self.repo is None:
+            return None
+        return hub.Target(self.repo, branch=self.branch, endpoint=hub.endpoint(), pull_request=self.pull_request)
 
     def completed(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
         """With a stage `NAME-parity` where it names none."""
@@ -92,19 +113,25 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         release, checkpoint = Release(context.work), context.open(self.model)
         self._check_inputs(context)
         for path in checkpoint.content():
-            _link_or_copy(path, context.work / path.relative_to(checkpoint.folder))
+            link_or_copy(path, context.work / path.relative_to(checkpoint.folder))
         for path in context.open(self.gguf).content() if self.gguf is not None else ():
-            _link_or_copy(path, context.work / path.name)
+            link_or_copy(path, context.work / path.name)
         for path in context.open(self.adapter).content() if self.adapter is not None else ():
-            _link_or_copy(path, release.adapter.folder / path.name)
+            link_or_copy(path, release.adapter.folder / path.name)
         if self.parity is not None:
-            _link_or_copy(context.open(self.parity).results, release.parity)
+            link_or_copy(context.open(self.parity).results, release.parity)
         recipe = tomllib.loads(context.recipe)
         records = {name: context.records[name] for name in recipe["stage"] if name in context.records}
         scores = {str(ref): json.loads(context.open(ref).scores.read_text(encoding="utf-8")) for ref in self.scores}
         release.recipe.write_text(context.recipe, encoding="utf-8")
         _write_json(release.scores, scores)
-        _write_json(release.lock, {"recipe": recipe["name"], "stages": {name: _locked(records[name]) for name in records}})
+        _write_json(
+            release.lock,
+            {
+                "recipe": recipe["name"],
+                "stages": {name: _locked(records[name], context.data.get(name, {})) for name in records},
+            },
+        )
         languages = languages_of(records.values()) if self.languages is None else self.languages
         curves = {name: record["curves"] for name, record in records.items() if record.get("curves")}
         if curves:
@@ -142,20 +169,31 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
         """The push, unless a receipt says it is done."""
-        if self.repo is None:
+        target = self.target
+        if target is None:
             return None
-        target = hub.Target(self.repo, endpoint=hub.endpoint())
-        if hub.read_receipt(receipts, target, digest):
-            return None
+        journal = Journal.read(receipts, target)
+        if pushes := journal.pushes_of(digest):
+            if journal.last is not None and journal.last.digest != digest:
+                now = f"{target} holds another release since {journal.last.time}"
+                return Effect(f"was pushed before, but {now}; `run publish` puts this one there again", None)
+            if self.tag is None or self.tag in {push.tag for push in pushes}:
+                return None
         if hub.token() is None:
             return Effect(f"the release is in {artifact}; {hub.how_to_push(target)}", None)
-        act = partial(_push, artifact, target, private=self.private, digest=digest, receipts=receipts)
-        return Effect(f"pushes to {target}", act)
+        act = partial(self.push, artifact, digest, receipts)
+        return Effect(f"tags what {target} holds" if pushes else f"pushes to {target}", act)
 
+    def push(self, artifact: Path, digest: str, receipts: Path, acting: Acting) -> str:
+        """Push the release, whatever the receipts say; returns a sentence with its address."""
+        from runner.hub_push import Order, push
+        from runner.retries import Retries
 
-def _push(folder: Path, target: hub.Target, *, private: bool, digest: str, receipts: Path) -> str:
-    files = {path.relative_to(folder).as_posix(): path for path in _files(Release(folder))}
-    return f"pushed: {hub.push(folder, target, files=files, private=private, digest=digest, receipts=receipts)}"
+        assert self.target is not None
+        files = {path.relative_to(artifact).as_posix(): path for path in _files(Release(artifact))}
+        order = Order(artifact, files, digest, self.target, private=self.private, tag=self.tag)
+        retries = Retries(sleep=acting.sleep, note=acting.note)
+        return f"pushed: {push(order, receipts=receipts, overwrite=acting.overwrite, retries=retries).url}"
 
 
 def _files(release: Release) -> list[Path]:
@@ -163,22 +201,10 @@ def _files(release: Release) -> list[Path]:
     return [*release.content(), release.card, release.lock, *([release.curves] if release.curves.exists() else [])]
 
 
-def _locked(record: Mapping[str, Any]) -> dict[str, Any]:
-    data = dict(_data(record.get("identity", {}).get("fields", {})))
-    return {name: record[name] for name in LOCKED if name in record} | ({"data": data} if data else {})
-
-
-def _data(value: Any, field: str = "") -> Iterator[tuple[str, list[str]]]:
-    """sha256 of the files that a stage reads from outside, by the field that names them."""
-    match value:
-        case {"content": files}:
-            yield field, [digest for _, digest in files]
-        case dict():
-            for name, item in value.items():
-                yield from _data(item, f"{field}.{name}".removeprefix("."))
-        case list():
-            for index, item in enumerate(value):
-                yield from _data(item, f"{field}[{index}]")
+def _locked(record: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lock file tells of a stage; `data` are its input files."""
+    locked = {name: record[name] for name in LOCKED if name in record}
+    return locked | ({"data": data} if data else {})
 
 
 def _as_rows(table: RowTable) -> dict[str, Any]:
@@ -190,16 +216,6 @@ def _ref(wants: type[A], name: str) -> Ref[A]:
     ref: Ref[A] = Ref(name)
     ref.wants = wants
     return ref
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system has them: artifacts are never changed in place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """`run RECIPE`: does what is not in the cache."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from runner.errors import RecipeError
@@ -16,16 +17,27 @@ from runner.options import (
     store_of,
 )
 
+HF = "hf://"
+NOT_RUN = 1  # exit code of a run that the user was asked about and did not want
+
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """What may follow the verb."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument(
+        "recipe", type=_recipe, metavar="RECIPE", help="a TOML file, or hf://OWNER/NAME[@REVISION] of a published model"
+    )
     add_recipe_options(sub)
     add_cache_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_stage_argument(sub, "--force", help="make its artifact again", action="append", default=[])
     add_remote_option(sub)
     sub.add_argument("--json", action="store_true", help="for programs: one JSON object per event, on standard output")
+    sub.add_argument("--overwrite", action="store_true", help="push also over what somebody else changed on the Hub")
+    of_published = sub.add_argument_group("of a published model")
+    of_published.add_argument("--yes", action="store_true", help="run it without asking")
+    of_published.add_argument(
+        "--data", action="append", default=[], type=Path, metavar="DIR", help="where its input files may be, under any name"
+    )
     sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
 
 
@@ -33,10 +45,20 @@ def main(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
     from runner.cost import expected_seconds
     from runner.execute import Execution
+    from runner.plan import Plan
     from runner.progress import make_progress
     from runner.stage_run import StopRequest
 
-    recipe, store = recipe_of(options), store_of(options)
+    store = store_of(options, Path("recipe.toml") if isinstance(options.recipe, str) else options.recipe)
+    published = None
+    if isinstance(options.recipe, str):
+        from runner.published import Address, bring
+
+        published = bring(Address.parse(options.recipe), store, data=options.data)
+        options.recipe = published.recipe
+    elif options.yes or options.data:
+        raise RecipeError("--yes and --data: want a published model, hf://OWNER/NAME")
+    recipe = recipe_of(options, absent=store.digests.promised)
     for name in [*options.force, *([options.until] if options.until else [])]:
         stage_named(recipe, name)
     if options.until:
@@ -44,11 +66,31 @@ def main(options: argparse.Namespace) -> int:
             if name != options.until and name not in ancestors(recipe.stages, options.until):
                 raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
     remote = remote_of(options, recipe)
+    if published is not None:
+        from runner import confirm
+
+        plan = Plan(recipe, store, until=options.until)
+        confirm.show(published, plan)
+        if remote is None:
+            confirm.refuse_if_stuck(published, plan)
+        if not confirm.agreed(published, yes=options.yes):
+            return NOT_RUN
     progress = make_progress(lambda: expected_seconds(recipe, store), as_json=options.json)
     stop = StopRequest()
     stop.install()
     try:
-        Execution(recipe, store, progress, stop, remote=remote).run(until=options.until, force=options.force)
+        Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
+            until=options.until, force=options.force
+        )
     finally:
         progress.close()
+    if published is not None:
+        from runner.lock import results
+
+        print(results(published.lock, Plan(recipe, store, until=options.until)), file=sys.stderr)
     return 0
+
+
+def _recipe(text: str) -> Path | str:
+    """The path of a recipe; the address of a published model stays text, for a path knows no double slash."""
+    return text if text.startswith(HF) else Path(text)

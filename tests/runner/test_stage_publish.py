@@ -2,13 +2,13 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import OWNER, TOKEN, Hub, serve
+from hub_server import OWNER, TOKEN, Hub
 
 from llm.checkpoint import save_checkpoint
 from llm.errors import InputError
@@ -18,7 +18,7 @@ from llm.tokenizer import train_bpe
 from runner.artifacts import Release
 from runner.card import Model, model_card
 from runner.errors import StageError
-from runner.stage import Context
+from runner.stage import Acting, Context
 from runner.stages.publish import Publish
 from runner.store import digest_of
 
@@ -172,15 +172,6 @@ def whole(context: Context, make_context: Callable[..., Context], tmp_path: Path
     records["parity"] = record("parity", checks=checks) | {"inputs": compared}
     inputs = {**context.inputs, **{name: tmp_path / name for name in ("gguf", "tuned", "parity")}}
     return make_context("whole", inputs=inputs, records=records, recipe=RECIPE)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # this Hub has no Xet store
-        yield running
 
 
 def publish(**fields: Any) -> Publish:
@@ -374,7 +365,7 @@ def test_a_release_is_pushed_once_and_opens_from_the_hub(hub: Hub, context: Cont
     effect = stage.effect(context.work, digest=digest, receipts=tmp_path / "receipts")
     assert effect is not None
     assert effect.act is not None
-    assert TOKEN not in effect.sentence + effect.act()
+    assert TOKEN not in effect.sentence + effect.act(Acting())
     assert stage.effect(context.work, digest=digest, receipts=tmp_path / "receipts") is None
 
     pushed = hub.repositories[f"{OWNER}/tiny"].at("main")
@@ -399,7 +390,7 @@ def test_a_push_that_fails_is_due_again(hub: Hub, context: Context, tmp_path: Pa
         assert effect is not None
         assert effect.act is not None
         with pytest.raises(StageError):
-            effect.act()
+            effect.act(Acting())
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "", "a b", "/a", "a/"])
