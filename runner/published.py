@@ -6,7 +6,7 @@
       recipe.toml   the recipe that is run
 
 Both files come from a stranger. The recipe is run from a folder of its own, which bounds what it may read; where its files
-lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache and trackers to use:
+lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache, trackers and notices to use:
 those are for whoever runs it to say.
 """
 
@@ -127,6 +127,9 @@ def _own_decisions(text: str, place: str) -> dict[str, Any]:
         raise RecipeError(f"{place}: wants a resolved recipe, as `run show` prints it")
     for name in ("cache", "tracking"):
         table.pop(name, None)
+    for alerts in (table.get("alerts"), *(stage.get("alerts") for stage in stages.values())):
+        if isinstance(alerts, dict):
+            alerts.pop("notify", None)
     for stage in stages.values():
         if stage.get("kind") == "publish":
             for name in FOR_THE_USER_TO_SAY:

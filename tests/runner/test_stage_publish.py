@@ -1,5 +1,6 @@
 """The kind `publish`: what is in a release, when a push is due, and what stock libraries make of the result."""
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Callable
@@ -261,9 +262,10 @@ def test_recipe_scores_and_lock_lie_beside_the_weights(context: Context) -> None
 
 
 def test_the_lock_file_holds_digests_of_the_data(context: Context) -> None:
-    publish().run(context)
+    files = {"sources[0].files": {"data/text.jsonl": "e" * 64}}
+    publish().run(dataclasses.replace(context, data={"corpus": files}))
     lock = json.loads(Release(context.work).lock.read_text())
-    assert lock["stages"]["corpus"]["data"] == {"sources[0].files": ["e" * 64]}
+    assert lock["stages"]["corpus"]["data"] == files
 
 
 def test_gguf_files_adapter_curves_and_parity_lie_beside_the_weights(whole: Context) -> None:
