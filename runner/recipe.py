@@ -9,7 +9,7 @@ import os
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,13 +17,14 @@ from pydantic import Field, field_validator
 
 import runner.stages
 from runner.errors import RecipeError
+from runner.expand import Attempts, branches, changes_of, expand, sources
 from runner.faults import listed, nearest, shown, validated
-from runner.graph import edges, find_cycle, input_files, plain
+from runner.graph import ancestors, edges, find_cycle, input_files, plain, sources_of
 from runner.mirrors import TrackerName
 from runner.paths import Bounds, fixed_part, leaves_by_name
 from runner.remote import address_fault, is_local, local_folder
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
-from runner.tables import apply_override, read_with_parents
+from runner.tables import apply_override, merge, read_with_parents
 
 
 class CacheTable(Spec):
@@ -72,16 +73,49 @@ class Recipe:
 
     path: Path
     head: Head
-    stages: Mapping[str, Stage]
+    written: Mapping[str, Stage]
+    attempts: Mapping[str, Attempts]  # by the stage that has them
 
-    def resolved(self) -> dict[str, Any]:
-        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder."""
+    @cached_property
+    def stages(self) -> Mapping[str, Stage]:
+        """Ordinary stages, those of every attempt among them; what reads from attempts reads the first."""
+        return expand(self.written, self.attempts)
+
+    def with_attempts(self, standing: Mapping[str, int]) -> Mapping[str, Stage]:
+        """The same where what reads from attempts reads those that are `standing`, by the stage that has them."""
+        return expand(self.written, self.attempts, standing)
+
+    def names_of(self, name: str) -> list[str]:
+        """The stages that `name` stands for: itself, or its attempts."""
+        branches = (family.branch(number) for family in self.attempts.values() for number in range(len(family.tries)))
+        return [branch[name] for branch in branches if name in branch] or [name]
+
+    def needed(self, name: str) -> set[str]:
+        """The stages that a run until `name` may run. All attempts with their judges, where it stands for attempts."""
+        judges = [judge for family in self.attempts.values() if name in family.members for judge in family.all_judges]
+        names = [*self.names_of(name), *judges]
+        return {*names, *ancestors(sources(self.stages, self.attempts), *names)}
+
+    def resolved(self, standing: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the attempts
+        that are `standing` it has these alone, as if they had been written.
+        """
         folder = self.path.parent.resolve()
 
         def relative(file: Located) -> str:
             return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
-        stages = {name: {"kind": stage.kind, **plain(stage, file=relative)} for name, stage in self.stages.items()}
+        def table(name: str, stage: Stage) -> dict[str, Any]:
+            family = self.attempts.get(name)
+            if family is None:
+                return {"kind": stage.kind, **plain(stage, file=relative)}
+            tries = [plain(attempt, file=relative) for attempt in family.tries]
+            if standing is not None:
+                return {"kind": stage.kind, **tries[standing[name]]}
+            changed = [{key: fields[key] for key in change} for change, fields in zip(family.changes, tries, strict=True)]
+            return {"kind": stage.kind, **plain(stage, file=relative), "attempts": changed}
+
+        stages = {name: table(name, stage) for name, stage in self.written.items()}
         return {**plain(self.head), "stage": stages}
 
 
@@ -116,11 +150,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, allowed: Sequence[
             broken.add(name)
         else:
             stages[name] = stage
+    seed = head.seed if head else 0
+    tried = {name: _tried(name, stage_tables[name], stage, seed, faults) for name, stage in stages.items() if stage.tries}
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, bounds))
+    if not faults:
+        faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_beside(stages))
+    attempts = _attempts(stages, tried, faults) if not faults else {}
+    if attempts and not faults:
+        expanded = expand(stages, attempts)
+        faults.extend(_reference_faults(expanded, broken))
+        faults.extend(_file_faults(expanded, bounds))
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
-    return Recipe(path, head, stages)
+    return Recipe(path, head, stages, attempts)
 
 
 # Validating
@@ -139,9 +182,52 @@ def _validate_stage(name: str, fields: Any, seed: int, faults: list[str]) -> Sta
     if not isinstance(kind, str) or kind not in kinds:
         faults.append(f"stage.{name}.kind: found {shown(kind)}, wants one of {listed(kinds)}{nearest(kind, kinds)}")
         return None
-    if "seed" in kinds[kind].model_fields:
-        fields.setdefault("seed", seed)
-    return validated(kinds[kind], fields, f"stage.{name}.", faults)
+    return validated(kinds[kind], _seeded(kinds[kind], fields, seed), f"stage.{name}.", faults)
+
+
+def _seeded(kind: type[Stage], fields: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The fields of a stage, with the recipe's seed where the kind draws numbers and the stage has none of its own."""
+    return {"seed": seed, **fields} if "seed" in kind.model_fields else fields
+
+
+# Attempts
+
+
+def _tried(
+    name: str, fields: Mapping[str, Any], stage: Stage, seed: int, faults: list[str]
+) -> list[tuple[dict[str, Any], Stage]]:
+    """Each attempt of a stage: what it changes, and the stage with it."""
+    tried = []
+    for number, change in enumerate(changes_of(type(stage), stage.tries)):
+        place = f"stage.{name}.attempts[{number}]"
+        if fixed := [key for key in ("kind", "attempts") if key in change]:
+            faults.append(f"{place}.{fixed[0]}: is the same in all attempts; wants it outside of them")
+            continue
+        written = {key: value for key, value in fields.items() if key not in ("kind", "attempts")}
+        if attempt := validated(type(stage), _seeded(type(stage), merge(written, change), seed), f"{place}.", faults):
+            tried.append((change, attempt))
+    return tried
+
+
+def _attempts(
+    stages: Mapping[str, Stage], tried: Mapping[str, Sequence[tuple[dict[str, Any], Stage]]], faults: list[str]
+) -> dict[str, Attempts]:
+    """The attempts of every stage that has some, with their branches, which have to be apart."""
+    attempts: dict[str, Attempts] = {}
+    for name, tries in tried.items():
+        members, judges = branches(stages, name)
+        family = Attempts(tuple(change for change, _ in tries), tuple(stage for _, stage in tries), members, judges)
+        for other in attempts.values():
+            if common := sorted({*members} & {*other.members}):
+                faults.append(
+                    f"stage.{name}.attempts: wants no stage that attempts of {other.stage!r} run too, found {listed(common)}"
+                )
+        if not judges:
+            faults.append(f"stage.{name}.attempts: wants an evaluation with gates behind it, to judge them; found none")
+        for taken in {attempt for number in range(len(tries)) for attempt in family.branch(number).values()} & {*stages}:
+            faults.append(f"stage.{taken}: wants another name; an attempt of {name!r} has this one")
+        attempts[name] = family
+    return attempts
 
 
 # References and files
@@ -162,7 +248,7 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
                 able = [other for other in stages if issubclass(stages[other].makes, ref.wants) and other != name]
                 hint = f"; these make it: {listed(able)}" if able else ""
                 yield f"{place}: wants {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
-    if not dangling and (cycle := find_cycle(stages)):
+    if not dangling and (cycle := find_cycle(sources_of(stages))):
         yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"
 
 

@@ -12,7 +12,7 @@ import tomli_w
 from runner import launch
 from runner.artifacts import METRICS, SCRATCH
 from runner.errors import StageError
-from runner.graph import ancestors, plain
+from runner.graph import plain
 from runner.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
 from runner.plan import Entry, Plan
 from runner.progress import Follower, Progress
@@ -102,18 +102,20 @@ class StageRun:
         return "\n".join([f"its worker {died}{hint}. What it had finished is kept; the end of {log}:", *map(redact, last)])
 
     def _job(self, processes: int, cores: int) -> Job:
-        name, stages = self._entry.name, self._recipe.stages
-        above = {source: self._plan.record(source) for source in ancestors(stages, name)}
+        name, plan = self._entry.name, self._plan
+        recipe = self._recipe.resolved(plan.standing)
         return Job(
             name=name,
             kind=self._entry.stage.kind,
-            fields=plain(self._entry.stage, file=lambda file: file.pattern),
+            fields=plain(self._entry.stage, ref=plan.written, file=lambda file: file.pattern),
             work=str(self._work),
             inputs={
-                source: str(self._store.folder(above[source].kind, above[source].key)) for source in self._plan.inputs(name)
+                plan.written(source): str(self._store.folder(record.kind, record.key))
+                for source in plan.inputs(name)
+                for record in [plan.record(source)]
             },
-            records={source: record.data for source, record in above.items()},
-            recipe=tomli_w.dumps({name: value for name, value in self._recipe.resolved().items() if name != "cache"}),
+            records={source: record.data for source, record in plan.sources_read(name).items()},
+            recipe=tomli_w.dumps({key: value for key, value in recipe.items() if key != "cache"}),
             parallel=plain(self._recipe.head.parallel),
             processes=processes,
             cores=cores,

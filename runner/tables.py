@@ -42,7 +42,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
         raise RecipeError(f"{path}: extends: wants the path of a recipe, found {shown(parent)}")
     if not bounds.hold(parent.folder / parent):
         raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
-    return _merge(read_with_parents(parent.folder / parent, (*children, path), bounds), located)
+    return merge(read_with_parents(parent.folder / parent, (*children, path), bounds), located)
 
 
 def _locate(value: Any, folder: Path) -> Any:
@@ -56,12 +56,12 @@ def _locate(value: Any, folder: Path) -> Any:
     return value
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Tables merge deeply, `above` wins; lists, plain values and tables of alternatives replace."""
     both = {**below, **above}
     for key in (below.keys() & above.keys()) - ALTERNATIVES:
         if isinstance(below[key], dict) and isinstance(above[key], dict):
-            both[key] = _merge(below[key], above[key])
+            both[key] = merge(below[key], above[key])
     return both
 
 

@@ -12,22 +12,27 @@ The measuring is `llm.evaluate`'s, the judging `runner.gates`'.
 """
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
-from runner.gates import Gate, Verdict, judge, unknown_score
-from runner.stage import Context, Execution, Metrics, Ref, Semantic, Stage
-from runner.stages.tasks import Task, questions_of
+from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, unknown_score
+from runner.graph import inputs_of, plain
+from runner.side_by_side import page
+from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
+from runner.stages.tasks import ComparisonTask, Task, questions_of
+from runner.stages.training import TrainingStage
+from runner.train_gap import last_trainings, train_gap
 
 if TYPE_CHECKING:
     from llm.likelihood import Progress
 
 
-class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
+class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, answers."""
 
     model: Semantic[Ref[Checkpoint]]
@@ -37,21 +42,47 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
     gates: Execution[list[Gate]] = Field(default_factory=list)
     """What the scores have to be. Judged on every run; what needs this stage is not run while a gate fails."""
 
+    @property
+    def judged(self) -> bool:
+        """Whether it has gates."""
+        return bool(self.gates)
+
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks are named {twice[0]!r}; their scores need names of their own")
-        known = [f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics]
+        known = [TRAIN_GAP, *(f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics)]
         for gate in self.gates:
             if gate.score not in known:
                 raise ValueError(unknown_score(gate.score, known))
         return self
 
+    def faults_beside(self, stages: Mapping[str, Stage]) -> Iterator[str]:
+        """Gates that can never be judged."""
+        for number, gate in enumerate(self.gates):
+            if gate.above is not None:
+                name, other = gate.score.partition(".")[0], stages[gate.above]
+                theirs = [_rows(task) for task in other.tasks if task.name == name] if isinstance(other, Evaluate) else []
+                if theirs != [_rows(task) for task in self.tasks if task.name == name]:
+                    yield (
+                        f"gates[{number}].above: wants an evaluation with the same task {name!r}, to compare example by "
+                        f"example; that of {str(gate.above)!r} is another or missing"
+                    )
+            if gate.score == TRAIN_GAP:
+                trainings = last_trainings(self.model, inputs_of(stages), lambda name: stages[name].trains)
+                if not trainings:
+                    yield f"gates[{number}].score: wants a model that a stage of this recipe trains; found {str(self.model)!r}"
+                for name in trainings:
+                    training = stages[name]
+                    if isinstance(training, TrainingStage) and not training.holds_out:
+                        yield f"gates[{number}].score: wants rows held out in stage {name!r}: `validation`, found none there"
+
     def run(self, context: Context) -> Metrics:
         """Score every task; a restart takes the tasks that were scored before."""
         import torch
 
+        from llm.bootstrap import fingerprint
         from llm.checkpoint import load_checkpoint
         from llm.evaluate import Outcome
         from llm.tokenizer import TextTokenizer
@@ -65,20 +96,58 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
             kept = context.scratch / "tasks" / f"{task.name}.json"
             if not kept.exists():
                 questions, skipped = questions_of(task, tokenizer)
-                outcome = task.score(model, tokenizer, questions, progress=_progress(context, task.name))
-                value = {**vars(outcome), "facts": {**outcome.facts, "skipped_rows": skipped}}
+                progress = _progress(context, task.name)
+                if isinstance(task, ComparisonTask):
+                    other = context.open(task.against).folder
+                    outcome = task.score_beside(model, tokenizer, questions, other=other, device=device, progress=progress)
+                else:
+                    outcome = task.score(model, tokenizer, questions, progress=progress)
+                rows = fingerprint(json.dumps([turn.message for turn in question.turns]) for question in questions)
+                value = {**vars(outcome), "facts": {**outcome.facts, "skipped_rows": skipped, "examples": rows}}
                 write_whole(kept, json.dumps(value, ensure_ascii=False))
             outcomes[task.name] = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         scores = {f"{name}.{metric}": value for name, outcome in outcomes.items() for metric, value in outcome.scores.items()}
         counts = {name: outcome.rows for name, outcome in outcomes.items()}
+        intervals = {
+            f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, SHOWN)]
+            for name, outcome in outcomes.items()
+            for score, values in outcome.replicates.items()
+        }
+        for task in self.tasks:
+            if isinstance(task, ComparisonTask):
+                outcome, prefix = outcomes[task.name], f"{task.name}."
+                told = {score.removeprefix(prefix): ends for score, ends in intervals.items() if score.startswith(prefix)}
+                shown = page(task.name, outcome.examples, scores=outcome.scores, intervals=told)
+                write_whole(made.side_by_side(task.name), shown)
         examples = [{"task": name, **example} for name, outcome in outcomes.items() for example in outcome.examples]
-        write_whole(made.scores, json.dumps({"scores": scores, "counts": counts}, indent=2, sort_keys=True) + "\n")
+        found = {"scores": scores, "intervals": intervals, "counts": counts}
+        write_whole(made.scores, json.dumps(found, indent=2, sort_keys=True) + "\n")
         write_whole(made.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-        return {"scores": scores, "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes}}
+        write_whole(made.values, json.dumps({name: outcome.values for name, outcome in outcomes.items()}) + "\n")
+        return {
+            "scores": scores,
+            "intervals": intervals,
+            "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes},
+            # As text, since the record is read by people too, and these would be many lines.
+            "replicates": {
+                f"{name}.{score}": " ".join(map(str, values))
+                for name, outcome in outcomes.items()
+                for score, values in outcome.replicates.items()
+            },
+        }
 
-    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+    def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """The judgement of every gate."""
-        return judge(self.gates, metrics["scores"])
+        found = Measured.of(metrics)
+        others = {name for gate in self.gates if (name := gate.above) is not None and name in lineage.records}
+        if any(gate.score == TRAIN_GAP for gate in self.gates):
+            found = replace(found, scores={**found.scores, **train_gap(self.model, lineage)})
+        return judge(self.gates, found, {str(name): Measured.of(lineage.records[name]["metrics"]) for name in others})
+
+
+def _rows(task: Task) -> Any:
+    """A task as plain data, to compare with another."""
+    return plain(task, file=lambda file: file.pattern)
 
 
 def _progress(context: Context, name: str) -> "Progress":

@@ -4,13 +4,15 @@ A task reads its rows as questions and gives an `Outcome`: scores, examples and 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from llm.templates import split_text
 from llm.turns import TextTemplate
-from runner.stage import InputFile, Semantic, Spec
+from runner.artifacts import Checkpoint
+from runner.stage import InputFile, Ref, Semantic, Spec
 from runner.stages.data import RowTable
 
 if TYPE_CHECKING:
@@ -120,7 +122,51 @@ class AnswersTask(ChatTask):
         return score_answers(model, tokenizer, questions=questions, max_new_tokens=self.max_new_tokens, progress=progress)
 
 
-Task = Annotated[TextTask | ClassificationTask | AnswersTask, Field(discriminator="task")]
+class ComparisonTask(ChatTask):
+    """Answers to prompts beside those of another model: which is nearer to the wanted one, likelier, longer, repeats itself."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "win_rate",
+        "likelihood_win_rate",
+        "chrf_change",
+        "bits_per_byte_change",
+        "length_change",
+        "repetition_change",
+    )
+
+    task: Semantic[Literal["compare"]]
+    """Two models side by side."""
+    against: Semantic[Ref[Checkpoint]]
+    """The other model, usually the one that was adapted."""
+    max_new_tokens: Semantic[Annotated[int, Field(gt=0)]] = 128
+    """Longest answer to generate."""
+
+    def score_beside(
+        self,
+        model: "Llama",
+        tokenizer: "TextTokenizer",
+        questions: Sequence["Question"],
+        *,
+        other: Path,
+        device: str,
+        progress: "Progress",
+    ) -> "Outcome":
+        """The scores of the task; `other` is the folder of the model that answers beside it."""
+        from llm.checkpoint import load_checkpoint
+        from llm.compare import compare_models
+        from llm.tokenizer import TextTokenizer
+
+        return compare_models(
+            model,
+            tokenizer,
+            lambda: (load_checkpoint(other, device=device), TextTokenizer.load(other)),
+            questions=questions,
+            max_new_tokens=self.max_new_tokens,
+            progress=progress,
+        )
+
+
+Task = Annotated[TextTask | ClassificationTask | AnswersTask | ComparisonTask, Field(discriminator="task")]
 
 
 def questions_of(task: TextTask | ChatTask, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:

@@ -20,7 +20,7 @@ def main(options: argparse.Namespace) -> int:
 
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
-    entry = Plan(recipe, store_of(options)).entries[options.stage]
+    entry = Plan(recipe, store_of(options)).named(options.stage)
     print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
     for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
         print(f"  {line}")

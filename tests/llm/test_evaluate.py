@@ -8,9 +8,10 @@ import torch
 
 import llm.likelihood
 from llm.errors import InputError, Interrupted
-from llm.evaluate import Question, classify, compare, score_answers, score_texts
+from llm.evaluate import Question, classify, score_answers, score_texts
 from llm.generate import generate
 from llm.likelihood import Window, label_likelihoods, negative_log_likelihoods
+from llm.likeness import compare
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
