@@ -94,4 +94,4 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def _wins(change: Draws) -> Draws:
-    return (change > 0) + (change == 0) / 2
+    return np.where(change == 0, 0.5, change > 0)

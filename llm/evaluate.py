@@ -6,7 +6,7 @@ files are not known here, nor how likelihoods are computed: `llm.likelihood`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,7 +69,9 @@ class Likelihoods:
     def scores(self) -> dict[str, float]:
         """The scores of all together; InputError if the model gives no finite numbers."""
         if not math.isfinite(sum(self.nats)):
-            raise InputError("the model's likelihoods are not finite numbers; its weights are damaged, or its training diverged")
+            raise InputError(
+                "the model's likelihoods are not finite numbers; its weights are damaged, or its training diverged"
+            )
         return rounded(self.score(np.ones(len(self.nats))))
 
     @property

@@ -18,7 +18,8 @@ class Likeness:
     """
 
     def __init__(self, found: Sequence[str], wanted: Sequence[str]) -> None:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
 
         ((language, _),) = Counter(map(language_by_script, wanted)).most_common(1)
         tokenizer = BLEU_TOKENIZERS.get(language, "13a")

@@ -53,7 +53,7 @@ class Plan:
     def __init__(self, recipe: Recipe, store: Store, *, until: str | None = None) -> None:
         self._store = store
         self.recipe = recipe
-        self.standing = {name: 0 for name in recipe.attempts}  # by the stage that has attempts, the one that is relied on now
+        self.standing = dict.fromkeys(recipe.attempts, 0)  # by the stage that has attempts, the one that is relied on now
         self._read(until)
         while failed := [name for name in recipe.attempts if self._is_lost(name)]:
             self.standing |= {name: self.standing[name] + 1 for name in failed}

@@ -3,7 +3,6 @@
 from runner.expand import Attempts
 from runner.plan import Plan
 
-
 OUTCOMES = {True: "passed", False: "failed", None: "not judged yet"}
 
 
@@ -61,9 +60,7 @@ def attempts(plan: Plan) -> list[str]:
 
 def _attempts(plan: Plan) -> list[Attempts]:
     """Those of which the plan has any stage that judges."""
-    return [
-        family for family in plan.recipe.attempts.values() if any(judge in plan.entries for judge in family.all_judges)
-    ]
+    return [family for family in plan.recipe.attempts.values() if any(judge in plan.entries for judge in family.all_judges)]
 
 
 def _is_lost(plan: Plan, family: Attempts) -> bool:

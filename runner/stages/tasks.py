@@ -123,7 +123,7 @@ class AnswersTask(ChatTask):
 
 
 class ComparisonTask(ChatTask):
-    """Answers to prompts beside those of another model: which is nearer to the wanted one, likelier, longer, repeats itself."""
+    """Answers beside those of another model: nearer to the wanted ones? And how much longer, likelier, more repetitive?"""
 
     metrics: ClassVar[tuple[str, ...]] = (
         "win_rate",
