@@ -147,8 +147,8 @@ class Scores(Artifact):
 
     @property
     def scores(self) -> Path:
-        """`{"scores": {"section.macro_f1": 0.91}, "intervals": {"section.macro_f1": [0.89, 0.93]}, "counts": {"section": 833}}`;
-        the intervals at 95% confidence.
+        """`{"scores": {"section.macro_f1": 0.91}, "intervals": {"section.macro_f1": [0.89, 0.93]},
+        "counts": {"section": 833}}`; the intervals at 95% confidence.
         """
         return self.folder / "scores.json"
 

@@ -24,7 +24,7 @@ SIGN = "@"  # between the name of a stage and the number of an attempt, from 1
 
 @dataclass(frozen=True)
 class Attempts:
-    """The attempts of one stage. Attempts are counted from 0; `members` are names as written, the stage with attempts first."""
+    """The attempts of one stage. They are counted from 0; `members` are names as written, the stage with attempts first."""
 
     changes: tuple[Mapping[str, Any], ...]  # what each attempt changes, as a table over the stage
     tries: tuple[Stage, ...]  # the stage as each attempt has it

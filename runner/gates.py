@@ -9,7 +9,7 @@ A gate is judged from the scores in an evaluation's record on every run, whether
 part of any key. What a failed gate means for the run (exit code, what is blocked) is decided by who asks for the verdicts.
 
 An interval is between percentiles of what resamples of the examples score (Efron 1979). All evaluations of the same examples
-resample them alike (`llm.bootstrap`), so the differences of two of them, resample by resample, are those of a paired bootstrap.
+resample them alike (`llm.bootstrap`), so the differences of two, resample by resample, are those of a paired bootstrap.
 """
 
 import difflib

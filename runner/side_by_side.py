@@ -6,7 +6,7 @@ from typing import Any
 
 MEASURES = {"chrf": "chrF", "bits_per_byte": "bits per byte", "length": "characters", "repetition": "repeated"}
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: auto; padding: 1rem }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 0.5rem 0 2rem }
 th, td { border: 1px solid #ccc; padding: 0.5rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 th { background: #f3f3f3; font-weight: 600 }
@@ -23,10 +23,7 @@ def page(
     intervals: Mapping[str, Sequence[float]],  # of the scores, at 95% confidence
 ) -> str:
     """The whole page: what was measured over all pairs, then every prompt with the wanted answer and both that were given."""
-    measured = "".join(
-        f"<tr><td>{escape(name)}</td><td>{value:.4g}</td><td>{' to '.join(f'{end:.4g}' for end in intervals.get(name, ()))}</td></tr>\n"
-        for name, value in scores.items()
-    )
+    measured = "".join(_measured(name, value, intervals.get(name, ())) for name, value in scores.items())
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -34,13 +31,18 @@ def page(
 <title>{escape(task)}: side by side</title>
 <style>{STYLE}</style>
 <h1>{escape(task)}: side by side</h1>
-<p>{len(examples):,} prompts. A win is an answer nearer to the wanted one by chrF, or a wanted answer that is likelier; a tie is
-half of one. A change is the model's value minus that of the other.</p>
+<p>{len(examples):,} prompts. A win is an answer nearer to the wanted one by chrF, or a wanted answer that is likelier; a tie
+is half of one. A change is the model's value minus that of the other.</p>
 <table>
 <tr><th>measured</th><th>mean</th><th>95% interval</th></tr>
 {measured}</table>
 {"".join(_pair(example) for example in examples)}</html>
 """
+
+
+def _measured(name: str, value: float, ends: Sequence[float]) -> str:
+    interval = " to ".join(f"{end:.4g}" for end in ends)
+    return f"<tr><td>{escape(name)}</td><td>{value:.4g}</td><td>{interval}</td></tr>\n"
 
 
 def _pair(example: Mapping[str, Any]) -> str:
