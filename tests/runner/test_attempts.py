@@ -384,7 +384,7 @@ def test_the_second_attempt_passes_after_a_kill_in_its_middle_and_is_released(tu
     released = Path(call(tuned, "path", "publish").stdout.strip())
     weights = Path(call(tuned, "path", "tuned").stdout.strip()) / "model.safetensors"
     assert weights.read_bytes() == (released / "model.safetensors").read_bytes()
-    assert list(json.loads((released / "scores.json").read_text())) == ["before", "after"]
+    assert set(json.loads((released / "scores.json").read_text())) == {"before", "after"}
     recipe = (released / "recipe.toml").read_text(encoding="utf-8")
     assert "learning_rate = 0.01" in recipe and "@" not in recipe
     card = (released / "README.md").read_text(encoding="utf-8")
