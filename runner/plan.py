@@ -122,6 +122,11 @@ class Plan:
         """The attempts that a stage belongs to, and which of them."""
         return self._attempt.get(name)
 
+    def stands(self, name: str) -> bool:
+        """Whether a stage is more than an attempt: one of its own, or of the attempt that passed."""
+        attempt = self._attempt.get(name)
+        return attempt is None or (attempt[1] == self.standing[attempt[0].stage] and self.outcome(*attempt) is True)
+
     def _is_lost(self, name: str) -> bool:
         """Whether the attempt that stands has failed and there is another."""
         family, number = self.recipe.attempts[name], self.standing[name]
@@ -267,6 +272,10 @@ def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
         ]
     if attempt := plan.attempt_of(entry.name):
         family, number = attempt
-        stands = number == plan.standing[family.stage] and plan.outcome(family, number) is not False
-        told["attempt"] = {"of": family.stage, "number": number + 1, "changes": family.told(number), "stands": stands}
+        told["attempt"] = {
+            "of": family.stage,
+            "number": number + 1,
+            "changes": family.told(number),
+            "stands": plan.stands(entry.name),
+        }
     return told

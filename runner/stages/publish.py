@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,8 @@ from pydantic import Field
 
 from runner import hub
 from runner.artifacts import Checkpoint, Release, Scores
-from runner.stage import Context, Effect, Execution, Metrics, Ref, Semantic, Stage
+from runner.graph import inputs_of
+from runner.stage import Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
 
@@ -60,6 +61,7 @@ class Publish(Stage, kind="publish", version=1, makes=Release):
                 license=self.license,
                 languages=languages,
                 version=records[self.model]["versions"].get("stockpot", ""),
+                verdicts=_verdicts(recipe["stage"], records, [name for name in scores if recipe["stage"][name].get("gates")]),
             )
         )
         release.card.write_text(card, encoding="utf-8")
@@ -77,6 +79,20 @@ class Publish(Stage, kind="publish", version=1, makes=Release):
             return Effect(f"the release is in {artifact}; {hub.how_to_push(target)}", None)
         act = partial(_push, artifact, target, private=self.private, digest=digest, receipts=receipts)
         return Effect(f"pushes to {target}", act)
+
+
+def _verdicts(
+    tables: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]], judged: Sequence[str]
+) -> dict[str, Sequence[Verdict]]:
+    """What came of the gates of each evaluation in `judged`."""
+    from runner.recipe import stage_kinds
+
+    if not judged:
+        return {}
+    fields = {name: {key: value for key, value in table.items() if key != "kind"} for name, table in tables.items()}
+    stages = {name: stage_kinds()[tables[name]["kind"]].model_validate(fields[name]) for name in tables}
+    lineage = Lineage(inputs_of(stages), records)
+    return {name: stages[name].verdicts(records[name]["metrics"], lineage) for name in judged}
 
 
 def _push(folder: Path, target: hub.Target, *, private: bool, digest: str, receipts: Path) -> str:

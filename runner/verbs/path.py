@@ -23,8 +23,7 @@ def main(options: argparse.Namespace) -> int:
     stage_named(recipe, options.stage)
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
-    attempt = plan.attempt_of(entry.name)
-    if attempt and options.stage != entry.name and not plan.outcome(*attempt):
+    if options.stage != entry.name and not plan.stands(entry.name):
         print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
         return 1
     if entry.path is None:
