@@ -205,14 +205,13 @@ class Plan:
         unjudged = [source for source in self._inputs[name] if any(v.passed is None for v in self.entries[source].verdicts)]
         if unjudged:
             return replace(entry, state="waiting", reason=f"for what the gates of {', '.join(unjudged)} compare with")
-        of_attempts = {source: self._attempt[source] for source in self._inputs[name] if source in self._attempt}
-        for source, (tried, attempt) in of_attempts.items():
+        for tried, attempt in (self._attempt[source] for source in self._inputs[name] if source in self._attempt):
             if family is None or family is not tried:
                 outcome = self.outcome(tried, attempt)
                 if outcome is False:
                     return replace(entry, state="skipped", reason=f"no attempt of {tried.stage} passed")
                 if outcome is None:
-                    return replace(entry, state="waiting", reason=f"for the gates of {source}")
+                    return replace(entry, state="waiting", reason=f"for the gates of {', '.join(tried.judges_of(attempt))}")
         return entry
 
     def _with_effect(self, name: str) -> Entry:

@@ -308,15 +308,26 @@ tasks = [
 [stage.after]
 kind = "evaluate"
 model = "tuned"
-tasks = [
-  { name = "general", task = "answers", files = "rows.jsonl", prompt = "{label}?", response = "{text}", max_new_tokens = 0 },
-  { name = "ab", task = "compare", files = "rows.jsonl", prompt = "{label}?", response = "{text}", against = "base" },
-]
 gates = [
   { score = "general.bits_per_byte", at_most = -0.2, above = "before", confidence = 0.9 },
   { score = "ab.likelihood_win_rate", at_least = 0.5 },
   { score = "train_gap", at_most = 5.0 },
 ]
+[[stage.after.tasks]]
+name = "general"
+task = "answers"
+files = "rows.jsonl"
+prompt = "{label}?"
+response = "{text}"
+max_new_tokens = 0
+[[stage.after.tasks]]
+name = "ab"
+task = "compare"
+against = "base"
+files = "rows.jsonl"
+prompt = "{label}?"
+response = "{text}"
+max_new_tokens = 8
 [stage.publish]
 kind = "publish"
 model = "tuned"

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from llm.bootstrap import resample
 from runner.errors import RecipeError
 from runner.gates import Gate, Measured, interval, judge
 from runner.stage import Lineage
@@ -59,6 +60,15 @@ def test_with_confidence_the_bound_has_to_hold_for_the_whole_interval() -> None:
     verdicts = judge([Gate(score="a.b", **bound) for bound, _ in bounds], score)
     assert [verdict.passed for verdict in verdicts] == [passed for _, passed in bounds]
     assert str(verdicts[2]) == "a.b = 0.9 [0.805, 0.995], wanted at least 0.81 with 95% confidence: failed"
+
+
+def test_twenty_examples_may_pass_a_bound_without_confidence_that_they_fail_with_it() -> None:
+    hits = np.array([1.0] * 17 + [0.0] * 3)
+    (values,) = resample(20, lambda draws: {"accuracy": float(draws @ hits / 20)}).values()
+    score = found({"a.accuracy": 0.85}, a__accuracy=" ".join(map(str, values)))
+    bounds = [Gate(score="a.accuracy", at_least=0.75), Gate(score="a.accuracy", at_least=0.75, confidence=0.95)]
+    assert [verdict.passed for verdict in judge(bounds, score)] == [True, False]
+    assert interval(values, 0.95) == pytest.approx((0.70, 1.0), abs=0.051)  # by the binomial distribution
 
 
 def test_confidence_without_examples_fails_and_says_so() -> None:
