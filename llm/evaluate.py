@@ -6,24 +6,24 @@ files are not known here, nor how likelihoods are computed: `llm.likelihood`.
 """
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from llm.bootstrap import Draws, macro_f1, resample, round_all, rounded
 from llm.chat import Stream, fit
-from llm.documents import language_by_script
 from llm.errors import InputError
 from llm.generate import Clock, generate
 from llm.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
+from llm.likeness import Likeness
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer
 from llm.turns import Turn
 
-DIGITS = 6  # of a score; in which order cores add numbers shows from the 9th on
 SAMPLES = 20  # answers that are shown
-BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "thai": "char"}  # languages that write no spaces; "13a" for all others
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,42 @@ class Outcome:
     rows: int
     examples: list[dict[str, Any]] = field(default_factory=list)  # what went wrong, or samples
     facts: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, list[Any]] = field(default_factory=dict)  # by name, a number for each row
+    replicates: dict[str, list[float]] = field(default_factory=dict)  # by score, its value in every resample of the rows
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of texts or answers: in nats, over how many tokens, and how long they are in bytes; one entry for each."""
+
+    nats: list[float]
+    tokens: list[int]
+    text_bytes: list[int]
+
+    @property
+    def score(self) -> Callable[[Draws], dict[str, float]]:
+        """`perplexity` per token and `bits_per_byte` as a function of how often each entry counts."""
+        columns = np.array([self.nats, self.tokens, self.text_bytes], dtype=np.float64)
+
+        def score(draws: Draws) -> dict[str, float]:
+            nats, tokens, text_bytes = (columns @ draws).tolist()
+            return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes}
+
+        return score
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of all together; InputError if the model gives no finite numbers."""
+        if not math.isfinite(sum(self.nats)):
+            raise InputError(
+                "the model's likelihoods are not finite numbers; its weights are damaged, or its training diverged"
+            )
+        return rounded(self.score(np.ones(len(self.nats))))
+
+    @property
+    def values(self) -> dict[str, list[Any]]:
+        """The entries, for the artifact."""
+        return {"nats": round_all(self.nats), "tokens": self.tokens, "bytes": self.text_bytes}
 
 
 def score_texts(model: Llama, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: Progress) -> Outcome:
@@ -51,17 +87,28 @@ def score_texts(model: Llama, tokenizer: TextTokenizer, *, texts: Sequence[str],
     what its window holds before it.
     """
     context = _context(model)
-    windows = [
-        Window(ids[start : start + context], ids[start + 1 : start + context + 1])
+    documents = [
+        [
+            Window(ids[start : start + context], ids[start + 1 : start + context + 1])
+            for start in range(0, len(ids) - 1, context)
+        ]
         for ids in tokenizer.encode_documents(texts)
-        for start in range(0, len(ids) - 1, context)
     ]
     clock = Clock()
-    nats = sum(negative_log_likelihoods(model, windows, clock=clock, progress=progress))
-    scores = _likelihood_scores(
-        nats, tokens=sum(len(window.targets) for window in windows), text_bytes=sum(len(text.encode()) for text in texts)
+    windows = [window for document in documents for window in document]
+    nats = iter(negative_log_likelihoods(model, windows, clock=clock, progress=progress))
+    found = Likelihoods(
+        nats=[sum(next(nats) for _ in document) for document in documents],
+        tokens=[sum(len(window.targets) for window in document) for document in documents],
+        text_bytes=[len(text.encode()) for text in texts],
     )
-    return Outcome(scores, len(texts), facts=_speeds(clock))
+    return Outcome(
+        found.scores,
+        len(texts),
+        facts=_speeds(clock),
+        values=found.values,
+        replicates=resample(len(texts), found.score),
+    )
 
 
 def classify(
@@ -125,7 +172,19 @@ def classify(
         if wanted[row] != found[row]
     ]
     facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **_speeds(clock)}
-    return Outcome(_rounded(scores), len(prompts), wrong, facts)
+    number = {name: index for index, name in enumerate(names)}
+    of_wanted = np.array([number[name] for name in wanted])
+    of_found = np.array([number[name] for name in found])
+    f1 = macro_f1(of_wanted, of_found, len(names))
+    hits = (of_wanted == of_found).astype(np.float64)
+    return Outcome(
+        rounded(scores),
+        len(prompts),
+        wrong,
+        facts,
+        values={"wanted": of_wanted.tolist(), "found": of_found.tolist()},
+        replicates=resample(len(prompts), lambda draws: {"accuracy": draws @ hits / len(hits), "macro_f1": f1(draws)}),
+    )
 
 
 def score_answers(
@@ -136,6 +195,39 @@ def score_answers(
 
     An answer that does not fit the model is scored as far as it does.
     """
+    answered = answer(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=progress)
+    likelihoods, rows = answered.likelihoods, len(questions)
+    scores, of_draws = likelihoods.scores, likelihoods.score
+    if not max_new_tokens:
+        resampled = resample(rows, of_draws)
+        return Outcome(scores, rows, [], answered.facts, likelihoods.values, resampled)
+    examples = [
+        {"row": row + 1, "prompt": answered.prompts[row], "wanted": answered.wanted[row], "found": answered.found[row]}
+        for row in range(min(SAMPLES, rows))
+    ]
+    likeness = Likeness(answered.found, answered.wanted)
+    resampled = resample(rows, lambda draws: of_draws(draws) | likeness.score(draws))
+    values = likelihoods.values | {"chrf": round_all(likeness.sentence_chrf)}
+    return Outcome(scores | likeness.scores, rows, examples, answered.facts, values, resampled)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model makes of questions, an entry for each: how likely it finds the wanted answer, and its own greedy one."""
+
+    likelihoods: Likelihoods
+    prompts: list[str]  # as far as they fit
+    wanted: list[str]
+    found: list[str]  # empty where nothing was generated
+    facts: dict[str, Any]
+
+
+def answer(
+    model: Llama, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+) -> Answered:
+    """The likelihood of the wanted answers after their prompts, as far as they fit the model; and its own, if at most
+    `max_new_tokens` are asked for.
+    """
     context = _context(model)
     streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
     starts = [len(stream.ids) - len(_last_run(stream.learned)) for stream in streams]
@@ -145,49 +237,34 @@ def score_answers(
     ]
     wanted = [question.turns[-1].content for question in questions]
     scored = [
-        tokenizer.decode(stream.ids[start:]) if stream.cut_response else answer
-        for stream, start, answer in zip(streams, starts, wanted, strict=True)
+        tokenizer.decode(stream.ids[start:]) if stream.cut_response else text
+        for stream, start, text in zip(streams, starts, wanted, strict=True)
     ]
     total = len(questions) * (2 if max_new_tokens else 1)
     clock = Clock()
-    nats = sum(negative_log_likelihoods(model, windows, clock=clock, progress=lambda done, _: progress(done, total)))
-    scores = _likelihood_scores(
-        nats,
-        tokens=sum(len(stream.ids) - start for stream, start in zip(streams, starts, strict=True)),
-        text_bytes=sum(len(text.encode()) for text in scored),
+    likelihoods = Likelihoods(
+        nats=negative_log_likelihoods(model, windows, clock=clock, progress=lambda done, _: progress(done, total)),
+        tokens=[len(stream.ids) - start for stream, start in zip(streams, starts, strict=True)],
+        text_bytes=[len(text.encode()) for text in scored],
     )
     facts: dict[str, Any] = {
         "cut_prompts": sum(stream.cut_prompt for stream in streams),
         "cut_answers": sum(stream.cut_response for stream in streams),
     }
-    if not max_new_tokens:
-        return Outcome(scores, len(questions), facts=facts | _speeds(clock))
-    prompts = [_prompt(question, tokenizer, context - max_new_tokens) for question in questions]
-    answers = generate(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        end=tokenizer.ends,
-        clock=clock,
-        progress=lambda done: progress(len(questions) + done, total),
-    )
-    found = [tokenizer.decode(answer) for answer in answers]
-    examples = [
-        {"row": row + 1, "prompt": _prompt_text(streams[row]), "wanted": wanted[row], "found": found[row]}
-        for row in range(min(SAMPLES, len(found)))
-    ]
-    facts["unended"] = sum(len(answer) == max_new_tokens for answer in answers)
-    return Outcome(scores | compare(found, wanted), len(questions), examples, facts | _speeds(clock))
-
-
-def compare(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """`chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) of the whole set, by sacrebleu (Post 2018)."""
-    import sacrebleu
-
-    ((language, _),) = Counter(map(language_by_script, wanted)).most_common(1)
-    tokenizer = BLEU_TOKENIZERS.get(language, "13a")
-    bleu = sacrebleu.corpus_bleu(found, [wanted], tokenize=tokenizer, force=True)  # force: no warning for tokenized text
-    return _rounded({"chrf": sacrebleu.corpus_chrf(found, [wanted]).score, "bleu": bleu.score})
+    found: list[str] = []
+    if max_new_tokens:
+        prompts = [_prompt(question, tokenizer, context - max_new_tokens) for question in questions]
+        written = generate(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end=tokenizer.ends,
+            clock=clock,
+            progress=lambda done: progress(len(questions) + done, total),
+        )
+        found = [tokenizer.decode(ids) for ids in written]
+        facts["unended"] = sum(len(ids) == max_new_tokens for ids in written)
+    return Answered(likelihoods, [_prompt_text(stream) for stream in streams], wanted, found, facts | _speeds(clock))
 
 
 def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:
@@ -228,16 +305,6 @@ def _learned(tokenizer: TextTokenizer, label: str) -> list[int]:
 
 def _prompt_text(stream: Stream) -> str:
     return "\n".join(message["content"] for message in stream.messages[:-1])
-
-
-def _likelihood_scores(nats: float, *, tokens: int, text_bytes: int) -> dict[str, float]:
-    if not math.isfinite(nats):
-        raise InputError("the model's likelihoods are not finite numbers; its weights are damaged, or its training diverged")
-    return _rounded({"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes})
-
-
-def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.{DIGITS}g}") for name, value in scores.items()}
 
 
 def _speeds(clock: Clock) -> dict[str, Any]:

@@ -171,15 +171,28 @@ class Parity(Artifact):
 class Scores(Artifact):
     """The result of an evaluation: flat names `task.metric`, deterministic values only."""
 
+    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"values.json"}  # whose last digits depend on how cores add
+
     @property
     def scores(self) -> Path:
-        """`{"scores": {"section.macro_f1": 0.91}, "counts": {"section": 833}}`."""
+        """`{"scores": {"section.macro_f1": 0.91}, "intervals": {"section.macro_f1": [0.89, 0.93]},
+        "counts": {"section": 833}}`; the intervals at 95% confidence.
+        """
         return self.folder / "scores.json"
+
+    @property
+    def values(self) -> Path:
+        """What each example scores, by task and name of the value."""
+        return self.folder / "values.json"
 
     @property
     def errors(self) -> Path:
         """Wrong examples, one JSON object a line."""
         return self.folder / "errors.jsonl"
+
+    def side_by_side(self, task: str) -> Path:
+        """The page that shows the answers of two models beside each other."""
+        return self.folder / f"{task}.html"
 
 
 @dataclass(frozen=True)

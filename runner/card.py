@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.stage import Verdict
 from runner.usage import usage
 
 Record = Mapping[str, Any]
@@ -29,6 +30,7 @@ class Model:
     languages: Sequence[str]  # ISO 639 codes
     version: str  # of stockpot; "" where it is not installed as a package
     publish: Mapping[str, Any] = field(default_factory=dict)  # fields of the stage that releases
+    verdicts: Mapping[str, Sequence[Verdict]] = field(default_factory=dict)  # by evaluation
 
 
 def model_card(model: Model) -> str:
@@ -133,12 +135,29 @@ def _scores(model: Model) -> str:
     if not scores:
         return ""
     names = list(dict.fromkeys(score for of_one in scores.values() for score in of_one))
-    rows = [[score, *(_number(of_one.get(score)) for of_one in scores.values())] for score in names]
+    rows = [[score, *(_score(model, name, score) for name in scores)] for score in names]
     return f"""## Scores
 
 {_table(["score", *scores], rows)}
-Perplexity and bits per byte are better when lower, everything else when higher.
-{_tasks(model)}"""
+Perplexity and bits per byte are better when lower, everything else when higher. In brackets: the 95% interval of a bootstrap
+over the examples.
+{_tasks(model)}{_gates(model)}"""
+
+
+def _score(model: Model, evaluation: str, score: str) -> str:
+    interval = model.records[evaluation].get("metrics", {}).get("intervals", {}).get(score)
+    ends = f" [{', '.join(map(_number, interval))}]" if interval else ""
+    return _number(model.scores[evaluation].get(score)) + ends
+
+
+def _gates(model: Model) -> str:
+    """What the recipe asks of the scores, and what came of it."""
+    rows = [
+        [evaluation, verdict.gate, verdict.found, {True: "passed", False: "failed", None: ""}[verdict.passed]]
+        for evaluation, verdicts in model.verdicts.items()
+        for verdict in verdicts
+    ]
+    return f"\nThe gates of this release:\n\n{_table(['scores', 'wanted', 'found', 'outcome'], rows)}" if rows else ""
 
 
 def _tasks(model: Model) -> str:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import IO
 
+from runner import verdicts
 from runner.alerts import Notices
 from runner.code import code_digest
 from runner.errors import GateError, StageError
-from runner.graph import ancestors, input_files
+from runner.graph import input_files
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.progress import Progress, duration
 from runner.recipe import Recipe
@@ -47,7 +48,7 @@ class Execution:
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
         """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
-        forced, made = set(force), set[str]()
+        forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
         plan = self._plan(until, forced)
         self._progress.planned(plan)
         try:
@@ -86,7 +87,7 @@ class Execution:
         """
         while True:
             plan = self._noted(Plan(self._recipe, self._store, until=until), until)
-            waiting = {name for name in forced if ancestors(self._recipe.stages, name) & forced}  # their keys may change yet
+            waiting = {entry.name for entry in plan if plan.above(entry.name) & forced}  # their keys may change yet
             ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
             for entry in ready:
                 self._force(entry)
@@ -139,13 +140,10 @@ class Execution:
                     self._progress.note(f"{entry.name}: {entry.effect.act(self._acting)}")
 
     def _judge(self, plan: Plan) -> None:
-        for entry in plan:
-            for verdict in entry.verdicts:
-                if verdict.passed:
-                    self._progress.note(f"{entry.name}: {verdict}")
-        failed = [f"{entry.name}: {verdict}" for entry in plan for verdict in entry.failed_gates]
-        skipped = [entry.name for entry in plan if entry.state == "skipped"]
-        if failed:
+        for line in verdicts.passed(plan):
+            self._progress.note(line)
+        if failed := verdicts.failed(plan):
+            skipped = [entry.name for entry in plan if entry.state == "skipped"]
             consequence = f"\nnot run because of it: {', '.join(skipped)}" if skipped else ""
             raise GateError("\n".join(failed) + consequence)
 
@@ -195,7 +193,7 @@ class Execution:
                 "stage": entry.name,
                 "recipe": self._recipe.head.name,
                 "identity": entry.identity,
-                "inputs": {source: plan.record(source).summary() for source in plan.inputs(entry.name)},
+                "inputs": {plan.written(source): plan.record(source).summary() for source in plan.inputs(entry.name)},
                 "code": code_digest(type(stage)),
                 "started": begun.isoformat(timespec="seconds"),
                 "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

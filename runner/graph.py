@@ -6,7 +6,7 @@ Pure functions over stages; nothing here touches the cache. Input files are know
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,9 +16,9 @@ from runner.stage import Identity, InputFile, Ref, Spec, Stage
 KEY_FORMAT = 1  # raised when the form of an identity changes: every key changes with it
 
 
-def edges(stage: Stage) -> Iterator[tuple[str, Ref[Any]]]:
-    """Each reference of a stage to another, with the dotted field that holds it."""
-    return ((field, leaf) for field, leaf in _leaves(stage) if isinstance(leaf, Ref))
+def edges(stage: Stage, *, read_only: bool = False) -> Iterator[tuple[str, Ref[Any]]]:
+    """Each reference of a stage to another, with the dotted field that holds it; `read_only`: of artifacts that it reads."""
+    return ((field, leaf) for field, leaf in _leaves(stage, semantic_only=read_only) if isinstance(leaf, Ref))
 
 
 def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
@@ -26,17 +26,17 @@ def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
     return ((field, leaf) for field, leaf in _leaves(stage) if isinstance(leaf, InputFile))
 
 
-def _leaves(value: Any, field: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, field: str = "", *, semantic_only: bool = False) -> Iterator[tuple[str, Any]]:
     match value:
         case BaseModel():
-            for name in type(value).model_fields:
-                yield from _leaves(getattr(value, name), f"{field}.{name}".removeprefix("."))
+            for name in _kept_fields(value, semantic_only):
+                yield from _leaves(getattr(value, name), f"{field}.{name}".removeprefix("."), semantic_only=semantic_only)
         case dict():
             for key, item in value.items():
-                yield from _leaves(item, f"{field}.{key}")
+                yield from _leaves(item, f"{field}.{key}", semantic_only=semantic_only)
         case list() | tuple():
             for index, item in enumerate(value):
-                yield from _leaves(item, f"{field}[{index}]")
+                yield from _leaves(item, f"{field}[{index}]", semantic_only=semantic_only)
         case _:
             yield field, value
 
@@ -76,22 +76,51 @@ def _kept_fields(model: BaseModel, semantic_only: bool) -> Iterator[str]:
         yield name
 
 
+def renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
+    """The stage with its references changed: each name to what `names` has for it."""
+
+    def convert(item: Any) -> Any:
+        match item:
+            case Ref():
+                ref = type(item)(names.get(item, item))
+                ref.wants = item.wants
+                return ref
+            case BaseModel():
+                return item.model_copy(update={name: convert(getattr(item, name)) for name in type(item).model_fields})
+            case dict():
+                return {key: convert(part) for key, part in item.items()}
+            case list() | tuple():
+                return [convert(part) for part in item]
+        return item
+
+    copy: Stage = convert(stage)
+    return copy
+
+
 def inputs_of(stages: Mapping[str, Stage]) -> dict[str, list[str]]:
-    """For each stage the stages it reads, without repetition."""
-    return {name: list(dict.fromkeys(str(ref) for _, ref in edges(stage))) for name, stage in stages.items()}
+    """For each stage the stages whose artifacts it reads, without repetition: what its key depends on."""
+    return {name: _refs(stage, read_only=True) for name, stage in stages.items()}
 
 
-def in_order(stages: Mapping[str, Stage]) -> list[str]:
-    """Names in topological order, ties as written. The stages have no cycle."""
-    inputs = inputs_of(stages)
-    waiting = {name: len(inputs[name]) for name in stages}
-    readers: dict[str, list[str]] = {name: [] for name in stages}
-    for name, sources in inputs.items():
-        for source in sources:
+def sources_of(stages: Mapping[str, Stage]) -> dict[str, list[str]]:
+    """For each stage the stages that come before it: its inputs, and those it names in fields that are no part of its key."""
+    return {name: _refs(stage, read_only=False) for name, stage in stages.items()}
+
+
+def _refs(stage: Stage, *, read_only: bool) -> list[str]:
+    return list(dict.fromkeys(str(ref) for _, ref in edges(stage, read_only=read_only)))
+
+
+def in_order(sources: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names in topological order, ties as written. There is no cycle."""
+    waiting = {name: len(sources[name]) for name in sources}
+    readers: dict[str, list[str]] = {name: [] for name in sources}
+    for name, before in sources.items():
+        for source in before:
             readers[source].append(name)
     order: list[str] = []
-    ready = [(place, name) for place, name in enumerate(stages) if not waiting[name]]  # a heap: as written first
-    places = {name: place for place, name in enumerate(stages)}
+    ready = [(place, name) for place, name in enumerate(sources) if not waiting[name]]  # a heap: as written first
+    places = {name: place for place, name in enumerate(sources)}
     while ready:
         _, name = heapq.heappop(ready)
         order.append(name)
@@ -102,22 +131,21 @@ def in_order(stages: Mapping[str, Stage]) -> list[str]:
     return order
 
 
-def ancestors(stages: Mapping[str, Stage], name: str) -> set[str]:
-    """All stages that `name` needs, directly or not; itself not among them."""
-    inputs, found, open_names = inputs_of(stages), set[str](), [name]
+def ancestors(sources: Mapping[str, Sequence[str]], *names: str) -> set[str]:
+    """All stages that come before one of `names`, directly or not; it is not among them unless it comes before another."""
+    found, open_names = set[str](), list(names)
     while open_names:
-        for source in inputs[open_names.pop()]:
+        for source in sources[open_names.pop()]:
             if source not in found:
                 found.add(source)
                 open_names.append(source)
     return found
 
 
-def find_cycle(stages: Mapping[str, Stage]) -> list[str]:
-    """Names along a cycle, the first repeated at the end; empty if there is none. Every reference must exist or is ignored."""
-    inputs = inputs_of(stages)
+def find_cycle(sources: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names along a cycle, the first repeated at the end; empty if there is none. Names that are not keys are ignored."""
     done: set[str] = set()
-    for start in stages:
+    for start in sources:
         path: list[str] = []
         trail = [iter([start])]
         while trail:
@@ -128,9 +156,9 @@ def find_cycle(stages: Mapping[str, Stage]) -> list[str]:
                     done.add(path.pop())
             elif name in path:
                 return [*path[path.index(name) :], name]
-            elif name in stages and name not in done:
+            elif name in sources and name not in done:
                 path.append(name)
-                trail.append(iter(inputs[name]))
+                trail.append(iter(sources[name]))
     return []
 
 

@@ -14,9 +14,7 @@ from rich.text import Text
 
 from runner.artifacts import Adapter, Checkpoint, Tokenizer, Tokens
 from runner.errors import RecipeError
-from runner.graph import ancestors
 from runner.plan import Plan
-from runner.recipe import Recipe
 from runner.stages.corpus import MakeCorpus
 from runner.stages.data import RowTraining
 from runner.stages.pack import Pack
@@ -33,9 +31,10 @@ SHOWN = 600  # characters of a text
 SENTENCES = 200  # for round trips
 
 
-def inspect(recipe: Recipe, plan: Plan, name: str, *, count: int) -> Iterator[Text]:
+def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
     """Lines about the stage `name`, with `count` samples; RecipeError where what it needs is not finished."""
-    match recipe.stages[name]:
+    name = plan.named(name).name
+    match plan.entries[name].stage:
         case MakeCorpus() as stage:
             yield from _corpus(stage, count)
         case TrainTokenizer() as stage:
@@ -45,7 +44,7 @@ def inspect(recipe: Recipe, plan: Plan, name: str, *, count: int) -> Iterator[Te
         case Pretrain() as stage:
             yield from _packed(_folder(plan, stage.tokens), count, seed=stage.seed)
         case RowTraining() as stage:
-            yield from _chats(stage, _tokenizer_above(recipe, plan, name), count)
+            yield from _chats(stage, _tokenizer_above(plan, name), count)
         case stage:
             kinds = "corpus, tokenizer, pack, pretrain, sft, lora"
             raise RecipeError(f"{name}: wants a stage that learns or prepares ({kinds}), but its kind is {stage.kind!r}")
@@ -58,11 +57,11 @@ def _folder(plan: Plan, name: str) -> Path:
     return entry.path
 
 
-def _tokenizer_above(recipe: Recipe, plan: Plan, name: str) -> "TextTokenizer":
+def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
     """The tokenizer that a training on rows will use, from the nearest finished stage that has it."""
     from llm.tokenizer import TextTokenizer
 
-    above = ancestors(recipe.stages, name)
+    above = plan.above(name)
     for entry in reversed([entry for entry in plan if entry.name in above and entry.path is not None]):
         match entry.stage.makes(entry.path):  # type: ignore[arg-type]  # filtered above
             case Checkpoint() | Tokenizer() as artifact:

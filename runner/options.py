@@ -100,9 +100,10 @@ def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
 
 def stage_named(recipe: Recipe, name: str) -> None:
     """RecipeError if the recipe has no such stage."""
-    if name not in recipe.stages:
+    known = [*dict.fromkeys([*recipe.written, *recipe.stages])]
+    if name not in known:
         from difflib import get_close_matches
 
-        near = get_close_matches(name, recipe.stages, n=1)
+        near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(recipe.stages)}{hint}")
+        raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(known)}{hint}")

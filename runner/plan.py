@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from runner.artifacts import SCRATCH
 from runner.code import code_digest
-from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of
+from runner.expand import Attempts, sources
+from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of, sources_of
 from runner.job import PAUSED
 from runner.recipe import Recipe
 from runner.record import Record
-from runner.stage import Effect, Stage, Verdict
+from runner.stage import Effect, Lineage, Stage, Verdict
 from runner.store import Store
 
 State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "failed", "paused"]
@@ -37,25 +38,52 @@ class Entry:
     @property
     def failed_gates(self) -> list[Verdict]:
         """The gates that the artifact did not pass."""
-        return [verdict for verdict in self.verdicts if not verdict.passed]
+        return [verdict for verdict in self.verdicts if verdict.passed is False]
+
+    @property
+    def outcome(self) -> bool | None:
+        """Whether it passed all its gates; None while that is not known."""
+        if self.record is None or any(verdict.passed is None for verdict in self.verdicts):
+            return None
+        return not self.failed_gates
 
 
 class Plan:
     """The entries of a recipe in topological order."""
 
     def __init__(self, recipe: Recipe, store: Store, *, until: str | None = None) -> None:
-        wanted = ancestors(recipe.stages, until) | {until} if until else set(recipe.stages)
-        self._stages = {name: recipe.stages[name] for name in in_order(recipe.stages) if name in wanted}
-        self._inputs = inputs_of(self._stages)
         self._store = store
-        self.entries: dict[str, Entry] = {}
-        for name in self._stages:
-            self.entries[name] = self._known(name)
+        self.recipe = recipe
+        self.standing = dict.fromkeys(recipe.attempts, 0)  # by the stage that has attempts, the one that is relied on now
+        self._read(until)
+        while failed := [name for name in recipe.attempts if self._is_lost(name)]:
+            self.standing |= {name: self.standing[name] + 1 for name in failed}
+            self._read(until)
         for name in reversed(self._stages):
             self.entries[name] = self._with_need(name)
         for name in self._stages:
-            self.entries[name] = self._with_judgement(name)
+            self.entries[name] = self._with_effect(name)
         store.digests.save()
+
+    def _read(self, until: str | None) -> None:
+        """What keys, records and gates tell, each stage after those before it."""
+        recipe = self.recipe
+        stages = recipe.with_attempts(self.standing)
+        order = sources(stages, recipe.attempts)
+        wanted = recipe.needed(until) if until else set(stages)
+        self._stages = {name: stages[name] for name in in_order(order) if name in wanted}
+        self._inputs, self._sources = inputs_of(self._stages), sources_of(self._stages)
+        self._attempt = {
+            name: (family, number)
+            for family in recipe.attempts.values()
+            for number in range(len(family.tries))
+            for name in family.branch(number).values()
+        }
+        self.entries: dict[str, Entry] = {}
+        for name in self._stages:
+            self.entries[name] = self._known(name)
+            self.entries[name] = self._judged(name)
+            self.entries[name] = self._held_back(name)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
@@ -63,6 +91,47 @@ class Plan:
     def inputs(self, name: str) -> list[str]:
         """The stages that a stage reads."""
         return self._inputs[name]
+
+    def above(self, name: str) -> set[str]:
+        """All stages that come before one."""
+        return ancestors(sources(self._stages, self.recipe.attempts), name)
+
+    def named(self, name: str) -> Entry:
+        """The entry of a stage; where the name stands for attempts, of the one that is relied on."""
+        family = next((family for family in self.recipe.attempts.values() if name in family.members), None)
+        return self.entries[name if family is None else family.branch(self.standing[family.stage])[name]]
+
+    def written(self, name: str) -> str:
+        """What the recipe calls a stage that is relied on now: of an attempt, without its number."""
+        family, number = self._attempt.get(name, (None, 0))
+        if family is None or number != self.standing[family.stage]:
+            return name
+        return next(member for member, attempt in family.branch(number).items() if attempt == name)
+
+    def sources_read(self, name: str) -> dict[str, Record]:
+        """The records of what is finished before a stage, by the names that the recipe gives."""
+        above = ancestors(self._sources, name)
+        return {self.written(source): record for source in above if (record := self.entries[source].record)}
+
+    def outcome(self, family: Attempts, number: int) -> bool | None:
+        """Whether an attempt passed; None while that is not known."""
+        judges = [self.entries.get(name) for name in family.judges_of(number)]
+        outcomes = [None if judge is None else judge.outcome for judge in judges]
+        return None if None in outcomes else all(outcomes)
+
+    def attempt_of(self, name: str) -> tuple[Attempts, int] | None:
+        """The attempts that a stage belongs to, and which of them."""
+        return self._attempt.get(name)
+
+    def stands(self, name: str) -> bool:
+        """Whether a stage is more than an attempt: one of its own, or of the attempt that passed."""
+        attempt = self._attempt.get(name)
+        return attempt is None or (attempt[1] == self.standing[attempt[0].stage] and self.outcome(*attempt) is True)
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether the attempt that stands has failed and there is another."""
+        family, number = self.recipe.attempts[name], self.standing[name]
+        return number + 1 < len(family.tries) and self.outcome(family, number) is False
 
     def record(self, name: str) -> Record:
         """The record of a stage that is finished, as the inputs of a stage that can run are."""
@@ -105,34 +174,59 @@ class Plan:
         entry = self.entries[name]
         if entry.state != "cached" or entry.path is not None:
             return entry
+        family, number = self._attempt.get(name, (None, 0))
+        given_up = family is not None and number != self.standing[family.stage]
         readers = [other for other in self._stages if name in self._inputs[other]]
         running = [reader for reader in readers if self.entries[reader].state in RUNNABLE]
         if running:
             return replace(entry, state="run", reason=f"its artifact is gone or damaged, and {running[0]} must read it")
-        if not readers:
+        if not readers and not given_up:
             return replace(entry, state="run", reason="its artifact is gone or damaged")
-        return replace(entry, reason="artifact gone, not needed now")
+        return replace(entry, reason="; ".join(filter(None, [entry.reason, "artifact gone, not needed now"])))
 
-    def _with_judgement(self, name: str) -> Entry:
-        """Judges what is finished; what stands behind a failed gate is skipped."""
+    def _judged(self, name: str) -> Entry:
+        """With the verdicts of its gates, once it is finished."""
         entry = self.entries[name]
+        if entry.record is None:
+            return entry
+        records = {other: known.record.data for other, known in self.entries.items() if known.record}
+        verdicts = entry.stage.verdicts(entry.record.data["metrics"], Lineage(self._inputs, records))
+        told = [str(verdict) for verdict in verdicts if not verdict.passed]
+        return replace(entry, verdicts=verdicts, reason="; ".join(told) or entry.reason)
+
+    def _held_back(self, name: str) -> Entry:
+        """What stands behind a failed gate is skipped, and so is an attempt after one that passed."""
+        entry = self.entries[name]
+        family, number = self._attempt.get(name, (None, 0))
+        if family is not None and number > self.standing[family.stage]:
+            relied_on = self.standing[family.stage]
+            if self.outcome(family, relied_on):
+                return replace(entry, state="skipped", reason=f"attempt {relied_on + 1} of {family.stage} passed")
+            return replace(entry, state="waiting", reason=f"until attempt {number} of {family.stage} has failed")
         behind = [source for source in self._inputs[name] if self._blocked(source)]
         if behind:
             return replace(entry, state="skipped", reason=f"a gate of {', '.join(behind)} failed")
-        if entry.state != "cached" or entry.record is None:
+        unjudged = [source for source in self._inputs[name] if any(v.passed is None for v in self.entries[source].verdicts)]
+        if unjudged:
+            return replace(entry, state="waiting", reason=f"for what the gates of {', '.join(unjudged)} compare with")
+        for tried, attempt in (self._attempt[source] for source in self._inputs[name] if source in self._attempt):
+            if family is None or family is not tried:
+                outcome = self.outcome(tried, attempt)
+                if outcome is False:
+                    return replace(entry, state="skipped", reason=f"no attempt of {tried.stage} passed")
+                if outcome is None:
+                    return replace(entry, state="waiting", reason=f"for the gates of {', '.join(tried.judges_of(attempt))}")
+        return entry
+
+    def _with_effect(self, name: str) -> Entry:
+        """With what is left to do in the world once the artifact is there."""
+        entry = self.entries[name]
+        if entry.state != "cached" or entry.path is None or entry.record is None or entry.failed_gates:
             return entry
-        verdicts = entry.stage.verdicts(entry.record.data["metrics"])
-        failed = [str(verdict) for verdict in verdicts if not verdict.passed]
-        if failed:
-            return replace(entry, verdicts=verdicts, reason="; ".join(failed))
-        if entry.path is None:
-            return replace(entry, verdicts=verdicts)
         effect = entry.stage.effect(entry.path, digest=entry.record.digest, receipts=self._store.root / "receipts")
         if effect is None:
-            return replace(entry, verdicts=verdicts)
-        return replace(
-            entry, verdicts=verdicts, effect=effect, state="push" if effect.act else entry.state, reason=effect.sentence
-        )
+            return entry
+        return replace(entry, effect=effect, state="push" if effect.act else entry.state, reason=effect.sentence)
 
     def _blocked(self, name: str) -> bool:
         return bool(self.entries[name].failed_gates) or self.entries[name].state == "skipped"
@@ -165,7 +259,26 @@ def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
                 "reason": entry.reason,
                 "key": entry.key,
                 "path": str(entry.path) if entry.path else None,
+                **_judgement_as_json(plan, entry),
             }
             for entry in plan
         ],
     }
+
+
+def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
+    """Of a stage that is judged, the gates; of one that belongs to an attempt, to which, and whether it is relied on."""
+    told: dict[str, Any] = {}
+    if entry.verdicts:
+        told["gates"] = [
+            {"gate": verdict.gate, "found": verdict.found, "passed": verdict.passed} for verdict in entry.verdicts
+        ]
+    if attempt := plan.attempt_of(entry.name):
+        family, number = attempt
+        told["attempt"] = {
+            "of": family.stage,
+            "number": number + 1,
+            "changes": family.told(number),
+            "stands": plan.stands(entry.name),
+        }
+    return told

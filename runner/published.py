@@ -6,8 +6,8 @@
       recipe.toml   the recipe that is run
 
 Both files come from a stranger. The recipe is run from a folder of its own, which bounds what it may read; where its files
-lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache, trackers and notices to use:
-those are for whoever runs it to say.
+lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache, trackers and notices to
+use: those are for whoever runs it to say.
 """
 
 import os

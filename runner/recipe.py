@@ -9,7 +9,7 @@ import os
 import pkgutil
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,9 @@ from pydantic import Field, field_validator
 import runner.stages
 from runner.alerts import AlertsTable
 from runner.errors import RecipeError
+from runner.expand import Attempts, branches, changes_of, expand, sources
 from runner.faults import listed, nearest, shown, validated
-from runner.graph import edges, find_cycle, input_files, plain
+from runner.graph import ancestors, edges, find_cycle, input_files, plain, sources_of
 from runner.mirrors import TrackerName
 from runner.paths import Bounds, fixed_part, leaves_by_name
 from runner.remote import address_fault, is_local, local_folder
@@ -75,19 +76,49 @@ class Recipe:
 
     path: Path
     head: Head
-    stages: Mapping[str, Stage]
+    written: Mapping[str, Stage]
+    attempts: Mapping[str, Attempts]  # by the stage that has them
 
-    def resolved(self) -> dict[str, Any]:
-        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder.
+    @cached_property
+    def stages(self) -> Mapping[str, Stage]:
+        """Ordinary stages, those of every attempt among them; what reads from attempts reads the first."""
+        return expand(self.written, self.attempts)
 
-        Addresses of notices are left out: they may hold secrets, and what is resolved is kept and shown.
+    def with_attempts(self, standing: Mapping[str, int]) -> Mapping[str, Stage]:
+        """The same where what reads from attempts reads those that are `standing`, by the stage that has them."""
+        return expand(self.written, self.attempts, standing)
+
+    def names_of(self, name: str) -> list[str]:
+        """The stages that `name` stands for: itself, or its attempts."""
+        branches = (family.branch(number) for family in self.attempts.values() for number in range(len(family.tries)))
+        return [branch[name] for branch in branches if name in branch] or [name]
+
+    def needed(self, name: str) -> set[str]:
+        """The stages that a run until `name` may run. All attempts with their judges, where it stands for attempts."""
+        judges = [judge for family in self.attempts.values() if name in family.members for judge in family.all_judges]
+        names = [*self.names_of(name), *judges]
+        return {*names, *ancestors(sources(self.stages, self.attempts), *names)}
+
+    def resolved(self, standing: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the attempts
+        that are `standing` it has these alone, as if they had been written.
         """
         folder = self.path.parent.resolve()
 
         def relative(file: Located) -> str:
             return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
-        stages = {name: {"kind": stage.kind, **plain(stage, file=relative)} for name, stage in self.stages.items()}
+        def table(name: str, stage: Stage) -> dict[str, Any]:
+            family = self.attempts.get(name)
+            if family is None:
+                return {"kind": stage.kind, **plain(stage, file=relative)}
+            tries = [plain(attempt, file=relative) for attempt in family.tries]
+            if standing is not None:
+                return {"kind": stage.kind, **tries[standing[name]]}
+            changed = [{key: fields[key] for key in change} for change, fields in zip(family.changes, tries, strict=True)]
+            return {"kind": stage.kind, **plain(stage, file=relative), "attempts": changed}
+
+        stages = {name: table(name, stage) for name, stage in self.written.items()}
         head = plain(self.head)
         del head["alerts"]["notify"]
         return {**head, "stage": stages}
@@ -128,16 +159,27 @@ def load_recipe(
             broken.add(name)
         else:
             stages[name] = stage
+    seed = head.seed if head else 0
+    tried = {
+        name: _tried(name, stage_tables[name], stage, seed, alerts, faults) for name, stage in stages.items() if stage.tries
+    }
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, bounds, absent))
+    if not faults:
+        for name, stage in list(stages.items()):
+            stages |= stage.completed(name, stages)
+        faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_beside(stages))
+    attempts = _attempts(stages, tried, faults) if not faults else {}
+    if attempts and not faults:
+        expanded = expand(stages, attempts)
+        faults.extend(_reference_faults(expanded, broken))
+        faults.extend(_file_faults(expanded, bounds, absent))
     if head is not None:
-        found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
+        found = {name: stage.parallel_fault(head.parallel) for name, stage in expand(stages, attempts).items()}
         faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
-    for name, stage in list(stages.items()):
-        stages |= stage.completed(name, stages)
-    return Recipe(path, head, stages)
+    return Recipe(path, head, stages, attempts)
 
 
 # Validating
@@ -156,11 +198,57 @@ def _validate_stage(name: str, fields: Any, seed: int, alerts: dict[str, Any], f
     if not isinstance(kind, str) or kind not in kinds:
         faults.append(f"stage.{name}.kind: found {shown(kind)}, wants one of {listed(kinds)}{nearest(kind, kinds)}")
         return None
-    if "seed" in kinds[kind].model_fields:
-        fields.setdefault("seed", seed)
-    if "alerts" in kinds[kind].model_fields and isinstance(fields.get("alerts", {}), dict):
-        fields["alerts"] = merged(alerts, fields.get("alerts", {}))
-    return validated(kinds[kind], fields, f"stage.{name}.", faults)
+    return validated(kinds[kind], _filled(kinds[kind], fields, seed, alerts), f"stage.{name}.", faults)
+
+
+def _filled(kind: type[Stage], fields: dict[str, Any], seed: int, alerts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stage over what the head says for all: its seed, where the kind draws numbers, and its alerts."""
+    if "seed" in kind.model_fields:
+        fields = {"seed": seed, **fields}
+    if "alerts" in kind.model_fields and isinstance(fields.get("alerts", {}), dict):
+        fields = {**fields, "alerts": merged(alerts, fields.get("alerts", {}))}
+    return fields
+
+
+# Attempts
+
+
+def _tried(
+    name: str, fields: Mapping[str, Any], stage: Stage, seed: int, alerts: dict[str, Any], faults: list[str]
+) -> list[tuple[dict[str, Any], Stage]]:
+    """Each attempt of a stage: what it changes, and the stage with it."""
+    tried = []
+    for number, change in enumerate(changes_of(type(stage), stage.tries)):
+        place = f"stage.{name}.attempts[{number}]"
+        if fixed := [key for key in ("kind", "attempts") if key in change]:
+            faults.append(f"{place}.{fixed[0]}: is the same in all attempts; wants it outside of them")
+            continue
+        written = {key: value for key, value in fields.items() if key not in ("kind", "attempts")}
+        filled = _filled(type(stage), merged(written, change), seed, alerts)
+        if attempt := validated(type(stage), filled, f"{place}.", faults):
+            tried.append((change, attempt))
+    return tried
+
+
+def _attempts(
+    stages: Mapping[str, Stage], tried: Mapping[str, Sequence[tuple[dict[str, Any], Stage]]], faults: list[str]
+) -> dict[str, Attempts]:
+    """The attempts of every stage that has some, with their branches, which have to be apart."""
+    attempts: dict[str, Attempts] = {}
+    for name, tries in tried.items():
+        members, judges = branches(stages, name)
+        family = Attempts(tuple(change for change, _ in tries), tuple(stage for _, stage in tries), members, judges)
+        for other in attempts.values():
+            if common := sorted({*members} & {*other.members}):
+                faults.append(
+                    f"stage.{name}.attempts: wants no stage that attempts of {other.stage!r} run too, found {listed(common)}"
+                )
+        if not judges:
+            faults.append(f"stage.{name}.attempts: wants an evaluation with gates behind it, to judge them; found none")
+        for taken in {attempt for number in range(len(tries)) for attempt in family.branch(number).values()} & {*stages}:
+            faults.append(f"stage.{taken}: wants another name; an attempt of {name!r} has this one")
+        attempts[name] = family
+    return attempts
 
 
 # References and files
@@ -181,7 +269,7 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
                 able = [other for other in stages if issubclass(stages[other].makes, ref.wants) and other != name]
                 hint = f"; these make it: {listed(able)}" if able else ""
                 yield f"{place}: wants {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
-    if not dangling and (cycle := find_cycle(stages)):
+    if not dangling and (cycle := find_cycle(sources_of(stages))):
         yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"
 
 

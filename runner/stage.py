@@ -25,7 +25,7 @@ import enum
 import glob
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
@@ -188,8 +188,24 @@ class Verdict(Protocol):
     """The judgement of one gate; as text it is a sentence with the value, the wanted value and the outcome."""
 
     @property
-    def passed(self) -> bool:
-        """Whether the score is what the recipe asks."""
+    def passed(self) -> bool | None:
+        """Whether the score is what the recipe asks; None while a score that it is compared with is missing."""
+
+    @property
+    def gate(self) -> str:
+        """What was asked: `section.macro_f1 at least 0.9`."""
+
+    @property
+    def found(self) -> str:
+        """What was found: the value with its interval."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What planning knows of the stages of a recipe."""
+
+    inputs: Mapping[str, Sequence[str]]  # by stage, the stages that it reads
+    records: Mapping[str, Mapping[str, Any]]  # by stage, the record of each that is finished
 
 
 @dataclass(frozen=True)
@@ -236,6 +252,20 @@ class Stage(Spec):
         """The stage `name` with what the recipe left out: itself, perhaps changed, and stages that it adds to `stages`."""
         return {name: self}
 
+    @property
+    def tries(self) -> Sequence[Mapping[str, Any]]:
+        """What to change where a gate behind this stage fails, one attempt after the other (`runner.expand`)."""
+        return ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether it has gates."""
+        return False
+
+    def faults_beside(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:
+        """What is wrong with it among the stages of its recipe, each fault with its place: `gates[0].above: wants ...`."""
+        yield from ()
+
     def prepare(self, context: Context) -> None:
         """Work for one process before a training group is formed (tokenizing, say); writes into context.scratch."""
 
@@ -249,7 +279,7 @@ class Stage(Spec):
         """
         return {}
 
-    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+    def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """Judges what `run` returned, on every run and while planning; what reads the artifact waits until all gates pass."""
         return ()
 

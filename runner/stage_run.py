@@ -16,7 +16,7 @@ from runner.alerts import Notices
 from runner.artifacts import METRICS, SCRATCH
 from runner.attempts import Attempts
 from runner.errors import PausedError, StageError
-from runner.graph import ancestors, input_files, plain
+from runner.graph import input_files, plain
 from runner.job import ERROR, JOB, PAUSED, PREPARED, RESULT, STOP, Job
 from runner.plan import Entry, Plan
 from runner.progress import Follower, Progress, duration
@@ -191,25 +191,27 @@ class _View:
 
 
 def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
-    """What the workers of a stage that can run, in the folder `work`, have to know."""
-    name, stages = entry.name, recipe.stages
-    above = {source: plan.record(source) for source in ancestors(stages, name)}
+    """What the workers of a stage that can run, in the folder `work`, have to know; stages by their names in the recipe."""
+    name, folder = entry.name, recipe.path.parent.resolve()
+    records = plan.sources_read(name)
+    read = [other for other in plan if other.name == name or plan.written(other.name) in records]
+    data = {plan.written(other.name): store.digests.named_contents(input_files(other.stage), folder) for other in read}
     return Job(
         name=name,
         kind=entry.stage.kind,
-        fields=plain(entry.stage, file=lambda file: file.pattern),
+        fields=plain(entry.stage, ref=plan.written, file=lambda file: file.pattern),
         work=str(work),
-        inputs={source: str(store.folder(above[source].kind, above[source].key)) for source in plan.inputs(name)},
-        records={source: record.data for source, record in above.items()},
-        recipe=tomli_w.dumps({name: value for name, value in recipe.resolved().items() if name != "cache"}),
+        inputs={
+            plan.written(source): str(store.folder(record.kind, record.key))
+            for source in plan.inputs(name)
+            for record in [plan.record(source)]
+        },
+        records={source: record.data for source, record in records.items()},
+        recipe=tomli_w.dumps({key: value for key, value in recipe.resolved(plan.standing).items() if key != "cache"}),
         parallel=plain(recipe.head.parallel),
         processes=processes,
         cores=cores,
-        data={
-            other: named
-            for other in [*above, name]
-            if (named := store.digests.named_contents(input_files(stages[other]), recipe.path.parent.resolve()))
-        },
+        data={other: named for other, named in data.items() if named},
     )
 
 

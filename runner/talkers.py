@@ -35,7 +35,7 @@ class Talker:
 
 def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talker]:
     """The finished stages `names`; without any, the last that makes a checkpoint. RecipeError where there is none."""
-    able = [entry for entry in plan if issubclass(entry.stage.makes, TALKS)]
+    able = [entry for entry in plan if issubclass(entry.stage.makes, TALKS) and plan.stands(entry.name)]
     finished = [entry.name for entry in able if entry.path is not None]
     if not names:
         last = [entry.name for entry in able if entry.path is not None and entry.stage.makes is Checkpoint]
@@ -46,7 +46,7 @@ def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talke
 
 
 def _talker(recipe: Recipe, plan: Plan, name: str, finished: Sequence[str]) -> Talker:
-    entry = plan.entries[name]
+    entry = plan.named(name)
     hint = f"; these are: {', '.join(finished)}" if finished else ""
     if not issubclass(entry.stage.makes, TALKS):
         raise RecipeError(

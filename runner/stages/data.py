@@ -80,6 +80,11 @@ class RowTraining(TrainingStage):
     context: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Positions of a chat; by default as many as the model has. Longer chats are cut to it."""
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether its record tells the loss on held-out rows."""
+        return bool(self.validation)
+
     def pack(self, context: Context, base: Checkpoint) -> None:
         """Tokenize and pack the tables for `base`, in one process and without torch; what a run before this did is kept."""
         from llm.chat import Table, write_rows

@@ -12,130 +12,27 @@ The measuring is `llm.evaluate`'s, the judging `runner.gates`'.
 """
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from llm.templates import split_text
-from llm.turns import TextTemplate
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
-from runner.gates import Gate, Verdict, judge, unknown_score
-from runner.stage import Context, Execution, InputFile, Metrics, Ref, Semantic, Spec, Stage
-from runner.stages.data import RowTable
+from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, unknown_score
+from runner.graph import inputs_of, plain
+from runner.side_by_side import page
+from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
+from runner.stages.tasks import ComparisonTask, Task, questions_of
+from runner.stages.training import TrainingStage
+from runner.train_gap import last_trainings, train_gap
 
 if TYPE_CHECKING:
-    from llm.evaluate import Outcome, Question
     from llm.likelihood import Progress
-    from llm.models.llama.model import Llama
-    from llm.tokenizer import TextTokenizer
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-Limit = Annotated[int, Field(gt=0)]
 
 
-class TextTask(Spec):
-    """Perplexity and bits per byte of whole documents."""
-
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "bits_per_byte")
-
-    name: Semantic[Name]
-    """The first part of its scores' names: `name.perplexity`."""
-    task: Semantic[Literal["text"]]
-    """Likelihood of text."""
-    files: Semantic[InputFile]
-    """Path or glob: .jsonl, .txt or .csv (also .gz, .zst), or .parquet."""
-    text: Semantic[str] = "text"
-    """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
-    limit: Semantic[Limit | None] = None
-    """Rows to use at most, evenly spread over the files."""
-    on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
-    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
-
-    @field_validator("text")
-    @classmethod
-    def _is_field_or_template(cls, text: str) -> str:
-        split_text(text)
-        return text
-
-    @property
-    def template(self) -> TextTemplate:
-        """How a row becomes a document."""
-        return TextTemplate(self.text)
-
-    def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
-    ) -> "Outcome":
-        """The scores of the task."""
-        from llm.evaluate import score_texts
-
-        texts = [question.turns[-1].content for question in questions]
-        return score_texts(model, tokenizer, texts=texts, progress=progress)
-
-
-class _ChatTask(RowTable):
-    """What tasks on rows of prompts and responses share."""
-
-    name: Semantic[Name]
-    """The first part of its scores' names: `name.metric`."""
-    limit: Semantic[Limit | None] = None
-    """Rows to use at most, evenly spread over the files."""
-
-
-class ClassificationTask(_ChatTask):
-    """Accuracy and macro-F1 of choosing the likeliest label; the response is the label."""
-
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
-
-    task: Semantic[Literal["classification"]]
-    """Choice among labels."""
-    labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
-    """The labels to choose from; by default those that occur in the rows."""
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
-        for number, label in enumerate(labels or ()):
-            if labels and label in labels[:number]:
-                raise ValueError(f"wants labels that differ, found {label!r} twice")
-        return labels
-
-    def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
-    ) -> "Outcome":
-        """The scores of the task."""
-        from llm.evaluate import classify
-
-        return classify(model, tokenizer, questions=questions, labels=self.labels, progress=progress)
-
-
-class AnswersTask(_ChatTask):
-    """Likelihood of the responses after their prompts, and chrF and BLEU of what the model answers itself."""
-
-    task: Semantic[Literal["answers"]]
-    """Answers to prompts."""
-    max_new_tokens: Semantic[Annotated[int, Field(ge=0)]] = 128
-    """Longest answer to generate; 0 generates none and leaves out chrF and BLEU."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The second parts of its scores' names."""
-        return ("perplexity", "bits_per_byte", *(("chrf", "bleu") if self.max_new_tokens else ()))
-
-    def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
-    ) -> "Outcome":
-        """The scores of the task."""
-        from llm.evaluate import score_answers
-
-        return score_answers(model, tokenizer, questions=questions, max_new_tokens=self.max_new_tokens, progress=progress)
-
-
-Task = Annotated[TextTask | ClassificationTask | AnswersTask, Field(discriminator="task")]
-
-
-class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
+class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, answers."""
 
     model: Semantic[Ref[Checkpoint]]
@@ -145,21 +42,47 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
     gates: Execution[list[Gate]] = Field(default_factory=list)
     """What the scores have to be. Judged on every run; what needs this stage is not run while a gate fails."""
 
+    @property
+    def judged(self) -> bool:
+        """Whether it has gates."""
+        return bool(self.gates)
+
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks are named {twice[0]!r}; their scores need names of their own")
-        known = [f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics]
+        known = [TRAIN_GAP, *(f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics)]
         for gate in self.gates:
             if gate.score not in known:
                 raise ValueError(unknown_score(gate.score, known))
         return self
 
+    def faults_beside(self, stages: Mapping[str, Stage]) -> Iterator[str]:
+        """Gates that can never be judged."""
+        for number, gate in enumerate(self.gates):
+            if gate.above is not None:
+                name, other = gate.score.partition(".")[0], stages[gate.above]
+                theirs = [_rows(task) for task in other.tasks if task.name == name] if isinstance(other, Evaluate) else []
+                if theirs != [_rows(task) for task in self.tasks if task.name == name]:
+                    yield (
+                        f"gates[{number}].above: wants an evaluation with the same task {name!r}, to compare example by "
+                        f"example; that of {str(gate.above)!r} is another or missing"
+                    )
+            if gate.score == TRAIN_GAP:
+                trainings = last_trainings(self.model, inputs_of(stages), lambda name: stages[name].trains)
+                if not trainings:
+                    yield f"gates[{number}].score: wants a model that a stage of this recipe trains; found {str(self.model)!r}"
+                for name in trainings:
+                    training = stages[name]
+                    if isinstance(training, TrainingStage) and not training.holds_out:
+                        yield f"gates[{number}].score: wants rows held out in stage {name!r}: `validation`, found none there"
+
     def run(self, context: Context) -> Metrics:
         """Score every task; a restart takes the tasks that were scored before."""
         import torch
 
+        from llm.bootstrap import fingerprint
         from llm.checkpoint import load_checkpoint
         from llm.evaluate import Outcome
         from llm.tokenizer import TextTokenizer
@@ -172,52 +95,59 @@ class Evaluate(Stage, kind="evaluate", version=1, makes=Scores):
         for task in self.tasks:
             kept = context.scratch / "tasks" / f"{task.name}.json"
             if not kept.exists():
-                questions, skipped = _questions(task, tokenizer)
-                outcome = task.score(model, tokenizer, questions, progress=_progress(context, task.name))
-                value = {**vars(outcome), "facts": {**outcome.facts, "skipped_rows": skipped}}
+                questions, skipped = questions_of(task, tokenizer)
+                progress = _progress(context, task.name)
+                if isinstance(task, ComparisonTask):
+                    other = context.open(task.against).folder
+                    outcome = task.score_beside(model, tokenizer, questions, other=other, device=device, progress=progress)
+                else:
+                    outcome = task.score(model, tokenizer, questions, progress=progress)
+                rows = fingerprint(json.dumps([turn.message for turn in question.turns]) for question in questions)
+                value = {**vars(outcome), "facts": {**outcome.facts, "skipped_rows": skipped, "examples": rows}}
                 write_whole(kept, json.dumps(value, ensure_ascii=False))
             outcomes[task.name] = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         scores = {f"{name}.{metric}": value for name, outcome in outcomes.items() for metric, value in outcome.scores.items()}
         counts = {name: outcome.rows for name, outcome in outcomes.items()}
+        intervals = {
+            f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, SHOWN)]
+            for name, outcome in outcomes.items()
+            for score, values in outcome.replicates.items()
+        }
+        for task in self.tasks:
+            if isinstance(task, ComparisonTask):
+                outcome, prefix = outcomes[task.name], f"{task.name}."
+                told = {score.removeprefix(prefix): ends for score, ends in intervals.items() if score.startswith(prefix)}
+                shown = page(task.name, outcome.examples, scores=outcome.scores, intervals=told)
+                write_whole(made.side_by_side(task.name), shown)
         examples = [{"task": name, **example} for name, outcome in outcomes.items() for example in outcome.examples]
-        write_whole(made.scores, json.dumps({"scores": scores, "counts": counts}, indent=2, sort_keys=True) + "\n")
+        found = {"scores": scores, "intervals": intervals, "counts": counts}
+        write_whole(made.scores, json.dumps(found, indent=2, sort_keys=True) + "\n")
         write_whole(made.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-        return {"scores": scores, "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes}}
+        write_whole(made.values, json.dumps({name: outcome.values for name, outcome in outcomes.items()}) + "\n")
+        return {
+            "scores": scores,
+            "intervals": intervals,
+            "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes},
+            # As text, since the record is read by people too, and these would be many lines.
+            "replicates": {
+                f"{name}.{score}": " ".join(map(str, values))
+                for name, outcome in outcomes.items()
+                for score, values in outcome.replicates.items()
+            },
+        }
 
-    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+    def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """The judgement of every gate."""
-        return judge(self.gates, metrics["scores"])
+        found = Measured.of(metrics)
+        others = {name for gate in self.gates if (name := gate.above) is not None and name in lineage.records}
+        if any(gate.score == TRAIN_GAP for gate in self.gates):
+            found = replace(found, scores={**found.scores, **train_gap(self.model, lineage)})
+        return judge(self.gates, found, {str(name): Measured.of(lineage.records[name]["metrics"]) for name in others})
 
 
-def _questions(task: TextTask | _ChatTask, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:
-    """The rows of a task, and how many were skipped because they cannot be used."""
-    from llm.chat import read_turns
-    from llm.errors import InputError
-    from llm.evaluate import Question
-
-    questions: list[Question] = []
-    skipped = 0
-    for place, turns, _ in read_turns(task.files.matches(), task.template):
-        try:
-            if isinstance(turns, InputError):
-                raise turns
-            if turns[-1].role != "assistant":
-                raise InputError(
-                    f"{place}: wants the assistant's turn last, the answer to score; found the {turns[-1].role}'s"
-                )
-            if task.on_bad_row == "skip" and isinstance(task, _ChatTask):
-                tokenizer.encode_chat([turn.message for turn in turns])  # refuses rows that hold special tokens
-        except InputError:
-            if task.on_bad_row == "fail":
-                raise
-            skipped += 1
-        else:
-            questions.append(Question(place, turns))
-    if not questions:
-        raise InputError(f"{task.files.pattern}: wants rows for the task {task.name!r}; found none that can be used")
-    if task.limit is not None and task.limit < len(questions):
-        questions = [questions[index * len(questions) // task.limit] for index in range(task.limit)]
-    return questions, skipped
+def _rows(task: Task) -> Any:
+    """A task as plain data, to compare with another."""
+    return plain(task, file=lambda file: file.pattern)
 
 
 def _progress(context: Context, name: str) -> "Progress":

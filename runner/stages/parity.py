@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity
 from runner.files import write_whole
-from runner.stage import Context, Metrics, Ref, Semantic, Stage, Verdict
+from runner.stage import Context, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.data import RowTable
 from runner.stages.material import Material, TextTable, rows_of, texts_of
 
@@ -36,17 +36,17 @@ LIKELIHOODS = 20  # texts after which log-probabilities are compared
 class ParityVerdict:
     """The judgement of one comparison."""
 
+    gate: str  # what was compared
+    found: str  # what came of it
     passed: bool
-    sentence: str
 
     def __str__(self) -> str:
-        return self.sentence
+        return f"{self.gate}: {self.found}" if self.gate else self.found
 
 
-def sentence(*, name: str, passed: bool | None, told: str, **numbers: Any) -> str:
+def outcome(*, passed: bool | None, told: str, **numbers: Any) -> str:
     """What came of a comparison, for a person."""
-    outcome = "not checked" if passed is None else "equal" if passed else "not equal"
-    return f"{name}: {outcome}: {told}"
+    return f"{'not checked' if passed is None else 'equal' if passed else 'not equal'}: {told}"
 
 
 class CheckParity(Stage, kind="parity", version=1, makes=Parity):
@@ -104,15 +104,17 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             "prompts": len(material.prompts),
         }
 
-    def verdicts(self, metrics: Metrics) -> Sequence[Verdict]:
+    def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """One of all that are equal, and one of each other; what could not be checked passes, and says so."""
         equal = Counter(check["name"].partition(":")[0] for check in metrics["checks"] if check["passed"])
         others = [
-            ParityVerdict(check["passed"] is None, sentence(**check)) for check in metrics["checks"] if not check["passed"]
+            ParityVerdict(str(check["name"]), outcome(**check), passed=check["passed"] is None)
+            for check in metrics["checks"]
+            if not check["passed"]
         ]
         if not equal:
             return others
-        return [ParityVerdict(True, f"{equal.total()} comparisons equal, in {', '.join(equal)}"), *others]
+        return [ParityVerdict("", f"{equal.total()} comparisons equal, in {', '.join(equal)}", passed=True), *others]
 
     def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
         import torch
@@ -199,7 +201,7 @@ def _until_stopped(context: Context, checks: "Iterator[Check]") -> "Iterator[Che
     from llm.errors import Interrupted
 
     for number, check in enumerate(checks, start=1):
-        context.report(done=number, unit="comparisons", note=sentence(**vars(check)))
+        context.report(done=number, unit="comparisons", note=f"{check.name}: {outcome(**vars(check))}")
         yield check
         if context.should_stop():
             raise Interrupted("stopped while systems were compared")

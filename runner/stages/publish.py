@@ -14,7 +14,7 @@ decide on (`runner.hub`), so a run that only lacked a token repeats nothing.
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,9 @@ from pydantic import Field, model_validator
 from runner import hub
 from runner.artifacts import Adapter, Artifact, Checkpoint, Corpus, Gguf, Parity, Release, Scores
 from runner.files import link_or_copy
-from runner.graph import ancestors, edges, plain
+from runner.graph import ancestors, edges, inputs_of, plain
 from runner.receipts import Journal
-from runner.stage import Acting, Context, Effect, Execution, Metrics, Ref, Semantic, Stage
+from runner.stage import Acting, Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.data import RowTable, RowTraining
 from runner.stages.evaluate import Evaluate
 from runner.stages.parity import CheckParity
@@ -89,7 +89,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def _parity(self, stages: Mapping[str, Stage]) -> CheckParity:
         """Compares by what the stages above hold out: documents of corpora, rows of evaluations, or else of trainings."""
-        above = [other for other in stages if other in ancestors(stages, self.model) | {self.model}]
+        above = [other for other in stages if other in ancestors(inputs_of(stages), self.model) | {self.model}]
         trainings = [stage for stage in map(stages.__getitem__, above) if isinstance(stage, RowTraining)]
         scored = [stage for stage in map(stages.get, self.scores) if isinstance(stage, Evaluate)]
         tables: list[RowTable] = [task for stage in scored for task in stage.tasks if isinstance(task, RowTable)]
@@ -145,6 +145,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
                 license=self.license,
                 languages=languages,
                 version=records[self.model]["versions"].get("stockpot", ""),
+                verdicts=_verdicts(recipe["stage"], records, [name for name in scores if recipe["stage"][name].get("gates")]),
             )
         )
         release.card.write_text(card, encoding="utf-8")
@@ -194,6 +195,20 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         order = Order(artifact, files, digest, self.target, private=self.private, tag=self.tag)
         retries = Retries(sleep=acting.sleep, note=acting.note)
         return f"pushed: {push(order, receipts=receipts, overwrite=acting.overwrite, retries=retries).url}"
+
+
+def _verdicts(
+    tables: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]], judged: Sequence[str]
+) -> dict[str, Sequence[Verdict]]:
+    """What came of the gates of each evaluation in `judged`."""
+    from runner.recipe import stage_kinds
+
+    if not judged:
+        return {}
+    fields = {name: {key: value for key, value in table.items() if key != "kind"} for name, table in tables.items()}
+    stages = {name: stage_kinds()[tables[name]["kind"]].model_validate(fields[name]) for name in tables}
+    lineage = Lineage(inputs_of(stages), records)
+    return {name: stages[name].verdicts(records[name]["metrics"], lineage) for name in judged}
 
 
 def _files(release: Release) -> list[Path]:

@@ -3,6 +3,7 @@
 A kind of its own only where a subclass gives one. What to learn from and which weights learn is the subclass's business.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -56,6 +57,20 @@ class TrainingStage(Stage):
         """The alerts that change what is learned."""
         learned = self.alerts.learned()
         return {"alerts": learned} if learned else {}
+
+    attempts: Execution[list[dict[str, Any]]] = Field(default_factory=list)
+    """Tables over this stage, as [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]: each attempt runs, up to the evaluations whose
+    gates judge it, once the one before it has failed; the first that passes is the one that everything behind them takes."""
+
+    @property
+    def tries(self) -> Sequence[Mapping[str, Any]]:
+        """The attempts."""
+        return self.attempts
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether its record tells the loss on held-out rows."""
+        return True
 
     def learn(
         self,

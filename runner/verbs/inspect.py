@@ -30,7 +30,7 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"--count: wants at least 1, found {options.count}")
     console = Console(highlight=False, soft_wrap=True)
     try:
-        for line in inspect(recipe, Plan(recipe, store_of(options)), options.stage, count=options.count):
+        for line in inspect(Plan(recipe, store_of(options)), options.stage, count=options.count):
             console.print(line)
     except InputError as error:
         raise RecipeError(f"{options.stage}: {error}") from error

@@ -21,7 +21,11 @@ def main(options: argparse.Namespace) -> int:
 
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
-    entry = Plan(recipe, store_of(options)).entries[options.stage]
+    plan = Plan(recipe, store_of(options))
+    entry = plan.named(options.stage)
+    if options.stage != entry.name and not plan.stands(entry.name):
+        print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
+        return 1
     if entry.path is None:
         print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
         return 1

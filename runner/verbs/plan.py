@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from runner import verdicts
 from runner.cost import Cost, costs, total
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.plan import Plan, as_json
@@ -48,6 +49,8 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
     for line in table(plan, found):
+        print(line)
+    for line in verdicts.attempts(plan):
         print(line)
     return 0
 

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.graph import ancestors
 from runner.options import (
     add_cache_option,
     add_recipe_options,
@@ -63,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
         stage_named(recipe, name)
     if options.until:
         for name in options.force:
-            if name != options.until and name not in ancestors(recipe.stages, options.until):
+            if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
                 raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
     remote = remote_of(options, recipe)
     if published is not None:

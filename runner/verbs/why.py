@@ -21,7 +21,7 @@ def main(options: argparse.Namespace) -> int:
 
     recipe, store = recipe_of(options), store_of(options)
     stage_named(recipe, options.stage)
-    entry = Plan(recipe, store).entries[options.stage]
+    entry = Plan(recipe, store).named(options.stage)
     print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
     for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
         print(f"  {line}")

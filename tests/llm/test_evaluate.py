@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import llm.likelihood
+from llm.compare import compare_models, repetition
 from llm.errors import InputError, Interrupted
-from llm.evaluate import Question, classify, compare, score_answers, score_texts
+from llm.evaluate import Question, classify, score_answers, score_texts
 from llm.generate import generate
 from llm.likelihood import Window, label_likelihoods, negative_log_likelihoods
+from llm.likeness import compare
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.rows import IGNORE
@@ -225,3 +227,50 @@ def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> No
         "comparison": compare(["the heart pumps red blood"], ["the heart pumps red blood well"]),
     }
     assert found == {task: pytest.approx(scores, rel=1e-4) for task, scores in GOLDEN.items()}
+
+
+def test_a_model_beside_itself_wins_half_and_changes_nothing(model: Llama, tokenizer: TextTokenizer) -> None:
+    seen: list[tuple[int, int]] = []
+    outcome = compare_models(
+        model,
+        tokenizer,
+        lambda: (model, tokenizer),
+        questions=[question("x", "blood"), question("red", "a muscle")],
+        max_new_tokens=4,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert outcome.scores.pop("win_rate") == outcome.scores.pop("likelihood_win_rate") == 0.5
+    assert outcome.scores == dict.fromkeys(("chrf_change", "bits_per_byte_change", "length_change", "repetition_change"), 0.0)
+    assert seen[-1] == (8, 8) and seen == sorted(seen)
+
+
+def test_two_models_are_compared_pair_by_pair(model: Llama, tokenizer: TextTokenizer) -> None:
+    """The other finds every token equally likely, and answers with the first of the vocabulary."""
+    torch.manual_seed(9)
+    other = Llama(model.config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
+    torch.nn.init.zeros_(other.lm_head.weight)
+    questions = [question("x", "blood"), question("red and the heart", "a muscle")]
+    outcome = compare_models(
+        model, tokenizer, lambda: (other, tokenizer), questions=questions, max_new_tokens=6, progress=silent
+    )
+    own, theirs = (
+        score_answers(one, tokenizer, questions=questions, max_new_tokens=6, progress=silent) for one in (model, other)
+    )
+    bits = [
+        [nats / math.log(2) / size for nats, size in zip(found.values["nats"], found.values["bytes"], strict=True)]
+        for found in (own, theirs)
+    ]
+    changes = [one - two for one, two in zip(*bits, strict=True)]
+    assert outcome.values["bits_per_byte_change"] == pytest.approx(changes, rel=1e-3)
+    assert outcome.scores["likelihood_win_rate"] == sum(change < 0 for change in changes) / 2
+    assert [example["found"]["text"] for example in outcome.examples] == [example["found"] for example in own.examples]
+    assert [example["other"]["text"] for example in outcome.examples] == [example["found"] for example in theirs.examples]
+    assert outcome.scores["length_change"] == pytest.approx(
+        sum(len(a["found"]) - len(b["found"]) for a, b in zip(own.examples, theirs.examples, strict=True)) / 2
+    )
+
+
+def test_what_repeats_itself_is_told_by_runs_of_four_tokens() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0
+    assert repetition([7] * 8) == pytest.approx(4 / 5)
+    assert repetition([1, 2, 3]) == 0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from runner.graph import ancestors, differences, identity, in_order, key_of
+from runner.graph import ancestors, differences, identity, in_order, key_of, sources_of
 from runner.recipe import Recipe, load_recipe
 from runner.store import Store
 
@@ -44,8 +44,8 @@ def identities(recipe: Recipe, digests: dict[str, str], store: Store) -> dict[st
 
 def test_order_is_topological_with_ties_as_written(tmp_path: Path) -> None:
     recipe = load(tmp_path)
-    assert in_order(recipe.stages) == ["text", "vocab", "tokens"]
-    assert ancestors(recipe.stages, "tokens") == {"text", "vocab"}
+    assert in_order(sources_of(recipe.stages)) == ["text", "vocab", "tokens"]
+    assert ancestors(sources_of(recipe.stages), "tokens") == {"text", "vocab"}
 
 
 def test_renaming_a_stage_keeps_every_key(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from llm.errors import InputError, Interrupted
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
-from runner.stage import Context
+from runner.stage import Context, Lineage
 from runner.stages.evaluate import Evaluate
 
+ALONE = Lineage({}, {})
 ROWS = [
     {"text": "The heart pumps blood.", "label": "organ"},
     {"text": "A fever is a sign of an infection.", "label": "symptom"},
@@ -217,7 +218,7 @@ def test_files_without_a_row_are_an_error(checkpoint: Path, make_context: Callab
 def test_gates_are_judged_from_the_scores_in_the_record(rows: Path) -> None:
     metrics = {"scores": {"section.macro_f1": 0.8, "section.accuracy": 1.0}}
     gates = [{"score": "section.macro_f1", "at_least": 0.9}, {"score": "section.accuracy", "at_least": 0.9}]
-    assert [verdict.passed for verdict in stage(classification(rows), gates=gates).verdicts(metrics)] == [False, True]
+    assert [verdict.passed for verdict in stage(classification(rows), gates=gates).verdicts(metrics, ALONE)] == [False, True]
 
 
 @pytest.mark.parametrize(
