@@ -175,7 +175,13 @@ def load_recipe(
         faults.extend(_reference_faults(expanded, broken))
         faults.extend(_file_faults(expanded, bounds, absent))
     if head is not None:
-        found = {name: stage.parallel_fault(head.parallel) for name, stage in expand(stages, attempts).items()}
+        found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
+        found |= {  # of attempts, what they alone are at odds with
+            f"{name}.attempts[{number}]": stage.parallel_fault(head.parallel)
+            for name, family in attempts.items()
+            for number, stage in enumerate(family.tries)
+            if not found[name]
+        }
         faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))

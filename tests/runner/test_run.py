@@ -28,7 +28,7 @@ def test_the_plan_alone_stands_on_stdout_and_names_key_and_path(finished: Folder
     plan = json.loads(finished.call("plan", str(finished.recipe), "--json").stdout)
     assert plan["recipe"] == "small"
     for stage in plan["stages"]:
-        assert set(stage) == {"name", "kind", "state", "reason", "key", "path"}
+        assert set(stage) == {"name", "kind", "state", "reason", "key", "path", "cost"}
         assert len(stage["key"]) == 64
         assert Path(stage["path"]).is_dir()
 
