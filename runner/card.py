@@ -147,7 +147,7 @@ over the examples.
 def _score(model: Model, evaluation: str, score: str) -> str:
     interval = model.records[evaluation].get("metrics", {}).get("intervals", {}).get(score)
     ends = f" [{', '.join(map(_number, interval))}]" if interval else ""
-    return _number(model.scores[evaluation].get(score)) + ends
+    return number(model.scores[evaluation].get(score)) + ends
 
 
 def _gates(model: Model) -> str:
@@ -202,7 +202,7 @@ def _curves(records: Mapping[str, Record]) -> str:
 
 def _data(model: Model) -> str:
     rows = [
-        row for stage, record in model.records.items() for row in _learned_from(stage, record, model.recipe["stage"][stage])
+        row for stage, record in model.records.items() for row in learned_from(stage, record, model.recipe["stage"][stage])
     ]
     if not rows:
         return ""
@@ -215,7 +215,7 @@ def _data(model: Model) -> str:
     )
 
 
-def _learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
+def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
     """A line per source of a corpus, and per table of rows of a fine-tuning."""
     metrics = record.get("metrics", {})
     for number, spec in enumerate(fields.get("sources", ()), start=1):
@@ -280,7 +280,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A score for a table; empty where there is none."""
     return "" if value is None else f"{value:.4g}"
 
 

@@ -3,8 +3,9 @@
 Drawing is matplotlib's, which is imported only there: as PNG for a model card, as SVG for a page.
 """
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 CURVES = ("loss", "validation_loss")  # of what a training reports
@@ -14,15 +15,15 @@ INCHES = (4.0, 2.8)  # of one training in a picture
 Curve = list[tuple[int, float]]  # step and value
 
 
-def read_curves(metrics: Path) -> dict[str, Curve]:
-    """The curves in a `metrics.jsonl`, of at most POINTS + 1 points each. What a restart reported again counts."""
-    found: dict[str, dict[int, float]] = {name: {} for name in CURVES}
+def read_curves(metrics: Path, names: Iterable[str] = CURVES) -> dict[str, Curve]:
+    """The curves `names` in a `metrics.jsonl`, of at most POINTS + 1 points each. What a restart reported again counts."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
-        for name in CURVES:
+        for name in found:
             if isinstance(value := values.get(name), float) and "step" in values:
                 found[name][values["step"]] = value
     return {name: _thinned(sorted(points.items())) for name, points in found.items() if points}
@@ -51,3 +52,32 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
         axes.legend(frameon=False)
     figure.axes[0].set_ylabel("loss, nats per token")
     figure.savefig(picture, dpi=120)
+
+
+def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False) -> str:
+    """One picture of curves over the same steps, to be put into a page as it is."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=INCHES, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps,
+            values,
+            "o--" if name.startswith("validation") else "-",
+            markersize=3,
+            linewidth=1.2,
+            label=name.replace("_", " "),
+        )
+    axes.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    target = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # the same curves, the same picture
+        figure.savefig(target, format="svg", metadata={"Date": None})
+    return target.getvalue()[target.getvalue().index("<svg") :]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -243,3 +244,15 @@ for stage in ("base", "chat", "medical"):
     assert {{"loss", "learning_rate", "tokens_per_second"}} <= curves[stage], curves
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_report_is_one_page_that_loads_nothing_and_shows_everything(cache: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert run(cache, "report", str(RECIPE), "--out", str(page)).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!#)([^"']+)""", text)
+    assert outside == [], "nothing is loaded from elsewhere"
+    for told in ("section.macro_f1", "gradient norm", "tokens/s", "bytes per token", "CC-BY-4.0", "peak memory"):
+        assert told in text, told
+    assert run(cache, "report", str(RECIPE), "--out", str(tmp_path / "report.md")).returncode == 0
+    assert "| section.macro_f1 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
