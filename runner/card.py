@@ -146,7 +146,7 @@ over the examples.
 
 def _score(model: Model, evaluation: str, score: str) -> str:
     interval = model.records[evaluation].get("metrics", {}).get("intervals", {}).get(score)
-    ends = f" [{', '.join(map(_number, interval))}]" if interval else ""
+    ends = f" [{', '.join(map(number, interval))}]" if interval else ""
     return number(model.scores[evaluation].get(score)) + ends
 
 

@@ -18,8 +18,10 @@ from runner.drawing import as_svg as graph_svg
 from runner.plan import Entry, Plan
 from runner.progress import duration
 from runner.recipe import Recipe
+from runner.verdicts import attempts
 
 PAGES = Path(__file__).parent / "pages"
+OUTCOMES = {True: "passed", False: "FAILED", None: "not judged yet"}
 SAMPLES, WRONG = 8, 12  # of each task
 LONGEST = 500  # characters of a text that is quoted
 # What is drawn of a training: title, names of metrics, and whether the axis is logarithmic.
@@ -66,11 +68,12 @@ class Report:
     made: str
     state: str
     graph: str  # SVG
-    verdicts: Sequence[tuple[bool, str]]
+    verdicts: Sequence[tuple[bool | None, str]]
     scores: Table | None
     trainings: Sequence[Training]
     samples: Mapping[str, Sequence[Sample]]  # by task
     wrong: Mapping[str, Sequence[Sample]]
+    attempts: Sequence[str] = ()  # lines of text in columns
     tables: Sequence[Table] = field(default_factory=list)  # tokenizers, data, cost
 
 
@@ -91,6 +94,7 @@ def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
         trainings=list(_trainings(finished)),
         samples=_examples(evaluations, wrong=False),
         wrong=_examples(evaluations, wrong=True),
+        attempts=attempts(plan),
         tables=[table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows],
     )
 
@@ -108,7 +112,9 @@ def as_html(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """The same without pictures."""
     parts = [f"# {report.name}", report.description, f"{report.state}; {report.made}"]
-    parts += [f"* {'passed' if passed else 'FAILED'}: {text}" for passed, text in report.verdicts]
+    parts += [f"* {OUTCOMES[passed]}: {text}" for passed, text in report.verdicts]
+    if report.attempts:
+        parts += ["## Attempts", "```\n" + "\n".join(report.attempts).strip() + "\n```"]
     for table in [*([report.scores] if report.scores else []), *report.tables]:
         parts += [f"## {table.title}", _markdown(table)]
     for title, groups in (("Answers", report.samples), ("Wrong", report.wrong)):
@@ -120,12 +126,17 @@ def as_markdown(report: Report) -> str:
 
 
 def _scores(evaluations: Sequence[Entry]) -> Table | None:
-    found = {entry.name: entry.record.data["metrics"].get("scores", {}) for entry in evaluations if entry.record}
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    found = {entry.name: entry.record.data["metrics"] for entry in evaluations if entry.record}
+    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics.get("scores", {})))
     if not names:
         return None
-    rows = [[name, *(number(scores.get(name)) for scores in found.values())] for name in names]
+    rows = [[name, *(_with_interval(metrics, name) for metrics in found.values())] for name in names]
     return Table("Scores", ["score", *found], rows)
+
+
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    ends = metrics.get("intervals", {}).get(name)
+    return number(metrics["scores"].get(name)) + (f" [{', '.join(map(number, ends))}]" if ends else "")
 
 
 def _trainings(finished: Sequence[Entry]) -> Iterator[Training]:
