@@ -97,7 +97,7 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def local_task(folder: Path, name: str) -> dict[str, Any]:
-    """The task `name` of the YAML files in `folder`, its data files by absolute paths; InputError where it is no plain data."""
+    """The task `name` of the YAML files in `folder`, its data files by absolute paths; InputError where it is not data."""
     import yaml
 
     configs: dict[str, tuple[Path, dict[str, Any]]] = {}

@@ -20,7 +20,7 @@ from runner.launch import gpu_count
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.recipe import Recipe
 from runner.record import Record
-from runner.stages.data import RowTraining
+from runner.stages.row_training import RowTraining
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer

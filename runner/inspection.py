@@ -16,7 +16,7 @@ from runner.artifacts import Adapter, Checkpoint, Tokenizer, Tokens
 from runner.errors import RecipeError
 from runner.plan import Plan
 from runner.stages.corpus import MakeCorpus
-from runner.stages.data import RowTraining
+from runner.stages.row_training import RowTraining
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
