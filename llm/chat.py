@@ -139,17 +139,20 @@ class TurnsOfRow(NamedTuple):
 
 def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
     """The rows of `files` as turns, in order."""
-    for place, chats, about in _read_chats(files, template):
+    for place, chats, about in read_chats(files, template):
         yield TurnsOfRow(place, chats if isinstance(chats, InputError) else chats[0], about)
 
 
-class _ChatsOfRow(NamedTuple):
+class ChatsOfRow(NamedTuple):
+    """The same with all chats of a row: one, or two of a preference."""
+
     place: str
     chats: list[list[Turn]] | InputError
     about: About
 
 
-def _read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[_ChatsOfRow]:
+def read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[ChatsOfRow]:
+    """The rows of `files` as chats, in order."""
     for row in read_rows(files, template.fields):
         about = About()
         chats: list[list[Turn]] | InputError
@@ -159,7 +162,7 @@ def _read_chats(files: Sequence[Path], template: Template | TextTemplate | Prefe
             chats = template.chats(fields)
         except InputError as error:
             chats = InputError(f"{row.at}: {error}")
-        yield _ChatsOfRow(row.at, chats, about)
+        yield ChatsOfRow(row.at, chats, about)
 
 
 def write_rows(
@@ -215,7 +218,7 @@ class _Chosen(NamedTuple):
 
 def _chosen(table: Table, count: Counts) -> Iterator[_Chosen]:
     """The usable rows of a table that its weight selects."""
-    for place, chats, about in _read_chats(table.files, table.template):
+    for place, chats, about in read_chats(table.files, table.template):
         count.rows += 1
         if isinstance(chats, InputError):
             if not table.skip_bad:

@@ -20,6 +20,9 @@ from llm.packed import PackedRows
 from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer, train_bpe
 from llm.tokens import TokenWriter
+from runner.artifacts import Checkpoint
+from runner.graph import in_order, inputs_of
+from runner.recipe import load_recipe
 from runner.stage import Context, InputFile
 from runner.stages.dpo import LearnPreferences
 from runner.stages.sft import FineTune
@@ -94,33 +97,53 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_adapters_in_parallel_are_mixed_and_adapters_in_a_row_are_merged_as_a_chain(folder: Path) -> None:
-    recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE)
-    environment = os.environ | {"STOCKPOT_CACHE": str(folder / "cache")}
+def run_in_this_process(recipe: Path, work: Path, make_context: Callable[..., Context]) -> dict[str, Path]:
+    """Folders of what the stages of a recipe make, run in order as workers do, without a process for each."""
+    stages = load_recipe(recipe).stages
+    made: dict[str, Path] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for name in in_order(stages):
+        sources = inputs_of(stages)[name]
+        context = make_context(name, inputs={source: made[source] for source in sources}, records=records)
+        stages[name].prepare(context)
+        metrics = stages[name].run(context)
+        made[name] = context.work
+        (artifact,) = stages[name].makes(context.work).digests_of([context.work / MAIN[stages[name].kind]]).values()
+        inputs = {source: {"digest": records[source]["digest"]} for source in sources}
+        records[name] = {"digest": artifact, "inputs": inputs, "metrics": metrics}
+    return made
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "runner.cli", *words], capture_output=True, text=True, env=environment)
 
-    done = run("run", str(recipe))
-    assert done.returncode == 0, done.stderr
+MAIN = {"lora": "adapter_model.safetensors", "merge": "model.safetensors", "checkpoint": "model.safetensors"}
 
-    def weights(stage: str) -> dict[str, torch.Tensor]:
-        return load_checkpoint(Path(run("path", str(recipe), stage).stdout.strip())).state_dict()
 
-    base, both, first, chain = (weights(name) for name in ("base", "both", "first", "chain"))
+def test_adapters_in_parallel_are_mixed_and_adapters_in_a_row_are_merged_as_a_chain(
+    folder: Path, make_context: Callable[..., Context]
+) -> None:
+    (folder / "recipe.toml").write_text(RECIPE)
+    made = run_in_this_process(folder / "recipe.toml", folder, make_context)
+    base, both, first, chain = (load_checkpoint(made[name]).state_dict() for name in ("base", "both", "first", "chain"))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(both["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
     assert not torch.equal(both["model.norm.weight"], base["model.norm.weight"])  # legal trained it in full
     assert torch.equal(first["model.norm.weight"], base["model.norm.weight"])
     legal = (both[name] - base[name] - 0.7 * (first[name] - base[name])) / 0.3
-    assert legal.norm() > 0 and torch.linalg.matrix_rank(legal, rtol=1e-2) == 3  # what is left is the other's update
+    assert torch.linalg.matrix_rank(legal, rtol=1e-2) == 3  # what is left is the other's update
     assert torch.linalg.matrix_rank(chain[name] - first[name], rtol=1e-2) == 2
 
-    recipe.write_text(RECIPE + WRONG)
-    done = run("run", str(recipe))
-    assert done.returncode == 3
-    assert "wants an adapter trained on a merge of 'medical', but 'legal' was trained on base; weights" in done.stderr
+    (folder / "recipe.toml").write_text(RECIPE + WRONG)
+    with pytest.raises(InputError, match=r"adapters\[1\]: .* a merge of 'medical', but 'legal' was trained on base; weights"):
+        run_in_this_process(folder / "recipe.toml", folder, make_context)
+
+
+@pytest.mark.long
+def test_a_run_takes_the_same_recipe_to_its_end(folder: Path) -> None:
+    (folder / "recipe.toml").write_text(RECIPE)
+    environment = os.environ | {"STOCKPOT_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "runner.cli", "run", str(folder / "recipe.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "cache" / "stages").glob("merge-*"))) == 3
 
 
 # Mixing
@@ -148,8 +171,6 @@ def test_tokens_texts_and_chats_are_mixed_in_by_share(folder: Path, make_context
     ]
     stage = fine_tune(folder, mix=mix, batch_tokens=32 * 4)
     stage.prepare(context)
-    from runner.artifacts import Checkpoint
-
     parts = stage.mixture(context, Checkpoint(folder / "model"))
     assert [share for _, share in parts] == [0.25] * 3
     assert {rows.context for rows, _ in parts} == {PackedRows(context.scratch / "rows", seed=None).context}
