@@ -4,14 +4,18 @@ Which source a row is from depends on its index, so neither a restart nor the nu
 number of rows each source has had its share of them, to within one row.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from llm.chat import read_turns
+from llm.chat import Counts, read_turns
+from llm.corpus import credit
 from llm.errors import InputError, Interrupted
+from llm.packed import STATISTICS
 from llm.rows import Row, RowSource
 from llm.tokenizer import TextTokenizer
 from llm.tokens import TokenWriter
@@ -84,11 +88,12 @@ def write_texts(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """The texts of `files` as tokens under `folder`, which is complete once it is there; `llm.tokens` reads it."""
+    """The texts of `files` as tokens under `folder`, complete once it is there; `llm.tokens` reads it. Statistics lie beside them."""
     temporary = folder.with_name(folder.name + ".tmp")
     for path in temporary.glob("*"):
         path.unlink()
     texts: list[str] = []
+    count = Counts()
     with TokenWriter(temporary, vocab_size=tokenizer.vocab_size, context=context, padding=tokenizer.padding) as writer:
 
         def flush() -> None:
@@ -99,16 +104,22 @@ def write_texts(
             if should_stop():
                 raise Interrupted("stopped while texts were tokenized")
 
-        for _, turns, _ in read_turns(files, template):
+        for _, turns, about in read_turns(files, template):
+            count.rows += 1
             if isinstance(turns, InputError):
                 if not skip_bad:
                     raise turns
+                count.bad += 1
                 continue
+            credit.count(count.licenses, about.license)
+            credit.count(count.origins, about.origin)
             texts.append(turns[-1].content)
             if len(texts) == _BATCH:
                 flush()
         flush()
         if not writer.tokens:
             raise InputError(f"{', '.join(map(str, files))}: wants texts to mix in; found none")
+        count.learned_tokens = writer.tokens
         writer.finish()
+    (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
     temporary.rename(folder)

@@ -50,9 +50,9 @@ class ChoiceTemplate:
         """
         labels: Sequence[Any] = ()
         if isinstance(self.choices, str):
-            texts = row.get(self.choices)
+            texts: Any = row.get(self.choices)
             if isinstance(texts, Mapping):
-                texts, labels = texts.get("text"), texts.get("label", ())
+                labels, texts = texts.get("label", ()), texts.get("text")
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise InputError(f"wants a list of texts in {self.choices!r}")
             templates = ["{choice}"] * len(texts)

@@ -60,7 +60,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
             compute = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
             lora.quantize(model, double=self.double_quantize, compute_dtype=compute)
         lora.attach(model, self.adapter, seed=self.seed)
-        metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
+        metrics = self.learn_mixed(context, model, base)
         metrics["trained_share"] = metrics["trained_parameters"] / metrics["parameters"]
         held_out = self.held_out(context)
         if self.quantize is not None and held_out is not None:

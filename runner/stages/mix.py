@@ -7,7 +7,8 @@ mix = [
 ]
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -99,6 +100,15 @@ class MixTable(Spec):
             )
             tokenizer = TextTokenizer.load(base.tokenizer.folder)
             pack_tables(context, name, [table], tokenizer=tokenizer, positions=positions, row_length=row_length)
+
+    def facts(self, context: Context, name: str) -> dict[str, Any]:
+        """For the record: its share, and of files what became of their rows."""
+        from llm.packed import STATISTICS
+
+        if self.tokens is not None:
+            return {"share": self.share}
+        statistics = json.loads((context.scratch / name / STATISTICS).read_text(encoding="utf-8"))
+        return {"share": self.share, "table": statistics["tables"][0]}
 
     def rows(self, context: Context, name: str, *, positions: int, row_length: int, seed: int) -> "RowSource":
         """What `prepare` made, as rows of `row_length`; no document has more than `positions`."""

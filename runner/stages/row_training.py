@@ -123,6 +123,13 @@ class RowTraining(PackedTraining):
             for number, table in enumerate(self.mix):
                 table.prepare(context, base, f"mix-{number}", positions=positions, row_length=row_length)
 
+    def learn_mixed(self, context: Context, model: "nn.Module", base: Checkpoint) -> dict[str, Any]:
+        """`learn_rows` with what is mixed in; the metrics tell of that too."""
+        metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
+        if self.mix:
+            metrics["mix"] = [table.facts(context, f"mix-{number}") for number, table in enumerate(self.mix)]
+        return metrics
+
     def mixture(self, context: Context, base: Checkpoint) -> "list[tuple[RowSource, float]]":
         """The rows of `mix`, each with its share."""
         from llm.packed import PackedRows

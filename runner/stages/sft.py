@@ -26,7 +26,7 @@ class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
 
         base = context.open(self.model)
         model = load_checkpoint(base.folder, dropout=self.dropout)
-        metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
+        metrics = self.learn_mixed(context, model, base)
         if is_main_process():
             save_checkpoint(context.work, model, base.tokenizer.folder)
         return metrics

@@ -93,7 +93,7 @@ def folder(tmp_path: Path) -> Path:
     save_checkpoint(tmp_path / "model", Llama(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
     write(tmp_path / "medical.jsonl", [{"prompt": f"heart {n}", "response": "pumps blood"} for n in range(12)])
     write(tmp_path / "legal.jsonl", [{"prompt": f"court {n}", "response": "rules"} for n in range(12)])
-    write(tmp_path / "general.jsonl", [{"text": TEXT * 2} for _ in range(20)])
+    write(tmp_path / "general.jsonl", [{"text": TEXT * 2, "license": "cc0"} for _ in range(20)])
     return tmp_path
 
 
@@ -181,6 +181,9 @@ def test_tokens_texts_and_chats_are_mixed_in_by_share(folder: Path, make_context
     plain_context = make_context("plain", inputs={"base": folder / "model"})
     plain.prepare(plain_context)
     alone = plain.run(plain_context)
+    assert [table["share"] for table in metrics["mix"]] == [0.25] * 3
+    assert metrics["mix"][1]["table"]["rows"] == 20 and metrics["mix"][1]["table"]["licenses"] == {"cc0": 20}
+    assert metrics["mix"][2]["table"]["rows"] == 12
     assert metrics["targets"] > 1.5 * alone["targets"]  # text is learned whole
     assert metrics["epochs"] == pytest.approx(alone["epochs"] / 4, rel=0.2)  # of the domain's own rows
 
