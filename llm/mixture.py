@@ -88,7 +88,7 @@ def write_texts(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """The texts of `files` as tokens under `folder`, complete once it is there; `llm.tokens` reads it. Statistics lie beside them."""
+    """The texts of `files` as tokens under `folder`, complete once it is there; `llm.tokens` reads it, and statistics."""
     temporary = folder.with_name(folder.name + ".tmp")
     for path in temporary.glob("*"):
         path.unlink()

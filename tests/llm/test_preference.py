@@ -6,45 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tiny_training import VOCABULARY, tiny_model, tiny_training
+from tiny_training import POSITIONS, packed_pairs, tiny_model, tiny_training, with_reference
 from torch import Tensor
 
 from llm.chat import Table, write_rows
 from llm.errors import InputError, Interrupted
 from llm.models.llama.model import Llama
 from llm.objectives import Learner
-from llm.packed import PackedRows, StreamWriter, has_reference
-from llm.preference import PreferenceLoss, write_reference
+from llm.packed import PackedRows, has_reference
+from llm.preference import PreferenceLoss
 from llm.rows import IGNORE, Batch, collate
 from llm.settings import Budget, Schedule
 from llm.tokenizer import TextTokenizer, train_bpe
 from llm.turns import PreferenceTemplate
 from llm.validation import Validation
-
-POSITIONS = 24  # of an answer with its prompt
-
-
-def packed(folder: Path, pairs: int = 24, seed: int = 0) -> Path:
-    """Pairs of random tokens, 3 of prompt; chosen answers are of even tokens and rejected ones of odd."""
-    random = np.random.default_rng(seed)
-    with StreamWriter(folder) as writer:
-        for _ in range(pairs):
-            prompt = random.integers(VOCABULARY, size=3).tolist()
-            for odd in (0, 1):
-                answer = (2 * random.integers(VOCABULARY // 2, size=int(random.integers(2, 8))) + odd).tolist()
-                learned = [False] * 3 + [True] * len(answer)
-                writer.append(prompt + answer, learned, full_length=3 + len(answer))
-            writer.end_group(1)
-    writer.pack(row_lengths=[2 * POSITIONS], padding=0)
-    return folder
-
-
-def with_reference(folder: Path, model: Llama) -> Path:
-    write_reference(folder, model, precision="fp32", report=lambda **_: None, should_stop=lambda: False)
-    return folder
 
 
 def batch_of(folder: Path, rows: range | None = None) -> Batch:
@@ -83,7 +60,7 @@ def test_loss_gradient_and_rewards_are_those_of_the_formula(smoothing: float, tm
     reference, model = tiny_model(), tiny_model()
     for weight in model.parameters():
         weight.data.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    batch = batch_of(with_reference(packed(tmp_path / "rows"), reference))
+    batch = batch_of(with_reference(packed_pairs(tmp_path / "rows"), reference))
     assert batch.counted == 24 and len(batch.tokens) < 24  # several pairs share a row
     total, pairs, right, margin = PreferenceLoss(0.3, smoothing)(model, batch)
     total.backward()
@@ -102,13 +79,13 @@ def test_loss_gradient_and_rewards_are_those_of_the_formula(smoothing: float, tm
 @torch.no_grad()
 def test_a_model_that_is_its_reference_has_the_loss_of_a_coin(tmp_path: Path) -> None:
     model = tiny_model()
-    total, pairs, *_ = PreferenceLoss(0.1)(model, batch_of(with_reference(packed(tmp_path / "rows"), model)))
+    total, pairs, *_ = PreferenceLoss(0.1)(model, batch_of(with_reference(packed_pairs(tmp_path / "rows"), model)))
     assert float(total / pairs) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_micro_batches_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
     model = tiny_model()
-    folder = with_reference(packed(tmp_path / "rows"), model)
+    folder = with_reference(packed_pairs(tmp_path / "rows"), model)
     learner = Learner(tiny_model(init="scaled"), PreferenceLoss(0.1), precision="fp32")
     whole = batch_of(folder)
     found = []
@@ -137,7 +114,7 @@ def training(scratch: Path, rows: Path, held_out: Path, **changes: Any) -> tuple
 
 def test_preferred_answers_become_likelier_and_a_resumed_training_ends_where_a_whole_one_does(tmp_path: Path) -> None:
     base = tiny_model()
-    rows, held_out = packed(tmp_path / "rows"), packed(tmp_path / "held-out", pairs=40, seed=1)
+    rows, held_out = packed_pairs(tmp_path / "rows"), packed_pairs(tmp_path / "held-out", pairs=40, seed=1)
     for folder in (rows, held_out):
         with_reference(folder, base)
     whole, metrics = training(tmp_path / "whole", rows, held_out)
