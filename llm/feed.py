@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from llm.group import Group
-from llm.rows import IGNORE, Batch, RowSource, collate
+from llm.rows import Batch, RowSource, collate
 
 
 def feed(
@@ -15,13 +15,13 @@ def feed(
     steps: range,
     place: Callable[[int], int] = lambda step: step,  # whose rows a step learns from
 ) -> Generator[tuple[list[Batch], int], None, None]:
-    """This process's micro-batches of each step and how many targets they have; the next step's are made meanwhile."""
+    """This process's micro-batches of each step and what they count for; the next step's are made meanwhile."""
     mine = range(group.rank, rows_per_step, group.size)
 
     def load(step: int) -> tuple[list[Batch], int]:
         parts, targets = [], 0
         for batch in batches(rows, mine, micro_batch, first=place(step) * rows_per_step):
-            targets += int((batch.targets != IGNORE).sum())
+            targets += batch.counted
             parts.append(batch.to(group.device))
         return parts, targets
 

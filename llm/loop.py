@@ -165,7 +165,7 @@ class Loop:
             # must not be called at all, if possible: it talks to the other processes even where it is told not to sum.
             last = index == rounds - 1
             with self.group.averaging(self.wrapped, last):
-                total, _ = (self.wrapped if last or self.together else self.learner)(batch)
+                total, *_ = (self.wrapped if last or self.together else self.learner)(batch)
                 (total * (scale * counts)).backward()
             loss += total.detach() * counts
         return loss

@@ -5,12 +5,14 @@ adapter asks for gradients. What is saved opens in stock PEFT on the stock Trans
 bits meanwhile (QLoRA, Dettmers et al. 2023); an adapter does not know it, and is merged into the full weights.
 
 Adapters go by name: a target is a linear layer's dotted name, or the end of one or many. The head is one of them, where it has
-weights of its own.
+weights of its own. Other modules may be trained in full beside them; their weights go into the adapter whole, as PEFT's
+`modules_to_save` do. Here they need no wrapper, which would take a tied head away from its embedding.
 
 Importing peft takes 2.3 s after torch, in whatever way: its own first line imports bitsandbytes, and all model classes of
 Transformers that it names. So it is imported once, where an adapter is wanted.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,7 @@ class Settings:
     target_modules: Sequence[str] | Literal["all-linear"] = ALL_LINEAR
     rslora: bool = False  # the update counts alpha / sqrt(r) (Kalajdzievski 2023)
     dora: bool = False  # length and direction of each row are learned apart (Liu et al. 2024)
+    modules_to_save: Sequence[str] = ()  # trained in full, by name or end of name
 
 
 def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list[str]:
@@ -81,6 +84,42 @@ def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list
     return sorted(set(wanted))
 
 
+def modules_in_full(model: Llama, wanted: Sequence[str], *, adapted: Sequence[str] = ()) -> list[str]:
+    """The dotted names of the modules that `wanted` names, or ends of names, sorted; each has weights of its own.
+
+    InputError tells which name means nothing, and which would; or that a module has an adapter already: `adapted` are targets.
+    """
+    tied = model.config.tied
+    modules = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module._parameters.get("weight"), nn.Parameter)
+        and getattr(module.weight, "quant_state", None) is None
+        and not (tied and name == HEAD)
+    ]
+    possible: dict[str, list[str]] = {}
+    for name in modules:
+        for end in _ends(name):
+            possible.setdefault(end, []).append(name)
+    found: set[str] = set()
+    for name in wanted:
+        if name not in possible:
+            near = get_close_matches(name, possible, n=1)
+            short = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+            aside = f"; {HEAD!r} is tied and learns with 'embed_tokens'" if tied and name == HEAD else ""
+            raise InputError(
+                f"modules_to_save wants names of {short} (or longer ones, as {modules[-1]}); found {name!r}"
+                + (aside or (f", nearest is {near[0]!r}" if near else ""))
+            )
+        found |= set(possible[name])
+    if both := sorted(name for name in found if set(_ends(name)) & set(adapted)):
+        raise InputError(
+            f"modules_to_save wants modules without an adapter; found {both[0]!r}, which target_modules names too: it learns "
+            "either in full or by an adapter"
+        )
+    return sorted(found)
+
+
 def _ends(name: str) -> list[str]:
     """`name` without its first parts: the whole, and what follows each dot."""
     parts = name.split(".")
@@ -106,8 +145,21 @@ def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = 
         model.set_submodule(name, quantized.to(linear.weight.device))  # moving to a device is what quantizes
 
 
+def copy_dequantized(source: Llama, target: Llama) -> None:
+    """Put what the layers of `source` in four bits stand for into `target`, whose layers are plain."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for name, module in source.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = target.get_submodule(name.removesuffix(".base_layer")).weight
+            stored: Any = module.weight
+            assert isinstance(weight, Tensor)
+            weight.data.copy_(dequantize_4bit(stored.data, stored.quant_state))
+
+
 def attach(model: Llama, settings: Settings, *, seed: int) -> None:
-    """Put a new adapter into `model`, drawn from `seed`; nothing else in it asks for gradients any more.
+    """Put a new adapter into `model`, drawn from `seed`; only it and the modules trained in full ask for gradients then.
 
     InputError where a target is no linear layer, or the head's adapter is to have dropout.
     """
@@ -119,6 +171,7 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
             f"dropout wants 0 where target_modules names {HEAD!r}, found {settings.dropout}: a mask follows from row and "
             "position, and the head is given positions that are learned, without their places"
         )
+    full = modules_in_full(model, settings.modules_to_save, adapted=names)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -127,6 +180,8 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
         target_modules=names,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
+        modules_to_save=full or None,
+        ensure_weight_tying=model.config.tied and EMBEDDING in full,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -135,6 +190,8 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
         layer.cast_input_dtype_enabled = False  # to fp32, from which autocast would only cast back: a tenth of a step's time
         if settings.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
             layer.lora_dropout[_NAME] = Dropout(settings.dropout)
+    for module in full:
+        model.get_submodule(module).requires_grad_(True)
 
 
 def adapted_layers(model: Llama) -> Iterator[tuple[str, "LoraLayer"]]:
@@ -154,7 +211,10 @@ def save_adapter(folder: Path, model: Llama) -> None:
     del fields["peft_version"]  # what an artifact holds does not depend on versions
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, fields)
-    weights = {_PREFIX + name: tensor.detach().to("cpu").contiguous() for name, tensor in _state(model).items()}
+    learned = _state(model) | _in_full(model)
+    if config.ensure_weight_tying:  # stock PEFT asks for both names of the one weight
+        learned[f"{HEAD}.weight"] = learned[f"{EMBEDDING}.weight"].clone()
+    weights = {_PREFIX + name: tensor.detach().to("cpu").contiguous() for name, tensor in learned.items()}
     write_tensors(folder / WEIGHTS, weights)
 
 
@@ -164,6 +224,7 @@ def copy_adapter(source: Llama, target: Llama) -> None:
 
     _inject(target, _config_of(source))
     set_peft_model_state_dict(target, _state(source))
+    _put_in_full(target, _in_full(source))
 
 
 def load_adapter(model: Llama, folder: Path) -> None:
@@ -174,17 +235,30 @@ def load_adapter(model: Llama, folder: Path) -> None:
     from peft import LoraConfig, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(folder))
-    weights = load_file(folder / WEIGHTS)
-    shared = {f"{_PREFIX}{HEAD}.", f"{_PREFIX}{EMBEDDING}."}
-    if model.config.tied and any(name.startswith(start) for name in weights for start in shared):
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    plain = dict(model.named_parameters(remove_duplicate=False))
+    full = {name: weights.pop(name) for name in list(weights) if name in plain}
+    if model.config.tied:
+        _check_tied(config, weights, full, folder)
+    config.modules_to_save = sorted(name.removesuffix(".weight") for name in full) or None
+    _inject(model, config)
+    _check_fit(_state(model), weights, folder)
+    _check_fit({name: plain[name] for name in full}, full, folder)
+    set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
+    _put_in_full(model, full)
+    model.eval()
+
+
+def _check_tied(config: Any, weights: dict[str, Tensor], full: dict[str, Tensor], folder: Path) -> None:
+    """Whether head and embedding, one weight in this base, stay one; of a whole one, only the embedding is left in `full`."""
+    head, embedding = full.pop(f"{HEAD}.weight", None), full.get(f"{EMBEDDING}.weight")
+    alike = head is None or (embedding is not None and torch.equal(head, embedding))
+    together = embedding is None or head is not None or config.ensure_weight_tying
+    if not (alike and together) or any(name.startswith((f"{HEAD}.", f"{EMBEDDING}.")) for name in weights):
         raise InputError(
             f"{folder / WEIGHTS}: it adapts the head or the embedding, which are one in this base and would change together; "
             "wants an adapter of other layers, or a base with tied = false"
         )
-    _inject(model, config)
-    _check_fit(model, weights, folder)
-    set_peft_model_state_dict(model, weights)
-    model.eval()
 
 
 def _linear_layers(model: Llama) -> Iterator[tuple[str, nn.Linear]]:
@@ -201,8 +275,12 @@ def _inject(model: Llama, config: Any) -> None:
     if quantized:
         # How PEFT knows; without it, it wraps these layers as if they held plain weights.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # a module takes any attribute
+    inner = copy.copy(config)  # PEFT would wrap the modules that are trained in full
+    inner.modules_to_save, inner.ensure_weight_tying = None, False
     try:
-        inject_adapter_in_model(config, model, adapter_name=_NAME)
+        inject_adapter_in_model(inner, model, adapter_name=_NAME)
+        model.peft_config[_NAME] = inner  # type: ignore[index, operator]  # PEFT puts it there
+        inner.modules_to_save, inner.ensure_weight_tying = config.modules_to_save, config.ensure_weight_tying
     finally:
         if quantized:
             del model.is_loaded_in_4bit  # accelerate reads it too, and wants then what only from_pretrained sets
@@ -219,12 +297,23 @@ def _state(model: Llama) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
 
 
-def _check_fit(model: Llama, weights: dict[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
-    found = {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in weights.items()}
+def _in_full(model: Llama) -> dict[str, Tensor]:
+    """The weights of the modules that are trained in full, by name."""
+    modules: list[str] = _config_of(model).modules_to_save or []
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def _put_in_full(model: Llama, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        model.get_parameter(name).data.copy_(weight)
+
+
+def _check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> None:
     for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+        shapes = [tuple(one[name].shape) if name in one else None for one in (wanted, found)]
+        if shapes[0] != shapes[1]:
             raise InputError(
                 f"{folder / WEIGHTS}: the adapter was made for another base: {name} wants shape "
-                f"{wanted.get(name, 'none, there is no such layer here')}, found {found.get(name, 'no such weight')}"
+                f"{shapes[0] or 'none, there is no such layer here'}, found {shapes[1] or 'no such weight'}"
             )

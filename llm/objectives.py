@@ -1,4 +1,5 @@
-"""What is minimized: functions of (model, batch) that return a sum over targets and how many targets there were.
+"""What is minimized: functions of (model, batch) that return a sum over targets, how many targets there were, and whatever
+else is to be seen of held-out rows, as sums. Preferences have theirs in `llm.preference`.
 
 The sum, not the mean: a step divides by the number of targets of all its rows, wherever they were computed. Logits exist for a
 few hundred positions at a time, and only where something is learned.
@@ -19,7 +20,7 @@ from llm.pointwise import compute_dtype
 from llm.precision import Precision, autocast
 from llm.rows import IGNORE, Batch
 
-Objective = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+Objective = Callable[[Any, Batch], tuple[Tensor, ...]]
 
 CHUNK_ELEMENTS = 2**21  # logits held at a time, in fp32: 8 MiB
 
@@ -33,8 +34,8 @@ class Learner(nn.Module):
         self.objective = objective
         self.precision = precision
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the batch's targets, and their number."""
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Sum of the loss over the batch's targets, their number, and what else the objective adds up."""
         with autocast(self.precision, device=batch.tokens.device):
             return self.objective(self.model, batch)
 
@@ -59,12 +60,17 @@ def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
         total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
         return total
     # A head that was wrapped (by an adapter, say) is called as a module; its logits are computed again in the backward pass.
+    return token_losses(head, hidden, targets).sum()
+
+
+def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(head(hidden))[target] of each of hidden (N, D), targets (N,); 0 at IGNORE. Logits are not kept."""
     rows = max(1, CHUNK_ELEMENTS // _vocabulary(head))
     parts = [
-        checkpoint(_chunk_loss, head, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)
+        checkpoint(_chunk_losses, head, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)
         for start in range(0, len(hidden), rows)
     ]
-    return torch.stack(parts).sum() if parts else hidden.sum() * 0.0
+    return torch.cat(parts) if parts else hidden.sum(1)
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -72,8 +78,8 @@ def _vocabulary(head: nn.Module) -> int:
     return size
 
 
-def _chunk_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="none")
 
 
 class LinearCrossEntropy(Function):

@@ -86,7 +86,7 @@ def _forward_and_backward(learner: Learner, batch: Batch) -> None:
     room = torch.empty(_optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for what comes later
     try:
         with torch.random.fork_rng(devices=[batch.tokens.device] if batch.tokens.is_cuda else []):
-            loss, _ = learner(batch)
+            loss, *_ = learner(batch)
             loss.backward()
     finally:
         del room

@@ -7,8 +7,9 @@ a batch is made, because rows are also packed by processes that never compute wi
 Letters: B rows in a batch, T tokens in a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ class Row:
     tokens: NDArray[np.int64]  # (T,)
     targets: NDArray[np.int64]  # (T,) the token after this one in the same document; IGNORE where nothing is learned
     documents: NDArray[np.int32]  # (T,) which document of this row, counted from 0; -1 on padding
+    reference: NDArray[np.float32] | None = None  # (T,) what a reference model gives each target, as a log-probability
 
 
 class RowSource(Protocol):
@@ -56,18 +58,26 @@ class Batch:
     documents: "Tensor"  # (B, T) int32, -1 on padding
     positions: "Tensor"  # (B, T) int64, from 0 in each document
     rows: "Tensor"  # (B,) int64, index of the row within its optimizer step: what dropout is keyed by
+    reference: "Tensor | None" = None  # (B, T) of rows of pairs: documents 2i and 2i + 1 are the two answers of pair i
+
+    @property
+    def counted(self) -> int:
+        """What the loss of a step is divided by: learned targets, or pairs where it is pairs that are compared."""
+        if self.reference is None:
+            return int((self.targets != IGNORE).sum())
+        return int(((self.documents.amax(1) + 1) // 2).sum())
 
     def to(self, device: "device | str") -> "Batch":
         """The same batch in the memory of `device`."""
-        moved = (
-            t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.documents, self.positions, self.rows)
-        )
-        return Batch(*moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, most: int) -> "list[Batch]":
         """Batches of at most `most` rows that make up this one."""
-        tensors = (self.tokens, self.targets, self.documents, self.positions, self.rows)
-        return [Batch(*(tensor[start : start + most] for tensor in tensors)) for start in range(0, len(self.rows), most)]
+        return [self._each(itemgetter(slice(start, start + most))) for start in range(0, len(self.rows), most)]
+
+    def _each(self, change: "Callable[[Tensor], Tensor]") -> "Batch":
+        values = (self.tokens, self.targets, self.documents, self.positions, self.rows, self.reference)
+        return Batch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]  # only the last is
 
 
 def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
@@ -75,12 +85,14 @@ def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
     import torch
 
     documents = np.stack([row.documents for row in rows])
+    references = [row.reference for row in rows if row.reference is not None]
     return Batch(
         tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
         targets=torch.from_numpy(np.stack([row.targets for row in rows])),
         documents=torch.from_numpy(documents),
         positions=torch.from_numpy(positions_within(documents)),
         rows=torch.tensor(indices, dtype=torch.int64),
+        reference=torch.from_numpy(np.stack(references)) if references else None,
     )
 
 

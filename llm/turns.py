@@ -64,6 +64,42 @@ class Template:
             Turn("assistant", ("".join(_filled(row, split_template(self.response), purpose="response")),)),
         ]
 
+    def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
+        """The one chat of `row`."""
+        return [self.turns(row)]
+
+
+@dataclass(frozen=True)
+class PreferenceTemplate:
+    """How a row becomes two chats that differ in the last answer: the chosen one and the rejected one."""
+
+    prompt: str = "{prompt}"
+    chosen: str = "{chosen}"
+    rejected: str = "{rejected}"
+    messages: tuple[str, str] | None = None  # instead: the fields with the messages of the chosen and of the rejected chat
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of a row that it reads."""
+        return set().union(*(template.fields for template in self._templates()))
+
+    def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
+        """The chosen and the rejected chat of `row`; errors as of `Template.turns`."""
+        chosen, rejected = (template.turns(row) for template in self._templates())
+        if [turn.message for turn in chosen[:-1]] != [turn.message for turn in rejected[:-1]]:
+            raise InputError("wants the same turns before the chosen and the rejected answer; found others")
+        for name, turns in (("chosen", chosen), ("rejected", rejected)):
+            if turns[-1].role != "assistant":
+                raise InputError(f"wants the assistant's turn last in the {name} chat, found the {turns[-1].role}'s")
+        if chosen[-1].content == rejected[-1].content:
+            raise InputError("wants two different answers; the chosen and the rejected one are the same")
+        return [chosen, rejected]
+
+    def _templates(self) -> tuple[Template, Template]:
+        if self.messages is not None:
+            return Template(messages=self.messages[0]), Template(messages=self.messages[1])
+        return Template(self.prompt, self.chosen), Template(self.prompt, self.rejected)
+
 
 @dataclass(frozen=True)
 class TextTemplate:
@@ -79,6 +115,10 @@ class TextTemplate:
     def turns(self, row: Mapping[str, Any]) -> list[Turn]:
         """The one turn of `row`; errors as of `Template.turns`."""
         return [Turn("assistant", ("".join(_filled(row, split_text(self.text), purpose="text")),))]
+
+    def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
+        """The one document of `row`."""
+        return [self.turns(row)]
 
 
 def _filled(row: Mapping[str, Any], parts: tuple[str, ...], *, purpose: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The loss on held-out rows: measured, never learned from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ class Validation:
     rows: RowSource
     bytes_per_token: float | None = None  # of the whole text; None where bits per byte mean nothing
     tokens: int = 262_144  # positions to compute at most
+    watched: Sequence[str] = ()  # what the objective adds up besides the loss; a mean over what it counts is reported
 
 
 @torch.no_grad()
@@ -35,6 +36,7 @@ def measure(
     learner.eval()
     together = is_spread(learner)
     total = targets = positions = torch.zeros((), dtype=torch.float64, device=group.device)
+    sums = [total] * len(validation.watched)
     for _ in range(most_batches(count, group, micro_batch)):
         group.stop_if(should_stop())
         batch = next(mine, None)
@@ -43,15 +45,17 @@ def measure(
                 learner(next(batches(source, range(1), 1)).to(group.device))  # so that it can gather weights
             continue
         batch = batch.to(group.device)
-        loss, number = learner(batch)
+        loss, number, *others = learner(batch)
         total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
+        sums = [before + other for before, other in zip(sums, others, strict=True)]
     reshard(learner)
-    nats, number, tokens = group.sum(total.item(), targets.item(), positions.item())
+    nats, number, tokens, *seen = group.sum(total.item(), targets.item(), positions.item(), *(one.item() for one in sums))
     loss_per_target = nats / max(1.0, number)
-    found = {
-        "validation_loss": loss_per_target,
-        "validation_perplexity": math.exp(min(loss_per_target, 700.0)),  # beyond lies infinity, which JSON cannot say
-    }
+    found = {"validation_loss": loss_per_target}
+    if validation.watched:
+        found |= {f"validation_{name}": one / max(1.0, number) for name, one in zip(validation.watched, seen, strict=True)}
+    else:
+        found["validation_perplexity"] = math.exp(min(loss_per_target, 700.0))  # beyond lies infinity, which JSON cannot say
     if validation.bytes_per_token is not None:
         found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
     return found

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
 PROCESSES = "processes"  # only where it is asked for: it holds three trainings at once
+LORA = "lora"  # only where it is asked for: what adapting takes, which is about fine-tuning
 LEARNING = "learning"  # only where it is asked for: it trains twice for the whole time, on a recipe's tokens
 PACE = "pace"  # our steps alone, for `run plan --measure`
 PACE_SECONDS = 5.0
@@ -48,7 +49,7 @@ class BenchJob:
     tokens: str | None  # folder of packed tokens, for real rows
     seconds: float  # per measurement
     compiled: bool  # whether anything is compiled, Transformers too
-    only: list[str]  # of MEASUREMENTS, PROCESSES and LEARNING
+    only: list[str]  # of MEASUREMENTS, PROCESSES, LORA and LEARNING
     schedule: Mapping[str, Any] | None = None  # of the recipe's training
     held_out: str | None = None  # folder of packed tokens that nothing is learned from
 
@@ -128,7 +129,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
 
 def chosen(only: str | None) -> list[str]:
     """The measurements that `--only` names, in the order in which they are made; without it, MEASUREMENTS."""
-    possible = (*MEASUREMENTS, PROCESSES, LEARNING)
+    possible = (*MEASUREMENTS, PROCESSES, LORA, LEARNING)
     names = MEASUREMENTS if only is None else only.split(",")
     if unknown := [name for name in names if name not in possible]:
         raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(possible)}")
@@ -241,6 +242,8 @@ def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
         ]
         title = f"Processes: the same step on {found['threads']} CPU threads, over gloo"
         yield title, _table(["training", "tokens/s", "of one process"], rows)
+    if LORA in result:
+        yield from _adapting_tables(result[LORA])
     if LEARNING in result:
         found = result[LEARNING]
         names = {"ours": "ours, as the recipe trains", "plain": "Transformers, AdamW at 3e-3"}
@@ -253,6 +256,28 @@ def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
             f"Learning: held-out text after {found['seconds_wanted']:,.0f} s; ours is {found['bits_per_byte_below']:.3f} below"
         )
         yield title, _table(["training", "steps", "seconds", "bits per byte"], rows)
+
+
+def _adapting_tables(found: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
+    titles = {"full": "all weights", "lora": f"LoRA, r = {found['r']}", "qlora": f"QLoRA, r = {found['r']}"}
+    rows = [
+        [
+            titles[name],
+            f"{one['trained_parameters']:,}",
+            f"{one['trained_share']:.2%}",
+            f"{one['seconds_per_step']:.3f} s",
+            f"{one['time_of_full']:.2f}",
+            f"{one['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{one['memory_of_full']:.2f}",
+        ]
+        for name, one in found["ways"].items()
+    ]
+    headings = ["what learns", "weights", "share", "step", "of full", "peak memory", "of full"]
+    yield "Fine-tuning: the same model and step", _table(headings, rows)
+    if "base" in found:
+        base = found["base"]
+        row = [*(f"{base[name] / 2**20:,.0f} MiB" for name in ("nf4_bytes", "bf16_bytes")), f"{base['nf4_of_bf16']:.3f}"]
+        yield "Weights of the base", _table(["nf4", "bf16", "nf4 of bf16"], [row])
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> "Table":

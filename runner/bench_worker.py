@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.bench import JOB, LEARNING, PACE, PROCESSES, RESULT, BenchJob
+from runner.bench import JOB, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
 from runner.files import write_whole
 from runner.progress import Follower
 from runner.track import Tracker
@@ -45,7 +45,7 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """The whole result."""
     import torch
 
-    from llm.bench import decode, learning, machinery, matmul, memory, pace, processes, step
+    from llm.bench import adapting, decode, learning, machinery, matmul, memory, pace, processes, step
     from llm.bench.candidates import build_ours
     from llm.bench.subject import Subject
     from llm.group import Group
@@ -104,6 +104,9 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     if PROCESSES in job.only:
         _say("steps by one process and by two, after they have started")
         result[PROCESSES] = processes.measure(subject, seconds=job.seconds)
+    if LORA in job.only:
+        _say("fine-tuning by LoRA and QLoRA beside all weights")
+        result[LORA] = adapting.measure(subject, seconds=job.seconds, group=group)
     if LEARNING in job.only:
         _say(f"learning, twice for {job.seconds:.0f} s")
         assert job.tokens and job.held_out and job.schedule  # the job of a recipe has them

@@ -227,6 +227,10 @@ def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Itera
     for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
         used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
         yield [stage, spec["files"], used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
+    for mixed, spec in zip(metrics.get("mix", ()), fields.get("mix", ()), strict=False):
+        if table := mixed.get("table"):  # of tokens, the corpus tells
+            used = f"{table['rows'] - table['bad'] - table['dropped']:,}"
+            yield [stage, spec["files"], used, _listed(table["licenses"]), _listed(table["origins"])]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -20,9 +20,9 @@ from runner.launch import gpu_count
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.recipe import Recipe
 from runner.record import Record
-from runner.stages.data import RowTraining
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
+from runner.stages.row_training import PackedTraining, RowTraining
 from runner.stages.tokenizer import TrainTokenizer
 from runner.stages.training import TrainingStage
 from runner.store import Store
@@ -174,10 +174,11 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
     if isinstance(stage, Pretrain):
         record = plan.entries[stage.tokens].record
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
-    if not isinstance(stage, RowTraining):
+    if not isinstance(stage, PackedTraining):
         return None
-    sizes = [table.weight * sum(map(_text_bytes, table.files.matches())) for table in stage.data]
-    return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN
+    sizes = [table.weight * sum(map(_text_bytes, table.files.matches())) for table in stage.tables()[0]]
+    own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
+    return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN / own
 
 
 def _text_bytes(path: Path) -> float:

@@ -16,9 +16,9 @@ from runner.artifacts import Adapter, Checkpoint, Tokenizer, Tokens
 from runner.errors import RecipeError
 from runner.plan import Plan
 from runner.stages.corpus import MakeCorpus
-from runner.stages.data import RowTraining
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
+from runner.stages.row_training import PackedTraining
 from runner.stages.tokenizer import TrainTokenizer
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
             yield from _packed(_folder(plan, name), count, seed=0)
         case Pretrain() as stage:
             yield from _packed(_folder(plan, stage.tokens), count, seed=stage.seed)
-        case RowTraining() as stage:
+        case PackedTraining() as stage:
             yield from _chats(stage, _tokenizer_above(plan, name), count)
         case stage:
-            kinds = "corpus, tokenizer, pack, pretrain, sft, lora"
+            kinds = "corpus, tokenizer, pack, pretrain, sft, lora, dpo"
             raise RecipeError(f"{name}: wants a stage that learns or prepares ({kinds}), but its kind is {stage.kind!r}")
 
 
@@ -153,28 +153,32 @@ def _packed(folder: Path, count: int, *, seed: int) -> Iterator[Text]:
         yield line
 
 
-def _chats(stage: RowTraining, tokenizer: "TextTokenizer", count: int) -> Iterator[Text]:
-    from llm.chat import fit, read_turns
+def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Iterator[Text]:
+    from llm.chat import fit_all, read_chats
     from llm.errors import InputError
 
     positions = stage.context or 1 << 20
     yield Text.assemble(("through the chat template: ", HEADING), ("[learned]", LEARNED), " ", ("only read", MASKED))
     if stage.context is None:
         yield Text("shown whole; in training, chats longer than the model's context are cut to it", style=QUIET)
-    for table in stage.data:
+    for table in stage.tables()[0]:
         yield Text(f"{table.files}: the first {count} rows", style=HEADING)
-        for place, turns, _ in islice(read_turns(table.files.matches(), table.template), count):
+        for place, chats, _ in islice(read_chats(table.files.matches(), table.template), count):
             try:
-                if isinstance(turns, InputError):
-                    raise turns
-                stream = fit(turns, tokenizer, positions=positions)
+                if isinstance(chats, InputError):
+                    raise chats
+                encoded = [tokenizer.encode_chat([turn.message for turn in turns]) for turns in chats]
+                streams = fit_all(chats, encoded, tokenizer, positions=positions)
             except InputError as error:
                 yield Text(f"cannot be used: {error}", style=BAD)
                 continue
-            marked = Text(f"{Path(place).name}  {len(stream.ids)} tokens", style=QUIET)
-            marked.append(", prompt cut" if stream.cut_prompt else "").append(", answer cut" if stream.cut_response else "")
-            yield marked
-            yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.learned))
+            for stream, name in zip(streams, ("chosen, ", "rejected, ") if len(streams) > 1 else ("",), strict=True):
+                marked = Text(f"{Path(place).name}  {name}{len(stream.ids)} tokens", style=QUIET)
+                marked.append(", prompt cut" if stream.cut_prompt else "").append(
+                    ", answer cut" if stream.cut_response else ""
+                )
+                yield marked
+                yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.learned))
 
 
 def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Text]:

@@ -43,10 +43,15 @@ def measure(subject: Subject) -> dict[str, Any]:
     }
 
 
+def peak_of(name: str, subject: Subject) -> int:
+    """Peak bytes of steps of one of the trainings of `llm.bench.adapting`."""
+    return _in_a_process(name, subject)[0]
+
+
 def _in_a_process(name: str, subject: Subject) -> tuple[int, int]:
     """Peak bytes, and rows of a forward pass."""
     environment = dict(os.environ)
-    if name != "ours":  # what a run tells the allocator for our sake is not what a plain program has
+    if name == "transformers_fp32":  # what a run tells the allocator for our sake is not what a plain program has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-m", "llm.bench.memory", name],
@@ -64,7 +69,8 @@ def main() -> None:
     """Take the steps of the one named on the command line; standard input has the subject, standard output gets the result."""
     (name,) = sys.argv[1:]
     subject = Subject.model_validate_json(sys.stdin.read())
-    print(json.dumps(_ours(subject) if name == "ours" else _theirs(subject)))
+    measured = {"ours": _ours, "transformers_fp32": _theirs}
+    print(json.dumps(measured[name](subject) if name in measured else _adapting(name, subject)))
 
 
 def _ours(subject: Subject) -> tuple[int, int]:
@@ -90,6 +96,19 @@ def _theirs(subject: Subject) -> tuple[int, int]:
     for _ in range(STEPS):
         training.step("fp32")
     return _peak() - before, micro_batch
+
+
+def _adapting(name: str, subject: Subject) -> tuple[int, int]:
+    from llm.bench import adapting
+
+    group = Group()
+    for package in ("peft", "bitsandbytes") if name != adapting.FULL else ():
+        importlib.import_module(package)
+    before = _start()
+    training = adapting.training(subject, name, group=group)
+    for _ in range(STEPS):
+        training.step()
+    return _peak() - before, training.loop.choices.micro_batch
 
 
 def _start() -> int:

@@ -4,7 +4,8 @@ Reading is sequential and cheap: decompress, split into lines, hand on. Parsing 
 `llm.corpus.shards`, in as many processes as there are cores. Nothing here judges a text.
 
 A file's format is its suffix: `.jsonl` (an object a line), `.txt` (the whole file is one document, its field is `text`),
-`.csv` (the first line names the fields), each also with `.gz` or `.zst`, and `.parquet`.
+`.csv` and `.tsv` (the first line names the fields; in `.tsv` a quotation mark is a character like any other), each also with
+`.gz` or `.zst`, and `.parquet`.
 """
 
 import csv
@@ -149,7 +150,7 @@ def _format(path: Path) -> str:
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
     found = suffixes[-1] if suffixes else ""
     if found not in _FORMATS or (found == ".parquet" and path.suffix != ".parquet"):
-        raise InputError(f"{path}: wants a file named *.jsonl, *.txt or *.csv (also with .gz or .zst), or *.parquet")
+        raise InputError(f"{path}: wants a file named *.jsonl, *.txt, *.csv or *.tsv (also with .gz or .zst), or *.parquet")
     return found
 
 
@@ -170,8 +171,16 @@ def _whole_text(path: Path, wanted: set[str]) -> Iterator[Row]:
 
 
 def _comma_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+    return _table(path, wanted, "CSV", strict=True)
+
+
+def _tab_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+    return _table(path, wanted, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
-    table = csv.DictReader(_decoded(path), strict=True)
+    table = csv.DictReader(_decoded(path), **form)
     number = 1
     try:
         names = table.fieldnames or []
@@ -185,7 +194,7 @@ def _comma_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
             )
             number = table.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: is not CSV ({error})") from error
+        raise InputError(f"{path}:{number}: is not {name} ({error})") from error
 
 
 def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
@@ -212,6 +221,7 @@ _FORMATS: dict[str, Callable[[Path, set[str]], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".txt": _whole_text,
     ".csv": _comma_separated,
+    ".tsv": _tab_separated,
     ".parquet": _parquet,
 }
 

@@ -24,7 +24,7 @@ class SourceSpec(Spec):
     """One source of text: local files or a dataset on the Hub."""
 
     files: Semantic[InputFile | None] = None
-    """A path or glob: *.jsonl, *.txt, *.csv (each also .gz or .zst) or *.parquet. A .txt file is one document."""
+    """A path or glob: *.jsonl, *.txt, *.csv, *.tsv (each also .gz or .zst) or *.parquet. A .txt file is one document."""
     hub: Semantic[str | None] = None
     """A dataset on the Hub, "owner/name", read as a stream."""
     revision: Semantic[str] = "main"

@@ -1,8 +1,13 @@
-"""The kind `merge`: a checkpoint and its adapters become one checkpoint that computes the same."""
+"""The kind `merge`: a checkpoint and its adapters become one checkpoint that computes the same.
 
-from typing import Annotated
+adapters = ["medical"]                                  # one, or a chain: each was trained on the merge of those before it
+adapters = ["medical", "legal"], weights = [0.7, 0.3]   # a mix: all were trained on `base`
+"""
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
 
 from runner.artifacts import Adapter, Checkpoint
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
@@ -12,26 +17,68 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     """Merges adapters into the full-precision weights of their base, in fp32."""
 
     base: Semantic[Ref[Checkpoint]]
-    """The model that the first adapter was trained on."""
+    """The model that the first adapter was trained on; with `weights`, all of them."""
     adapters: Semantic[Annotated[list[Ref[Adapter]], Field(min_length=1)]]
     """One adapter, or several that are merged one after the other, each on the result of those before it."""
+    weights: Semantic[list[float] | None] = None
+    """One number per adapter: all are applied to the base at once, and its weights change by the weighted sum of what each
+    would change alone."""
+
+    @model_validator(mode="after")
+    def _a_weight_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.adapters):
+            raise ValueError(f"weights wants one number for each of {len(self.adapters)} adapters, found {len(self.weights)}")
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ValueError("adapters wants each adapter once, found one twice")
+        return self
 
     def run(self, context: Context) -> Metrics:
         """Merge, and write the checkpoint."""
         from llm.checkpoint import load_checkpoint, save_checkpoint
-        from llm.errors import InputError
-        from llm.merge import merge_adapters
+        from llm.merge import merge_adapters, mix_adapters
 
         base = context.open(self.base)
-        adapters = [context.open(adapter) for adapter in self.adapters]
-        wanted = context.records[self.base]["digest"]
-        first = context.records[self.adapters[0]]
-        if wanted not in [source["digest"] for source in first["inputs"].values()]:
-            raise InputError(
-                f"adapters[0]: wants an adapter trained on {str(self.base)!r}, but {str(self.adapters[0])!r} was trained on "
-                f"{', '.join(first['inputs'])}"
-            )
+        folders = [context.open(adapter).folder for adapter in self.adapters]
+        self._check_origins(context)
         model = load_checkpoint(base.folder)
-        merge_adapters(model, [adapter.folder for adapter in adapters])
+        if self.weights is None:
+            merge_adapters(model, folders)
+        else:
+            mix_adapters(model, folders, self.weights)
         save_checkpoint(context.work, model, base.tokenizer.folder)
-        return {"adapters": len(adapters)}
+        losses = {name: found for name in self.adapters if (found := _merge_losses(context.records[name]))}
+        return {"adapters": len(folders)} | ({"losses": losses} if losses else {})
+
+    def _check_origins(self, context: Context) -> None:
+        """InputError where an adapter was trained on another model than the one that it is merged into."""
+        from llm.errors import InputError
+
+        base = context.records[self.base]["digest"]
+        for place, name in enumerate(self.adapters):
+            sources = _digests(context.records[name])
+            if self.weights is not None or place == 0:
+                if base not in sources:
+                    found = ", ".join(context.records[name]["inputs"])
+                    raise InputError(
+                        f"adapters[{place}]: wants an adapter trained on {str(self.base)!r}, but {str(name)!r} was trained on "
+                        f"{found}"
+                    )
+                continue
+            before = self.adapters[place - 1]
+            wanted = context.records[before]["digest"]
+            if not any(record["digest"] in sources and wanted in _digests(record) for record in context.records.values()):
+                hint = "; weights = [...] mixes adapters of one base" if base in sources else ""
+                raise InputError(
+                    f"adapters[{place}]: wants an adapter trained on a merge of {str(before)!r}, but {str(name)!r} was "
+                    f"trained on {', '.join(context.records[name]['inputs'])}{hint}"
+                )
+
+
+def _digests(record: Mapping[str, Any]) -> set[str]:
+    """Of what a stage read."""
+    return {source["digest"] for source in record.get("inputs", {}).values()}
+
+
+def _merge_losses(record: Mapping[str, Any]) -> Any:
+    """What a training over a base in four bits found on its held-out rows."""
+    return record.get("metrics", {}).get("merge_losses")

@@ -28,9 +28,10 @@ from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
 from runner.receipts import Journal
 from runner.stage import Acting, Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
-from runner.stages.data import RowTable, RowTraining
+from runner.stages.data import RowTable
 from runner.stages.evaluate import Evaluate
 from runner.stages.parity import CheckParity
+from runner.stages.row_training import RowTraining
 
 A = TypeVar("A", bound=Artifact)
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")

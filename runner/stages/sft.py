@@ -4,7 +4,7 @@ from pydantic import Field
 
 from runner.artifacts import Checkpoint
 from runner.stage import Context, Metrics, Ref, Semantic
-from runner.stages.data import RowTraining
+from runner.stages.row_training import RowTraining
 from runner.stages.training import is_main_process
 
 
@@ -17,8 +17,8 @@ class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
     """Share of channels zeroed on the embeddings and on each residual branch while training."""
 
     def prepare(self, context: Context) -> None:
-        """Pack the rows."""
-        self.pack(context, context.open(self.model))
+        """Pack the rows, and what is mixed into them."""
+        self.prepare_rows(context, context.open(self.model))
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
@@ -26,7 +26,7 @@ class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
 
         base = context.open(self.model)
         model = load_checkpoint(base.folder, dropout=self.dropout)
-        metrics = self.learn_rows(context, model)
+        metrics = self.learn_mixed(context, model, base)
         if is_main_process():
             save_checkpoint(context.work, model, base.tokenizer.folder)
         return metrics

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm.adopt import adopt, examine
-from llm.chat import ChatRows, Table, write_rows
+from llm.chat import Table, write_rows
 from llm.checkpoint import load_checkpoint
 from llm.errors import InputError
+from llm.packed import PackedRows
 from llm.rows import IGNORE
 from llm.tokenizer import TextTokenizer
 from llm.turns import Template
@@ -140,7 +141,7 @@ def test_rows_are_packed_with_the_models_own_template(adopted: Callable[[str], P
         report=lambda **values: None,
         should_stop=lambda: False,
     )
-    row = ChatRows(tmp_path / "rows", seed=None).row(0)
+    row = PackedRows(tmp_path / "rows", seed=None).row(0)
     ids, learned = tokenizer.encode_chat(CHAT)
     assert row.tokens[: len(ids) - 1].tolist() == ids[:-1]
     assert row.targets[row.targets != IGNORE].tolist() == [i for i, is_learned in zip(ids, learned, strict=True) if is_learned]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.chat import ChatRows, Table, fit, write_rows
+from llm.chat import Table, fit, write_rows
 from llm.errors import InputError, Interrupted
+from llm.packed import PackedRows
 from llm.rows import IGNORE, Row
 from llm.tokenizer import TextTokenizer, train_bpe
 from llm.turns import Template, Turn
@@ -22,7 +23,7 @@ TOKENIZER = train_bpe([WORDS * 50], 320, min_frequency=2, pre_tokenizer_name="gp
 
 
 @pytest.fixture
-def pack(tmp_path: Path) -> Callable[..., tuple[ChatRows, dict[str, Any]]]:
+def pack(tmp_path: Path) -> Callable[..., tuple[PackedRows, dict[str, Any]]]:
     """Packs rows, given as a list or as the lines of a file, and opens what was packed."""
 
     def make(*tables: list[dict[str, Any]] | str, context: int = 64, seed: int | None = None, **options: Any) -> Any:
@@ -43,7 +44,7 @@ def pack(tmp_path: Path) -> Callable[..., tuple[ChatRows, dict[str, Any]]]:
             report=lambda **values: None,
             should_stop=lambda: False,
         )
-        return ChatRows(folder, seed=seed), statistics
+        return PackedRows(folder, seed=seed), statistics
 
     return make
 
@@ -88,9 +89,9 @@ def test_rows_come_in_another_order_each_epoch_and_are_a_function_of_their_index
     epochs = [[rows.row(epoch * count + place).tokens.tobytes() for place in range(count)] for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1])
-    again = ChatRows(tmp_path / "packed", seed=5)
+    again = PackedRows(tmp_path / "packed", seed=5)
     assert again.row(count + 2).tokens.tobytes() == epochs[1][2]  # without having asked for those before
-    other = ChatRows(tmp_path / "packed", seed=6)
+    other = PackedRows(tmp_path / "packed", seed=6)
     assert [other.row(place).tokens.tobytes() for place in range(count)] != epochs[0]
 
 
@@ -215,7 +216,7 @@ def test_rows_of_several_tables_and_compressed_files_mix_within_rows(tmp_path: P
         report=lambda **values: None,
         should_stop=lambda: False,
     )
-    rows = ChatRows(tmp_path / "mixed", seed=None)
+    rows = PackedRows(tmp_path / "mixed", seed=None)
     kinds = [
         {learned_text(row, n) for n in range(row.documents.max() + 1)} for row in map(rows.row, range(rows.rows_per_epoch))
     ]
@@ -230,7 +231,7 @@ def test_an_interrupted_packing_leaves_nothing_that_looks_finished(tmp_path: Pat
         write_rows(tmp_path / "packed", [Table((file,), Template())], should_stop=lambda: True, **options)
     assert not (tmp_path / "packed").exists()
     write_rows(tmp_path / "packed", [Table((file,), Template())], should_stop=lambda: False, **options)
-    assert ChatRows(tmp_path / "packed", seed=0).rows_per_epoch == 1
+    assert PackedRows(tmp_path / "packed", seed=0).rows_per_epoch == 1
 
 
 def test_the_tokenizer_that_packs_is_the_one_that_is_loaded_from_a_folder(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_training import tiny_model, tiny_training
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from llm import lora
 from llm.checkpoint import load_checkpoint, save_checkpoint
 from llm.dropout import set_counters
 from llm.errors import InputError
+from llm.merge import merge_adapters
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.parameters import count_parameters
@@ -107,6 +109,70 @@ def test_stock_peft_opens_the_adapter_on_the_stock_base_and_gives_the_same_logit
     reopened = load_checkpoint(folder)
     lora.load_adapter(reopened, tmp_path / "adapter")
     torch.testing.assert_close(reopened(tokens_of(1)), model(tokens_of(1)))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks Transformers for it
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_trained_in_full_learn_and_open_in_stock_peft_and_are_merged(
+    tied: bool, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(tied=tied)
+    folder = base(model)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    lora.attach(model, settings_of(modules_to_save=["embed_tokens", "norm"]), seed=1)
+    train(model)
+    changed = {name for name, weight in model.named_parameters() if name in before and not torch.equal(weight, before[name])}
+    assert changed == {"model.embed_tokens.weight", "model.norm.weight"}  # of a name, the end after a dot: no other norm
+    lora.save_adapter(tmp_path / "adapter", model)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    reopened, merged, copied = (load_checkpoint(folder) for _ in range(3))
+    lora.load_adapter(reopened, tmp_path / "adapter")
+    merge_adapters(merged, [tmp_path / "adapter"])
+    lora.copy_adapter(model, copied)
+    names = list(model_of(tied=tied).state_dict())
+    with torch.no_grad():
+        expected = model(tokens_of(1))
+        for other in (stock(tokens_of(1)).logits, reopened(tokens_of(1)), merged(tokens_of(1)), copied(tokens_of(1))):
+            torch.testing.assert_close(other, expected, atol=1e-4, rtol=0)
+    assert list(merged.state_dict()) == names
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+
+
+def test_over_four_bits_modules_are_trained_in_full_too() -> None:
+    model = model_of()
+    lora.quantize(model, double=True)
+    lora.attach(model, settings_of(modules_to_save=["input_layernorm"]), seed=1)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert all((layer.input_layernorm.weight != 1).any() for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["embed_token"], "found 'embed_token', nearest is 'embed_tokens'"),
+        (["lm_head"], "found 'lm_head'; 'lm_head' is tied and learns with 'embed_tokens'"),
+        (["layernorm"], "found 'layernorm'"),
+        (["q_proj"], "found 'model.layers.0.self_attn.q_proj', which target_modules names too"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_in_full_is_refused_with_the_right_names(wanted: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lora.attach(model_of(), settings_of(modules_to_save=wanted), seed=0)
+
+
+def test_an_adapter_that_takes_a_tied_head_from_its_embedding_is_refused(tmp_path: Path) -> None:
+    model = model_of()
+    lora.attach(model, settings_of(modules_to_save=["embed_tokens"]), seed=0)
+    lora.save_adapter(tmp_path, model)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] += 1
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="one in this base and would change together"):
+        lora.load_adapter(model_of(), tmp_path)
 
 
 def test_a_new_adapter_changes_nothing_and_only_it_learns() -> None:

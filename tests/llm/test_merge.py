@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm import lora
 from llm.errors import InputError
-from llm.merge import merge_adapters
+from llm.merge import merge_adapters, mix_adapters
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 
@@ -27,6 +27,8 @@ def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.1, generator=generator)
+        elif name == "model.norm.weight" and weight.requires_grad:
+            weight.data.add_(0.5)
         elif "magnitude" in name:
             weight.data.mul_(1 + 0.2 * torch.rand(weight.shape, generator=generator))
     lora.save_adapter(folder, model)
@@ -80,6 +82,23 @@ def test_a_chain_is_merged_in_order_each_on_the_result_of_those_before(tmp_path:
     merged = model_of()
     merge_adapters(merged, [first, second])
     torch.testing.assert_close(logits(merged), logits(middle), atol=1e-4, rtol=0)
+
+
+def test_a_mix_changes_the_base_by_the_weighted_sum_of_what_each_adapter_changes(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "first", model_of(), seed=1, modules_to_save=["norm"])
+    second = adapter(tmp_path / "second", model_of(), seed=2, dora=True, target_modules=["v_proj", "up_proj"])
+    alone = []
+    for folder in (first, second):
+        alone.append(model_of())
+        merge_adapters(alone[-1], [folder])
+    mixed, base = model_of(), model_of().state_dict()
+    mix_adapters(mixed, [first, second], [0.7, -0.3])
+    one, two = (model.state_dict() for model in alone)
+    for name, weight in mixed.state_dict().items():
+        expected = base[name] + 0.7 * (one[name] - base[name]) - 0.3 * (two[name] - base[name])
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
+    assert (logits(mixed) - logits(model_of())).abs().max() > 0.05
+    assert mixed.lm_head.weight is mixed.model.embed_tokens.weight
 
 
 def test_an_adapter_of_a_base_of_other_sizes_is_refused_by_name_and_shape(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import run_case, tiny_model, tiny_training
+from tiny_training import run_case, tiny_model, tiny_preferences, tiny_training
 
 from llm import lora
 from llm.errors import InputError
@@ -62,6 +62,7 @@ def one(folder: Path) -> dict[str, Any]:
 def two(folder: Path) -> dict[str, list[Any]]:
     cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
     cases |= {"shares-adamw": {"shares": "adamw"}, "shares-muon": {"shares": "muon"}, "spare": SPARE, "muon": MUON}
+    cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
     return launch(folder, 2, cases | {"killed": KILLED}, dies=True)
 
 
@@ -85,6 +86,15 @@ def test_two_and_four_processes_learn_what_one_does(
         assert metrics["targets"] == one["plain"]["metrics"]["targets"]
         assert_same_curve(one["plain"]["lines"], group[strategy][0]["lines"])
         assert len({found["digest"] for found in group[strategy]}) == 1  # the whole model, in every process
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_preferences_are_learned_as_by_one_process(two: dict[str, list[Any]], strategy: str, tmp_path: Path) -> None:
+    _, alone = tiny_preferences(tmp_path / "pairs", tmp_path / "alone", micro_batch=3)
+    metrics = two[f"pairs-{strategy}"][0]["metrics"]
+    assert metrics["targets"] == alone["targets"]  # pairs, which stay together
+    for name in ("validation_loss", "validation_reward_margin", "validation_reward_accuracy"):
+        assert metrics[name] == pytest.approx(alone[name], abs=ENOUGH)
 
 
 def test_muon_with_spread_weights_learns_what_one_process_does(one: dict[str, Any], two: dict[str, list[Any]]) -> None:

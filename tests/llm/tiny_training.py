@@ -21,12 +21,15 @@ from llm.group import Group
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.objectives import next_token_loss
+from llm.packed import PackedRows, StreamWriter
+from llm.preference import PreferenceLoss, write_reference
 from llm.rows import IGNORE, Batch, Row
 from llm.settings import Budget, Optimizer, Schedule
 from llm.train import CHECKPOINTS, train
 from llm.validation import Validation
 
 VOCABULARY = 40
+POSITIONS = 24  # of an answer with its prompt
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,51 @@ def _here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def packed_pairs(folder: Path, pairs: int = 24, seed: int = 0) -> Path:
+    """Pairs of random tokens, 3 of prompt; chosen answers are of even tokens and rejected ones of odd."""
+    random = np.random.default_rng(seed)
+    with StreamWriter(folder) as writer:
+        for _ in range(pairs):
+            prompt = random.integers(VOCABULARY, size=3).tolist()
+            for odd in (0, 1):
+                answer = (2 * random.integers(VOCABULARY // 2, size=int(random.integers(2, 8))) + odd).tolist()
+                learned = [False] * 3 + [True] * len(answer)
+                writer.append(prompt + answer, learned, full_length=3 + len(answer))
+            writer.end_group(1)
+    writer.pack(row_lengths=[2 * POSITIONS], padding=0)
+    return folder
+
+
+def with_reference(folder: Path, model: Llama) -> Path:
+    write_reference(folder, model, precision="fp32", report=lambda **_: None, should_stop=lambda: False)
+    return folder
+
+
+def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama, dict[str, Any]]:
+    """A model that learns pairs, which are written into `folder`, and the metrics of its training."""
+    rows = with_reference(packed_pairs(folder), tiny_model())
+    model = tiny_model()
+    settings = {
+        "objective": PreferenceLoss(0.5),
+        "rows": PackedRows(rows, seed=3),
+        "validation": Validation(PackedRows(rows, seed=None), watched=PreferenceLoss.watched),
+        "budget": Budget(steps=8),
+        "batch_tokens": 3 * 2 * POSITIONS,
+        "micro_batch": 1,
+    }
+    return model, tiny_training(model, scratch, **settings | changes)
+
+
 def main() -> None:
     """Train in this group of processes, case after case; each leaves its results in the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank = os.environ.get("RANK", "0")
     for name, case in cases.items():
-        found = shares(case["shares"]) if "shares" in case else run_case(folder, {"scratch": name} | case)
+        if case.get("objective") == "preferences":
+            _, metrics = tiny_preferences(folder / f"{name}-pairs-{rank}", folder / name, strategy=case["strategy"])
+            found: dict[str, Any] = {"metrics": metrics}
+        else:
+            found = shares(case["shares"]) if "shares" in case else run_case(folder, {"scratch": name} | case)
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
 

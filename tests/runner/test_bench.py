@@ -58,7 +58,8 @@ def run(recipe: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def result(recipe: Path) -> dict[str, Any]:
-    done = run(recipe, str(recipe), "--json", "--seconds", "0.1", "--no-compile")
+    only = "matmul,train,decode,memory,machinery,lora"
+    done = run(recipe, str(recipe), "--json", "--seconds", "0.1", "--no-compile", "--only", only)
     assert done.returncode == 0, done.stderr
     assert "peak memory" in done.stderr
     found: dict[str, Any] = json.loads(done.stdout)  # nothing else is on it
@@ -104,10 +105,33 @@ def test_every_figure_is_there_and_agrees_with_its_neighbours(result: dict[str, 
 def test_people_get_a_table_of_each_measurement(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     show(result)
     printed = capsys.readouterr().out
-    for text in ("Matrix products", "ours, Muon", "Transformers, fp32 eager", "Decoding", "Peak memory", "Machinery"):
+    for text in (
+        "Matrix products",
+        "ours, Muon",
+        "Transformers, fp32 eager",
+        "Decoding",
+        "Peak memory",
+        "LoRA, r = 8",
+        "nf4 of bf16",
+    ):
         assert text in printed
     assert f"{result['train']['candidates']['ours']['tokens_per_second']:,.0f}" in printed
     assert "None" not in printed and "nan" not in printed
+
+
+def test_adapting_is_measured_beside_training_all_weights(result: dict[str, Any]) -> None:
+    ways = result["lora"]["ways"]
+    assert list(ways) == ["full", "lora", "qlora"]
+    assert ways["full"]["trained_share"] == ways["full"]["time_of_full"] == ways["full"]["memory_of_full"] == 1
+    for name in ("lora", "qlora"):
+        # q, k, v, o: 32 + 32; gate, up, down: 32 + 128; each times the rank of 8, in 2 layers
+        assert ways[name]["trained_parameters"] == 2 * 8 * (4 * 64 + 3 * 160)
+        assert 0 < ways[name]["trained_share"] < 1 and ways[name]["peak_memory_bytes"] > 0
+    model = result["model"]["parameters"]
+    embedded = 300 * 32 * 4
+    linear = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    assert result["lora"]["base"]["bf16_bytes"] == 2 * model
+    assert linear / 2 + embedded < result["lora"]["base"]["nf4_bytes"] < linear * 0.75 + embedded + 200_000
 
 
 def test_a_recipe_without_pretraining_is_refused(recipe: Path) -> None:

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from llm import lora
-from llm.chat import ChatRows
 from llm.checkpoint import load_checkpoint, save_checkpoint
 from llm.errors import InputError, Interrupted
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.objectives import next_token_loss
+from llm.packed import PackedRows
 from llm.rows import collate
 from llm.tokenizer import train_bpe
 from runner.artifacts import Adapter
@@ -121,15 +121,18 @@ def test_looking_at_held_out_rows_changes_nothing_that_is_learned_over_four_bits
         metrics = stage.run(context)
         found.append((losses(context), (context.work / "adapter_model.safetensors").read_bytes()))
     assert found[0] == found[1]
-    # Both are told: over the base in four bits, and over the weights that the adapter will be merged into.
+    # Three are told: over the base in four bits, merged into the full weights, and into what the four bits stand for.
+    found_losses = metrics["merge_losses"]
     full = load_checkpoint(tmp_path / "base")
     lora.load_adapter(full, context.work)
-    rows = ChatRows(context.scratch / "validation-rows", seed=None)
+    rows = PackedRows(context.scratch / "validation-rows", seed=None)
     batch = collate([rows.row(index) for index in range(rows.rows_per_epoch)], range(rows.rows_per_epoch))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=metrics["choices"]["precision"] == "bf16"):
         total, count = next_token_loss(full, batch)
-    assert metrics["full_precision_validation_loss"] == pytest.approx(float(total / count), rel=1e-2)
-    assert metrics["full_precision_validation_loss"] != metrics["validation_loss"]
+    assert found_losses["merged"] == pytest.approx(float(total / count), rel=1e-2)
+    assert found_losses["unmerged"] == metrics["validation_loss"] != found_losses["merged"]
+    # The same weights as unmerged, but for rounding; the full ones are further away.
+    assert found_losses["merged_dequantized"] == pytest.approx(found_losses["unmerged"], rel=5e-3)
 
 
 def test_muon_is_refused_for_an_adapter(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""The kind `dpo`: a model learns which of two answers is preferred (direct preference optimisation, Rafailov et al. 2023).
+
+    [stage.preferred]
+    kind = "dpo"
+    model = "chat"
+    data = [{ files = "data/preferences.jsonl.gz" }]    # rows of prompt, chosen and rejected
+    lora = { r = 8, alpha = 16 }                        # without it, all weights learn
+
+It is the training that every other kind runs, with an objective of its own: `llm.preference`.
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from llm.settings import Schedule
+from runner.artifacts import Checkpoint
+from runner.stage import Context, Metrics, Ref, Semantic
+from runner.stages.adapting import AdapterFields
+from runner.stages.data import PreferenceTable
+from runner.stages.row_training import ROWS, VALIDATION_ROWS, PackedTraining
+from runner.stages.training import is_main_process
+
+
+class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
+    """Trains a model on pairs of answers, of which one is preferred; what it was before is the reference."""
+
+    model: Semantic[Ref[Checkpoint]]
+    """What learns, and the reference that it is compared with."""
+    data: Semantic[Annotated[list[PreferenceTable], Field(min_length=1)]]
+    """The pairs. The two answers of a row are learned in one step."""
+    validation: Semantic[list[PreferenceTable]] = Field(default_factory=list)
+    """Pairs held out: share of them where the preferred answer has gained more (`validation_reward_accuracy`), and by how much
+    (`validation_reward_margin`, times beta)."""
+    beta: Semantic[Annotated[float, Field(gt=0)]] = 0.1
+    """How dear it is to move away from the reference."""
+    label_smoothing: Semantic[Annotated[float, Field(ge=0, lt=0.5)]] = 0.0
+    """Share of the pairs that are taken to be labelled the wrong way round (Mitchell 2023)."""
+    lora: Semantic[AdapterFields | None] = None
+    """An adapter that learns instead of all weights, and is merged into them in the end."""
+    schedule: Semantic[Schedule] = Schedule(learning_rate=1e-5)
+    """The learning rate over the training; far lower than of other trainings, and about ten times higher for an adapter."""
+
+    @model_validator(mode="after")
+    def _adapter_with_adamw(self) -> Self:
+        if self.lora is not None and self.optimizer.kind != "adamw":
+            raise ValueError(f'optimizer.kind wants "adamw" for an adapter; found {self.optimizer.kind!r}')
+        return self
+
+    def tables(self) -> tuple[list[PreferenceTable], list[PreferenceTable]]:
+        """What is learned from, and what is held out."""
+        return self.data, self.validation
+
+    def prepare(self, context: Context) -> None:
+        """Pack the pairs, and ask the model what it thinks of them before it learns."""
+        base = context.open(self.model)
+        self.pack(context, base)
+
+        import torch
+
+        from llm.checkpoint import load_checkpoint
+        from llm.packed import has_reference
+        from llm.precision import resolve_precision
+        from llm.preference import write_reference
+
+        folders = [context.scratch / name for name in (ROWS, VALIDATION_ROWS)]
+        missing = [folder for folder in folders if folder.exists() and not has_reference(folder)]
+        if not missing:
+            return
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.set_num_threads(context.cores)
+        model = load_checkpoint(base.folder, device=device)
+        precision = resolve_precision(context.parallel.precision, device=device)
+        for folder in missing:
+            write_reference(folder, model, precision=precision, report=context.report, should_stop=context.should_stop)
+
+    def run(self, context: Context) -> Metrics:
+        """Train, and write the checkpoint."""
+        from llm import lora
+        from llm.checkpoint import load_checkpoint, save_checkpoint
+        from llm.merge import merge_attached
+        from llm.preference import PreferenceLoss
+
+        base = context.open(self.model)
+        model = load_checkpoint(base.folder)
+        if self.lora is not None:
+            lora.attach(model, self.lora.adapter, seed=self.seed)
+        objective = PreferenceLoss(beta=self.beta, label_smoothing=self.label_smoothing)
+        metrics = self.learn_rows(context, model, objective=objective, watched=objective.watched)
+        if self.lora is not None:
+            merge_attached(model)
+        if is_main_process():
+            save_checkpoint(context.work, model, base.tokenizer.folder)
+        return metrics
