@@ -18,6 +18,7 @@ from torch import nn
 
 from llm import compilation, training_state
 from llm.alerts import MOST_ROLLBACKS, Alerts, Judge, RollBack
+from llm.carry import carry
 from llm.choices import Choices, choose, is_plain, layout, restored, shrink, shrunk
 from llm.errors import InputError, Interrupted, MemoryShortageError, Paused
 from llm.feed import batches, feed, most_batches
@@ -250,7 +251,7 @@ def _last_state(
         instead = f"goes on from {path.name}" if path is not None else "starts from the beginning"
         report(note=f"checkpoint {broken.name} is damaged and removed: {instead}")
         shutil.rmtree(broken)
-    return None if path is None else training_state.read(path)
+    return None if path is None else training_state.read(carry(path, folder, group))
 
 
 def _metrics(

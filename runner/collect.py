@@ -126,10 +126,13 @@ def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
     found = [Item(path, "set aside") for path in _inside(store.root / "aside")]
     found += [Item(path, "never arrived", _key_of(path.name)) for path in _inside(store.root / "arriving")]
     for work in _inside(store.root / "work"):
-        if (store.root / "stages" / work.name).exists():
-            found.append(Item(work, "finished since", work.name))
-        elif work.name not in reached:
-            found.append(Item(work, "left by a run that no recent one goes on with", work.name))
+        name = _key_of(work.name) or work.name
+        if (store.root / "stages" / name).exists():
+            found.append(Item(work, "finished since", name))
+        elif name not in reached:
+            found.append(Item(work, "left by a run that no recent one goes on with", name))
+        elif not store.is_work(work, name):
+            found.append(Item(work, "left by a run that another machine took over", name))
     for folder in _inside(store.root / "stages"):
         if (folder / SCRATCH).exists():
             found.append(Item(folder / SCRATCH, "scratch of a finished stage", folder.name))
@@ -177,6 +180,7 @@ def _remove(store: Store, item: Item) -> bool:
                 store.remember(record)
             _delete(store.move_aside(item.path))
         else:
+            store.confirm(match["kind"], match["key"])
             _delete(item.path)
         return True
 
@@ -193,6 +197,6 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _key_of(name: str) -> str | None:
-    """The <kind>-<key> that the name of a folder in arriving/ begins with."""
-    match = NAME.match(name)
+    """The <kind>-<key> that the name of a folder in arriving/ or work/ begins with."""
+    match = NAME.match(name.lstrip("."))
     return match[0] if match else None

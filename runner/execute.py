@@ -13,6 +13,8 @@ from runner.alerts import Notices
 from runner.code import code_digest
 from runner.errors import GateError, StageError
 from runner.graph import input_files
+from runner.lease import LeaseLostError
+from runner.machines import ALONE
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.progress import Progress, duration
 from runner.recipe import Recipe
@@ -22,6 +24,7 @@ from runner.runs import note_run
 from runner.stage import Acting
 from runner.stage_run import StageRun, StopRequest
 from runner.store import Store, Waiting
+from runner.team import Team
 from runner.track import Tracker
 
 
@@ -37,6 +40,7 @@ class Execution:
         *,
         remote: str | None = None,
         overwrite: bool = False,
+        team: Team | None = None,  # the other machines that train
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
@@ -44,6 +48,7 @@ class Execution:
         self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
         self._tracker = Tracker(store.root, recipe.head.tracking.to)
         self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
+        self._team = team
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
@@ -148,7 +153,16 @@ class Execution:
             raise GateError("\n".join(failed) + consequence)
 
     def _run_stage(self, entry: Entry, plan: Plan) -> bool:
-        """Runs one stage under its lock; false if another run made it, or an input is damaged: then the plan is read again."""
+        """Runs one stage under its lock; false if another run made it or took it over, or an input is
+        damaged: then the plan is read again.
+        """
+        try:
+            return self._run_locked(entry, plan)
+        except LeaseLostError as error:
+            self._progress.note(f"{entry.name}: {error}")
+            return False
+
+    def _run_locked(self, entry: Entry, plan: Plan) -> bool:
         stage, key = entry.stage, str(entry.key)
         if absent := [f"{field}: {file}" for field, file in input_files(stage) if not file.matches()]:
             raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
@@ -163,25 +177,29 @@ class Execution:
                     return False
                 seconds = self._make(entry, plan, log)
         self._progress.finished(entry, f"done in {duration(seconds)}")
-        self._offer(entry)
-        return True
-
-    def _offer(self, entry: Entry) -> None:
-        """Uploads what a stage just made, if the recipe or the user names a remote for it."""
-        record = self._store.record(entry.stage, str(entry.key))
+        record = self._store.record(stage, key)
         if record is not None:
             with self._store.reading([record], waiting=self._patience(entry)):
-                if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
-                    self._progress.note(f"{entry.name}: uploaded to the remote")
+                self._offer(entry.name, record)
+        return True
+
+    def _offer(self, name: str, record: Record) -> None:
+        """Uploads an artifact whose lock is held, if the recipe or the user names a remote for it."""
+        if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
+            self._progress.note(f"{name}: uploaded to the remote")
 
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
         """Makes the artifact of a stage, whose locks are held; returns how many seconds that took."""
         stage, key = entry.stage, str(entry.key)
+        if self._team and stage.trains:
+            self._team.assemble()
+            for source in [] if self._team.shares_cache else plan.inputs(entry.name):
+                self._offer(source, plan.record(source))
         self._progress.started(entry)
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-        result = StageRun(entry, plan, self._recipe, self._store, log).work(
-            self._progress, self._stop, self._tracker, self._notices
-        )
+        layout = self._team.layout if self._team else ALONE
+        work = StageRun(entry, plan, self._recipe, self._store, log, layout=layout, team=self._team)
+        result = work.work(self._progress, self._stop, self._tracker, self._notices)
         seconds = time.monotonic() - clock
         if not plan.still_holds(entry):
             self._store.discard_work(stage, key)

@@ -11,7 +11,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Writes a file so that readers see the old or the new one, never a part; `durable` waits until the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")  # other machines have such a number, too
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

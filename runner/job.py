@@ -28,8 +28,8 @@ class Job:
     records: Mapping[str, Mapping[str, Any]]  # stage name -> its record; every ancestor
     recipe: str  # resolved, as TOML
     parallel: Mapping[str, Any]
-    processes: int
-    cores: int
+    processes: int  # of the whole training
+    cores: int  # for all of them; of as many machines as train
     data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
     row_logs: str | None = None  # a folder in which each process of a training writes which rows it learned from
 

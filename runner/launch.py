@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from runner.machines import ALONE, Layout, without_launcher
 from runner.stage import Parallel
 
 POLL_SECONDS = 0.1
@@ -43,7 +44,7 @@ def gpu_count() -> int:
 
 
 def process_count(parallel: Parallel) -> int:
-    """How many processes a training gets: as asked, else one per GPU, else one."""
+    """How many processes a training gets on this machine: as asked, else one per GPU, else one."""
     return max(gpu_count(), 1) if parallel.processes == "auto" else parallel.processes
 
 
@@ -52,20 +53,25 @@ def plain_command(job: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "runner.worker", str(job), *arguments]
 
 
-def training_command(job: Path, processes: int) -> list[str]:
+def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
     """Workers under `accelerate launch`, whose settings beside the job stand in for the user's own default configuration.
 
     `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
-    1.15 silently starts one. The worker asserts its world size.
+    1.15 silently starts one. The worker asserts its world size. Several machines meet at the training port of the first one,
+    where ranks of processes follow those of machines.
     """
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # as `accelerate launch`, without its other commands
-    settings = job.with_name("accelerate.json")
+    settings = job.with_name(f"{job.stem}-accelerate.json")
     settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
-    layout = ["--config_file", str(settings), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    layout += ["--num_processes", str(processes), "--main_process_port", str(_free_port())]
-    if processes > 1:
-        layout.append("--multi_gpu")
-    return [*launcher, *layout, "-m", "runner.worker", str(job)]
+    port = _free_port() if layout.machines == 1 else layout.training_port
+    options = ["--config_file", str(settings), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--num_machines", str(layout.machines), "--num_processes", str(processes * layout.machines)]
+    options += ["--main_process_port", str(port)]
+    if layout.machines > 1:
+        options += ["--machine_rank", str(layout.rank), "--main_process_ip", layout.host, "--same_network"]
+    if processes * layout.machines > 1:
+        options.append("--multi_gpu")
+    return [*launcher, *options, "-m", "runner.worker", str(job)]
 
 
 @contextlib.contextmanager
@@ -75,7 +81,7 @@ def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path)
     `compiled` is the folder in which torch.compile keeps its results.
     """
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **KEPT_MEMORY}
-    environment = defaults | dict(os.environ)
+    environment = defaults | without_launcher(os.environ)
     environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     if gpu_count() == 0:
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from runner.heartbeat import this_machine
+
 FOLDER = "workers"  # in scratch
 END_SECONDS = 10.0  # for processes that were killed to be gone
 SHOW_SECONDS = 0.5  # for stacks to be written
@@ -29,7 +31,7 @@ def announce(scratch: Path, name: str) -> IO[str]:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     threading.Thread(target=_show_when_asked, daemon=True, name="stacks").start()
-    path = scratch / FOLDER / f"{os.uname().nodename}-{name}"
+    path = scratch / FOLDER / f"{this_machine().host}-{name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w", encoding="ascii")
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -51,7 +53,7 @@ def living(scratch: Path) -> list[int]:
 
 
 def _living(scratch: Path) -> Iterator[int]:
-    for path in sorted((scratch / FOLDER).glob(f"{os.uname().nodename}-*")):
+    for path in sorted((scratch / FOLDER).glob(f"{this_machine().host}-*")):
         with path.open("r+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -133,7 +133,13 @@ class Parallel(Spec):
     """Where and how to run; never part of any stage's identity."""
 
     processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Processes of a training; "auto" is one per GPU here, else one."""
+    """Processes of a training on each machine; "auto" is one per GPU here, else one."""
+    machines: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
+    """Machines that train together, each with a run of its own; "auto" is as Slurm or torchrun say, else one."""
+    machine_rank: Execution[Annotated[int, Field(ge=0)] | Literal["auto"]] = "auto"
+    """Which of the machines this is; that of rank 0 makes what is not trained, and writes."""
+    main_address: Execution[str | None] = None
+    """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the next one are used there."""
     strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """How processes share a training: "ddp" has the whole model in each and sums gradients; "fsdp" (FSDP2) spreads weights,
     gradients and optimizer state over them, and a layer gathers its weights to compute. One process alone does neither."""

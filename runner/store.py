@@ -5,7 +5,8 @@ folder is under `stages/`.
       stages/<kind>-<key>/    finished artifacts, each with its record.json
       work/<kind>-<key>/      an artifact that grows; a crash leaves it, and the same key goes on in it
       records/<key>.json      a copy of each record, which outlives the artifact
-      logs/<kind>-<key>.log   what the workers printed; the file is also the lock of its key
+      logs/<kind>-<key>.<machine>.log    what the workers printed there; the file is also the machine's lock of the key
+      leases/<kind>-<key>/    who holds the key among machines that share the cache; holders/ tells who of them lives
       arriving/               artifacts on their way from a remote
       aside/                  artifacts that were forced or found damaged
       runs/                   which keys each of the last runs used
@@ -14,27 +15,36 @@ folder is under `stages/`.
       compiled/               what torch.compile made, for this machine
       digests.json            memo of file digests by path, size, time and inode
 
-The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it.
+The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it. It has two
+parts: `flock` between the processes of a machine, which is free as soon as the last of them ends, and on top of it a lease
+between machines (`runner.lease`).
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from runner.artifacts import RECORD, SCRATCH
 from runner.damage import damages
 from runner.digests import DigestMemo
 from runner.errors import StageError
 from runner.files import fsync, write_whole
+from runner.heartbeat import this_machine
+from runner.lease import UNKNOWN, Lease, Leases
 from runner.record import DamagedError, Record, digest_of
 from runner.stage import Stage
 
+T = TypeVar("T")
+
+UNKNOWN_LOOKS = 5  # at a lock whose holder has not said its name yet, before somebody is told that it waits
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -48,14 +58,19 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.digests = DigestMemo(self.root / "digests.json")
+        self._leases = Leases(self.root)
 
     def folder(self, stage: Stage | str, key: str) -> Path:
         """Where the finished artifact is."""
         return self.root / "stages" / _name(stage, key)
 
     def work(self, stage: Stage | str, key: str) -> Path:
-        """Where the artifact grows."""
-        return self.root / "work" / _name(stage, key)
+        """Where the artifact grows; another folder after a lease of the key was taken over."""
+        return self.root / "work" / self._leases.work_name(_name(stage, key))
+
+    def is_work(self, folder: Path, name: str) -> bool:
+        """Whether a folder in work/ is the one in which the artifact <kind>-<key> grows."""
+        return folder.name == self._leases.work_name(name)
 
     @property
     def compiled(self) -> Path:
@@ -63,8 +78,8 @@ class Store:
         return self.root / "compiled"
 
     def log(self, stage: Stage | str, key: str) -> Path:
-        """What the workers print."""
-        return self.root / "logs" / f"{_name(stage, key)}.log"
+        """What the workers print on this machine."""
+        return self.root / "logs" / f"{_name(stage, key)}.{re.sub(r'[^A-Za-z0-9_.-]', '_', this_machine().host)}.log"
 
     def record(self, stage: Stage | str, key: str) -> Record | None:
         """The record of a key, whether or not its artifact is still here; one that is damaged is as good as none."""
@@ -108,6 +123,7 @@ class Store:
 
     def move_aside(self, path: Path) -> Path:
         """Moves a file or folder of the cache out of use; returns where it went."""
+        self._leases.confirm(path.name)
         place = self.root / "aside" / f"{path.name}-{time.time_ns()}"
         place.parent.mkdir(parents=True, exist_ok=True)
         path.rename(place)
@@ -115,7 +131,9 @@ class Store:
 
     def discard_work(self, stage: Stage | str, key: str) -> None:
         """Removes what an interrupted run left of an artifact."""
+        self._leases.confirm(_name(stage, key))
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
+        self._leases.forget_work(_name(stage, key))
 
     def forget(self, key: str) -> None:
         """Removes a record, so that its stage runs again."""
@@ -143,9 +161,11 @@ class Store:
         for path in [*written, *{path.parent for path in written}]:
             fsync(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        self._leases.confirm(record.name)  # after this, who takes the key over first takes `made` away
         self.set_aside(record.kind, record.key)  # one that no longer matched its record
         made.rename(folder)
         fsync(folder.parent)
+        self._leases.forget_work(record.name)
         self.remember(record)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
@@ -157,47 +177,91 @@ class Store:
     def lock(self, stage: Stage | str, key: str, *, waiting: "Waiting") -> Iterator[IO[bytes]]:
         """Holds the key's lock alone; yields its file, which workers inherit as their output, so that the lock is free exactly
         when nobody works under it any more. Waits while another holds it, telling `waiting`.
+
+        LeaseLostError, whatever else went wrong inside, if another machine took the key over meanwhile.
         """
-        with self._open_log(stage, key) as file:
-            _acquire(file, fcntl.LOCK_EX, waiting)
-            _holder_file(file).write_text(f"process {os.getpid()}", encoding="utf-8")
-            yield file
+        name = _name(stage, key)
+        with self.open_log(stage, key) as file:
+            self._wait(lambda: self._flock(file, name, fcntl.LOCK_EX), waiting)
+            self._wait(lambda: self._leases.try_alone(name), waiting)
+            try:
+                yield file
+            except (StageError, OSError):
+                self._leases.raise_if_lost(name, look=True)
+                raise
+            finally:
+                self._leases.release(name)
+
+    def confirm(self, stage: Stage | str, key: str) -> None:
+        """LeaseLostError if the key's lock was held alone and is another machine's by now, asked right before a deed."""
+        self._leases.confirm(_name(stage, key))
+
+    def raise_if_lost(self, stage: Stage | str, key: str) -> None:
+        """LeaseLostError if the key's lock was held alone and is another machine's by now."""
+        self._leases.raise_if_lost(_name(stage, key))
 
     @contextlib.contextmanager
     def reading(self, records: Iterable[Record], *, waiting: "Waiting") -> Iterator[None]:
         """Holds the locks of artifacts together with others who read them, so that nobody removes them meanwhile."""
-        with contextlib.ExitStack() as files:
+        with contextlib.ExitStack() as held:
             for record in records:
-                _acquire(files.enter_context(self._open_log(record.kind, record.key)), fcntl.LOCK_SH, waiting)
+                file, name = held.enter_context(self.open_log(record.kind, record.key)), record.name
+                self._wait(partial(self._flock, file, name, fcntl.LOCK_SH), waiting)
+                lease = self._wait(partial(self._leases.try_reading, name), waiting)
+                held.callback(lease.release)
             yield
 
     @contextlib.contextmanager
     def lock_if_free(self, kind: str, key: str) -> Iterator[bool]:
         """Holds the key's lock alone if nobody works under it or reads its artifact; yields whether that is so."""
-        with self._open_log(kind, key) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        name = _name(kind, key)
+        with self.open_log(kind, key) as file:
+            free = _locked(file, fcntl.LOCK_EX) and self._leases.is_free(name)
+            if not (free and isinstance(self._leases.try_alone(name), Lease)):
                 yield False
-            else:
+                return
+            try:
                 yield True
+            finally:
+                self._leases.release(name)
 
     def is_free(self, kind: str, key: str) -> bool:
         """Whether nobody holds the key's lock now; leaves no trace."""
-        try:
-            with self.log(kind, key).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return True
-        except BlockingIOError:
-            return False
-        return True
+        with contextlib.ExitStack() as files:
+            with contextlib.suppress(FileNotFoundError):
+                if not _locked(files.enter_context(self.log(kind, key).open("rb")), fcntl.LOCK_EX):
+                    return False
+            return self._leases.is_free(_name(kind, key))
 
-    def _open_log(self, stage: Stage | str, key: str) -> IO[bytes]:
-        path = self.log(stage, key)
-        try:
+    def _flock(self, file: IO[bytes], name: str, mode: int) -> bool | str:
+        """Takes the key's lock of this machine; else says who is in the way."""
+        return _locked(file, mode) or self._leases.holder_of(name) or UNKNOWN
+
+    def _wait(self, attempt: Callable[[], T | str], waiting: "Waiting") -> T:
+        """What `attempt` gives once it no longer says who is in the way."""
+        looks, told = 0, False
+        while isinstance(found := self._writable(attempt), str):
+            looks += 1
+            if not told and (found != UNKNOWN or looks > UNKNOWN_LOOKS):
+                waiting.started(found)
+                told = True
+            waiting.tick()
+            time.sleep(0.1)
+        return found
+
+    def open_log(self, stage: Stage | str, key: str) -> IO[bytes]:
+        """The log of a key on this machine, to be appended to; its lock is not held."""
+
+        def opened() -> IO[bytes]:
+            path = self.log(stage, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("ab")
+
+        return self._writable(opened)
+
+    def _writable(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
         except OSError as error:
             if error.errno not in NOT_WRITABLE:
                 raise
@@ -217,30 +281,12 @@ class Waiting:
         """Called several times a second while waiting; raise to give up."""
 
 
-def _acquire(file: IO[bytes], mode: int, waiting: Waiting) -> None:
-    told = False
-    while True:
-        try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                waiting.started(_holder(file))
-                told = True
-            waiting.tick()
-            time.sleep(0.1)
-        else:
-            return
-
-
-def _holder_file(log: IO[bytes]) -> Path:
-    return Path(log.name).with_suffix(".holder")
-
-
-def _holder(log: IO[bytes]) -> str:
+def _locked(file: IO[bytes], mode: int) -> bool:
     try:
-        return _holder_file(log).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return "another process"
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def default_cache(recipe: Path, asked: Path | None) -> Path:

@@ -1,6 +1,7 @@
 """One process of a launched stage: reads the job file, runs the stage, and leaves `result.json` or `error.json` in scratch.
 
-It ends at once when its standard input closes: then the run that started it is gone, and an orphan must not write.
+It ends at once when its standard input closes: then the run that started it is gone, and an orphan must not write. It also
+ends when its job file is gone: then another run took its work over.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import traceback
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +41,7 @@ REPORTED_VERSIONS = (
     "xllamacpp",
 )
 
+WATCH_SECONDS = 1.0
 EXIT_FAILED, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 5, 130, 4
 # What machines do to a training, and torch says with a RuntimeError; anything else would only happen again.
 MACHINES = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
@@ -52,6 +55,7 @@ def main() -> int:
     scratch = Path(job.work) / SCRATCH
     known = living.announce(scratch, str(rank))  # noqa: F841  # the lock on it lasts as long as this process
     watch_parent()
+    watch_job(Path(job_path))
     try:
         if flags == ["--prepare"]:
             stage, context = _open(job, scratch, rank)
@@ -105,6 +109,27 @@ def watch_parent() -> None:
         os._exit(EXIT_ORPHANED)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+def watch_job(path: Path) -> None:
+    """Ends this process when its job file is moved away."""
+
+    def watch() -> None:
+        while _may_exist(path):
+            time.sleep(WATCH_SECONDS)
+        os._exit(EXIT_ORPHANED)
+
+    threading.Thread(target=watch, daemon=True, name="job-watch").start()
+
+
+def _may_exist(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # a disk of the network may answer again
+    return True
 
 
 def versions() -> dict[str, str]:

@@ -37,16 +37,22 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     of_published.add_argument(
         "--data", action="append", default=[], type=Path, metavar="DIR", help="where its input files may be, under any name"
     )
-    sub.add_argument("--processes", metavar="N", help="processes of each training, instead of [parallel]")
+    sub.add_argument("--processes", metavar="N", help="processes of each training on a machine, instead of [parallel]")
+    sub.add_argument("--machines", type=int, metavar="N", help="machines that train together, each with such a run")
+    sub.add_argument("--machine-rank", type=int, metavar="K", help="which of them this is, from 0")
+    sub.add_argument("--main-address", metavar="HOST[:PORT]", help="where the machine of rank 0 is")
 
 
 def main(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
     from runner.cost import expected_seconds
     from runner.execute import Execution
+    from runner.joining import Joining
+    from runner.machines import Asked, layout_of
     from runner.plan import Plan
     from runner.progress import make_progress
     from runner.stage_run import StopRequest
+    from runner.team import Team, opened
 
     store = store_of(options, Path("recipe.toml") if isinstance(options.recipe, str) else options.recipe)
     published = None
@@ -64,7 +70,8 @@ def main(options: argparse.Namespace) -> int:
         for name in options.force:
             if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
                 raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
-    remote = remote_of(options, recipe)
+    asked = Asked(options.machines, options.machine_rank, options.main_address)
+    layout, remote = layout_of(recipe.head.parallel, asked), remote_of(options, recipe)
     if published is not None:
         from runner import confirm
 
@@ -78,9 +85,18 @@ def main(options: argparse.Namespace) -> int:
     stop = StopRequest()
     stop.install()
     try:
-        Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
-            until=options.until, force=options.force
-        )
+        if layout.machines == 1:
+            Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
+                until=options.until, force=options.force
+            )
+        elif layout.is_main:
+            source = remote if recipe.head.cache.upload else None
+            with opened(Team(layout, store.root, remote=source, note=progress.note, stop=stop)) as team:
+                run = Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite, team=team)
+                run.run(until=options.until, force=options.force)
+        else:
+            joining = Joining(recipe, store, progress, stop, remote=remote, layout=layout)
+            joining.run(until=options.until, force=bool(options.force))
     finally:
         progress.close()
     if published is not None:

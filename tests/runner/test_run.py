@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from small_recipe import ALL_CACHED, RECIPE, WORDS, Folder
 
+from runner.heartbeat import this_machine
+from runner.store import Store
+
 
 def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:
     done = finished.call("run", str(finished.recipe), PYTHONPROFILEIMPORTTIME="1")
@@ -105,7 +108,7 @@ def test_a_finished_stage_whose_record_was_not_copied_yet_serves_those_below_it(
 def test_an_input_that_changes_while_the_run_waits_is_read_under_its_new_key(folder: Folder, tmp_path: Path) -> None:
     fresh = tmp_path / "cache"
     plan = json.loads(folder.call("plan", str(folder.recipe), "--json", "--cache", str(fresh)).stdout)
-    log = fresh / "logs" / f"corpus-{plan['stages'][0]['key']}.log"
+    log = Store(fresh).log("corpus", plan["stages"][0]["key"])
     log.parent.mkdir(parents=True)
     with log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -193,17 +196,9 @@ def test_kill_9_of_a_run_ends_its_workers_and_the_next_run_ends_with_the_same_di
     assert [folder.digest(name) for name in ALL_CACHED] == [finished.digest(name) for name in ALL_CACHED]
 
 
-def workers_of(folder: Folder) -> list[str]:
-    """Command lines of living processes that work in the folder's cache."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder.cache) in line:
-            found.append(line)
-    return found
+def workers_of(folder: Folder) -> list[int]:
+    """Living processes that work in the folder's cache."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(folder.cache))]
 
 
 def test_a_killed_worker_is_told_with_its_signal(tmp_path: Path) -> None:
@@ -211,9 +206,8 @@ def test_a_killed_worker_is_told_with_its_signal(tmp_path: Path) -> None:
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: workers_of(folder))
-    pids = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(folder.cache))]
-    for pid in pids:
-        os.kill(int(pid), signal.SIGKILL)
+    for pid in workers_of(folder):
+        os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 3
     assert "stage 'corpus': its worker was killed by signal 9 (out of memory, perhaps)" in errors
@@ -239,14 +233,18 @@ def test_an_interrupted_run_exits_with_130_and_goes_on(tmp_path: Path) -> None:
     assert folder.run().returncode == 0
 
 
-def test_runs_side_by_side_make_each_stage_once(tmp_path: Path) -> None:
+def test_eight_runs_side_by_side_make_each_stage_once_and_say_for_whom_they_wait(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "crowd")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     crowd = [
         subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(8)
     ]
     errors = [process.communicate()[1] for process in crowd]
-    assert [process.returncode for process in crowd] == [0, 0, 0], errors
+    assert [process.returncode for process in crowd] == [0] * 8, errors
     for stage in ALL_CACHED:
-        assert sum(f"{stage:<9}  done in" in text for text in errors) == 1
+        (maker,) = (number for number, text in enumerate(errors) if f"{stage:<9}  done in" in text)
+        waited = [text for text in errors if f"{stage}: waiting for" in text]
+        assert any(f"process {crowd[maker].pid} on {this_machine().host}" in text for text in waited), waited
+    assert len(list((folder.cache / "stages").iterdir())) == 3
+    assert not list((folder.cache / "holders").iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from runner.artifacts import SCRATCH
+from runner.heartbeat import this_machine
 from runner.recipe import stage_kinds
 from runner.store import Store, Waiting, default_cache
 
@@ -135,7 +136,7 @@ def test_a_second_run_of_a_key_waits_and_is_told_for_whom(tmp_path: Path, stage:
     told = Told()
     told.tick = release.set  # type: ignore[method-assign]  # the first tick lets the holder go
     with Store(tmp_path).lock(stage, KEY, waiting=told):
-        assert told.holders == [f"process {holder.pid}"]
+        assert told.holders == [f"process {holder.pid} on {this_machine().host}"]
     holder.join()
 
 
