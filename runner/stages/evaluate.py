@@ -91,7 +91,9 @@ class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_checkpoint(checkpoint.folder, device=device)
         tokenizer = TextTokenizer.load(checkpoint.folder)
-        others = {task.against: context.open(task.against).folder for task in self.tasks if isinstance(task, ComparisonTask)}
+        others = {
+            str(task.against): context.open(task.against).folder for task in self.tasks if isinstance(task, ComparisonTask)
+        }
         subject = Subject(model, tokenizer, checkpoint.folder, context.scratch, others, device)
         outcomes: dict[str, Outcome] = {}
         for task in self.tasks:

@@ -102,7 +102,7 @@ def run_in_this_process(recipe: Path, work: Path, make_context: Callable[..., Co
     stages = load_recipe(recipe).stages
     made: dict[str, Path] = {}
     records: dict[str, dict[str, Any]] = {}
-    for name in in_order(stages):
+    for name in in_order(inputs_of(stages)):
         sources = inputs_of(stages)[name]
         context = make_context(name, inputs={source: made[source] for source in sources}, records=records)
         stages[name].prepare(context)

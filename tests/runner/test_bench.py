@@ -161,7 +161,7 @@ def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> 
     assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
 
 
-def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job = recipe_job(load_recipe(recipe), Store(recipe.parent / "cache"), seconds=0.1, compiled=False, only=["processes"])
     found = measure(replace(job, subject={**job.subject, "cores": 2}))
     candidates = found["processes"]["candidates"]
@@ -171,7 +171,7 @@ def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capsys: p
         assert min(quotients) <= one["share_of_one"] <= max(quotients)
     assert candidates["one"]["share_of_one"] == 1
     show(found)
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "2 processes, fsdp" in printed and f"{candidates['ddp']['tokens_per_second']:,.0f}" in printed
     with pytest.raises(StageError):
         measure(replace(job, subject={**job.subject, "cores": 1}))
