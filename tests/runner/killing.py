@@ -87,13 +87,12 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
     A recipe that comes to its end has to have the digests `wanted`, and if that is too early it begins with an empty cache.
     """
     choose, figures = random.Random(seed), Figures()
+    process = victim.start()
     while figures.kills.total() < kills:
         target, number = choose.choice(TARGETS), choose.choice(SIGNALS)
         delay, pick = choose.uniform(0, longest), choose.random()
-        process, below = victim.start(), list[psutil.Process]()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(delay)
-        if process.returncode is None:
+        below = list[psutil.Process]()
+        if not _ends(process, within=delay):
             below = psutil.Process(process.pid).children(recursive=True)
             figures.amid[victim.working_on()] += 1
             hit = [below[int(pick * len(below))].pid] if below and target != "parent" else []
@@ -102,6 +101,8 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             figures.kills[f"{target if below else 'parent'}, {number.name}"] += 1
+            if process.pid not in hit and not _ends(process, within=longest):
+                continue  # without its tracker, or after it has begun again: what is hit next is the same run
         process.wait(PATIENCE)
         figures.codes[process.returncode] += 1
         _assert_it_ended_well(process.returncode, number, victim.said.read_text(errors="replace"))
@@ -111,9 +112,19 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
             _assert_finished(victim, wanted, figures)
             if figures.kills.total() < kills:
                 shutil.rmtree(victim.cache)
+        process = victim.start()
+    process.wait()
     victim.run()
     _assert_finished(victim, wanted, figures)
     return figures
+
+
+def _ends(process: "subprocess.Popen[bytes]", *, within: float) -> bool:
+    try:
+        process.wait(within)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _assert_finished(victim: Victim, wanted: dict[str, str], figures: Figures) -> None:
