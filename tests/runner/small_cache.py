@@ -6,7 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runner.artifacts import METRICS, SCRATCH, Adapter, Artifact, Checkpoint, Corpus, Release, Scores, Tokenizer, Tokens
+from runner.artifacts import (
+    METRICS,
+    SCRATCH,
+    Adapter,
+    Artifact,
+    Checkpoint,
+    Corpus,
+    Gguf,
+    Parity,
+    Release,
+    Scores,
+    Tokenizer,
+    Tokens,
+)
 from runner.recipe import stage_kinds
 from runner.record import Record
 from runner.store import Store
@@ -19,6 +32,8 @@ FILES: dict[type[Artifact], list[str]] = {
     Checkpoint: MODEL,
     Adapter: ["adapter_config.json", "adapter_model.safetensors"],
     Scores: ["scores.json", "errors.jsonl"],
+    Gguf: ["model-F32.gguf", "Modelfile"],
+    Parity: ["parity.json"],
     Release: [*MODEL, "scores.json", "recipe.toml", "README.md", "recipe.lock.json"],
 }
 

@@ -197,7 +197,7 @@ def test_a_published_model_is_made_again_elsewhere_and_pushed_nowhere(
     commits = summaries(world.hub, REPO)
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes", "--data", elsewhere.root) == 0
     told = capsys.readouterr().err
-    assert "1 of 1 results are those published" in told
+    assert "2 of 2 results are those published" in told
     assert "made here" in told
     assert summaries(world.hub, REPO) == commits
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes") == 0
@@ -211,8 +211,9 @@ def test_without_a_yes_a_published_model_is_only_shown(
     assert elsewhere.call("run", f"hf://{REPO}", "--data", world.root) == 2
     told = capsys.readouterr()
     assert "nothing was run, since there is no terminal to ask at; pass --yes to run it" in told.err
-    assert [line.split()[:3] for line in told.err.splitlines()[1:3]] == [
+    assert [line.split()[:3] for line in told.err.splitlines()[1:4]] == [
         ["base", "checkpoint", "run"],
+        ["release-parity", "parity", "waiting"],
         ["release", "publish", "waiting"],
     ]
     monkeypatch.setattr("sys.stdin", Terminal(answers))
@@ -265,8 +266,9 @@ def test_what_differs_from_the_lock_is_shown(world: World, elsewhere: World, cap
     repository = world.hub.repositories[REPO]
     head = repository.commits[repository.branches["main"]]
     lock = json.loads(head.files["recipe.lock.json"].data)
-    lock["stages"]["base"]["versions"]["torch"] = "1.0.0"
-    lock["stages"]["base"]["hardware"] |= {"cores": 1234, "gpus": ["NVIDIA \x1b[31mH100"]}
+    for locked in lock["stages"].values():
+        locked["versions"]["torch"] = "1.0.0"
+        locked["hardware"] |= {"cores": 1234, "gpus": ["NVIDIA \x1b[31mH100"]}
     lock["stages"]["base"]["key"] = "0" * 64
     changed = type(head.files["recipe.lock.json"])(json.dumps(lock).encode(), lfs=False)
     repository.commit("main", "changed", {**head.files, "recipe.lock.json": changed})

@@ -19,11 +19,13 @@ from llm.checkpoint import load_checkpoint
 from llm.models.llama import gguf as llama
 from runner.artifacts import Gguf, Parity
 from runner.recipe import load_recipe
-from runner.stage import Context
+from runner.stage import Context, Lineage
 from runner.stages.gguf import WriteGguf
 from runner.stages.parity import CheckParity
 
 WORDS = ["tokens", "chats"]
+
+ALONE = Lineage({}, {})  # what is compared needs no other record
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
     assert metrics["prompts"] == 5  # the last was cut
     assert set(metrics["sentences"]) == {"en", "zh"}
     assert metrics["checks"][2]["measured"]["largest_difference"] < 1e-4
-    (verdict,) = stage.verdicts(metrics)
+    (verdict,) = stage.verdicts(metrics, ALONE)
     assert verdict.passed
     assert str(verdict) == "11 comparisons equal, in Transformers, llama.cpp f32, llama.cpp q8_0"
 
@@ -85,7 +87,7 @@ def test_without_llama_cpp_its_files_are_told_as_not_checked(
     context = make_context(inputs={"release": checkpoint, "gguf": files})
     stage = parity(rows, gguf="gguf")
     metrics = stage.run(context)
-    verdict = stage.verdicts(metrics)[-1]
+    verdict = stage.verdicts(metrics, ALONE)[-1]
     assert verdict.passed
     assert str(verdict).startswith("llama.cpp f32: not checked: it is not installed here")
     last = json.loads(Parity(context.work).results.read_text())["checks"][-1]
@@ -100,7 +102,7 @@ def test_a_fault_in_one_file_fails_its_verdicts_alone(
     (files / "model-BF16.gguf").write_bytes(b"GGUF" + bytes(64))
     context = make_context(inputs={"release": checkpoint, "gguf": files})
     stage = parity(rows, gguf="gguf")
-    failed = [str(verdict) for verdict in stage.verdicts(stage.run(context)) if not verdict.passed]
+    failed = [str(verdict) for verdict in stage.verdicts(stage.run(context), ALONE) if not verdict.passed]
     assert [sentence.split(": not equal: ")[0] for sentence in failed] == [
         "llama.cpp bf16",
         "llama.cpp f32: likelihoods",
