@@ -20,6 +20,7 @@ from llm.settings import Settings
 NORMS = 50  # steps whose gradient norms make the running median
 LEAST_NORMS = 20  # steps before one is judged by it
 SPEEDS = 5  # reports before one is judged by the speed of those before
+SLOW_REPORTS, SLOW_SECONDS = 3, 60.0  # in a row and in all, before it is no hiccup or pause of the machine
 MOST_SKIPPED = 50  # steps in a row; by then the running median has followed, so what still goes on is no spike
 MOST_ROLLBACKS = 10  # of one training
 
@@ -85,7 +86,7 @@ class ValidationAlert(Alert):
 
 
 class ThroughputAlert(Alert):
-    """Training has become slow."""
+    """Training has become slow, for a minute and three reports at least."""
 
     below: float = Field(0.3, gt=0, lt=1)
     """A share of the median speed since this run began."""
@@ -195,6 +196,7 @@ class Judge:
         self.alerts = alerts
         self._warmup = warmup_steps
         self._speeds: list[float] = []  # of this run alone: another machine has another
+        self._slow: list[float] = []  # seconds of the last reports, as far back as all were slow
 
     @property
     def each_step(self) -> bool:
@@ -230,8 +232,8 @@ class Judge:
         text = f"the gradient norm at step {step} is {norm:.4g}, and the median of the last {len(memory.norms)} is {usual:.4g}"
         return self._spoken(memory, "gradient_norm", spike, spiky, text, this, spiky.back)
 
-    def report(self, memory: Memory, steps: range, *, loss: float | None, speed: float) -> Iterator[Finding]:
-        """Judges the mean loss of some steps (None: all were skipped), and tokens per second."""
+    def report(self, memory: Memory, steps: range, *, loss: float | None, speed: float, seconds: float) -> Iterator[Finding]:
+        """Judges the mean loss of some steps (None: all were skipped), and the tokens per second over so many seconds."""
         alert = self.alerts.loss
         judged = steps.stop > max(self._warmup, alert.after) and alert.action != "off"
         if loss is not None:
@@ -242,10 +244,10 @@ class Judge:
         slow = self.alerts.throughput
         usual = median(self._speeds) if len(self._speeds) >= SPEEDS else 0.0
         self._speeds = [*self._speeds, speed][-NORMS:]
+        self._slow = [*self._slow, seconds] if speed < slow.below * usual else []
+        lasting = len(self._slow) >= SLOW_REPORTS and sum(self._slow) >= SLOW_SECONDS
         text = f"at step {steps.stop} training makes {speed:,.0f} tokens/s, and {usual:,.0f} was usual"
-        if found := self._spoken(
-            memory, "throughput", slow.action != "off" and speed < slow.below * usual, slow, text, steps, 0
-        ):
+        if found := self._spoken(memory, "throughput", slow.action != "off" and lasting, slow, text, steps, 0):
             yield found
 
     def validation(self, memory: Memory, step: int, *, found: float, loss: float | None) -> Iterator[Finding]:

@@ -231,7 +231,7 @@ class Loop:
             tokens_per_second=speed,
         )
         self._tokens, self._since = 0, now
-        self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed))
+        self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
 
     def validate(self, progress: Progress, validation: Validation) -> None:
         """Measure the loss on held-out text; training goes on as if it had not happened."""

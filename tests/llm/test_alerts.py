@@ -213,11 +213,17 @@ def test_a_rising_validation_and_a_gap_are_told_once_each(tmp_path: Path) -> Non
     assert len(said(lines, "gap")) == 1 and "and the training loss" in said(lines, "gap")[0]
 
 
-def test_speed_that_collapses_is_told_against_the_usual_one() -> None:
-    judge, memory = Judge(Alerts(), warmup_steps=0), Memory()
-    speeds = [100.0, 110.0, 90.0, 100.0, 100.0, 50.0, 20.0, 25.0, 100.0, 29.0]
-    told = [[one.alert for one in judge.report(memory, range(9, 10), loss=1.0, speed=speed)] for speed in speeds]
-    assert told == [[], [], [], [], [], [], ["throughput"], [], [], ["throughput"]]
+def test_speed_that_collapses_for_a_while_is_told_once_against_the_usual_one() -> None:
+    judge, memory, steps = Judge(Alerts(), warmup_steps=0), Memory(), range(9, 10)
+
+    def told(speed: float, *, seconds: float = 25.0) -> list[str]:
+        return [one.alert for one in judge.report(memory, steps, loss=1.0, speed=speed, seconds=seconds)]
+
+    assert [told(speed) for speed in (100.0, 110.0, 90.0, 100.0, 100.0, 50.0)] == [[]] * 6
+    assert [told(speed) for speed in (20.0, 29.0, 25.0, 25.0)] == [[], [], ["throughput"], []]
+    assert [told(100.0), told(20.0, seconds=300.0), told(100.0)] == [[]] * 3  # the machine was stopped
+    assert [told(20.0, seconds=1.0) for _ in range(4)] == [[]] * 4
+    assert told(20.0, seconds=60.0) == ["throughput"]
 
 
 def test_endless_skips_and_rollbacks_end_in_an_error(tmp_path: Path) -> None:
