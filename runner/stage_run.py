@@ -17,7 +17,6 @@ import tomli_w
 from runner import launch, living
 from runner.alerts import Notices
 from runner.artifacts import METRICS, SCRATCH
-from runner.attempts import Attempts
 from runner.errors import PausedError, StageError
 from runner.graph import input_files, plain
 from runner.job import ERROR, JOB, PAUSED, PREPARED, RESULT, STOP, Job
@@ -25,6 +24,7 @@ from runner.machines import ALONE, Layout
 from runner.plan import Entry, Plan
 from runner.progress import Follower, Progress, duration
 from runner.recipe import Recipe
+from runner.recovery import Recovery
 from runner.secrets import redact
 from runner.stage import Stage
 from runner.store import Store
@@ -90,9 +90,9 @@ class StageRun:
         if not stage.trains:
             self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
             return {"processes": 1, **self._result()}
-        attempts = Attempts(self._scratch, parallel, processes=self._local * self._layout.machines)
+        recovery = Recovery(self._scratch, parallel, processes=self._local * self._layout.machines)
         while True:
-            processes = attempts.processes
+            processes = recovery.processes
             layout, team = (self._layout, self._team) if processes > 1 else (ALONE, None)
             watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
             try:
@@ -101,7 +101,7 @@ class StageRun:
                 self._train(processes, layout, stop, watchdog=watchdog, tick=team.check if team else None)
             except MachineError as fault:
                 cause = "; ".join([*(team.causes() if team else []), fault.cause])
-                then = attempts.after(cause, step=self._view.step)
+                then = recovery.after(cause, step=self._view.step)
                 if then is None:
                     raise MachineError(self._entry.name, cause, fault.details) from fault
                 text = f"{self._entry.name}: {cause}; it {then}"
@@ -109,7 +109,7 @@ class StageRun:
                 notices.send(text)
             else:
                 machines = {"machines": layout.machines} if layout.machines > 1 else {}
-                faults = {"faults": attempts.faults} if attempts.faults else {}
+                faults = {"faults": recovery.faults} if recovery.faults else {}
                 return {"processes": processes, **machines, **faults, **self._result()}
 
     def join(self, progress: Progress, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:

@@ -23,9 +23,9 @@ print(carry(path, folder, Group()))
 def test_a_checkpoint_reaches_a_process_that_does_not_see_it_and_no_other(tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     weights = {"weight": torch.arange(12.0)}
-    path = write(folders[0], TrainingState(weights, {"weight/moment": torch.ones(3)}, {"step": 7}))
+    path = write(folders[0], TrainingState(weights, {"weight/moment": torch.ones(3)}, {"step": 7}), kept=2)
     other = TrainingState(weights, {}, {"step": 7})
-    write(folders[1], other)  # of the same name, and not the same
+    write(folders[1], other, kept=2)  # of the same name, and not the same
     before = path.stat().st_mtime_ns
     port = str(_free_port())
     ranks = {

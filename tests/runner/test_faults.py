@@ -12,7 +12,7 @@ import pytest
 from test_run import RECIPE, Folder, wait_for
 
 from runner import living
-from runner.attempts import Attempts
+from runner.recovery import Recovery
 from runner.stage import Parallel
 from runner.watchdog import COUNTED_SECONDS, FIRST_SECONDS, HEARTBEAT, Watchdog
 
@@ -107,13 +107,13 @@ def test_what_is_wrong_with_the_recipe_is_not_retried(fresh: Folder) -> None:
 
 
 def test_retries_are_counted_from_the_furthest_step_and_the_fallback_is_one_process(tmp_path: Path) -> None:
-    attempts = Attempts(tmp_path, Parallel(retries=1), processes=4)
-    said = [attempts.after("a fault", step=step) for step in (10, 10, 10, 5)]
+    recovery = Recovery(tmp_path, Parallel(retries=1), processes=4)
+    said = [recovery.after("a fault", step=step) for step in (10, 10, 10, 5)]
     assert [(text or "").partition(" ")[0] for text in said] == ["begins", "goes", "begins", ""]
-    assert [fault["processes"] for fault in attempts.faults] == [4, 4, 1, 1] and attempts.faults[-1]["then"] == "gave up"
-    assert Attempts(tmp_path, Parallel(), processes=4).faults == attempts.faults  # a run that is taken up again knows them
-    attempts = Attempts(tmp_path / "none", Parallel(retries=1, fallback="none"), processes=4)
-    assert [attempts.after("a fault", step=step) is None for step in (10, 20, 20, 20)] == [False, False, True, True]
+    assert [fault["processes"] for fault in recovery.faults] == [4, 4, 1, 1] and recovery.faults[-1]["then"] == "gave up"
+    assert Recovery(tmp_path, Parallel(), processes=4).faults == recovery.faults  # a run that is taken up again knows them
+    recovery = Recovery(tmp_path / "none", Parallel(retries=1, fallback="none"), processes=4)
+    assert [recovery.after("a fault", step=step) is None for step in (10, 20, 20, 20)] == [False, False, True, True]
 
 
 def test_the_watchdog_waits_many_times_the_longest_step_and_longer_for_the_first(tmp_path: Path) -> None:

@@ -242,9 +242,13 @@ def test_eight_runs_side_by_side_make_each_stage_once_and_say_for_whom_they_wait
     ]
     errors = [process.communicate()[1] for process in crowd]
     assert [process.returncode for process in crowd] == [0] * 8, errors
+    waits = 0
     for stage in ALL_CACHED:
         (maker,) = (number for number, text in enumerate(errors) if f"{stage:<9}  done in" in text)
-        waited = [text for text in errors if f"{stage}: waiting for" in text]
-        assert any(f"process {crowd[maker].pid} on {this_machine().host}" in text for text in waited), waited
+        waited = [line for text in errors for line in text.splitlines() if line.startswith(f"{stage}: waiting for")]
+        waits += len(waited)
+        if waited:  # a stage that is made at once may keep nobody waiting
+            assert any(f"process {crowd[maker].pid} on {this_machine().host}" in line for line in waited), waited
+    assert waits
     assert len(list((folder.cache / "stages").iterdir())) == 3
     assert not list((folder.cache / "holders").iterdir())

@@ -15,7 +15,7 @@ from runner.stage import Parallel
 FAULTS = "faults.json"  # in scratch, so that they outlive the run
 
 
-class Attempts:
+class Recovery:
     """In how many processes a training is to begin next, and the faults so far."""
 
     def __init__(self, scratch: Path, parallel: Parallel, *, processes: int) -> None:
