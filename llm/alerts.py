@@ -243,8 +243,10 @@ class Judge:
                 yield found
         slow = self.alerts.throughput
         usual = median(self._speeds) if len(self._speeds) >= SPEEDS else 0.0
-        self._speeds = [*self._speeds, speed][-NORMS:]
-        self._slow = [*self._slow, seconds] if speed < slow.below * usual else []
+        if speed < slow.below * usual:  # and never part of what is usual
+            self._slow.append(seconds)
+        else:
+            self._slow, self._speeds = [], [*self._speeds, speed][-NORMS:]
         lasting = len(self._slow) >= SLOW_REPORTS and sum(self._slow) >= SLOW_SECONDS
         text = f"at step {steps.stop} training makes {speed:,.0f} tokens/s, and {usual:,.0f} was usual"
         if found := self._spoken(memory, "throughput", slow.action != "off" and lasting, slow, text, steps, 0):
