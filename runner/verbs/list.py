@@ -6,7 +6,6 @@ from pathlib import Path
 
 import tomli
 
-import runner
 from runner.errors import RecipeError
 
 FACTS = ("Hardware", "Time", "Result")  # how lines of a recipe's header begin
@@ -14,7 +13,7 @@ FACTS = ("Hardware", "Time", "Result")  # how lines of a recipe's header begin
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """What may follow the verb."""
-    shipped = Path(next(iter(runner.__path__))).parent / "recipes"
+    shipped = Path(__file__).parents[2] / "recipes"
     sub.add_argument(
         "folder", type=Path, nargs="?", default=shipped, metavar="FOLDER", help="whose recipes; else those shipped"
     )

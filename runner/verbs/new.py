@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import runner
 from runner.errors import RecipeError
 from runner.launch import gpu_count
 from runner.new_recipe import Answers, Hardware, Language, recipe_text
 from runner.recipe import load_recipe
 
-SHIPPED = Path(next(iter(runner.__path__))).parent / "recipes"
+SHIPPED = Path(__file__).parents[2] / "recipes"
 LANGUAGES: tuple[Language, ...] = ("en", "zh", "both")
 HARDWARE: tuple[Hardware, ...] = ("cpu", "gpu")
 
