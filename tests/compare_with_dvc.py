@@ -147,7 +147,7 @@ def many_stages(folder: Path) -> Path:
     path.write_text("\n".join(tables) + "\n")
     recipe, store = load_recipe(path), Store(folder / "cache")
     inputs, digests = inputs_of(recipe.stages), dict[str, str]()
-    for name in in_order(recipe.stages):
+    for name in in_order(inputs_of(recipe.stages)):
         stage = recipe.stages[name]
         artifacts = {source: digests[source] for source in inputs[name]}
         what = identity(stage, artifacts=artifacts, files=store.digests.of_inputs)
