@@ -35,7 +35,7 @@ def test_a_hundred_kills_of_the_quickstart_change_nothing(tmp_path: Path, capsys
     whole = Victim(QUICKSTART, tmp_path / "whole", *OFTEN)  # with the same options, since a release holds the recipe
     whole.run()
     victim = Victim(QUICKSTART, tmp_path / "killed", *OFTEN)
-    figures = torture(victim, kills=100, seed=0, longest=25.0, wanted=whole.digests())
+    figures = torture(victim, kills=100, seed=0, longest=10.0, wanted=whole.digests())
     with capsys.disabled():
         print(f"\n{figures}")
     assert len(figures.amid) > 6, "stages of many kinds were hit"
