@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Victim:
         return [sys.executable, "-m", "runner.cli", verb, str(self.recipe), *self.options, *more, "--cache", str(self.cache)]
 
     def start(self) -> "subprocess.Popen[bytes]":
-        with self.said.open("wb") as said:
+        with self.said.open("wb") as said, _interrupts_heard():
             return subprocess.Popen(self.command("run"), stdout=said, stderr=said, start_new_session=True)
 
     def run(self) -> None:
@@ -103,7 +104,7 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
             figures.kills[f"{target if below else 'parent'}, {number.name}"] += 1
             if process.pid not in hit and not _ends(process, within=longest):
                 continue  # without its tracker, or after it has begun again: what is hit next is the same run
-        process.wait(PATIENCE)
+        assert _ends(process, within=PATIENCE), f"after {target} {number.name}: it goes on; {figures}"
         figures.codes[process.returncode] += 1
         _assert_it_ended_well(process.returncode, number, victim.said.read_text(errors="replace"))
         alive = psutil.wait_procs([*below, *victim.processes()], timeout=PATIENCE)[1]
@@ -117,6 +118,18 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
     victim.run()
     _assert_finished(victim, wanted, figures)
     return figures
+
+
+@contextlib.contextmanager
+def _interrupts_heard() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts: a run would not hear the first one
+    before it has taken signals over. Inside, it is started as one in front.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ends(process: "subprocess.Popen[bytes]", *, within: float) -> bool:
