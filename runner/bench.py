@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from llm.bench.subject import Subject, reference
-from runner import launch
 from runner.artifacts import Tokens
+from runner.cache.store import Store
 from runner.errors import RecipeError, StageError
 from runner.files import write_whole
 from runner.plan import Plan
 from runner.recipe import Recipe
-from runner.stage_run import available_cores
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
-from runner.store import Store
+from runner.workers import launch
+from runner.workers.stage_run import available_cores
 
 if TYPE_CHECKING:
     from rich.table import Table

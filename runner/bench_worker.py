@@ -16,9 +16,9 @@ from llm.errors import InputError
 from runner.artifacts import METRICS
 from runner.bench import JOB, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
 from runner.files import write_whole
-from runner.progress import Follower
 from runner.track import Tracker
-from runner.worker import EXIT_FAILED, Report, hardware, versions, watch_parent
+from runner.views.progress import Follower
+from runner.workers.worker import EXIT_FAILED, Report, hardware, versions, watch_parent
 
 if TYPE_CHECKING:
     import psutil

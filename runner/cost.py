@@ -15,17 +15,17 @@ from typing import Any
 
 from llm.models import architectures
 from runner.artifacts import Checkpoint
+from runner.cache.record import Record
+from runner.cache.store import Store
 from runner.graph import edges
-from runner.launch import gpu_count
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.recipe import Recipe
-from runner.record import Record
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.row_training import PackedTraining, RowTraining
 from runner.stages.tokenizer import TrainTokenizer
 from runner.stages.training import TrainingStage
-from runner.store import Store
+from runner.workers.launch import gpu_count
 
 AHEAD = (*RUNNABLE, "waiting")  # states of what will run
 BYTES_PER_TOKEN = 4.0  # of text, where nothing better is known

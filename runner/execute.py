@@ -8,24 +8,24 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import IO
 
-from runner import verdicts
-from runner.alerts import Notices
+from runner.cache.lease import LeaseLostError
+from runner.cache.record import Record
+from runner.cache.remote import Mirror
+from runner.cache.runs import note_run
+from runner.cache.store import Store, Waiting
 from runner.code import code_digest
 from runner.errors import GateError, StageError
 from runner.graph import input_files
-from runner.lease import LeaseLostError
+from runner.judging import verdicts
 from runner.machines import ALONE
+from runner.machines.team import Team
 from runner.plan import RUNNABLE, Entry, Plan
-from runner.progress import Progress, duration
 from runner.recipe import Recipe
-from runner.record import Record
-from runner.remote import Mirror
-from runner.runs import note_run
 from runner.stage import Acting
-from runner.stage_run import StageRun, StopRequest
-from runner.store import Store, Waiting
-from runner.team import Team
 from runner.track import Tracker
+from runner.views.progress import Progress, duration
+from runner.workers.alerts import Notices
+from runner.workers.stage_run import StageRun, StopRequest
 
 
 class Execution:

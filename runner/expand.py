@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from runner.faults import shown
 from runner.graph import ancestors, inputs_of, renamed, sources_of
+from runner.reading.faults import shown
+from runner.reading.tables import merged
 from runner.stage import Stage
-from runner.tables import merged
 
 SIGN = "@"  # between the name of a stage and the number of an attempt, from 1
 

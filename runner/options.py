@@ -6,14 +6,14 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.cache.remote import address_fault
+from runner.cache.store import Store, default_cache
 from runner.completion import stages
 from runner.errors import RecipeError
 from runner.recipe import Recipe, load_recipe
-from runner.remote import address_fault
-from runner.store import Store, default_cache
 
 if TYPE_CHECKING:
-    from runner.remote import Remote
+    from runner.cache.remote import Remote
 
 
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def remote_of(options: argparse.Namespace, recipe: Recipe) -> str | None:
 
 def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
     """The remote that the options, the environment or the recipe name; RecipeError if none does."""
-    from runner.remote import open_remote
+    from runner.cache.remote import open_remote
 
     address = remote_of(options, recipe)
     if address is None:

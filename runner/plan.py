@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner.artifacts import SCRATCH
+from runner.cache.record import Record
+from runner.cache.store import Store
 from runner.code import code_digest
 from runner.expand import Attempts, sources
 from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of, sources_of
-from runner.job import PAUSED
 from runner.recipe import Recipe
-from runner.record import Record
 from runner.stage import Effect, Lineage, Stage, Verdict
-from runner.store import Store
+from runner.workers.job import PAUSED
 
 State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "failed", "paused"]
 RUNNABLE: frozenset[State] = frozenset({"run", "resume", "paused"})

@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.settings import Budget
-from runner import launch
+from runner.cache.store import Store, Waiting
 from runner.code import code_digest
 from runner.errors import RecipeError, StageError
 from runner.files import write_whole
 from runner.graph import plain
-from runner.job import ERROR, JOB, RESULT, Job
 from runner.plan import Entry, Plan
 from runner.recipe import Recipe
 from runner.remains import Remains, compare
 from runner.secrets import redact
 from runner.stage import Parallel, Stage
-from runner.stage_run import available_cores, job_of
 from runner.stages.training import TrainingStage
-from runner.store import Store, Waiting
+from runner.workers import launch
+from runner.workers.job import ERROR, JOB, RESULT, Job
+from runner.workers.stage_run import available_cores, job_of
 
 PROOFS = "proofs"  # in the cache
 PARTS = 4  # checkpoints in as many steps

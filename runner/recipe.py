@@ -1,7 +1,7 @@
 """TOML to Recipe: reads the file and what it extends, validates all of it, and reports every fault at once.
 
 Planning and running start only from a Recipe, so nothing after this file checks fields again. How files are read and merged is
-`runner.tables`' business, how a fault is told `runner.faults`'.
+`runner.reading.tables`' business, how a fault is told `runner.reading.faults`'.
 """
 
 import importlib
@@ -16,16 +16,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 import runner.stages
-from runner.alerts import AlertsTable
+from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
 from runner.expand import Attempts, branches, changes_of, expand, sources
-from runner.faults import listed, nearest, shown, validated
 from runner.graph import ancestors, edges, find_cycle, input_files, plain, sources_of
 from runner.mirrors import TrackerName
-from runner.paths import Bounds, fixed_part, leaves_by_name
-from runner.remote import address_fault, is_local, local_folder
+from runner.reading.faults import listed, nearest, shown, validated
+from runner.reading.paths import Bounds, fixed_part, leaves_by_name
+from runner.reading.tables import apply_override, merged, read_with_parents
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
-from runner.tables import apply_override, merged, read_with_parents
+from runner.workers.alerts import AlertsTable
 
 
 class CacheTable(Spec):

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
-from runner.paths import expand
+from runner.reading.paths import expand
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Artifact)
@@ -183,7 +183,7 @@ class Context:
     report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
     row_log: Path | None = None  # a file of this process, for the rows that a training learns from
-    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files by stage and field: `runner.digests`
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files, by stage and field
 
     def open(self, ref: Ref[A]) -> A:
         """The finished artifact that the stage `ref` made."""

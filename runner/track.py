@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner.mirrors import Machine, Mirror, TrackerName, chosen, open_mirror, subsets
-from runner.progress import Follower
+from runner.views.progress import Follower
 
 CLOSE_SECONDS = 20.0  # for what is left to mirror when a run ends
 POLL_SECONDS = 0.5

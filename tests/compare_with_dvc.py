@@ -20,9 +20,9 @@ import venv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from runner.cache.store import Store
 from runner.graph import identity, in_order, inputs_of, key_of
 from runner.recipe import load_recipe
-from runner.store import Store
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"

@@ -7,8 +7,8 @@ from typing import Any
 from hub_server import OWNER, File, Hub
 
 from runner.hub import Target
-from runner.hub_push import Order, push
-from runner.receipts import Receipt
+from runner.hub.push import Order, push
+from runner.hub.receipts import Receipt
 from runner.retries import Retries
 
 AT_ONCE = Retries(sleep=lambda seconds: None)

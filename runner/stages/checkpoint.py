@@ -16,7 +16,7 @@ from runner.artifacts import Checkpoint
 from runner.stage import Context, InputFile, Metrics, Semantic, Stage
 
 if TYPE_CHECKING:
-    from runner.download import Snapshot
+    from runner.hub.download import Snapshot
 
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -66,7 +66,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         if self.folder is not None:
             candidate = examine(Path(self.folder.pattern), chat_template=self.chat_template)
             return adopt(candidate, context.work)
-        from runner import download
+        from runner.hub import download
 
         assert self.repo is not None  # one of the two is there
         folder = context.scratch / "source"

@@ -8,7 +8,7 @@
     ]
     gates = [{ score = "section.macro_f1", at_least = 0.90 }]
 
-The measuring is `llm.evaluate`'s, the judging `runner.gates`'.
+The measuring is `llm.evaluate`'s, the judging `runner.judging.gates`'.
 """
 
 import json
@@ -20,13 +20,13 @@ from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
-from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, unknown_score
 from runner.graph import inputs_of, plain
-from runner.side_by_side import page
+from runner.judging.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, unknown_score
+from runner.judging.train_gap import last_trainings, train_gap
 from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
 from runner.stages.tasks import ComparisonTask, Subject, Task
 from runner.stages.training import TrainingStage
-from runner.train_gap import last_trainings, train_gap
+from runner.views.side_by_side import page
 
 if TYPE_CHECKING:
     from llm.likelihood import Progress

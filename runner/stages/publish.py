@@ -26,7 +26,7 @@ from runner import hub
 from runner.artifacts import Adapter, Artifact, Checkpoint, Corpus, Gguf, Parity, Release, Scores
 from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
-from runner.receipts import Journal
+from runner.hub.receipts import Journal
 from runner.stage import Acting, Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.data import RowTable
 from runner.stages.evaluate import Evaluate
@@ -108,8 +108,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def run(self, context: Context) -> Metrics:
         """Fill the release folder."""
-        from runner.card import Model, languages_of, model_card
-        from runner.curves import draw
+        from runner.hub.card import Model, languages_of, model_card
+        from runner.views.curves import draw
 
         release, checkpoint = Release(context.work), context.open(self.model)
         self._check_inputs(context)
@@ -188,7 +188,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def push(self, artifact: Path, digest: str, receipts: Path, acting: Acting) -> str:
         """Push the release, whatever the receipts say; returns a sentence with its address."""
-        from runner.hub_push import Order, push
+        from runner.hub.push import Order, push
         from runner.retries import Retries
 
         assert self.target is not None

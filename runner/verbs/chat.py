@@ -16,7 +16,7 @@ from runner.options import (
     store_of,
 )
 from runner.plan import Plan
-from runner.talkers import talkers
+from runner.serving.talkers import talkers
 
 if TYPE_CHECKING:
     from llm.sampling import Sampling

@@ -25,9 +25,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Removes what no recipe or recent run reaches, or what was used longest ago; records stay."""
-    from runner.collect import collect
+    from runner.cache.collect import collect
+    from runner.cache.runs import noted_runs
     from runner.plan import Plan
-    from runner.runs import noted_runs
 
     store = store_of(options, options.recipes[0] if options.recipes else None)
     plans = [Plan(recipe_of(options, path), store) for path in options.recipes]

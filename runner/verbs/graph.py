@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from runner.drawing import draw
 from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
 from runner.plan import Plan
+from runner.views.drawing import draw
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def main(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from llm.errors import InputError
-    from runner.inspection import inspect
+    from runner.views.inspection import inspect
 
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.launch import gpu_count
 from runner.new_recipe import Answers, Hardware, Language, recipe_text
 from runner.recipe import load_recipe
+from runner.workers.launch import gpu_count
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LANGUAGES: tuple[Language, ...] = ("en", "zh", "both")

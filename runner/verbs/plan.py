@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from runner import verdicts
 from runner.cost import Cost, costs, total
+from runner.judging import verdicts
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.plan import Plan, as_json
-from runner.progress import duration
+from runner.views.progress import duration
 
 COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
 

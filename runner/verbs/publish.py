@@ -17,11 +17,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Pushes finished releases to the Hub, also those that were rolled back; runs no stage."""
+    from runner.cache.store import Waiting
+    from runner.hub.receipts import Journal
     from runner.plan import Plan
-    from runner.receipts import Journal
     from runner.stage import Acting
     from runner.stages.publish import Publish
-    from runner.store import Waiting
 
     recipe, store = recipe_of(options), store_of(options)
     entries = [(entry, entry.stage) for entry in Plan(recipe, store) if isinstance(entry.stage, Publish) and entry.stage.repo]

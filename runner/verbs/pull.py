@@ -26,8 +26,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Fetches the artifacts of a recipe from a cache elsewhere, those that are not here."""
+    from runner.cache.store import Waiting
     from runner.plan import Plan
-    from runner.store import Waiting
 
     recipe = recipe_of(options)
     if options.until:

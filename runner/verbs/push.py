@@ -27,8 +27,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Uploads the finished artifacts of a recipe to a cache elsewhere, those that it lacks."""
+    from runner.cache.store import Waiting
     from runner.plan import Plan
-    from runner.store import Waiting
 
     recipe = recipe_of(options)
     if options.until:

@@ -19,7 +19,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Writes a page that stands alone: graph, scores and gates, curves, data, answers, cost."""
-    from runner.report import as_html, as_markdown, collect
+    from runner.views.report import as_html, as_markdown, collect
 
     recipe = recipe_of(options)
     out = options.out or Path(f"{recipe.head.name}-report.html")

@@ -19,7 +19,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Puts the content of an earlier release on the Hub again, as a new commit; `run publish` goes forward."""
-    from runner.hub_rollback import roll_back
+    from runner.hub.rollback import roll_back
     from runner.retries import Retries
     from runner.stages.publish import Publish
 

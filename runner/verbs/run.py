@@ -47,17 +47,17 @@ def main(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
     from runner.cost import expected_seconds
     from runner.execute import Execution
-    from runner.joining import Joining
     from runner.machines import Asked, layout_of
+    from runner.machines.joining import Joining
+    from runner.machines.team import Team, opened
     from runner.plan import Plan
-    from runner.progress import make_progress
-    from runner.stage_run import StopRequest
-    from runner.team import Team, opened
+    from runner.views.progress import make_progress
+    from runner.workers.stage_run import StopRequest
 
     store = store_of(options, Path("recipe.toml") if isinstance(options.recipe, str) else options.recipe)
     published = None
     if isinstance(options.recipe, str):
-        from runner.published import Address, bring
+        from runner.hub.published import Address, bring
 
         published = bring(Address.parse(options.recipe), store, data=options.data)
         options.recipe = published.recipe
@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
     asked = Asked(options.machines, options.machine_rank, options.main_address)
     layout, remote = layout_of(recipe.head.parallel, asked), remote_of(options, recipe)
     if published is not None:
-        from runner import confirm
+        from runner.hub import confirm
 
         plan = Plan(recipe, store, until=options.until)
         confirm.show(published, plan)
@@ -100,7 +100,7 @@ def main(options: argparse.Namespace) -> int:
     finally:
         progress.close()
     if published is not None:
-        from runner.lock import results
+        from runner.hub.lock import results
 
         print(results(published.lock, Plan(recipe, store, until=options.until)), file=sys.stderr)
     return 0

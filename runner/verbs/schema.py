@@ -10,7 +10,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Prints the JSON Schema of recipes."""
-    from runner.schema import recipe_schema
+    from runner.reading.schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
     return 0

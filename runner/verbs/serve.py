@@ -16,7 +16,7 @@ from runner.options import (
     store_of,
 )
 from runner.plan import Plan
-from runner.talkers import talkers
+from runner.serving.talkers import talkers
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
 
     from llm.errors import InputError
     from llm.sampling import Sampling
-    from runner.serve import Server, Settings
+    from runner.serving.serve import Server, Settings
 
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -15,7 +15,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Checks every artifact of a cache against its digests; sets aside what is damaged."""
-    from runner.verify import verify as verify_store
+    from runner.cache.verify import verify as verify_store
 
     if options.recipe is not None and not options.recipe.is_file():
         raise RecipeError(f"{options.recipe}: no such recipe")

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
-from runner.progress import make_progress
-from runner.watch import Watch
+from runner.views.progress import make_progress
+from runner.views.watch import Watch
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:

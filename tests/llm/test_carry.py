@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llm.training_state import TrainingState, newest, read, write
-from runner.launch import _free_port
+from runner.workers.launch import _free_port
 
 PROCESS = """
 import sys

@@ -20,9 +20,9 @@ from runner.artifacts import (
     Tokenizer,
     Tokens,
 )
+from runner.cache.record import Record
+from runner.cache.store import Store
 from runner.recipe import stage_kinds
-from runner.record import Record
-from runner.store import Store
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 FILES: dict[type[Artifact], list[str]] = {

@@ -12,10 +12,10 @@ from test_faults import fresh, trained  # noqa: F401  # fixtures
 from test_run import Folder
 
 from llm.alerts import Alerts
-from runner.alerts import Notices
 from runner.errors import RecipeError
 from runner.graph import identity
 from runner.recipe import Recipe, load_recipe
+from runner.workers.alerts import Notices
 
 SECRET = "hunter2-in-an-address"
 

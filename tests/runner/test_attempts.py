@@ -13,12 +13,12 @@ import pytest
 import tomli_w
 from small_cache import FILES
 
-from runner import verdicts
 from runner.artifacts import SCRATCH
+from runner.cache.store import Store
 from runner.errors import RecipeError
+from runner.judging import verdicts
 from runner.plan import Plan, as_json
 from runner.recipe import Recipe, load_recipe, stage_kinds
-from runner.store import Store
 
 RECIPE = """
 name = "attempts"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runner.bench import chosen, measure, recipe_job, reference_job, show
+from runner.cache.store import Store
 from runner.errors import RecipeError, StageError
 from runner.recipe import load_recipe
-from runner.store import Store
 
 RECIPE = """
 name = "small"

@@ -15,8 +15,8 @@ import pytest
 from small_cache import flip
 from small_recipe import ALL_CACHED, RECIPE, Folder
 
+from runner.cache.runs import FOLDER
 from runner.cli import main
-from runner.runs import FOLDER
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 

@@ -8,11 +8,11 @@ import pytest
 from small_cache import finish, key_for, small_cache
 from small_recipe import Folder
 
+from runner.cache.record import Record
+from runner.cache.runs import FOLDER, RECENT_DAYS, RECENT_RUNS, Run, note_run, noted_runs, recent
+from runner.cache.store import Store, Waiting
 from runner.cli import main
 from runner.recipe import load_recipe
-from runner.record import Record
-from runner.runs import FOLDER, RECENT_DAYS, RECENT_RUNS, Run, note_run, noted_runs, recent
-from runner.store import Store, Waiting
 from runner.verbs.gc import readable, size_in_bytes
 
 DAY = 24 * 3600.0

@@ -9,12 +9,12 @@ import pytest
 
 from llm.models.llama.config import LlamaConfig, flops_per_token, parameter_count
 from llm.models.llama.model import Llama
+from runner.cache.record import Record
+from runner.cache.store import Store
 from runner.cli import main
 from runner.cost import Cost, costs, total
 from runner.plan import Plan
 from runner.recipe import load_recipe
-from runner.record import Record
-from runner.store import Store
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.curves import POINTS, draw, read_curves
+from runner.views.curves import POINTS, draw, read_curves
 
 
 def test_a_restart_counts_and_broken_lines_do_not(tmp_path: Path) -> None:

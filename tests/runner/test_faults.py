@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from test_run import RECIPE, Folder, wait_for
 
-from runner import living
-from runner.recovery import Recovery
 from runner.stage import Parallel
-from runner.watchdog import COUNTED_SECONDS, FIRST_SECONDS, HEARTBEAT, Watchdog
+from runner.workers import living
+from runner.workers.recovery import Recovery
+from runner.workers.watchdog import COUNTED_SECONDS, FIRST_SECONDS, HEARTBEAT, Watchdog
 
 TRAINING = """
 [stage.base]
@@ -82,7 +82,7 @@ def test_a_worker_that_is_killed_and_one_that_is_stopped_change_nothing_but_the_
     assert len(faults) >= 2 and {fault["processes"] for fault in faults} == {1}
     assert any("signal 9" in fault["cause"] for fault in faults) and any("has not ended" in fault["cause"] for fault in faults)
     log = next((fresh.cache / "logs").glob("pretrain-*.log")).read_text()
-    assert "most recent call first" in log and "runner/worker.py" in log  # the stacks of the one that was stopped
+    assert "most recent call first" in log and "runner/workers/worker.py" in log  # the stacks of the one that was stopped
     assert "faults" not in record_of(trained)
 
 

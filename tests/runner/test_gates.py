@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from llm.bootstrap import resample
 from runner.errors import RecipeError
-from runner.gates import Gate, Measured, interval, judge
+from runner.judging.gates import Gate, Measured, interval, judge
+from runner.judging.train_gap import train_gap
 from runner.stage import Lineage
-from runner.train_gap import train_gap
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 SPREAD = " ".join(f"{0.80 + step * 0.0002:.4f}" for step in range(1001))  # evenly from 0.8 to 1.0
@@ -142,5 +142,5 @@ def test_the_train_gap_is_that_of_the_last_training_and_the_larger_of_two() -> N
 
 
 def test_judging_imports_no_torch_and_no_hub() -> None:
-    code = "import sys, runner.gates; assert not {'torch', 'numpy', 'huggingface_hub', 'sklearn'} & set(sys.modules)"
+    code = "import sys, runner.judging.gates; assert not {'torch', 'numpy', 'huggingface_hub', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

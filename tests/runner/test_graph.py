@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from runner.cache.store import Store
 from runner.graph import ancestors, differences, identity, in_order, key_of, sources_of
 from runner.recipe import Recipe, load_recipe
-from runner.store import Store
 
 RECIPE = """
 name = "graph"

@@ -14,8 +14,8 @@ from releases import REPO, Releases, digest_of, held_by, somebody_commits, summa
 from runner import hub as hub_module
 from runner.errors import StageError
 from runner.hub import Target
-from runner.hub_push import push
-from runner.receipts import Journal
+from runner.hub.push import push
+from runner.hub.receipts import Journal
 from runner.stages.publish import Publish
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
@@ -209,7 +209,7 @@ def test_the_token_is_that_of_the_environment_else_of_the_login(monkeypatch: pyt
 
 def test_deciding_whether_to_push_imports_no_hub_client() -> None:
     code = (
-        "import sys; from pathlib import Path; from runner import hub, receipts; hub.token(); "
+        "import sys; from pathlib import Path; from runner import hub; from runner.hub import receipts; hub.token(); "
         "receipts.Journal.read(Path('.'), hub.Target('a/b')); assert not {'huggingface_hub', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -218,7 +218,7 @@ def test_deciding_whether_to_push_imports_no_hub_client() -> None:
 def test_pushing_imports_no_torch(hub: Hub, releases: Releases, tmp_path: Path) -> None:
     files = {name: str(path) for name, path in releases.make("one").items()}
     code = (
-        "import json, sys; from pathlib import Path; from runner import hub; from runner.hub_push import Order, push\n"
+        "import json, sys; from pathlib import Path; from runner import hub; from runner.hub.push import Order, push\n"
         f"files = {{name: Path(path) for name, path in json.loads({json.dumps(files)!r}).items()}}\n"
         "order = Order(Path('.'), files, 'd' * 64, hub.Target('model', endpoint=hub.endpoint()))\n"
         f"push(order, receipts=Path({str(tmp_path / 'receipts')!r}))\n"

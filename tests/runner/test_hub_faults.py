@@ -9,7 +9,7 @@ from hub_server import OWNER, SIGNATURE, TOKEN, Fault, Hub
 from releases import MADE_BY_THE_HUB, REPO, Releases, digest_of, held_by, summaries
 
 from runner.errors import StageError
-from runner.receipts import Journal
+from runner.hub.receipts import Journal
 from runner.retries import Retries
 from runner.stage import Acting
 from runner.stages.publish import Publish

@@ -16,11 +16,11 @@ from small_cache import finish, key_for
 from small_recipe import ALL_CACHED, Folder
 from test_run import wait_for, workers_of
 
-from runner import heartbeat
 from runner.artifacts import SCRATCH
-from runner.heartbeat import Identity, Watch
-from runner.lease import FREE, Lease, LeaseLostError, Leases
-from runner.store import Store, Waiting
+from runner.cache import heartbeat
+from runner.cache.heartbeat import Identity, Watch
+from runner.cache.lease import FREE, Lease, LeaseLostError, Leases
+from runner.cache.store import Store, Waiting
 
 NAME = f"merge-{key_for('leased')}"
 
@@ -39,9 +39,9 @@ def as_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def become(name: str, *, strangers: bool = False) -> None:
         here = Identity(name, name, os.getpid())
-        monkeypatch.setattr("runner.heartbeat.this_machine", lambda: here)
-        monkeypatch.setattr("runner.store.this_machine", lambda: here)
-        monkeypatch.setattr("runner.lease.this_machine", lambda: Identity(name, "another", 1) if strangers else here)
+        monkeypatch.setattr("runner.cache.heartbeat.this_machine", lambda: here)
+        monkeypatch.setattr("runner.cache.store.this_machine", lambda: here)
+        monkeypatch.setattr("runner.cache.lease.this_machine", lambda: Identity(name, "another", 1) if strangers else here)
 
     return become
 
@@ -191,7 +191,7 @@ def test_a_taken_over_key_grows_in_a_folder_of_its_own_with_what_was_there(tmp_p
 
 
 def command(folder: Folder, seconds: float = 2.0) -> list[str]:
-    quick = f"import sys; from runner import heartbeat; heartbeat.DEAD_SECONDS = {seconds}; heartbeat.BEAT_SECONDS = 0.2"
+    quick = f"import sys; from runner.cache import heartbeat; heartbeat.DEAD_SECONDS = {seconds}; heartbeat.BEAT_SECONDS = 0.2"
     return [sys.executable, "-c", f"{quick}; from runner.cli import main; sys.exit(main())", "run", str(folder.recipe)]
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runner.live import LiveProgress, share_of_peak, sparkline
+from runner.cache.store import Store
 from runner.plan import Plan
-from runner.progress import JsonProgress
 from runner.recipe import load_recipe
-from runner.store import Store
+from runner.views.live import LiveProgress, share_of_peak, sparkline
+from runner.views.progress import JsonProgress
 
 RECIPE = """
 name = "tiny"

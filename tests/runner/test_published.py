@@ -10,11 +10,11 @@ import pytest
 import tomli_w
 from hub_server import OWNER, File, Hub, Repository
 
+from runner.cache.store import Store
 from runner.errors import RecipeError
+from runner.hub.published import Address, Published, bring
 from runner.plan import Plan
-from runner.published import Address, Published, bring
 from runner.recipe import Recipe, load_recipe
-from runner.store import Store
 
 REPO = f"{OWNER}/model"
 RECIPE = """

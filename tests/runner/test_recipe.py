@@ -8,8 +8,8 @@ import tomli_w
 
 from runner.errors import RecipeError
 from runner.graph import input_files
+from runner.reading.schema import docstrings, recipe_schema
 from runner.recipe import load_recipe, stage_kinds
-from runner.schema import docstrings, recipe_schema
 from runner.stage import Identity, Spec
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -17,7 +17,7 @@ from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
 from runner.cli import main
 from runner.hub import Target
-from runner.receipts import Journal, Receipt
+from runner.hub.receipts import Journal, Receipt
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

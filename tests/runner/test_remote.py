@@ -18,14 +18,14 @@ from small_cache import flip
 from small_recipe import ALL_CACHED, Folder
 
 from runner.artifacts import METRICS
+from runner.cache.record import Record, digest_of
+from runner.cache.remote import DamagedRemoteError, Mirror, Remote, address_fault, open_remote
+from runner.cache.store import Store, Waiting
 from runner.cli import main
 from runner.errors import RemoteError
 from runner.graph import key_of
 from runner.plan import Plan
 from runner.recipe import load_recipe
-from runner.record import Record, digest_of
-from runner.remote import DamagedRemoteError, Mirror, Remote, address_fault, open_remote
-from runner.store import Store, Waiting
 
 
 def elsewhere(folder: Folder, name: str = "there") -> Folder:

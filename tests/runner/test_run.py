@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from small_recipe import ALL_CACHED, RECIPE, WORDS, Folder
 
-from runner.heartbeat import this_machine
-from runner.store import Store
+from runner.cache.heartbeat import this_machine
+from runner.cache.store import Store
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:

@@ -20,7 +20,7 @@ from llm.models.llama.model import Llama
 from llm.sampling import Sampling
 from llm.talk import Speaker
 from llm.tokenizer import train_bpe
-from runner.serve import MOST_BYTES, Server, Settings
+from runner.serving.serve import MOST_BYTES, Server, Settings
 
 TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
 KEY = "not-a-secret"

@@ -21,6 +21,7 @@ from llm.checkpoint import load_checkpoint
 from llm.errors import InputError, Interrupted
 from llm.tokenizer import TextTokenizer
 from runner.artifacts import Checkpoint
+from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.graph import identity, key_of
 from runner.plan import Plan
@@ -31,7 +32,6 @@ from runner.stages.evaluate import Evaluate
 from runner.stages.lora import TrainAdapter
 from runner.stages.merge import Merge
 from runner.stages.sft import FineTune
-from runner.store import Store
 
 REPO = f"{OWNER}/tiny"
 BASE = '[stage.base]\nkind = "checkpoint"\n'

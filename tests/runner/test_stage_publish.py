@@ -17,11 +17,11 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
 from runner.artifacts import Release
-from runner.card import Model, model_card
+from runner.cache.store import digest_of
 from runner.errors import StageError
+from runner.hub.card import Model, model_card
 from runner.stage import Acting, Context
 from runner.stages.publish import Publish
-from runner.store import digest_of
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

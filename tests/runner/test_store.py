@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runner.artifacts import SCRATCH
-from runner.heartbeat import this_machine
+from runner.cache.heartbeat import this_machine
+from runner.cache.store import Store, Waiting, default_cache
 from runner.recipe import stage_kinds
-from runner.store import Store, Waiting, default_cache
 
 KEY = "0" * 64
 FACTS = {"identity": {}, "finished": "2026-01-01T00:00:00+00:00"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from runner.mirrors import subsets
-from runner.progress import Follower
 from runner.track import Tracker
+from runner.views.progress import Follower
 
 LINES: list[dict[str, Any]] = [
     {"time": "now", "step": 10, "steps": 20, "loss": 3.0, "learning_rate": 0.1},

@@ -11,7 +11,7 @@ from small_recipe import RECIPE, Folder
 from runner.cli import VERBS, main
 from runner.errors import RecipeError
 from runner.graph import input_files
-from runner.paths import expand
+from runner.reading.paths import expand
 from runner.recipe import Recipe, load_recipe, stage_kinds
 from runner.secrets import redact
 

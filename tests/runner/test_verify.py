@@ -10,11 +10,11 @@ import pytest
 from small_cache import FILES, finish, flip, key_for, small_cache
 
 from runner.artifacts import METRICS, RECORD
+from runner.cache.record import DamagedError, Record
+from runner.cache.store import Store, Waiting
 from runner.cli import main
 from runner.errors import DamageError
 from runner.recipe import stage_kinds
-from runner.record import DamagedError, Record
-from runner.store import Store, Waiting
 
 KINDS = sorted(stage_kinds())
 

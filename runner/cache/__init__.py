@@ -1,0 +1,1 @@
+"""The cache: artifacts and records by key, who holds a key, what is damaged, what can go, and the cache elsewhere."""

@@ -1,0 +1,1 @@
+"""What a recipe demands of scores, and the verdicts."""

@@ -1,0 +1,1 @@
+"""Models to talk to: which there are, and the server that answers for them."""

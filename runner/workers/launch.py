@@ -1,0 +1,123 @@
+"""Starts the processes of one stage and ends them: one plain worker, or `accelerate launch` with one or many.
+
+Workers live on a pipe: their standard input is its read end, and they exit when it closes, which also happens when this
+process dies. Their output is the key's log, whose open file carries the key's lock. A request to stop is a file in the
+scratch folder, which training looks at between steps.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from runner.machines import ALONE, Layout, without_launcher
+from runner.stage import Parallel
+
+POLL_SECONDS = 0.1
+# How long an idle OpenMP thread spins before it sleeps. The default of GNU's library spins so long that a training on two
+# cores fell from 20,000 to 1,000 tokens/s as soon as anything else ran; this costs an undisturbed one next to nothing.
+SPIN_COUNT = "1000"
+# glibc hands large blocks back to the system when they are freed, and a training frees and takes hundreds of them per step: it
+# spent 11% of its time on 15,000 page faults. Kept, they are reused. Other C libraries ignore the names.
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
+GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
+
+
+def gpu_count() -> int:
+    """GPUs that a training would see, found without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+
+
+def process_count(parallel: Parallel) -> int:
+    """How many processes a training gets on this machine: as asked, else one per GPU, else one."""
+    return max(gpu_count(), 1) if parallel.processes == "auto" else parallel.processes
+
+
+def plain_command(job: Path, *arguments: str) -> list[str]:
+    """One worker, no process group."""
+    return [sys.executable, "-m", "runner.workers.worker", str(job), *arguments]
+
+
+def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
+    """Workers under `accelerate launch`, whose settings beside the job stand in for the user's own default configuration.
+
+    `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
+    1.15 silently starts one. The worker asserts its world size. Several machines meet at the training port of the first one,
+    where ranks of processes follow those of machines.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # as `accelerate launch`, without its other commands
+    settings = job.with_name(f"{job.stem}-accelerate.json")
+    settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
+    port = _free_port() if layout.machines == 1 else layout.training_port
+    options = ["--config_file", str(settings), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--num_machines", str(layout.machines), "--num_processes", str(processes * layout.machines)]
+    options += ["--main_process_port", str(port)]
+    if layout.machines > 1:
+        options += ["--machine_rank", str(layout.rank), "--main_process_ip", layout.host, "--same_network"]
+    if processes * layout.machines > 1:
+        options.append("--multi_gpu")
+    return [*launcher, *options, "-m", "runner.workers.worker", str(job)]
+
+
+@contextlib.contextmanager
+def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The running processes of a stage; on leaving, whatever still runs of them is ended.
+
+    `compiled` is the folder in which torch.compile keeps its results.
+    """
+    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **KEPT_MEMORY}
+    environment = defaults | without_launcher(os.environ)
+    environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    if gpu_count() == 0:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
+    finally:
+        os.close(read_end)
+    try:
+        yield process
+    finally:
+        os.close(write_end)  # every worker that still runs ends now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait(process: subprocess.Popen[bytes], *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:
+    """The exit code of the processes; None if they had not ended a while after a request to stop."""
+    deadline: float | None = None
+    while (code := process.poll()) is None:
+        tick()
+        if stopping() and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+    tick()
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
