@@ -22,9 +22,11 @@ from runner.machines import ALONE, Layout, without_launcher
 from runner.stage import Parallel
 
 POLL_SECONDS = 0.1
-# How long an idle OpenMP thread spins before it sleeps. The default of GNU's library spins so long that a training on two
-# cores fell from 20,000 to 1,000 tokens/s as soon as anything else ran; this costs an undisturbed one next to nothing.
-SPIN_COUNT = "1000"
+# How long an idle OpenMP thread spins before it sleeps: the default of GNU's library, 300,000 turns, is far too long beside
+# other work. Milliseconds per step of a small training on two cores, alone and with a second one beside it (a fair half would
+# be twice the first figure): 1,000 turns 216 and 392, 2,500 turns 186 and 433, 6,000 turns 191 and 573, 20,000 turns 202 and
+# 1,120.
+SPIN_COUNT = "2500"
 # glibc hands large blocks back to the system when they are freed, and a training frees and takes hundreds of them per step: it
 # spent 11% of its time on 15,000 page faults. Kept, they are reused. Other C libraries ignore the names.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
