@@ -3,13 +3,16 @@
     attempts = [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]
 
 on the stage `medical` makes a branch of each attempt: `medical@1`, `medical@2`, and likewise every stage between it and the
-gates behind it (`release@1`, `after@1`, ...). A stage behind the branches reads the one that stands: the first that has not
-failed its gates. Which that is, and that an attempt only runs once the one before it has failed, is the business of
-`runner.plan`; here are pure functions over stages, and names are no part of any key.
+gates behind it (`release@1`, `after@1`, ...). A stage behind the branches reads the one that is taken: of attempts the first
+that has not failed its gates, of a sweep (`runner.sweep`) the setting with the best score. Which that is, and that an attempt
+only runs once the one before it has failed, is the business of `runner.plan`; here are pure functions over stages, and names
+are no part of any key.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,39 +22,134 @@ from runner.reading.faults import shown
 from runner.reading.tables import merged
 from runner.stage import Stage
 
-SIGN = "@"  # between the name of a stage and the number of an attempt, from 1
+SIGN = "@"  # between the name of a stage and the number of its branch, from 1
 
 
 @dataclass(frozen=True)
-class Attempts:
-    """The attempts of one stage. They are counted from 0; `members` are names as written, the stage with attempts first."""
+class Branches:
+    """Several versions of some stages, of which one is taken. They are counted from 0."""
 
-    changes: tuple[Mapping[str, Any], ...]  # what each attempt changes, as a table over the stage
-    tries: tuple[Stage, ...]  # the stage as each attempt has it
-    members: tuple[str, ...]  # of every branch
-    judges: tuple[str, ...]  # the members whose gates decide
+    changes: tuple[Mapping[str, Mapping[str, Any]], ...]  # of each branch: by stage, what it changes, as a table over it
+    changed: tuple[Mapping[str, Stage], ...]  # of each branch: the stages that it changes, as it has them
+    names: tuple[Mapping[str, str], ...]  # of each branch: its stages, by their names as written
+    judges: tuple[str, ...]  # the evaluations in every branch that decide, as written
 
     @property
     def stage(self) -> str:
-        """The stage that has the attempts."""
-        return self.members[0]
+        """The stage by which these branches are known, since no others have it: the first that changes."""
+        return next(iter(self.changed[0]))
 
-    def branch(self, number: int) -> dict[str, str]:
-        """The members' names in one attempt, by their names as written."""
-        return {member: f"{member}{SIGN}{number + 1}" for member in self.members}
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The stages of every branch, as written."""
+        return frozenset(self.names[0])
+
+    @cached_property
+    def places(self) -> Mapping[str, Sequence[int]]:
+        """The branches that each stage is in, by its name there."""
+        found: dict[str, list[int]] = {}
+        for number, branch in enumerate(self.names):
+            for name in branch.values():
+                found.setdefault(name, []).append(number)
+        return found
+
+    @cached_property
+    def all_judges(self) -> list[str]:
+        """The evaluations that decide on any branch."""
+        return [judge for number in range(len(self.names)) for judge in self.judges_of(number)]
 
     def judges_of(self, number: int) -> list[str]:
-        """The evaluations that decide on one attempt."""
-        return [self.branch(number)[judge] for judge in self.judges]
+        """The evaluations that decide on one branch."""
+        return [self.names[number][judge] for judge in self.judges]
 
-    @property
-    def all_judges(self) -> list[str]:
-        """The evaluations that decide on any attempt."""
-        return [judge for number in range(len(self.tries)) for judge in self.judges_of(number)]
+    def awaited(self, number: int) -> list[str]:
+        """The evaluations that are over before a branch begins."""
+        return []
 
     def told(self, number: int) -> str:
-        """What an attempt changes, in short: `r = 4, schedule.learning_rate = 0.001`."""
-        return ", ".join(f"{name} = {shown(value)}" for name, value in _leaves(self.changes[number])) or "as written"
+        """What a branch changes, in short."""
+        raise NotImplementedError
+
+    def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
+        """Which branch is relied on now, and whether that is the end of it, by whether the gates of each hold (None while
+        that is unknown) and by what each scored.
+        """
+        raise NotImplementedError
+
+
+class Attempts(Branches):
+    """The attempts of one stage: each runs once the one before it has failed, and the first that passes is taken."""
+
+    def awaited(self, number: int) -> list[str]:
+        """What judges the attempt before."""
+        return self.judges_of(number - 1) if number else []
+
+    def told(self, number: int) -> str:
+        """`r = 4, schedule.learning_rate = 0.001`."""
+        leaves = _leaves(self.changes[number][self.stage])
+        return ", ".join(f"{name} = {shown(value)}" for name, value in leaves) or "as written"
+
+    def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
+        """The first that has not failed; the last if all have."""
+        number = next((number for number, passed in enumerate(outcomes) if passed is not False), len(outcomes) - 1)
+        return number, outcomes[number] is True
+
+
+@dataclass(frozen=True)
+class Sweep(Branches):
+    """The settings of a sweep: all of them run, and the best is taken, by one score of one evaluation."""
+
+    axes: tuple["Axis", ...]
+    choices: tuple[tuple[int, ...], ...]  # of each setting: which value of each axis
+    score: str  # of the evaluation that decides, as `section.macro_f1`
+    highest: bool  # whether the highest is the best, or the lowest
+
+    @property
+    def wanted(self) -> str:
+        """`highest after.section.macro_f1`."""
+        return f"{'highest' if self.highest else 'lowest'} {self.judges[0]}.{self.score}"
+
+    def values(self, number: int) -> list[Any]:
+        """What a setting has for each axis."""
+        return [axis.values[index] for axis, index in zip(self.axes, self.choices[number], strict=True)]
+
+    def told(self, number: int) -> str:
+        """`medical.r = 4, medical.alpha = 16`."""
+        return ", ".join(f"{axis} = {shown(value)}" for axis, value in zip(self.axes, self.values(number), strict=True))
+
+    def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
+        """The best of those whose gates hold, once all are judged; of equals the first. The first as long as there is none."""
+
+        def rank(number: int) -> float:
+            score = scores[number]
+            if score is None or math.isnan(score):
+                return math.inf
+            return -score if self.highest else score
+
+        passed = [number for number, outcome in enumerate(outcomes) if outcome]
+        return (min(passed, key=rank), True) if passed and None not in outcomes else (0, False)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One field that a sweep varies."""
+
+    stage: str
+    path: tuple[str, ...]  # of the field in its stage
+    values: tuple[Any, ...]
+
+    @property
+    def field(self) -> str:
+        """`schedule.learning_rate`."""
+        return ".".join(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.stage}.{self.field}"
+
+
+def numbered(members: Iterable[str], count: int) -> tuple[dict[str, str], ...]:
+    """Names of the stages of so many branches."""
+    return tuple({member: f"{member}{SIGN}{number + 1}" for member in members} for number in range(count))
 
 
 def changes_of(kind: type[Stage], attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -86,42 +184,41 @@ def branches(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], 
 
 
 def expand(
-    written: Mapping[str, Stage], families: Mapping[str, Attempts], standing: Mapping[str, int] | None = None
+    written: Mapping[str, Stage], families: Mapping[str, Branches], standing: Mapping[str, int] | None = None
 ) -> dict[str, Stage]:
-    """Ordinary stages: the branches of every attempt, and stages behind them that read the attempt which is `standing` (by
-    the stage that has the attempts; the first attempt where nothing is said).
+    """Ordinary stages: those of every branch, and stages behind them that read the branch which is `standing` (by the stage
+    that names the family; the first branch where nothing is said).
     """
-    attempted = {member: family for family in families.values() for member in family.members}
+    owners = {member: family for family in families.values() for member in family.members}
     stands = {
         member: name
         for family in families.values()
-        for member, name in family.branch((standing or {}).get(family.stage, 0)).items()
+        for member, name in family.names[(standing or {}).get(family.stage, 0)].items()
     }
     stages: dict[str, Stage] = {}
     for name, stage in written.items():
-        family = attempted.get(name)
+        family = owners.get(name)
         if family is None:
             stages[name] = renamed(stage, stands)
-        elif f"{name}{SIGN}1" not in stages:  # a whole family stands where its first member is written
-            for number, attempt in enumerate(family.tries):
-                branch = family.branch(number)
-                for member in sorted(family.members, key=list(written).index):
-                    stages[branch[member]] = renamed(
-                        attempt if member == family.stage else written[member], {**stands, **branch}
-                    )
+        elif family.names[0][name] not in stages:  # a whole family stands where its first member is written
+            members = [member for member in written if member in family.members]
+            for branch, changed in zip(family.names, family.changed, strict=True):
+                for member in members:
+                    if branch[member] not in stages:
+                        stages[branch[member]] = renamed(changed.get(member, written[member]), {**stands, **branch})
     return stages
 
 
-def sources(stages: Mapping[str, Stage], families: Mapping[str, Attempts]) -> dict[str, list[str]]:
+def sources(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, list[str]]:
     """What comes before each stage: what it names; before an attempt, what judges the one before it; and before a stage
     that reads from a branch, what judges all of them.
     """
     found = sources_of(stages)
     for family in families.values():
-        places = {name: number for number in range(len(family.tries)) for name in family.branch(number).values()}
+        places = family.places
         for name in stages:
             if name in places:
-                before = family.judges_of(places[name] - 1) if places[name] else []
+                before = family.awaited(places[name][0])
             else:
                 before = family.all_judges if any(source in places for source in found[name]) else []
             found[name] = list(dict.fromkeys([*found[name], *before]))

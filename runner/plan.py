@@ -10,7 +10,8 @@ from runner.artifacts import SCRATCH
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.code import code_digest
-from runner.expand import Attempts, sources
+from runner.errors import RecipeError
+from runner.expand import Attempts, Branches, Sweep, sources
 from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of, sources_of
 from runner.recipe import Recipe
 from runner.stage import Effect, Lineage, Stage, Verdict
@@ -54,31 +55,38 @@ class Plan:
     def __init__(self, recipe: Recipe, store: Store, *, until: str | None = None) -> None:
         self._store = store
         self.recipe = recipe
-        self.standing = dict.fromkeys(recipe.attempts, 0)  # by the stage that has attempts, the one that is relied on now
+        self.standing = dict.fromkeys(recipe.families, 0)  # by the stage that names a family, the branch that is relied on
+        self.taken: dict[str, int | None] = dict.fromkeys(recipe.families)  # likewise, once that is settled
         self._read(until)
-        while failed := [name for name in recipe.attempts if self._is_lost(name)]:
-            self.standing |= {name: self.standing[name] + 1 for name in failed}
-            self._read(until)
+        for family in recipe.families.values():  # each before those that read from it
+            self._settle(family, until)
         for name in reversed(self._stages):
             self.entries[name] = self._with_need(name)
         for name in self._stages:
             self.entries[name] = self._with_effect(name)
         store.digests.save()
 
+    def _settle(self, family: Branches, until: str | None) -> None:
+        """Decides on which branch what stands behind relies."""
+        count = range(len(family.names))
+        number, is_final = family.choice(
+            [self.outcome(family, n) for n in count],
+            [self.score(family, n) if isinstance(family, Sweep) else None for n in count],
+        )
+        changes = number != self.standing[family.stage] or is_final
+        self.standing[family.stage], self.taken[family.stage] = number, number if is_final else None
+        if changes:
+            self._read(until)
+
     def _read(self, until: str | None) -> None:
         """What keys, records and gates tell, each stage after those before it."""
         recipe = self.recipe
-        stages = recipe.with_attempts(self.standing)
-        order = sources(stages, recipe.attempts)
+        stages = recipe.with_branches(self.standing)
+        order = sources(stages, recipe.families)
         wanted = recipe.needed(until) if until else set(stages)
         self._stages = {name: stages[name] for name in in_order(order) if name in wanted}
         self._inputs, self._sources = inputs_of(self._stages), sources_of(self._stages)
-        self._attempt = {
-            name: (family, number)
-            for family in recipe.attempts.values()
-            for number in range(len(family.tries))
-            for name in family.branch(number).values()
-        }
+        self._family = {name: family for family in recipe.families.values() for name in family.places}
         self.entries: dict[str, Entry] = {}
         for name in self._stages:
             self.entries[name] = self._known(name)
@@ -94,44 +102,60 @@ class Plan:
 
     def above(self, name: str) -> set[str]:
         """All stages that come before one."""
-        return ancestors(sources(self._stages, self.recipe.attempts), name)
+        return ancestors(sources(self._stages, self.recipe.families), name)
 
     def named(self, name: str) -> Entry:
-        """The entry of a stage; where the name stands for attempts, of the one that is relied on."""
-        family = next((family for family in self.recipe.attempts.values() if name in family.members), None)
-        return self.entries[name if family is None else family.branch(self.standing[family.stage])[name]]
+        """The entry of a stage; where the name stands for branches, of the one that is relied on."""
+        family = self.recipe.family_of(name)
+        return self.entries[name if family is None else family.names[self.standing[family.stage]][name]]
 
     def written(self, name: str) -> str:
-        """What the recipe calls a stage that is relied on now: of an attempt, without its number."""
-        family, number = self._attempt.get(name, (None, 0))
-        if family is None or number != self.standing[family.stage]:
+        """What the recipe calls a stage that is relied on now: of a branch, without its number."""
+        family = self._family.get(name)
+        if family is None:
             return name
-        return next(member for member, attempt in family.branch(number).items() if attempt == name)
+        relied_on = family.names[self.standing[family.stage]].items()
+        return next((member for member, branched in relied_on if branched == name), name)
 
     def sources_read(self, name: str) -> dict[str, Record]:
         """The records of what is finished before a stage, by the names that the recipe gives."""
         above = ancestors(self._sources, name)
         return {self.written(source): record for source in above if (record := self.entries[source].record)}
 
-    def outcome(self, family: Attempts, number: int) -> bool | None:
-        """Whether an attempt passed; None while that is not known."""
+    def outcome(self, family: Branches, number: int) -> bool | None:
+        """Whether the gates of a branch hold; None while that is not known."""
         judges = [self.entries.get(name) for name in family.judges_of(number)]
         outcomes = [None if judge is None else judge.outcome for judge in judges]
         return None if None in outcomes else all(outcomes)
 
-    def attempt_of(self, name: str) -> tuple[Attempts, int] | None:
-        """The attempts that a stage belongs to, and which of them."""
-        return self._attempt.get(name)
+    def score(self, sweep: Sweep, number: int) -> float | None:
+        """What decides on a setting; None while it is not known. RecipeError if its evaluation made no such score."""
+        entry = self.entries.get(sweep.judges_of(number)[0])
+        if entry is None or entry.record is None:
+            return None
+        scores: Mapping[str, float] = entry.record.data["metrics"]["scores"]
+        if sweep.score not in scores:
+            made = ", ".join(sorted(scores))
+            raise RecipeError(f"{self.recipe.path}: sweep: wants the score {sweep.score!r}; {entry.name} has only {made}")
+        return scores[sweep.score]
+
+    def family_of(self, name: str) -> Branches | None:
+        """The branches that a stage belongs to."""
+        return self._family.get(name)
 
     def stands(self, name: str) -> bool:
-        """Whether a stage is more than an attempt: one of its own, or of the attempt that passed."""
-        attempt = self._attempt.get(name)
-        return attempt is None or (attempt[1] == self.standing[attempt[0].stage] and self.outcome(*attempt) is True)
+        """Whether a stage is more than one of several: one of its own, or of the branch that is taken."""
+        family = self._family.get(name)
+        return family is None or self.taken[family.stage] in family.places[name]
 
-    def _is_lost(self, name: str) -> bool:
-        """Whether the attempt that stands has failed and there is another."""
-        family, number = self.recipe.attempts[name], self.standing[name]
-        return number + 1 < len(family.tries) and self.outcome(family, number) is False
+    def is_lost(self, family: Branches) -> bool:
+        """Whether no branch passed."""
+        return all(self.outcome(family, number) is False for number in range(len(family.names)))
+
+    def _is_given_up(self, name: str) -> bool:
+        """Whether it belongs to a branch that nothing relies on now."""
+        family = self._family.get(name)
+        return family is not None and self.standing[family.stage] not in family.places[name]
 
     def record(self, name: str) -> Record:
         """The record of a stage that is finished, as the inputs of a stage that can run are."""
@@ -174,13 +198,11 @@ class Plan:
         entry = self.entries[name]
         if entry.state != "cached" or entry.path is not None:
             return entry
-        family, number = self._attempt.get(name, (None, 0))
-        given_up = family is not None and number != self.standing[family.stage]
         readers = [other for other in self._stages if name in self._inputs[other]]
         running = [reader for reader in readers if self.entries[reader].state in RUNNABLE]
         if running:
             return replace(entry, state="run", reason=f"its artifact is gone or damaged, and {running[0]} must read it")
-        if not readers and not given_up:
+        if not readers and not self._is_given_up(name):
             return replace(entry, state="run", reason="its artifact is gone or damaged")
         return replace(entry, reason="; ".join(filter(None, [entry.reason, "artifact gone, not needed now"])))
 
@@ -197,26 +219,33 @@ class Plan:
     def _held_back(self, name: str) -> Entry:
         """What stands behind a failed gate is skipped, and so is an attempt after one that passed."""
         entry = self.entries[name]
-        family, number = self._attempt.get(name, (None, 0))
-        if family is not None and number > self.standing[family.stage]:
-            relied_on = self.standing[family.stage]
-            if self.outcome(family, relied_on):
-                return replace(entry, state="skipped", reason=f"attempt {relied_on + 1} of {family.stage} passed")
+        family = self._family.get(name)
+        if isinstance(family, Attempts) and (number := family.places[name][0]) > self.standing[family.stage]:
+            if (taken := self.taken[family.stage]) is not None:
+                return replace(entry, state="skipped", reason=f"attempt {taken + 1} of {family.stage} passed")
             return replace(entry, state="waiting", reason=f"until attempt {number} of {family.stage} has failed")
+        read = dict.fromkeys(self._family[source].stage for source in self._inputs[name] if source in self._family)
+        for other in (self.recipe.families[stage] for stage in read):
+            if other is not family and self.taken[other.stage] is None:
+                return self._undecided(entry, other)
         behind = [source for source in self._inputs[name] if self._blocked(source)]
         if behind:
             return replace(entry, state="skipped", reason=f"a gate of {', '.join(behind)} failed")
         unjudged = [source for source in self._inputs[name] if any(v.passed is None for v in self.entries[source].verdicts)]
         if unjudged:
             return replace(entry, state="waiting", reason=f"for what the gates of {', '.join(unjudged)} compare with")
-        for tried, attempt in (self._attempt[source] for source in self._inputs[name] if source in self._attempt):
-            if family is None or family is not tried:
-                outcome = self.outcome(tried, attempt)
-                if outcome is False:
-                    return replace(entry, state="skipped", reason=f"no attempt of {tried.stage} passed")
-                if outcome is None:
-                    return replace(entry, state="waiting", reason=f"for the gates of {', '.join(tried.judges_of(attempt))}")
         return entry
+
+    def _undecided(self, entry: Entry, family: Branches) -> Entry:
+        """What reads from branches of which none is taken, for now or in the end."""
+        if isinstance(family, Sweep):
+            if self.is_lost(family):
+                return replace(entry, state="skipped", reason="no setting of the sweep passed its gates")
+            return replace(entry, state="waiting", reason=f"for the {family.wanted} of {len(family.names)} settings")
+        if self.is_lost(family):
+            return replace(entry, state="skipped", reason=f"no attempt of {family.stage} passed")
+        judges = family.judges_of(self.standing[family.stage])
+        return replace(entry, state="waiting", reason=f"for the gates of {', '.join(judges)}")
 
     def _with_effect(self, name: str) -> Entry:
         """With what is left to do in the world once the artifact is there."""
@@ -263,18 +292,23 @@ def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
             }
             for entry in plan
         ],
+        **({"sweep": _sweep_as_json(plan, sweep)} if (sweep := recipe.sweep) else {}),
     }
 
 
 def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
-    """Of a stage that is judged, the gates; of one that belongs to an attempt, to which, and whether it is relied on."""
+    """Of a stage that is judged, the gates; of one that belongs to branches, to which, and whether what is behind takes it."""
     told: dict[str, Any] = {}
     if entry.verdicts:
         told["gates"] = [
             {"gate": verdict.gate, "found": verdict.found, "passed": verdict.passed} for verdict in entry.verdicts
         ]
-    if attempt := plan.attempt_of(entry.name):
-        family, number = attempt
+    family = plan.family_of(entry.name)
+    if isinstance(family, Sweep):
+        numbers = [number + 1 for number in family.places[entry.name]]
+        told["setting"] = {"numbers": numbers, "stands": plan.stands(entry.name)}
+    elif family is not None:
+        number = family.places[entry.name][0]
         told["attempt"] = {
             "of": family.stage,
             "number": number + 1,
@@ -282,3 +316,18 @@ def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
             "stands": plan.stands(entry.name),
         }
     return told
+
+
+def _sweep_as_json(plan: Plan, sweep: Sweep) -> dict[str, Any]:
+    """What is compared by which score, and what came of it so far; `best` counts from 1."""
+    best = plan.taken[sweep.stage]
+    settings = [
+        {
+            "number": number + 1,
+            "values": {str(axis): value for axis, value in zip(sweep.axes, sweep.values(number), strict=True)},
+            "score": plan.score(sweep, number),
+            "passed": plan.outcome(sweep, number),
+        }
+        for number in range(len(sweep.names))
+    ]
+    return {"wanted": sweep.wanted, "best": None if best is None else best + 1, "settings": settings}

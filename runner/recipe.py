@@ -18,13 +18,15 @@ from pydantic import Field, field_validator
 import runner.stages
 from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
-from runner.expand import Attempts, branches, changes_of, expand, sources
-from runner.graph import ancestors, edges, find_cycle, input_files, plain, sources_of
+from runner.expand import Attempts, Branches, Sweep, branches, changes_of, expand, numbered, sources
+from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of
 from runner.mirrors import TrackerName
 from runner.reading.faults import listed, nearest, shown, validated
 from runner.reading.paths import Bounds, fixed_part, leaves_by_name
 from runner.reading.tables import apply_override, merged, read_with_parents
 from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
+from runner.sweep import SweepTable, read_sweep
+from runner.sweep import resolved as resolved_sweep
 from runner.workers.alerts import AlertsTable
 
 
@@ -68,6 +70,8 @@ class Head(Spec):
     """Where curves go."""
     alerts: Execution[AlertsTable] = AlertsTable()
     """What is watched in every training, and who is told of it; `stage.NAME.alerts` overrides it field by field."""
+    sweep: Execution[SweepTable | None] = None
+    """Settings to compare, the best of which is taken."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +81,39 @@ class Recipe:
     path: Path
     head: Head
     written: Mapping[str, Stage]
-    attempts: Mapping[str, Attempts]  # by the stage that has them
+    families: Mapping[str, Branches]  # attempts and settings, by the stage that names them; each before those behind it
 
     @cached_property
     def stages(self) -> Mapping[str, Stage]:
-        """Ordinary stages, those of every attempt among them; what reads from attempts reads the first."""
-        return expand(self.written, self.attempts)
+        """Ordinary stages, those of every branch among them; what reads from branches reads the first."""
+        return expand(self.written, self.families)
 
-    def with_attempts(self, standing: Mapping[str, int]) -> Mapping[str, Stage]:
-        """The same where what reads from attempts reads those that are `standing`, by the stage that has them."""
-        return expand(self.written, self.attempts, standing)
+    def with_branches(self, standing: Mapping[str, int]) -> Mapping[str, Stage]:
+        """The same where what reads from branches reads those that are `standing`, by the stage that names the family."""
+        return expand(self.written, self.families, standing)
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """Its sweep, if it has one."""
+        return next((family for family in self.families.values() if isinstance(family, Sweep)), None)
+
+    def family_of(self, name: str) -> Branches | None:
+        """The branches that a stage, by its name as written, belongs to."""
+        return next((family for family in self.families.values() if name in family.members), None)
 
     def names_of(self, name: str) -> list[str]:
-        """The stages that `name` stands for: itself, or its attempts."""
-        branches = (family.branch(number) for family in self.attempts.values() for number in range(len(family.tries)))
-        return [branch[name] for branch in branches if name in branch] or [name]
+        """The stages that `name` stands for: itself, or those of its branches."""
+        family = self.family_of(name)
+        return [name] if family is None else list(dict.fromkeys(branch[name] for branch in family.names))
 
     def needed(self, name: str) -> set[str]:
-        """The stages that a run until `name` may run. All attempts with their judges, where it stands for attempts."""
-        judges = [judge for family in self.attempts.values() if name in family.members for judge in family.all_judges]
-        names = [*self.names_of(name), *judges]
-        return {*names, *ancestors(sources(self.stages, self.attempts), *names)}
+        """The stages that a run until `name` may run. All branches with their judges, where it stands for branches."""
+        family = self.family_of(name)
+        names = [*self.names_of(name), *(family.all_judges if family else ())]
+        return {*names, *ancestors(sources(self.stages, self.families), *names)}
 
     def resolved(self, standing: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the attempts
+        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the branches
         that are `standing` it has these alone, as if they had been written.
         """
         folder = self.path.parent.resolve()
@@ -109,18 +122,25 @@ class Recipe:
             return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
         def table(name: str, stage: Stage) -> dict[str, Any]:
-            family = self.attempts.get(name)
-            if family is None:
-                return {"kind": stage.kind, **plain(stage, file=relative)}
-            tries = [plain(attempt, file=relative) for attempt in family.tries]
-            if standing is not None:
-                return {"kind": stage.kind, **tries[standing[name]]}
-            changed = [{key: fields[key] for key in change} for change, fields in zip(family.changes, tries, strict=True)]
-            return {"kind": stage.kind, **plain(stage, file=relative), "attempts": changed}
+            family = self.family_of(name)
+            if standing is not None and family is not None:
+                stage = family.changed[standing[family.stage]].get(name, stage)
+            fields = {"kind": stage.kind, **plain(stage, file=relative)}
+            if standing is None and isinstance(family, Attempts) and name == family.stage:
+                tries = [plain(changed[name], file=relative) for changed in family.changed]
+                pairs = zip(family.changes, tries, strict=True)
+                fields["attempts"] = [{key: attempt[key] for key in change[name]} for change, attempt in pairs]
+            return fields
 
         stages = {name: table(name, stage) for name, stage in self.written.items()}
         head = plain(self.head)
         del head["alerts"]["notify"]
+        if (sweep := self.sweep) is not None:
+            if standing is None:
+                tables = [{n: plain(s, file=relative) for n, s in changed.items()} for changed in sweep.changed]
+                head["sweep"] = resolved_sweep(sweep, tables=tables)
+            else:
+                del head["sweep"]
         return {**head, "stage": stages}
 
 
@@ -169,23 +189,37 @@ def load_recipe(
         for name, stage in list(stages.items()):
             stages |= stage.completed(name, stages)
         faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_beside(stages))
+    families: dict[str, Branches] = {}
     attempts = _attempts(stages, tried, faults) if not faults else {}
-    if attempts and not faults:
-        expanded = expand(stages, attempts)
+    families |= attempts
+    if head is not None and head.sweep is not None:
+        sweep = read_sweep(
+            head.sweep,
+            stages,
+            stage_tables,
+            broken=broken,
+            filled=lambda kind, fields: _filled(kind, fields, seed, alerts),
+            parallel=head.parallel,
+            families=families,
+            faults=faults,
+        )
+        families |= {sweep.stage: sweep} if sweep else {}
+    if families and not faults:
+        expanded = expand(stages, families)
         faults.extend(_reference_faults(expanded, broken))
         faults.extend(_file_faults(expanded, bounds, absent))
     if head is not None:
         found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
         found |= {  # of attempts, what they alone are at odds with
-            f"{name}.attempts[{number}]": stage.parallel_fault(head.parallel)
+            f"{name}.attempts[{number}]": changed[name].parallel_fault(head.parallel)
             for name, family in attempts.items()
-            for number, stage in enumerate(family.tries)
+            for number, changed in enumerate(family.changed)
             if not found[name]
         }
         faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
-    return Recipe(path, head, stages, attempts)
+    return Recipe(path, head, stages, _ordered(stages, families))
 
 
 # Validating
@@ -243,18 +277,31 @@ def _attempts(
     attempts: dict[str, Attempts] = {}
     for name, tries in tried.items():
         members, judges = branches(stages, name)
-        family = Attempts(tuple(change for change, _ in tries), tuple(stage for _, stage in tries), members, judges)
+        family = Attempts(
+            changes=tuple({name: change} for change, _ in tries),
+            changed=tuple({name: stage} for _, stage in tries),
+            names=numbered(members, len(tries)),
+            judges=judges,
+        )
         for other in attempts.values():
-            if common := sorted({*members} & {*other.members}):
+            if common := sorted(family.members & other.members):
                 faults.append(
                     f"stage.{name}.attempts: wants no stage that attempts of {other.stage!r} run too, found {listed(common)}"
                 )
         if not judges:
             faults.append(f"stage.{name}.attempts: wants an evaluation with gates behind it, to judge them; found none")
-        for taken in {attempt for number in range(len(tries)) for attempt in family.branch(number).values()} & {*stages}:
+        for taken in sorted(family.places.keys() & stages.keys()):
             faults.append(f"stage.{taken}: wants another name; an attempt of {name!r} has this one")
         attempts[name] = family
     return attempts
+
+
+def _ordered(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, Branches]:
+    """Families so that each stands before those that read from it: what decides on the latter comes after it."""
+    if len(families) < 2:
+        return dict(families)
+    place = {name: number for number, name in enumerate(in_order(sources(expand(stages, families), families)))}
+    return dict(sorted(families.items(), key=lambda item: max(place[judge] for judge in item[1].all_judges)))
 
 
 # References and files

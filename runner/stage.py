@@ -184,6 +184,7 @@ class Context:
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
     row_log: Path | None = None  # a file of this process, for the rows that a training learns from
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files, by stage and field
+    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting this is made from: a head and a row of each
 
     def open(self, ref: Ref[A]) -> A:
         """The finished artifact that the stage `ref` made."""
@@ -267,6 +268,11 @@ class Stage(Spec):
     def judged(self) -> bool:
         """Whether it has gates."""
         return False
+
+    @property
+    def scored(self) -> Sequence[str]:
+        """The scores that its record tells, as `task.metric`; one that ends in a point begins names that are known only then."""
+        return ()
 
     def faults_beside(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:
         """What is wrong with it among the stages of its recipe, each fault with its place: `gates[0].above: wants ...`."""

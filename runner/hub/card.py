@@ -31,6 +31,7 @@ class Model:
     version: str  # of stockpot; "" where it is not installed as a package
     publish: Mapping[str, Any] = field(default_factory=dict)  # fields of the stage that releases
     verdicts: Mapping[str, Sequence[Verdict]] = field(default_factory=dict)  # by evaluation
+    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best this is: a head and a row of each
 
 
 def model_card(model: Model) -> str:
@@ -41,6 +42,7 @@ def model_card(model: Model) -> str:
         f"{model.recipe['description']}\n" if model.recipe.get("description") else "",
         _summary(model),
         _scores(model),
+        _settings(model.settings),
         usage(model.recipe, model.records, model.publish),
         _parity(model),
         _data(model),
@@ -158,6 +160,14 @@ def _gates(model: Model) -> str:
         for verdict in verdicts
     ]
     return f"\nThe gates of this release:\n\n{_table(['scores', 'wanted', 'found', 'outcome'], rows)}" if rows else ""
+
+
+def _settings(settings: Sequence[Sequence[str]]) -> str:
+    """What it was compared with, and by which score it is the best."""
+    if not settings:
+        return ""
+    head, *rows = settings
+    return f"## Settings that were compared\n\nThe one marked as best was released.\n\n{_table(head, rows)}"
 
 
 def _tasks(model: Model) -> str:

@@ -34,7 +34,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
         raise RecipeError(f"{path}: wants UTF-8 text, found byte {error.object[error.start]:#04x}") from error
     except (tomli.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: is not TOML: {error}") from error
-    located: dict[str, Any] = _locate(table, path.parent)
+    located: dict[str, Any] = _spread(_locate(table, path.parent))
     parent = located.pop("extends", None)
     if parent is None:
         return located
@@ -54,6 +54,22 @@ def _locate(value: Any, folder: Path) -> Any:
         case list():
             return [_locate(item, folder) for item in value]
     return value
+
+
+def _spread(table: dict[str, Any]) -> dict[str, Any]:
+    """With "stage.NAME.FIELD" of [sweep] as tables in tables, so that they merge and `--set` reaches them."""
+    sweep = table.get("sweep")
+    if not isinstance(sweep, dict):
+        return table
+    spread: dict[str, Any] = {}
+    for key, value in sweep.items():
+        first, *rest = key.split(".")
+        nested = value
+        for part in reversed(rest):
+            nested = {part: nested}
+        is_dotted = first == "stage" and len(rest) > 1 and all(rest)
+        spread = merged(spread, {first: nested} if is_dotted else {key: value})
+    return {**table, "sweep": spread}
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -47,13 +47,18 @@ class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
         """Whether it has gates."""
         return bool(self.gates)
 
+    @property
+    def scored(self) -> Sequence[str]:
+        """The scores of every task; of one that another library scores only the beginning of their names."""
+        return [f"{task.name}.{metric}" for task in self.tasks for metric in (task.metrics or ("",))]
+
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two tasks are named {twice[0]!r}; their scores need names of their own")
-        known = [TRAIN_GAP, *(f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics or ())]
-        open_names = tuple(f"{task.name}." for task in self.tasks if task.metrics is None)  # known only when they are there
+        known = [TRAIN_GAP, *(score for score in self.scored if not score.endswith("."))]
+        open_names = tuple(score for score in self.scored if score.endswith("."))  # known only when they are there
         for gate in self.gates:
             if gate.score not in known and not gate.score.startswith(open_names):
                 raise ValueError(unknown_score(gate.score, known))

@@ -146,6 +146,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
                 license=self.license,
                 languages=languages,
                 version=records[self.model]["versions"].get("stockpot", ""),
+                settings=context.settings,
                 verdicts=_verdicts(recipe["stage"], records, [name for name in scores if recipe["stage"][name].get("gates")]),
             )
         )

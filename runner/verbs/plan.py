@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from runner.cost import Cost, costs, total
-from runner.judging import verdicts
+from runner.judging import settings, verdicts
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.plan import Plan, as_json
 from runner.views.progress import duration
@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     for line in table(plan, found):
         print(line)
-    for line in verdicts.attempts(plan):
+    for line in [*verdicts.attempts(plan), *(["", *compared] if (compared := settings.lines(plan)) else [])]:
         print(line)
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from runner.artifacts import METRICS, Scores
 from runner.hub.card import learned_from, number
+from runner.judging import settings
 from runner.judging.verdicts import attempts
 from runner.plan import Entry, Plan
 from runner.recipe import Recipe
@@ -74,6 +75,7 @@ class Report:
     samples: Mapping[str, Sequence[Sample]]  # by task
     wrong: Mapping[str, Sequence[Sample]]
     attempts: Sequence[str] = ()  # lines of text in columns
+    settings: Table | None = None
     tables: Sequence[Table] = field(default_factory=list)  # tokenizers, data, cost
 
 
@@ -95,6 +97,7 @@ def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
         samples=_examples(evaluations, wrong=False),
         wrong=_examples(evaluations, wrong=True),
         attempts=attempts(plan),
+        settings=_settings(plan),
         tables=[table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows],
     )
 
@@ -115,7 +118,7 @@ def as_markdown(report: Report) -> str:
     parts += [f"* {OUTCOMES[passed]}: {text}" for passed, text in report.verdicts]
     if report.attempts:
         parts += ["## Attempts", "```\n" + "\n".join(report.attempts).strip() + "\n```"]
-    for table in [*([report.scores] if report.scores else []), *report.tables]:
+    for table in [*filter(None, [report.settings, report.scores]), *report.tables]:
         parts += [f"## {table.title}", _markdown(table)]
     for title, groups in (("Answers", report.samples), ("Wrong", report.wrong)):
         for task, samples in groups.items():
@@ -123,6 +126,14 @@ def as_markdown(report: Report) -> str:
             names = list(samples[0].said) if samples else []
             parts += [f"## {title}: {task}", _markdown(Table(task, ["prompt", "wanted", *names], rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _settings(plan: Plan) -> Table | None:
+    sweep = plan.recipe.sweep
+    if sweep is None:
+        return None
+    head, *rows = settings.rows(plan, sweep)
+    return Table(f"Settings, {sweep.wanted}", head, rows)
 
 
 def _scores(evaluations: Sequence[Entry]) -> Table | None:

@@ -1,7 +1,7 @@
 """What the run and the workers of one stage agree on: the job file, and the files that workers leave in the scratch folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ class Job:
     processes: int  # of the whole training
     cores: int  # for all of them; of as many machines as train
     data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
+    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting it reads: a head and a row of each
     row_logs: str | None = None  # a folder in which each process of a training writes which rows it learned from
 
     def write(self, path: Path) -> None:

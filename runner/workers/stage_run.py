@@ -18,6 +18,7 @@ from runner.artifacts import METRICS, SCRATCH
 from runner.cache.store import Store
 from runner.errors import PausedError, StageError
 from runner.graph import input_files, plain
+from runner.judging.settings import rows
 from runner.machines import ALONE, Layout
 from runner.machines.team import PeerFailedError, Team
 from runner.plan import Entry, Plan
@@ -306,7 +307,16 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
         processes=processes,
         cores=cores,
         data={other: named for other, named in data.items() if named},
+        settings=_settings_behind(plan, name),
     )
+
+
+def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
+    """The settings of a sweep of which a stage reads the best, as a table."""
+    sweep = plan.recipe.sweep
+    if sweep is None or plan.taken[sweep.stage] is None or plan.family_of(name) is sweep:
+        return []
+    return rows(plan, sweep) if plan.above(name) & {*sweep.all_judges} else []
 
 
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:

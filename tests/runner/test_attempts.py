@@ -199,7 +199,7 @@ def test_a_recipe_resolved_with_the_attempt_that_passed_is_one_without_attempts(
     again = tmp_path / "again.toml"
     again.write_text(tomli_w.dumps(recipe.resolved({"medical": 1})), encoding="utf-8")
     found = load_recipe(again)
-    assert not found.attempts
+    assert not found.families
     assert found.stages["medical"] == recipe.stages["medical@2"]
 
 
