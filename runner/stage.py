@@ -271,7 +271,7 @@ class Stage(Spec):
 
     @property
     def scored(self) -> Sequence[str]:
-        """The scores that its record tells, as `task.metric`; one that ends in a point begins names that are known only then."""
+        """The scores in its record, as `task.metric`; one that ends in a point begins names that are known only then."""
         return ()
 
     def faults_beside(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:

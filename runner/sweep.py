@@ -5,9 +5,9 @@
     "stage.medical.r" = [4, 8, 16]
     "stage.medical.alpha" = [16, 32]
 
-makes a branch of each of the six settings: what varies, and every stage from there to the evaluation `after`. What two settings
-have in common is there once. All of them run, and whatever stands behind takes the one with the best score among those
-whose gates hold; of equals the first as written, where the last field changes fastest.
+makes a branch of each of the six settings: what varies, and every stage from there to the evaluation `after`. What settings
+have in common is there once. All of them run, and whatever stands behind takes the one with the best score among those whose
+gates hold; of equals the first as written, where the last field changes fastest.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 from runner.expand import SIGN, Axis, Branches, Sweep, changes_of, expand, sources
 from runner.graph import ancestors, find_cycle, plain, sources_of
@@ -26,7 +27,7 @@ from runner.reading.tables import merged
 from runner.stage import Execution, Identity, Parallel, Spec, Stage
 
 MOST = 256  # settings of a sweep; each is several stages, and a recipe from a stranger must not ask for millions
-VALUES = {"type": "array", "minItems": 1}
+VALUES: JsonDict = {"type": "array", "minItems": 1}
 
 Filled = Callable[[type[Stage], dict[str, Any]], dict[str, Any]]  # the fields of a stage with what the head says for all
 
@@ -92,9 +93,9 @@ def read_sweep(
             faults.append(f"sweep.stage.{name}: wants a stage before {judge!r}, whose score decides; found one that is not")
     branch = {judge, *ancestors(before, judge)} & {*varied, *(name for names in behind.values() for name in names)}
     members = [*varied, *(name for name in stages if name in branch and name not in varied)]
-    for other in families.values():
-        if common := sorted({*members} & other.members):
-            faults.append(f"sweep: wants no stage that attempts of {other.stage!r} run too, found {listed(common)}")
+    for family in families.values():
+        if common := sorted({*members} & family.members):
+            faults.append(f"sweep: wants no stage that attempts of {family.stage!r} run too, found {listed(common)}")
     sweep = Sweep(
         changes=tuple(variants.changes(choice) for choice in choices),
         changed=tuple(changed),
