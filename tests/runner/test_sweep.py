@@ -245,6 +245,16 @@ def test_a_sweep_behind_attempts_is_over_the_attempt_that_passed(tmp_path: Path,
         load_recipe(write(tmp_path, common))
 
 
+def test_attempts_behind_a_sweep_are_over_its_best_setting(tmp_path: Path, store: Store) -> None:
+    tables = ATTEMPTS.replace('model = "base"', 'model = "release"')
+    recipe = load_recipe(write(tmp_path, RECIPE + tables))
+    assert list(recipe.families) == ["medical", "chat"]
+    names = run(recipe, store, {**SECOND, "talked@1": 6.0, "talked@2": 1.0})
+    assert names.index("after@3") < names.index("chat@1") < names.index("chat@2")
+    plan = Plan(recipe, store)
+    assert plan.inputs("chat@1") == plan.inputs("chat@2") == ["release@2"] and plan.named("chat").name == "chat@2"
+
+
 def test_fields_may_be_written_as_tables_and_set_from_the_command_line(tmp_path: Path) -> None:
     path = write(tmp_path)
     tables = load_recipe(path, ["sweep.stage.medical.r=[2, 3]", "sweep.stage.medical.learning_rate=[1e-3]"])
