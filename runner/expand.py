@@ -6,6 +6,9 @@ on the stage `medical` makes a branch of each attempt: `medical@1`, `medical@2`,
 gates behind it (`release@1`, `after@1`, ...). A stage behind the branches reads the one that stands: the first that has not
 failed its gates. Which that is, and that an attempt only runs once the one before it has failed, is the business of
 `runner.plan`; here are pure functions over stages, and names are no part of any key.
+
+Last, a stage that stands for several (`Stage.parted`) becomes those: a pretraining with a "wsd" schedule its trunk and what
+follows. One that has attempts stays whole, since trunks would be trained of attempts that are never needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +112,13 @@ def expand(
                     stages[branch[member]] = renamed(
                         attempt if member == family.stage else written[member], {**stands, **branch}
                     )
-    return stages
+    attempts = {
+        branch[family.stage] for family in families.values() for branch in map(family.branch, range(len(family.tries)))
+    }
+    parts: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        parts |= {name: stage} if name in attempts else stage.parted(name, stages)
+    return parts
 
 
 def sources(stages: Mapping[str, Stage], families: Mapping[str, Attempts]) -> dict[str, list[str]]:

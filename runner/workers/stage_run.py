@@ -306,6 +306,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
         processes=processes,
         cores=cores,
         data={other: named for other, named in data.items() if named},
+        beginning=str(store.folder(entry.beginning.kind, entry.beginning.key)) if entry.beginning else None,
     )
 
 
