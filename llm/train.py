@@ -222,6 +222,7 @@ def train(
             memory = progress.alerts
             memory.pass_over(steps_undone)
             restored = Progress.of(before.facts["progress"])
+            restored.steps = steps
             restored.alerts.passed, restored.alerts.rollbacks = memory.passed, [*memory.rollbacks, offence.finding.steps.start]
             if len(restored.alerts.rollbacks) > MOST_ROLLBACKS:
                 raise InputError(f"{offence}; {MOST_ROLLBACKS} rollbacks before it were of no use")
