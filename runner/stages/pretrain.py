@@ -47,7 +47,7 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
         if self.trunk is not None or not self.keep_trunk or self.schedule.kind != "wsd" or steps is None:
             return {name: self}
         until, rate, trunk = self.schedule.descent(steps), self.schedule, f"{name}-trunk"
-        if not max(1, rate.warmup_steps) <= until < steps or trunk in stages:
+        if not rate.warmup_steps < until < steps or trunk in stages:
             return {name: self}
         changed = {
             "budget": Budget(steps=until),
