@@ -1,6 +1,7 @@
 """The kind `pretrain`: a model with fresh weights learns to predict the next token of packed text."""
 
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from llm.settings import Budget, Schedule
@@ -46,9 +47,10 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
         steps = self.steps(stages)
         if self.trunk is not None or not self.keep_trunk or self.schedule.kind != "wsd" or steps is None:
             return {name: self}
-        until, rate, trunk = self.schedule.descent(steps), self.schedule, f"{name}-trunk"
-        if not rate.warmup_steps < until < steps or trunk in stages:
+        until, rate = self.schedule.descent(steps), self.schedule
+        if not rate.warmup_steps < until < steps:
             return {name: self}
+        trunk = next(free for number in count(1) if (free := f"{name}-trunk" + f"-{number}" * (number > 1)) not in stages)
         changed = {
             "budget": Budget(steps=until),
             "schedule": Schedule(kind="constant", learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
