@@ -41,6 +41,8 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
     self_check: dict[str, float] = field(default_factory=dict)
     reported: int = 0  # step of the last report
+    first_step: int = 0  # where it began: another training had taken the steps before
+    first_tokens: int = 0  # positions that the other had computed
     alerts: Memory = field(default_factory=Memory)
 
     @classmethod

@@ -53,6 +53,8 @@ class Schedule(Settings):
     """Steps in which the rate rises linearly from near 0; step 0 already learns."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """Of "wsd": the share of all steps, at the end, in which the rate goes down."""
+    decay_steps: int | None = Field(None, gt=0)
+    """Of "wsd": how many steps these are, instead of a share."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -62,15 +64,23 @@ class Schedule(Settings):
             )
         return self
 
+    def descent(self, steps: int) -> int:
+        """The step of so many from which on the rate goes down; before it, it does not depend on how many there are."""
+        warmup = min(self.warmup_steps, steps)
+        if self.kind == "constant":
+            return steps
+        if self.kind != "wsd":
+            return warmup
+        decay = math.ceil(self.decay_fraction * steps) if self.decay_steps is None else self.decay_steps
+        return max(warmup, steps - decay)
+
     def factor(self, step: int, *, steps: int) -> float:
         """Learning rate at `step` (from 0) of `steps`, as a share of the highest."""
         warmup = min(self.warmup_steps, steps)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         least = self.min_learning_rate / self.learning_rate
-        if self.kind == "constant":
-            return 1.0
-        start = warmup if self.kind != "wsd" else max(warmup, steps - math.ceil(self.decay_fraction * steps))
+        start = self.descent(steps)
         if step < start:
             return 1.0
         progress = (step - start) / max(1, steps - start)  # 1 would be the step after the last

@@ -67,12 +67,17 @@ def train(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
     row_log: RowLog | None = None,
+    beginning: Path | None = None,  # the folder in which a shorter training was left, of which this is the rest
+    left_in: Path | None = None,  # a folder for what another training needs to go on where this one ends
 ) -> dict[str, Any]:
     """Train `model` in place, from the last checkpoint under `scratch` if there is one; returns what a record should tell.
 
-    Raises InputError where the batch cannot be made or an alert says stop, as it does by default where the loss is no longer
-    finite; Paused, after a checkpoint, where one says pause; and Interrupted, after a checkpoint, once `should_stop` is true
-    in any process.
+    A training that is `left_in` a folder ends as if it were interrupted there: what only an end asks for, a report between
+    the regular ones and a look at held-out text, is left to the one that goes on.
+
+    Raises InputError where the batch cannot be made, the training does not fit its `beginning`, or an alert says stop, as it
+    does by default where the loss is no longer finite; Paused, after a checkpoint, where one says pause; and Interrupted,
+    after a checkpoint, once `should_stop` is true in any process.
     """
     group = Group(find_unused_parameters=find_unused_parameters, timeout_minutes=timeout_minutes)
     if not rows.rows_per_epoch:
@@ -86,7 +91,7 @@ def train(
     tokens_per_step = rows_per_step * rows.context
     steps = budget.in_steps(batch_tokens=tokens_per_step, rows_per_step=rows_per_step, rows_per_epoch=rows.rows_per_epoch)
     folder = scratch / CHECKPOINTS
-    state = _last_state(folder, group, report)
+    state = _last_state(folder, group, report, beginning=beginning)
     shape = f"{model} {rows.context}"
     if state is None:
         choices = choose(
@@ -110,6 +115,9 @@ def train(
     else:
         choices = restored(state.facts["choices"], group, strategy, cores=cores)
         progress = Progress.of(state.facts["progress"])
+        progress.steps = steps
+        if progress.step == progress.first_step:
+            _check_fit(progress, optimizer, state.facts["optimizer"])
         before, now = layout(Choices(**state.facts["choices"])), layout(choices)
         if before != now:
             report(note=f"began with {before}, goes on with {now}: what is learned stays the same only up to rounding")
@@ -152,15 +160,26 @@ def train(
         def save() -> None:
             loop.collect(progress)  # raises before anything that is not finite is kept
             progress.seconds = time.monotonic() - began
-            facts = {"step": progress.step, "progress": asdict(progress), "choices": asdict(loop.choices)}
+            put(writer.submit)
+
+        def put(write: Callable[[training_state.TrainingState], None]) -> None:
+            facts = {
+                "step": progress.step,
+                "progress": asdict(progress),
+                "choices": asdict(loop.choices),
+                "optimizer": optimizer.kind,
+            }
             if group.is_main or is_spread(learner):
                 reshard(learner)  # a validation that was stopped has gathered weights
                 taken = training_state.take(learner.model, loop.optimizers, facts=facts, keep=group.is_main)
                 if group.is_main:
-                    writer.submit(taken)
+                    write(taken)
+
+        def is_over() -> bool:
+            return progress.step == steps and left_in is None
 
         def validate_if_due() -> None:
-            due = progress.step == steps or (validate_every is not None and progress.step % validate_every == 0)
+            due = is_over() or (validate_every is not None and progress.step % validate_every == 0)
             if validation is not None and due and progress.validation.get("step") != progress.step:
                 loop.validate(progress, validation)
 
@@ -183,30 +202,33 @@ def train(
                     progress.step += 1
                     progress.tokens += tokens_per_step
                     progress.targets += int(total)
-                    if progress.step == steps or progress.step % LOG_EVERY == 0:
+                    if is_over() or progress.step % LOG_EVERY == 0:
                         loop.report_steps(progress)
                     validate_if_due()
                     if overdue or (checkpoint_every is not None and progress.step % checkpoint_every == 0):
                         save()
                         saved = time.monotonic()
+            loop.collect(progress)
 
         def roll_back(offence: RollBack) -> Progress:
             writer.wait()
-            before = _last_state(folder, group, report, until=offence.steps.start)
+            steps_undone = range(max(offence.steps.start, progress.first_step), offence.steps.stop)
+            before = _last_state(folder, group, report, until=steps_undone.start)
             if before is None:
                 raise InputError(f"{offence}; there is no checkpoint to roll back to")
             reshard(learner)  # a validation that was stopped has gathered weights
             training_state.restore(before, learner.model, loop.optimizers)
             loop.forget()
             memory = progress.alerts
-            memory.pass_over(offence.steps)
+            memory.pass_over(steps_undone)
             restored = Progress.of(before.facts["progress"])
+            restored.steps = steps
             restored.alerts.passed, restored.alerts.rollbacks = memory.passed, [*memory.rollbacks, offence.finding.steps.start]
             if len(restored.alerts.rollbacks) > MOST_ROLLBACKS:
                 raise InputError(f"{offence}; {MOST_ROLLBACKS} rollbacks before it were of no use")
             if group.is_main:
                 training_state.forget_after(folder, restored.step)
-            first, last = offence.steps.start, offence.steps.stop - 1
+            first, last = steps_undone.start, steps_undone.stop - 1
             rows_of = f"step {first}" if first == last else f"steps {first} to {last}"
             report(note=f"{offence}: goes back to step {restored.step}, and past the rows of {rows_of}")
             return restored
@@ -235,6 +257,8 @@ def train(
                 if isinstance(reason, Paused):
                     raise Paused(f"{reason}; checkpointed after step {progress.step} of {steps}") from None
                 raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
+        if left_in is not None:
+            put(partial(training_state.leave, left_in))
     gather(learner, model)
     model.eval()
     progress.seconds = time.monotonic() - began
@@ -242,23 +266,44 @@ def train(
 
 
 def _last_state(
-    folder: Path, group: Group, report: Callable[..., None], *, until: int | None = None
+    folder: Path,
+    group: Group,
+    report: Callable[..., None],
+    *,
+    until: int | None = None,
+    beginning: Path | None = None,
 ) -> training_state.TrainingState | None:
-    """The last sound checkpoint, after the step `until` none, the same one in every process."""
+    """The last sound checkpoint, after the step `until` none, the same one in every process; where there is none, what a
+    training before was left with in the folder `beginning`.
+    """
     path, damaged = training_state.newest(folder, until=until) if group.is_main else (None, [])
-    path = group.from_main(path)
     for broken in damaged:
         instead = f"goes on from {path.name}" if path is not None else "starts from the beginning"
         report(note=f"checkpoint {broken.name} is damaged and removed: {instead}")
         shutil.rmtree(broken)
+    if group.is_main and path is None and beginning is not None:
+        path = training_state.begin(folder, beginning)
+    path = group.from_main(path)
     return None if path is None else training_state.read(carry(path, folder, group))
+
+
+def _check_fit(progress: Progress, optimizer: Optimizer, kind: str) -> None:
+    """That a training can go on from where another ended."""
+    if progress.steps <= progress.step:
+        raise InputError(
+            f"budget wants more than the {progress.step} steps that it goes on from, which are part of it; "
+            f"found {progress.steps}"
+        )
+    if kind != optimizer.kind:
+        raise InputError(f"optimizer.kind wants {kind!r}, as in the training that it goes on from; found {optimizer.kind!r}")
 
 
 def _metrics(
     model: nn.Module, progress: Progress, choices: Choices, *, rows: RowSource, tokens_per_step: int
 ) -> dict[str, Any]:
     learned, parameters = count_parameters(model)
-    flops = progress.tokens * model.flops_per_token(rows.context)  # type: ignore[operator]  # every registered model has it
+    computed = progress.tokens - progress.first_tokens
+    flops = computed * model.flops_per_token(rows.context)  # type: ignore[operator]  # every registered model has it
     metrics: dict[str, Any] = {
         "parameters": parameters,
         "trained_parameters": learned,
@@ -268,12 +313,14 @@ def _metrics(
         "targets": progress.targets,
         "tokens_per_step": tokens_per_step,
         "seconds": round(progress.seconds, 3),
-        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "tokens_per_second": round(computed / max(progress.seconds, 1e-9), 1),
         "loss": progress.loss,
         "flops": flops,  # an estimate: matrix products of one forward and backward pass, attention included
         "peak_memory_bytes": peak_memory(choices.device),
         "choices": asdict(choices),
     }
+    if progress.first_step:  # steps, epochs, tokens and targets count those before it, too
+        metrics["first_step"] = progress.first_step
     metrics |= {name: value for name, value in progress.validation.items() if name != "step"}
     if progress.best:
         metrics |= {"best_validation_loss": progress.best["validation_loss"], "best_validation_step": progress.best["step"]}

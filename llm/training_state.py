@@ -1,5 +1,8 @@
 """Training checkpoints: what a training needs to go on bit for bit. Not models for use: those are `llm.checkpoint`.
 
+`leave` puts beside the weights of a model folder what another training needs to go on from there, and `begin` makes a training
+checkpoint of such a folder. What depends on the clock is left out, so equal trainings leave equal bytes.
+
 `checkpoints/step-00000120/` holds `weights.safetensors` (the weights that learn), `optimizer.safetensors` and `state.json`
 (the step, counters, resolved choices, and the sha256 of all of it). A folder under its final name is complete; one whose
 digests do not match is passed over for the one before it. The last few are kept.
@@ -19,11 +22,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llm.files import write_tensors, write_text
+from llm.checkpoint import WEIGHTS as MODEL
+from llm.files import write_json, write_tensors, write_text
 from llm.sharding import like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 PARTIAL = ".partial"
+BESIDE_MODEL = "training.json"  # in a model folder, the facts
+CLOCKED = "throughput"  # the alert that depends on the clock
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,26 @@ def read(path: Path) -> TrainingState:
     """The state in a checkpoint that `newest` found sound."""
     facts = json.loads((path / STATE).read_text(encoding="utf-8"))["facts"]
     return TrainingState(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), facts)
+
+
+def leave(folder: Path, state: TrainingState) -> None:
+    """Put all but the weights into `folder`, which holds or will hold them as a model."""
+    progress = state.facts["progress"]
+    memory = progress["alerts"]
+    memory = memory | {
+        "raised": [name for name in memory["raised"] if name != CLOCKED],
+        "counts": {name: count for name, count in memory["counts"].items() if name != CLOCKED},
+    }
+    progress = progress | {"seconds": 0.0, "first_step": 0, "first_tokens": 0, "alerts": memory}
+    write_tensors(folder / OPTIMIZER, state.optimizer)
+    write_json(folder / BESIDE_MODEL, state.facts | {"progress": progress})
+
+
+def begin(folder: Path, model: Path) -> Path:
+    """Write a checkpoint under `folder` from which a training goes on that ended in the model folder `model`."""
+    facts = json.loads((model / BESIDE_MODEL).read_text(encoding="utf-8"))
+    facts["progress"] |= {"first_step": facts["step"], "first_tokens": facts["progress"]["tokens"]}
+    return write(folder, TrainingState(load_file(model / MODEL), load_file(model / OPTIMIZER), facts), kept=1)
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -125,6 +125,21 @@ class Checkpoint(Artifact):
 
 
 @dataclass(frozen=True)
+class TrainingState(Checkpoint):
+    """A Checkpoint with what the training that made it needs to go on; `llm.training_state` reads and writes it."""
+
+    @property
+    def optimizer(self) -> Path:
+        """What the optimizer keeps of each weight, one safetensors file."""
+        return self.folder / "optimizer.safetensors"
+
+    @property
+    def training(self) -> Path:
+        """The step, the counters and how it was computed."""
+        return self.folder / "training.json"
+
+
+@dataclass(frozen=True)
 class Adapter(Artifact):
     """LoRA weights as stock PEFT writes and opens them."""
 

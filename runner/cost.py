@@ -22,6 +22,7 @@ from runner.plan import RUNNABLE, Entry, Plan
 from runner.recipe import Recipe
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
+from runner.stages.pretraining import Pretraining
 from runner.stages.row_training import PackedTraining, RowTraining
 from runner.stages.tokenizer import TrainTokenizer
 from runner.stages.training import TrainingStage
@@ -97,16 +98,18 @@ def _cost(
     shapes: dict[str, Shape | None],
     measured: float | None,
 ) -> Cost:
-    alike = [record for record in records if record.kind == entry.stage.kind]
+    kinds = ("pretrain", "trunk") if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
+    alike = [record for record in records if record.kind in kinds]
     if not isinstance(entry.stage, TrainingStage):
         took = [float(record.data["seconds"]) for record in alike]
         return Cost(seconds=_middle(took), low=min(took, default=None), high=max(took, default=None), runs=len(took))
     shape = _shape(recipe, plan, entry.name, shapes)
     tokens = _tokens(plan, entry.stage)
+    tokens = max(0.0, tokens - _behind(plan, entry)) if tokens else tokens
     flops = shape.flops_per_token * tokens if shape and tokens else None
     paces = [pace for record in alike if (pace := _pace(record))]  # seconds per operation
     memory = _memory(shape, entry.stage, alike) if shape else None
-    if measured is not None and (isinstance(entry.stage, Pretrain) or not paces):
+    if measured is not None and (isinstance(entry.stage, Pretraining) or not paces):
         paces = [1 / measured]
     times = [pace * flops for pace in paces] if flops else []
     return Cost(
@@ -127,7 +130,7 @@ def _shape(recipe: Recipe, plan: Plan, name: str, known: dict[str, Shape | None]
         return known[name]
     stage = recipe.stages[name]
     known[name] = None
-    if isinstance(stage, Pretrain):
+    if isinstance(stage, Pretraining):
         known[name] = _fresh_shape(recipe, stage)
     elif (path := plan.entries[name].path) and issubclass(stage.makes, Checkpoint):
         known[name] = _written_shape(json.loads(Checkpoint(path).config.read_text(encoding="utf-8")))
@@ -137,7 +140,7 @@ def _shape(recipe: Recipe, plan: Plan, name: str, known: dict[str, Shape | None]
     return known[name]
 
 
-def _fresh_shape(recipe: Recipe, stage: Pretrain) -> Shape | None:
+def _fresh_shape(recipe: Recipe, stage: Pretraining) -> Shape | None:
     pack = recipe.stages[stage.tokens]
     tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
     if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
@@ -171,7 +174,7 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
     if budget.steps is not None:
         return float(budget.steps * stage.batch_tokens)
     assert budget.epochs is not None  # a budget has one of the three
-    if isinstance(stage, Pretrain):
+    if isinstance(stage, Pretraining):
         record = plan.entries[stage.tokens].record
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
     if not isinstance(stage, PackedTraining):
@@ -179,6 +182,16 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
     sizes = [table.weight * sum(map(_text_bytes, table.files.matches())) for table in stage.tables()[0]]
     own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
     return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN / own
+
+
+def _behind(plan: Plan, entry: Entry) -> float:
+    """Positions of a training that another has computed, from which it goes on."""
+    if entry.beginning:
+        return float(entry.beginning.data["metrics"]["tokens"])
+    if isinstance(entry.stage, Pretrain) and entry.stage.trunk is not None:
+        trunk = plan.entries[entry.stage.trunk].stage
+        return (_tokens(plan, trunk) or 0.0) if isinstance(trunk, TrainingStage) else 0.0
+    return 0.0
 
 
 def _text_bytes(path: Path) -> float:

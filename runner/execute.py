@@ -172,6 +172,8 @@ class Execution:
                 self._progress.finished(entry, "made by another run")
                 return False
             sources = {source: plan.record(source) for source in plan.inputs(entry.name)}
+            if entry.beginning:
+                sources |= {f"{entry.name}, in its beginning": entry.beginning}
             with self._store.reading(sources.values(), waiting=self._patience(entry)):
                 if not self._are_sound(sources) or not plan.still_holds(entry):
                     return False
@@ -212,6 +214,7 @@ class Execution:
                 "recipe": self._recipe.head.name,
                 "identity": entry.identity,
                 "inputs": {plan.written(source): plan.record(source).summary() for source in plan.inputs(entry.name)},
+                **({"beginning": entry.beginning.summary()} if entry.beginning else {}),
                 "code": code_digest(type(stage)),
                 "started": begun.isoformat(timespec="seconds"),
                 "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

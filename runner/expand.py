@@ -7,6 +7,9 @@ gates behind it (`release@1`, `after@1`, ...). A stage behind the branches reads
 that has not failed its gates, of a sweep (`runner.sweep`) the setting with the best score. Which that is, and that an attempt
 only runs once the one before it has failed, is the business of `runner.plan`; here are pure functions over stages, and names
 are no part of any key.
+
+Last, a stage that stands for several (`Stage.parted`) becomes those: a pretraining with a "wsd" schedule its trunk and what
+follows. One that has attempts stays whole, since trunks would be trained of attempts that are never needed.
 """
 
 import math
@@ -206,7 +209,13 @@ def expand(
                 for member in members:
                     if branch[member] not in stages:
                         stages[branch[member]] = renamed(changed.get(member, written[member]), {**stands, **branch})
-    return stages
+    attempts = {
+        branch[family.stage] for family in families.values() if isinstance(family, Attempts) for branch in family.names
+    }
+    parts: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        parts |= {name: stage} if name in attempts else stage.parted(name, stages)
+    return parts
 
 
 def sources(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, list[str]]:

@@ -35,6 +35,7 @@ class Entry:
     path: Path | None  # of the finished artifact
     verdicts: Sequence[Verdict] = ()
     effect: Effect | None = None
+    beginning: Record | None = None  # a finished result that it goes on from (`Stage.behind`)
 
     @property
     def failed_gates(self) -> list[Verdict]:
@@ -186,9 +187,12 @@ class Plan:
             scratch = self._store.work(stage, key) / SCRATCH
             if (scratch / PAUSED).exists():
                 return Entry(name, stage, "paused", "by an alert; run goes on from its checkpoint", key, what, None, None)
-            resumable = scratch.exists()
+            resumable, beginning = scratch.exists(), self._beginning(stage, what)
             reason = "goes on where it was interrupted" if resumable else self._why_new(stage, what, key)
-            return Entry(name, stage, "resume" if resumable else "run", reason, key, what, None, None)
+            if beginning and not resumable:
+                reason = f"goes on from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
+            state: State = "resume" if resumable or beginning else "run"
+            return Entry(name, stage, state, reason, key, what, None, None, beginning=beginning)
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None
         other_code = record.data.get("code") != code_digest(type(stage))
         return Entry(name, stage, "cached", "made by other code" if other_code else "", key, what, record, path)
@@ -259,6 +263,13 @@ class Plan:
 
     def _blocked(self, name: str) -> bool:
         return bool(self.entries[name].failed_gates) or self.entries[name].state == "skipped"
+
+    def _beginning(self, stage: Stage, what: Mapping[str, Any]) -> Record | None:
+        """The finished result that has most of the work behind it, of those that the stage can go on from."""
+        alike = [record for record in self._all_records if record.kind == stage.kind]
+        behind = [(stage.behind(what, record.data["identity"]), record) for record in alike]
+        able = [(amount, record) for amount, record in behind if amount and self._store.has_artifact(record)]
+        return max(able, key=lambda pair: pair[0], default=(0, None))[1]
 
     def _why_new(self, stage: Stage, what: Mapping[str, Any], key: str) -> str:
         """The fields and inputs that differ from the nearest cached result of the same kind."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.settings import Budget
+from runner.cache.record import Record
 from runner.cache.store import Store, Waiting
 from runner.code import code_digest
 from runner.errors import RecipeError, StageError
@@ -30,6 +31,7 @@ from runner.recipe import Recipe
 from runner.remains import Remains, compare
 from runner.secrets import redact
 from runner.stage import Parallel, Stage
+from runner.stages.pretrain import Pretrain
 from runner.stages.training import TrainingStage
 from runner.workers import launch
 from runner.workers.job import ERROR, JOB, RESULT, Job
@@ -65,7 +67,10 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
                     f"stage {source!r}: its artifact does not match its record; running the recipe makes it again"
                 )
         processes, cores = launch.process_count(recipe.head.parallel), available_cores()
-        short = replace(entry, stage=_shortened(entry.stage, steps))
+        first = _first_step(entry.stage, sources)
+        every = steps // PARTS
+        end = -(-(first + steps) // every) * every
+        short = replace(entry, stage=_shortened(entry.stage, end, every=every), beginning=None)
         job = job_of(short, plan, recipe, store, work=folder, processes=processes, cores=cores)
         job = replace(job, parallel=plain(_as_it_trained(recipe.head.parallel, entry)))
         training = _Training(name, job, folder, log, compiled=store.compiled)
@@ -76,11 +81,11 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         prepared = shutil.copytree(whole.work, folder / "prepared")
         training.run(whole)
         tell(f"{name}: trains them again, until it is killed")
-        parts = training.run_until_killed(prepared, steps=steps)
+        parts = training.run_until_killed(prepared, steps=end)
         killed, before = max(line.step for line in parts.rows()) + 1, parts.processes()
         tell(f"{name}: was killed in step {killed + 1}, and goes on")
         training.run(parts)
-        checks = compare(whole, parts, entry.stage, steps=steps)
+        checks = compare(whole, parts, entry.stage, steps=range(first, end))
         result = json.loads((parts.scratch / RESULT).read_text(encoding="utf-8"))
         continued = min(line.step for line in parts.rows() if line.process not in before)
     proof = {
@@ -91,7 +96,7 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code": code_digest(type(entry.stage)),
         "equal": not any(check.different for check in checks),
-        "steps": steps,
+        "steps": end,
         "killed_after_step": killed,
         "continued_after_step": continued,
         "choices": result["metrics"]["choices"],
@@ -143,12 +148,16 @@ def _folder(store: Store, key: str) -> Iterator[tuple[Path, IO[bytes]]]:
             shutil.rmtree(folder)
 
 
-def _shortened(stage: TrainingStage, steps: int) -> TrainingStage:
-    """The same training for a few steps, with a look at held-out text and a checkpoint after each of PARTS of them."""
-    every = steps // PARTS
+def _first_step(stage: TrainingStage, sources: Mapping[str, Record]) -> int:
+    """The step at which a training begins: the end of its trunk, if it goes on from one."""
+    return int(sources[stage.trunk].data["metrics"]["steps"]) if isinstance(stage, Pretrain) and stage.trunk else 0
+
+
+def _shortened(stage: TrainingStage, end: int, *, every: int) -> TrainingStage:
+    """The same training up to an early `end`, with a look at held-out text and a checkpoint after each of a few steps."""
     return stage.model_copy(
         update={
-            "budget": Budget(steps=steps),
+            "budget": Budget(steps=end),
             "checkpoint_every": every,
             "checkpoint_minutes": None,
             "validate_every": every,

@@ -61,16 +61,16 @@ class Rows:
     rows: Mapping[str, str]  # place in the step -> digest of the content
 
 
-def compare(whole: Remains, parts: Remains, stage: Stage, *, steps: int) -> list[Check]:
-    """Everything that a training of `steps` steps left, once done in one go and once in parts."""
+def compare(whole: Remains, parts: Remains, stage: Stage, *, steps: range) -> list[Check]:
+    """Everything that a training of `steps` left, once done in one go and once in parts."""
     return [
         _rows(whole, parts, steps=steps),
-        *_states(whole, parts, steps=steps),
+        *_states(whole, parts, end=steps.stop),
         _artifacts(whole, parts, stage),
     ]
 
 
-def _rows(whole: Remains, parts: Remains, *, steps: int) -> Check:
+def _rows(whole: Remains, parts: Remains, *, steps: range) -> Check:
     """Each time that a step was done, also one that a kill undid, it has to have learned from the same rows."""
     wanted = {(line.step, place): digest for line in whole.rows() for place, digest in line.rows.items()}
     different, seen = set(), set()
@@ -80,14 +80,14 @@ def _rows(whole: Remains, parts: Remains, *, steps: int) -> Check:
             if wanted.get((line.step, place)) != digest:
                 different.add((line.step, place))
     different |= wanted.keys() - seen
-    missing = sorted(set(range(steps)) - {step for step, _ in wanted})
+    missing = sorted(set(steps) - {step for step, _ in wanted})
     names = [f"step {step}, row {place}" for step, place in sorted(different)] + [f"step {step}: no rows" for step in missing]
-    return Check("rows", f"{len(wanted):,} rows in {steps} steps, {len(set(wanted.values())):,} different ones", names)
+    return Check("rows", f"{len(wanted):,} rows in {len(steps)} steps, {len(set(wanted.values())):,} different ones", names)
 
 
-def _states(whole: Remains, parts: Remains, *, steps: int) -> Iterator[Check]:
+def _states(whole: Remains, parts: Remains, *, end: int) -> Iterator[Check]:
     """Weights, optimizer and counters, as the checkpoint after the last step keeps them."""
-    one, other = (remains.scratch / "checkpoints" / f"step-{steps:08d}" for remains in (whole, parts))
+    one, other = (remains.scratch / "checkpoints" / f"step-{end:08d}" for remains in (whole, parts))
     for file in sorted({path.name for folder in (one, other) for path in folder.glob("*.safetensors")}, reverse=True):
         tensors, others = _Tensors(one / file), _Tensors(other / file)
         size = sum(tensors.sizes.values())

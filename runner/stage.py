@@ -106,13 +106,18 @@ class Ref(str, Generic[A]):
     wants: type[A]
 
     @classmethod
+    def to(cls, wants: type[A], name: str) -> "Ref[A]":
+        """The reference to the stage `name`, which makes what it `wants`."""
+        ref: Ref[A] = cls(name)
+        ref.wants = wants
+        return ref
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         (wants,) = get_args(source)
 
         def with_type(name: str) -> "Ref[A]":
-            ref: Ref[A] = cls(str(name))
-            ref.wants = wants
-            return ref
+            return cls.to(wants, str(name))
 
         return core_schema.no_info_after_validator_function(
             with_type, core_schema.str_schema(strict=True), serialization=core_schema.to_string_ser_schema()
@@ -183,6 +188,7 @@ class Context:
     report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
     should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
     row_log: Path | None = None  # a file of this process, for the rows that a training learns from
+    beginning: Path | None = None  # a finished artifact of the same kind, which has some of the work behind it
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files, by stage and field
     settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting this is made from: a head and a row of each
 
@@ -258,6 +264,18 @@ class Stage(Spec):
     def completed(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
         """The stage `name` with what the recipe left out: itself, perhaps changed, and stages that it adds to `stages`."""
         return {name: self}
+
+    def parted(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
+        """The ordinary stages that the stage `name` among `stages` stands for, itself last: what they share with those of
+        other recipes is found in the cache (`runner.expand`).
+        """
+        return {name: self}
+
+    def behind(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+        """How much of the work for the identity `mine` a result with the identity `other` has behind it, if it can be gone on
+        from; else 0. The result must not depend on whether it was.
+        """
+        return 0
 
     @property
     def tries(self) -> Sequence[Mapping[str, Any]]:

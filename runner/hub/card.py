@@ -212,7 +212,9 @@ def _curves(records: Mapping[str, Record]) -> str:
 
 def _data(model: Model) -> str:
     rows = [
-        row for stage, record in model.records.items() for row in learned_from(stage, record, model.recipe["stage"][stage])
+        row
+        for stage, record in model.records.items()
+        for row in learned_from(stage, record, model.recipe["stage"].get(stage, {}))
     ]
     if not rows:
         return ""

@@ -1,58 +1,78 @@
 """The kind `pretrain`: a model with fresh weights learns to predict the next token of packed text."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from itertools import count
+from typing import Any
 
-from llm.models import architecture_tables, architectures
-from runner.artifacts import Checkpoint, Tokens
-from runner.stage import Context, Metrics, Ref, Semantic
-from runner.stages.training import TrainingStage, is_main_process
+from llm.settings import Budget, Schedule
+from runner.artifacts import Checkpoint, TrainingState
+from runner.graph import changes, plain
+from runner.stage import Context, Execution, Metrics, Ref, Semantic, Stage
+from runner.stages.pretraining import Pretraining
+from runner.stages.trunk import Trunk
 
-if TYPE_CHECKING:
-    from llm.models.llama.config import LlamaConfig as ArchitectureConfig
-else:
-    ArchitectureConfig = architecture_tables()
+SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that a training has in common with its trunk
 
 
-class Pretrain(TrainingStage, kind="pretrain", version=1, makes=Checkpoint):
+class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
     """Trains a model from nothing on packed text."""
 
-    tokens: Semantic[Ref[Tokens]]
-    """The text to learn, as tokens; its tokenizer goes into the checkpoint."""
-    architecture: Semantic[ArchitectureConfig]
-    """The model: `name` says which of the registered architectures, the rest is its sizes."""
+    trunk: Semantic[Ref[TrainingState] | None] = None
+    """Of a "wsd" schedule: the trunk that it goes on from, which has the first steps of its budget behind it."""
+    keep_trunk: Execution[bool] = True
+    """Whether a training with a "wsd" schedule that names no trunk gets one, the stage `NAME-trunk`, so that a longer budget
+    or another decay goes on from it; only with a budget of tokens or steps. What is learned is the same."""
+
+    def faults_beside(self, stages: Mapping[str, Stage]) -> Iterator[str]:
+        """What differs from its trunk that may not."""
+        trunk = stages[self.trunk] if self.trunk is not None else None
+        if not isinstance(trunk, Trunk):
+            return
+        name = str(self.trunk)
+        if self.schedule.kind != "wsd":
+            yield f'schedule.kind: wants "wsd" beside a trunk, found {self.schedule.kind!r}'
+        for change in changes(_shared(trunk), _shared(self)):
+            field, _, difference = change.partition(": ")
+            wanted, _, found = difference.partition(" -> ")
+            yield f"{field}: wants {wanted} as in its trunk {name!r}, found {found}"
+        steps, behind = self.steps(stages), trunk.steps(stages)
+        if steps is not None and behind is not None and not behind <= self.schedule.descent(steps):
+            yield (
+                f"trunk: wants one of at most {self.schedule.descent(steps)} steps, since from there on the rate goes down; "
+                f"{name!r} has {behind}"
+            )
+
+    def parted(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
+        """Its trunk, where it should have one and does not, and itself, going on from it."""
+        steps = self.steps(stages)
+        if self.trunk is not None or not self.keep_trunk or self.schedule.kind != "wsd" or steps is None:
+            return {name: self}
+        until, rate = self.schedule.descent(steps), self.schedule
+        if not rate.warmup_steps < until < steps:
+            return {name: self}
+        trunk = next(free for number in count(1) if (free := f"{name}-trunk" + f"-{number}" * (number > 1)) not in stages)
+        changed = {
+            "budget": Budget(steps=until),
+            "schedule": Schedule(kind="constant", learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
+            "attempts": [],
+        }
+        stable = Trunk(**{field: getattr(self, field) for field in Trunk.model_fields} | changed)
+        return {trunk: stable, name: self.model_copy(update={"trunk": Ref.to(TrainingState, trunk)})}
 
     def run(self, context: Context) -> Metrics:
-        """Draw the weights, train, and write the checkpoint."""
-        import torch
+        """Train, and write the checkpoint."""
+        beginning = None
+        if self.trunk is not None:
+            state, tokens = context.open(self.trunk), context.open(self.tokens)
+            if state.tokenizer.model.read_bytes() != tokens.tokenizer.model.read_bytes():
+                from llm.errors import InputError
 
-        from llm.checkpoint import save_checkpoint
-        from llm.errors import InputError
-        from llm.tokenizer import TextTokenizer
-        from llm.tokens import TokenRows, TokenShards
-        from llm.validation import Validation
+                raise InputError(f"tokens: wants the tokenizer of {str(self.trunk)!r}; {str(self.tokens)!r} has another one")
+            beginning = state.folder
+        return self.learn_text(context, beginning=beginning)
 
-        tokens = context.open(self.tokens)
-        held_out = TokenShards(tokens.validation)
-        rows = TokenRows(tokens.train, context=held_out.context, seed=self.seed)
-        config = self.architecture
-        if config.context is None:
-            config = config.model_copy(update={"context": rows.context})
-        elif config.context < rows.context:
-            raise InputError(
-                f"architecture.context wants at least the {rows.context} tokens of a row of {str(self.tokens)!r}; "
-                f"found {config.context}"
-            )
-        torch.manual_seed(self.seed)
-        vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size
-        model = architectures()[config.name].build(config, vocab_size=vocab_size)
-        validation = None
-        if held_out.tokens:
-            validation = Validation(
-                TokenRows(tokens.validation, context=rows.context, seed=None),
-                bytes_per_token=held_out.bytes / held_out.tokens,
-                tokens=self.validation_tokens,
-            )
-        metrics = self.learn(context, model, rows=rows, validation=validation, check=True)
-        if is_main_process():
-            save_checkpoint(context.work, model, tokens.tokenizer.folder)
-        return metrics
+
+def _shared(stage: Pretraining) -> dict[str, Any]:
+    fields = plain(stage)
+    rate = {"learning_rate": stage.schedule.learning_rate, "warmup_steps": stage.schedule.warmup_steps}
+    return {name: fields[name] for name in SHARED} | {"schedule": rate}

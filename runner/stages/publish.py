@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from runner import hub
-from runner.artifacts import Adapter, Artifact, Checkpoint, Corpus, Gguf, Parity, Release, Scores
+from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity, Release, Scores, TrainingState
 from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
 from runner.hub.receipts import Journal
@@ -33,7 +33,6 @@ from runner.stages.evaluate import Evaluate
 from runner.stages.parity import CheckParity
 from runner.stages.row_training import RowTraining
 
-A = TypeVar("A", bound=Artifact)
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
 
 
@@ -85,7 +84,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         if self.parity is not None:
             return {name: self}
         parity = next(free for number in count(1) if (free := f"{name}-parity" + f"-{number}" * (number > 1)) not in stages)
-        complete: Publish = self.model_copy(update={"parity": _ref(Parity, parity)})
+        complete: Publish = self.model_copy(update={"parity": Ref.to(Parity, parity)})
         return {name: complete, parity: self._parity(stages)}
 
     def _parity(self, stages: Mapping[str, Stage]) -> CheckParity:
@@ -102,7 +101,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
             gguf=self.gguf,
             base=bases[0] if bases else None,
             adapter=self.adapter if bases else None,
-            corpora=[_ref(Corpus, other) for other in above if issubclass(stages[other].makes, Corpus)],
+            corpora=[Ref.to(Corpus, other) for other in above if issubclass(stages[other].makes, Corpus)],
             prompts=list(rows.values()),
         )
 
@@ -113,7 +112,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
         release, checkpoint = Release(context.work), context.open(self.model)
         self._check_inputs(context)
-        for path in checkpoint.content():
+        going_on = TrainingState(checkpoint.folder)
+        for path in sorted({*checkpoint.content()} - {going_on.optimizer, going_on.training}):
             link_or_copy(path, context.work / path.relative_to(checkpoint.folder))
         for path in context.open(self.gguf).content() if self.gguf is not None else ():
             link_or_copy(path, context.work / path.name)
@@ -122,7 +122,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         if self.parity is not None:
             link_or_copy(context.open(self.parity).results, release.parity)
         recipe = tomllib.loads(context.recipe)
-        records = {name: context.records[name] for name in recipe["stage"] if name in context.records}
+        names = [*recipe["stage"], *context.records]  # written, and those that written ones stand for
+        records = {name: context.records[name] for name in names if name in context.records}
         scores = {str(ref): json.loads(context.open(ref).scores.read_text(encoding="utf-8")) for ref in self.scores}
         release.recipe.write_text(context.recipe, encoding="utf-8")
         _write_json(release.scores, scores)
@@ -227,12 +228,6 @@ def _locked(record: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
 def _as_rows(table: RowTable) -> dict[str, Any]:
     """The fields that every table of rows has; rows that cannot be used are passed over."""
     return {name: getattr(table, name) for name in RowTable.model_fields} | {"on_bad_row": "skip"}
-
-
-def _ref(wants: type[A], name: str) -> Ref[A]:
-    ref: Ref[A] = Ref(name)
-    ref.wants = wants
-    return ref
 
 
 def _write_json(path: Path, value: Any) -> None:

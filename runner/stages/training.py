@@ -13,6 +13,8 @@ from llm.settings import Budget, Optimizer, Schedule
 from runner.stage import Context, Execution, Semantic, Stage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from llm.objectives import Objective
@@ -81,6 +83,8 @@ class TrainingStage(Stage):
         validation: "Validation | None" = None,
         objective: "Objective | None" = None,  # default: cross-entropy of the next token
         check: bool = False,  # a fresh model: see before a long run that it can learn at all
+        beginning: "Path | None" = None,  # a TrainingState to go on from
+        goes_on: bool = False,  # the artifact is one itself
     ) -> dict[str, Any]:
         """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
         from llm.objectives import next_token_loss
@@ -115,6 +119,8 @@ class TrainingStage(Stage):
             report=context.report,
             should_stop=context.should_stop,
             row_log=RowLog(context.row_log) if context.row_log else None,
+            beginning=beginning,
+            left_in=context.work if goes_on else None,
         )
 
 

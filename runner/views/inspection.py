@@ -17,7 +17,7 @@ from runner.errors import RecipeError
 from runner.plan import Plan
 from runner.stages.corpus import MakeCorpus
 from runner.stages.pack import Pack
-from runner.stages.pretrain import Pretrain
+from runner.stages.pretraining import Pretraining
 from runner.stages.row_training import PackedTraining
 from runner.stages.tokenizer import TrainTokenizer
 
@@ -41,12 +41,12 @@ def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
             yield from _tokenizer(_folder(plan, name), _folder(plan, stage.corpus), count)
         case Pack():
             yield from _packed(_folder(plan, name), count, seed=0)
-        case Pretrain() as stage:
+        case Pretraining() as stage:
             yield from _packed(_folder(plan, stage.tokens), count, seed=stage.seed)
         case PackedTraining() as stage:
             yield from _chats(stage, _tokenizer_above(plan, name), count)
         case stage:
-            kinds = "corpus, tokenizer, pack, pretrain, sft, lora, dpo"
+            kinds = "corpus, tokenizer, pack, pretrain, trunk, sft, lora, dpo"
             raise RecipeError(f"{name}: wants a stage that learns or prepares ({kinds}), but its kind is {stage.kind!r}")
 
 

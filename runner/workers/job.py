@@ -32,6 +32,7 @@ class Job:
     cores: int  # for all of them; of as many machines as train
     data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
     settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting it reads: a head and a row of each
+    beginning: str | None = None  # the folder of an artifact of the same kind, to go on from
     row_logs: str | None = None  # a folder in which each process of a training writes which rows it learned from
 
     def write(self, path: Path) -> None:

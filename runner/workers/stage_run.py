@@ -308,6 +308,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
         cores=cores,
         data={other: named for other, named in data.items() if named},
         settings=_settings_behind(plan, name),
+        beginning=str(store.folder(entry.beginning.kind, entry.beginning.key)) if entry.beginning else None,
     )
 
 

@@ -167,6 +167,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         should_stop=Heartbeat(scratch, (scratch / STOP).exists) if rank == 0 else (scratch / STOP).exists,
         data=job.data,
         settings=job.settings,
+        beginning=Path(job.beginning) if job.beginning else None,
         row_log=Path(job.row_logs) / f"{rank}.jsonl" if job.row_logs else None,
     )
     return stage, context

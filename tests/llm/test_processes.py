@@ -51,10 +51,14 @@ MUON = {"steps": STEPS, "strategy": "fsdp", "optimizer": "muon"}
 KILLED = MUON | {"scratch": "killed", "checkpoint_every": 5, "objective": "killed"}
 SPARE = {"steps": STEPS, "strategy": "ddp", "objective": "spare", "find_unused_parameters": True}
 
+STABLE = MUON | {"schedule": {"kind": "constant", "learning_rate": 1e-2, "warmup_steps": 3}}
+TRUNK = STABLE | {"steps": 5, "left_in": "trunk"}
+REST = STABLE | {"strategy": "ddp", "beginning": "trunk"}
+
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE}
+    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE, "stable": STABLE}
     return {name: run_case(folder, case | {"scratch": f"one-{name}"}) for name, case in cases.items()}
 
 
@@ -63,7 +67,8 @@ def two(folder: Path) -> dict[str, list[Any]]:
     cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
     cases |= {"shares-adamw": {"shares": "adamw"}, "shares-muon": {"shares": "muon"}, "spare": SPARE, "muon": MUON}
     cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
-    return launch(folder, 2, cases | {"killed": KILLED}, dies=True)
+    (folder / "trunk").mkdir()
+    return launch(folder, 2, cases | {"stable": TRUNK, "rest": REST, "killed": KILLED}, dies=True)
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +164,15 @@ def test_two_hundred_steps_are_the_same_in_every_layout(tmp_path: Path, changes:
         cases = {f"{strategy}-{processes}": {"steps": 200, "strategy": strategy} | changes for strategy in ("ddp", "fsdp")}
         for found in launch(tmp_path, processes, cases).values():
             assert_same_curve(alone["lines"], found[0]["lines"])
+
+
+def test_what_spread_processes_left_is_gone_on_from_by_others_and_by_one(
+    folder: Path, one: dict[str, Any], two: dict[str, list[Any]]
+) -> None:
+    """Two that spread the weights leave a trunk; two that share them go on from it, and so does one alone."""
+    alone = run_case(folder, REST | {"scratch": "alone"})
+    for found in (two["rest"][0], alone):
+        assert found["metrics"]["first_step"] == 5 and found["metrics"]["steps"] == STEPS
+        assert found["metrics"]["loss"] == pytest.approx(one["stable"]["metrics"]["loss"], abs=ENOUGH)
+        assert found["metrics"]["validation_loss"] == pytest.approx(one["stable"]["metrics"]["validation_loss"], abs=ENOUGH)
+    assert any("2 processes (fsdp) on cpu, goes on with 1 process" in line.get("note", "") for line in alone["lines"])

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from llm.alerts import Alerts
 from llm.bench.candidates import Ours
 from llm.bench.subject import Subject
+from llm.checkpoint import WEIGHTS
+from llm.files import write_tensors
 from llm.group import Group
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
@@ -115,6 +117,9 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {"micro_batch": 1, "budget": Budget(steps=case["steps"])}
     changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "checkpoint_every") if name in case}
     changes["optimizer"] = Optimizer.model_validate({"kind": case.get("optimizer", "adamw")})
+    changes |= {name: folder / case[name] for name in ("beginning", "left_in") if name in case}
+    if "schedule" in case:
+        changes["schedule"] = Schedule.model_validate(case["schedule"])
     if case.get("adapter"):
         from llm import lora
 
@@ -125,6 +130,9 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case.get("objective") == "killed":
         changes["objective"] = killed(scratch)
     metrics = tiny_training(model, scratch, lines=lines, **changes)
+    if "left_in" in case and os.environ.get("RANK", "0") == "0":
+        left = {name: weight.detach() for name, weight in model.named_parameters()}
+        write_tensors(folder / case["left_in"] / WEIGHTS, left)
     digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())).hexdigest()
     return {"metrics": metrics, "lines": lines, "digest": digest}
 

@@ -19,6 +19,7 @@ from runner.artifacts import (
     Scores,
     Tokenizer,
     Tokens,
+    TrainingState,
 )
 from runner.cache.record import Record
 from runner.cache.store import Store
@@ -30,6 +31,7 @@ FILES: dict[type[Artifact], list[str]] = {
     Tokenizer: ["tokenizer.json", "tokenizer_config.json"],
     Tokens: ["train/index.json", "train/tokens-00000.bin", "validation/index.json", "tokenizer/tokenizer.json"],
     Checkpoint: MODEL,
+    TrainingState: [*MODEL, "optimizer.safetensors", "training.json"],
     Adapter: ["adapter_config.json", "adapter_model.safetensors"],
     Scores: ["scores.json", "errors.jsonl"],
     Gguf: ["model-F32.gguf", "Modelfile"],

@@ -80,6 +80,18 @@ def test_two_processes_that_are_killed_end_as_if_they_had_not_been(folder: Folde
     assert folder.states()["base"] == "run", "a proof is no result"
 
 
+@pytest.mark.long
+def test_a_trunk_and_its_decay_end_as_if_they_had_not_been_killed(folder: Folder) -> None:
+    recipe_in(folder)
+    folder.write(RECIPE + PRETRAIN + 'budget = { steps = 41 }\nschedule = { kind = "wsd", decay_steps = 20 }\n')
+    found = proof(folder, "base-trunk", "--steps", "16")
+    assert found["equal"] and found["steps"] == 16, found
+    done = folder.run("--until", "base-trunk")
+    assert done.returncode == 0, done.stderr
+    found = proof(folder, "base", "--steps", "16")
+    assert found["equal"] and found["steps"] == 40 and found["continued_after_step"] >= 21, found
+
+
 def test_a_stage_that_does_not_train_or_lacks_its_inputs_is_refused(
     folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +132,7 @@ def batch_of(first: int) -> Batch:
 
 def different(whole: Remains, parts: Remains) -> dict[str, list[str]]:
     stage = Pretrain.model_construct()
-    return {check.name: check.different for check in compare(whole, parts, stage, steps=2) if check.different}
+    return {check.name: check.different for check in compare(whole, parts, stage, steps=range(2)) if check.different}
 
 
 def test_the_same_remains_are_equal_but_for_the_time_they_took(remains: Callable[[str], Remains]) -> None:
