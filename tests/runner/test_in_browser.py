@@ -1,10 +1,12 @@
 """The pages in a real Chromium: what people see of `run serve` and `run report`, wide, on a phone, in the dark and in print.
 
-Long, since each page is really driven. It wants what tests/browser.py wants.
+Long, since each page is really driven, and the report is of the quickstart, run here. It wants what tests/browser.py wants.
 """
 
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from llm.models.llama.model import Llama
 from llm.sampling import Sampling
 from llm.talk import Speaker
 from llm.tokenizer import train_bpe
+from runner.cli import main
 from runner.serving.serve import Server, Settings
 
 if TYPE_CHECKING:
@@ -31,6 +34,20 @@ pytestmark = pytest.mark.long
 
 TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
 QUESTION = "什么是高血压？ And <b>asthma</b>?"
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+# Points of arrows that lie inside a box, its edge and its head left out.
+HIDDEN = """() => {
+  const boxes = [...document.querySelectorAll(".graph rect")].map(box => box.getBoundingClientRect());
+  let found = 0;
+  for (const arrow of document.querySelectorAll(".graph path[marker-end]")) {
+    const matrix = arrow.getScreenCTM();
+    for (let at = 0; at < arrow.getTotalLength(); at += 2) {
+      const { x, y } = arrow.getPointAtLength(at).matrixTransform(matrix);
+      found += boxes.some(box => x > box.left + 2 && x < box.right - 2 && y > box.top + 2 && y < box.bottom - 2);
+    }
+  }
+  return found;
+}"""
 SIZES = {"wide": (1200, 800), "phone": (400, 800)}
 
 
@@ -168,3 +185,49 @@ def test_a_server_with_a_key_asks_for_it(browser: "Browser", speakers: dict[str,
         assert len(until_answered(watched)) == 2
         assert len(watched.faults) == 1 and "401" in watched.faults[0], "which the browser tells of the first request"
         page.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the quickstart, run here."""
+    folder = tmp_path_factory.mktemp("report")
+    place = ["--cache", str(folder / "cache")]
+    subprocess.run([sys.executable, "-m", "runner.cli", str(QUICKSTART), *place], check=True)
+    assert main(["report", str(QUICKSTART), *place, "--out", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_a_report_fits_its_window_and_loads_nothing(browser: "Browser", report: Path, size: str) -> None:
+    from browser import Watched
+
+    watched = Watched(browser, report.as_uri(), size=SIZES[size])
+    page = watched.page
+    assert watched.overflows() <= 0, "what is wider scrolls by itself"
+    assert page.locator(".graph rect").count() == 12
+    assert page.locator(".pictures svg").count() == 12, "four curves of three trainings"
+    small = page.locator(".graph text").evaluate_all("all => Math.min(...all.map(one => one.getBoundingClientRect().height))")
+    assert small > 8, "pixels: what boxes say can be read"
+    assert watched.faults == []
+    page.close()
+
+
+def test_no_arrow_of_a_report_runs_behind_a_box(browser: "Browser", report: Path) -> None:
+    from browser import Watched
+
+    watched = Watched(browser, report.as_uri())
+    hidden = watched.page.evaluate(HIDDEN)
+    assert hidden == 0
+    watched.page.close()
+
+
+def test_a_printed_report_shows_what_is_folded(browser: "Browser", report: Path, tmp_path: Path) -> None:
+    from browser import Watched
+
+    page = Watched(browser, report.as_uri()).page
+    wrong = page.locator("details td").first
+    assert not wrong.is_visible()
+    page.emulate_media(media="print")
+    assert wrong.is_visible()
+    assert page.pdf().startswith(b"%PDF")
+    page.close()
