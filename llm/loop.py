@@ -17,6 +17,7 @@ from llm.group import Group
 from llm.memory import is_out_of_memory
 from llm.objectives import Learner
 from llm.optim import build_optimizers, set_learning_rate
+from llm.peak import peak_flops
 from llm.probe import smaller
 from llm.rows import Batch
 from llm.settings import Optimizer, Schedule
@@ -65,6 +66,7 @@ class Loop:
         choices: Choices,
         auto: bool,  # whether the micro-batch may shrink
         judge: Judge,
+        flops_per_token: float,  # forward and backward
         report: Callable[..., None],
         should_stop: Callable[[], bool],
     ) -> None:
@@ -73,6 +75,7 @@ class Loop:
         self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = schedule, seed
         self.judge = judge
+        self.flops_per_token = flops_per_token
         self.clip = optimizer.gradient_clip or math.inf
         self.learner = learner
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
@@ -86,6 +89,7 @@ class Loop:
         self._norm = 0.0  # of the last step collected
         self._since = time.monotonic()
         self._tokens = 0  # of this process, since then
+        self._peak: dict[str, float] | None = None  # what goes into the next report, once
 
     def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
         """One optimizer step over this process's micro-batches; `targets` is the number over all processes.
@@ -231,9 +235,25 @@ class Loop:
             learning_rate=self.schedule.learning_rate * self.schedule.factor(progress.step - 1, steps=progress.steps),
             gradient_norm=self._norm,
             tokens_per_second=speed,
+            **(self._peak or {}),
         )
         self._tokens, self._since = 0, now
+        self._peak = {} if self._peak is not None else self._look_up_peak(progress, seconds=seconds / max(1, len(steps)))
         self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
+
+    def _look_up_peak(self, progress: Progress, *, seconds: float) -> dict[str, float]:
+        """What the hardware could do, for the share of it that people are shown; `seconds` is what a step takes."""
+        if not self.group.is_main:
+            return {}
+        began = time.monotonic()
+        found = peak_flops(
+            self.choices.precision,
+            device=self.group.device,
+            threads=self.choices.threads,
+            seconds_left=seconds * (progress.steps - progress.step),
+        )
+        self._since += time.monotonic() - began  # the speed that is reported is of training
+        return {} if found is None else {"flops_per_token": self.flops_per_token, "peak_flops": found * self.group.size}
 
     def validate(self, progress: Progress, validation: Validation) -> None:
         """Measure the loss on held-out text; training goes on as if it had not happened."""

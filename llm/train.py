@@ -142,6 +142,7 @@ def train(
         choices=choices,
         auto=micro_batch == "auto",
         judge=Judge(alerts, warmup_steps=schedule.warmup_steps),
+        flops_per_token=model.flops_per_token(rows.context),  # type: ignore[operator]  # every one has it
         report=report,
         should_stop=should_stop,
     )

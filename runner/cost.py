@@ -1,7 +1,8 @@
 """What the stages of a plan will cost: parameters, tokens, operations, memory and time, from the records of this machine.
 
-Time is what records of the same kind took: for each operation of a training, else for the whole stage. The range is from the
-fastest of them to the slowest, so a guess from unlike runs says so itself. Records of other machines do not count.
+Time is what records of the same kind took: of a training or an evaluation for its work, by its size, and for its start; of
+another stage altogether. The range is from the fastest of them to the slowest, so a guess from unlike runs says so itself.
+Records of other machines do not count.
 """
 
 import json
@@ -9,31 +10,40 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm.models import architectures
 from runner.artifacts import Checkpoint
 from runner.cache.record import Record
 from runner.cache.store import Store
+from runner.expand import Attempts
 from runner.graph import edges
 from runner.plan import RUNNABLE, Entry, Plan
 from runner.recipe import Recipe
+from runner.stages.evaluate import Evaluate
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.pretraining import Pretraining
 from runner.stages.row_training import PackedTraining, RowTraining
 from runner.stages.tokenizer import TrainTokenizer
 from runner.stages.training import TrainingStage
+from runner.text_size import text_size
 from runner.workers.launch import gpu_count
 
 AHEAD = (*RUNNABLE, "waiting")  # states of what will run
 BYTES_PER_TOKEN = 4.0  # of text, where nothing better is known
-UNPACKED = 3.0  # times the size of a compressed file
 STATE_BYTES = 16  # per weight that learns: itself, its gradient and two moments, all in fp32
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on shapes from 2.6M to 29M parameters
 MICRO_BATCH_TOKENS = 4096  # what "auto" comes to on a CPU
+# What a step takes beside its matrix products, in operations that would take as long: for each step, and for each position of
+# it. Measured on 2 cores in bf16, at 0.7M and 2.6M parameters, 2,048 and 4,096 positions: a model with 3.7 times the
+# operations then takes 1.5 to 2 times as long, all weights learning or an adapter. On a GPU it was not measured.
+STEP_FLOPS, POSITION_FLOPS = 20e9, 4.5e6
+# Likewise of a position that is only read; and how many of them are read in the time in which a batch writes one token.
+# Measured there: 33,000 to 43,000 positions/s at 0.7M parameters, 20,000 to 23,000 at 2.6M, where 2,300 tokens/s are written.
+READ_FLOPS, READ_IN_ONE_WRITTEN = 3.5e6, 8
+WRITTEN_SHARE = 0.7  # of max_new_tokens, before an answer ends
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,22 @@ def costs(recipe: Recipe, plan: Plan, records: Sequence[Record], *, measured: fl
 
 
 def expected_seconds(recipe: Recipe, store: Store) -> dict[str, float]:
-    """What each stage that will run is thought to take, as far as records tell."""
-    found = costs(recipe, Plan(recipe, store), store.records())
-    return {name: cost.seconds for name, cost in found.items() if cost.seconds is not None}
+    """What each stage that will run is thought to take, as far as records tell; for a spare attempt, nothing."""
+    plan = Plan(recipe, store)
+    found, needless = costs(recipe, plan, store.records()), spare(plan)
+    known = {name: cost.seconds for name, cost in found.items() if cost.seconds is not None}
+    return known | dict.fromkeys(needless, 0.0)
+
+
+def spare(plan: Plan) -> set[str]:
+    """The stages of attempts that only run if one before them fails."""
+    families = [family for family in plan.recipe.families.values() if isinstance(family, Attempts)]
+    return {
+        name
+        for family in families
+        for name, numbers in family.places.items()
+        if min(numbers) > plan.standing[family.stage] and name in plan.entries
+    }
 
 
 def total(found: Mapping[str, Cost]) -> Cost:
@@ -100,6 +123,10 @@ def _cost(
 ) -> Cost:
     kinds = ("pretrain", "trunk") if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
     alike = [record for record in records if record.kind in kinds]
+    if isinstance(entry.stage, Evaluate):
+        asked, shape = _asked(entry.stage), _shape(recipe, plan, entry.name, shapes)
+        if asked and shape and (known := [reading for record in alike if (reading := _reading(record, records))]):
+            return _timed(known, asked * (shape.flops_per_token / 3 + READ_FLOPS), Cost())
     if not isinstance(entry.stage, TrainingStage):
         took = [float(record.data["seconds"]) for record in alike]
         return Cost(seconds=_middle(took), low=min(took, default=None), high=max(took, default=None), runs=len(took))
@@ -107,21 +134,19 @@ def _cost(
     tokens = _tokens(plan, entry.stage)
     tokens = max(0.0, tokens - _behind(plan, entry)) if tokens else tokens
     flops = shape.flops_per_token * tokens if shape and tokens else None
-    paces = [pace for record in alike if (pace := _pace(record))]  # seconds per operation
+    work = _work(flops, tokens, steps=tokens / entry.stage.batch_tokens) if flops and tokens else None
+    paces = [pace for record in alike if (pace := _pace(record))]
     memory = _memory(shape, entry.stage, alike) if shape else None
-    if measured is not None and (isinstance(entry.stage, Pretraining) or not paces):
-        paces = [1 / measured]
-    times = [pace * flops for pace in paces] if flops else []
-    return Cost(
-        parameters=shape.parameters if shape else None,
-        tokens=tokens,
-        flops=flops,
-        memory=memory,
-        seconds=_middle(times),
-        low=min(times, default=None),
-        high=max(times, default=None),
-        runs=len(times),
-    )
+    if measured is not None and flops and work and (isinstance(entry.stage, Pretraining) or not paces):
+        start = _middle([pace.start for pace in paces]) or 0.0
+        paces = [Pace(start=start, seconds=flops / measured / work)]
+    return _timed(paces, work, Cost(parameters=shape.parameters if shape else None, tokens=tokens, flops=flops, memory=memory))
+
+
+def _timed(paces: Sequence["Pace"], work: float | None, cost: Cost) -> Cost:
+    """The cost with the time that the work takes at each pace."""
+    times = [pace.start + pace.seconds * work for pace in paces] if work else []
+    return replace(cost, seconds=_middle(times), low=min(times, default=None), high=max(times, default=None), runs=len(times))
 
 
 def _shape(recipe: Recipe, plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | None:
@@ -179,7 +204,7 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
     if not isinstance(stage, PackedTraining):
         return None
-    sizes = [table.weight * sum(map(_text_bytes, table.files.matches())) for table in stage.tables()[0]]
+    sizes = [table.weight * sum(text_size(path).bytes for path in table.files.matches()) for table in stage.tables()[0]]
     own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
     return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN / own
 
@@ -192,10 +217,6 @@ def _behind(plan: Plan, entry: Entry) -> float:
         trunk = plan.entries[entry.stage.trunk].stage
         return (_tokens(plan, trunk) or 0.0) if isinstance(trunk, TrainingStage) else 0.0
     return 0.0
-
-
-def _text_bytes(path: Path) -> float:
-    return path.stat().st_size * (UNPACKED if path.suffix in (".gz", ".zst", ".parquet") else 1.0)
 
 
 def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> float:
@@ -214,10 +235,70 @@ def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> fl
     return max(found) if found else float(guess)
 
 
-def _pace(record: Record) -> float | None:
-    """Seconds that a training took for each operation, with all that belongs to its stage."""
-    flops = record.data["metrics"].get("flops")
-    return float(record.data["seconds"]) / float(flops) if flops else None
+@dataclass(frozen=True)
+class Pace:
+    """How fast a training or an evaluation went."""
+
+    start: float  # seconds before its first step and after its last
+    seconds: float  # for each operation of its work
+
+
+def _work(flops: float, tokens: float, *, steps: float) -> float:
+    """What a training takes, in operations: those of its matrix products, and as many as all else takes the time of."""
+    return flops if gpu_count() else flops + tokens * POSITION_FLOPS + steps * STEP_FLOPS
+
+
+def _pace(record: Record) -> Pace | None:
+    """The pace of a training that was not interrupted; of others, as far as their stage's time tells."""
+    metrics, took = record.data["metrics"], float(record.data["seconds"])
+    if not metrics.get("flops"):
+        return None
+    stepping = min(took, float(metrics["seconds"]))
+    own = metrics["steps"] - metrics.get("first_step", 0)  # those before are another's
+    tokens = metrics["tokens"] * own / metrics["steps"]
+    return Pace(took - stepping, stepping / _work(metrics["flops"], tokens, steps=own))
+
+
+def _asked(stage: Evaluate) -> float | None:
+    """Positions that an evaluation reads, those it writes counted by their time; None where a task has no files."""
+    asked = 0.0
+    for task in stage.tasks:
+        files = getattr(task, "files", None)
+        if files is None:
+            return None
+        sizes = [text_size(path) for path in files.matches()]
+        rows, held = math.fsum(size.rows for size in sizes), math.fsum(size.bytes for size in sizes)
+        used = min(rows, task.limit or rows)
+        written = getattr(task, "max_new_tokens", 0) * WRITTEN_SHARE * READ_IN_ONE_WRITTEN
+        asked += used * (held / rows / BYTES_PER_TOKEN + written) if rows else 0.0
+    return asked
+
+
+def _reading(record: Record, records: Sequence[Record]) -> Pace | None:
+    """The pace of an evaluation, if its tasks tell how fast they went and records how large its model was."""
+    tasks = record.data["metrics"].get("tasks", {}).values()
+    if not tasks or any("prompt_tokens_per_second" not in task for task in tasks):
+        return None
+    written = [(task.get("new_tokens", 0), task.get("new_tokens_per_second", 1)) for task in tasks]
+    read = [(task["prompt_tokens"], task["prompt_tokens_per_second"]) for task in tasks]
+    took = math.fsum(tokens / max(speed, 1) for tokens, speed in [*read, *written])
+    positions = sum(tokens for tokens, _ in read) + READ_IN_ONE_WRITTEN * sum(tokens for tokens, _ in written)
+    flops = _read_flops(record, {other.key: other for other in records})
+    start = max(0.0, float(record.data["seconds"]) - took)
+    return Pace(start, took / (positions * (flops + READ_FLOPS))) if flops and positions else None
+
+
+def _read_flops(record: Record, known: Mapping[str, Record]) -> float | None:
+    """Operations of a position that the model of an evaluation reads, from the training that the model comes from."""
+    for summary in record.data.get("inputs", {}).values():
+        source = known.get(str(summary.get("key")))
+        if source is None:
+            continue
+        metrics = source.data["metrics"]
+        found = float(metrics["flops"]) / metrics["tokens"] / 3 if metrics.get("flops") else _read_flops(source, known)
+        if found is not None:
+            return found
+    return None
 
 
 def _middle(values: Sequence[float]) -> float | None:

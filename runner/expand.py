@@ -9,7 +9,7 @@ only runs once the one before it has failed, is the business of `runner.plan`; h
 are no part of any key.
 
 Last, a stage that stands for several (`Stage.parted`) becomes those: a pretraining with a "wsd" schedule its trunk and what
-follows. One that has attempts stays whole, since trunks would be trained of attempts that are never needed.
+follows. One in a branch stays whole, since trunks would be trained of attempts that are never needed.
 """
 
 import math
@@ -209,12 +209,10 @@ def expand(
                 for member in members:
                     if branch[member] not in stages:
                         stages[branch[member]] = renamed(changed.get(member, written[member]), {**stands, **branch})
-    attempts = {
-        branch[family.stage] for family in families.values() if isinstance(family, Attempts) for branch in family.names
-    }
+    branched = {name for family in families.values() for name in family.places}
     parts: dict[str, Stage] = {}
     for name, stage in stages.items():
-        parts |= {name: stage} if name in attempts else stage.parted(name, stages)
+        parts |= {name: stage} if name in branched else stage.parted(name, stages)
     return parts
 
 

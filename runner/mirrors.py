@@ -18,7 +18,7 @@ CLASSES = {
     "trackio": "TrackioTracker",
     "swanlab": "SwanLabTracker",
 }
-NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total"})
+NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total", "flops_per_token", "peak_flops"})
 SYSTEM_SECONDS = 10.0  # between two looks at the machine
 
 

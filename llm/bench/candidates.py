@@ -125,6 +125,7 @@ class Ours:
             group=group,
             choices=self.choices,
             auto=auto,
+            flops_per_token=model.flops_per_token(subject.context),
             judge=Judge(Alerts(), warmup_steps=schedule.warmup_steps),
             report=report,
             should_stop=lambda: False,

@@ -77,7 +77,7 @@ class Server:
 
     async def page(self, request: HttpRequest) -> Response:
         """The page."""
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": policy})
 
     async def health(self, request: HttpRequest) -> Response:

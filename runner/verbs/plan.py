@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from runner.cost import Cost, costs, total
+from runner.cost import Cost, costs, spare, total
 from runner.judging import settings, verdicts
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.plan import Plan, as_json
@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
         shown = as_json(recipe, plan)
         for stage in shown["stages"]:
             stage["cost"] = asdict(found[stage["name"]]) if stage["name"] in found else None
-        shown["cost"] = asdict(total(found))
+        shown["cost"] = asdict(total(_needed(plan, found)))
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
     for line in table(plan, found):
@@ -68,7 +68,7 @@ def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), reason]).rstrip()
         for row, reason in zip(rows, reasons, strict=True)
     ]
-    return [*lines, *_sums(found)] if found else lines[1:]
+    return [*lines, *_sums(plan, found)] if found else lines[1:]
 
 
 def _cells(cost: Cost | None) -> Sequence[str]:
@@ -85,11 +85,19 @@ def _time(cost: Cost) -> str:
     return f"{duration(cost.seconds)}{spread}"
 
 
-def _sums(found: Mapping[str, Cost]) -> list[str]:
-    unknown = [name for name, cost in found.items() if cost.seconds is None]
+def _needed(plan: Plan, found: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Without the attempts that only run if one before them fails."""
+    needless = spare(plan)
+    return {name: cost for name, cost in found.items() if name not in needless}
+
+
+def _sums(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
+    needed = _needed(plan, found)
+    unknown = [name for name, cost in needed.items() if cost.seconds is None]
     if unknown:
         return [f"time: no record of this machine tells how long {', '.join(unknown)} will take; --measure tries"]
-    return [f"time together: about {_time(total(found))}, by the records of this machine"]
+    further = ", if the first attempts pass" if len(needed) < len(found) else ""
+    return [f"time together: about {_time(total(needed))}{further}, by the records of this machine"]
 
 
 def _short(number: float | None) -> str:

@@ -55,7 +55,7 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
 
 
 def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False) -> str:
-    """One picture of curves over the same steps, to be put into a page as it is."""
+    """One picture of curves over the same steps, to be put into a page as it is; `logarithmic` where values differ widely."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -64,16 +64,18 @@ def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for name, points in curves.items():
-        steps, values = zip(*points, strict=True)
+        steps, heights = zip(*points, strict=True)
         axes.plot(
             steps,
-            values,
+            heights,
             "o--" if name.startswith("validation") else "-",
             markersize=3,
             linewidth=1.2,
             label=name.replace("_", " "),
         )
-    axes.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+    values = [value for points in curves.values() for _, value in points]
+    wide = min(values) > 0 and max(values) >= 10 * min(values)  # below that, an axis of powers has hardly a number on it
+    axes.set(title=title, xlabel="step", yscale="log" if logarithmic and wide else "linear")
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)

@@ -1,10 +1,10 @@
 """The graph of a plan as a drawing: text for terminals, Mermaid for Markdown, SVG for everything else."""
 
-from collections.abc import Mapping, Sequence
 from typing import Literal
 from xml.sax.saxutils import escape
 
 from runner.plan import Entry, Plan
+from runner.views.layers import Layers, columns, layered
 
 Form = Literal["text", "mermaid", "svg"]
 MARKS = {"cached": "✓", "run": "▶", "resume": "↻", "waiting": "·", "push": "↑", "skipped": "–", "failed": "✗", "paused": "‖"}
@@ -17,7 +17,8 @@ COLOURS = {  # fill and border by state, from the palette of Okabe and Ito, whic
     "paused": ("#fdf3d8", "#e69f00"),
 }
 OTHER = ("#f3f3f3", "#8a8a8a")
-WIDTH, HEIGHT, ACROSS, DOWN, MARGIN = 148, 44, 44, 26, 16  # of a box and between boxes, in pixels
+HEIGHT, LANE, ACROSS, DOWN, MARGIN = 54, 2, 38, 16, 12  # of a box, of an arrow beside it, and between them, in pixels
+LONGEST = 20  # letters of a name in a box
 
 
 def draw(plan: Plan, form: Form) -> str:
@@ -27,7 +28,7 @@ def draw(plan: Plan, form: Form) -> str:
 
 def as_text(plan: Plan) -> str:
     """A line per stage, indented by how many stages lie before it at most, with what it reads."""
-    column = _columns(plan)
+    column = columns({entry.name: plan.inputs(entry.name) for entry in plan})
     lines = []
     for entry in plan:
         sources = plan.inputs(entry.name)
@@ -53,15 +54,18 @@ def as_mermaid(plan: Plan) -> str:
 
 def as_svg(plan: Plan) -> str:
     """A picture in layers from left to right, which stands alone and can be put into a page as it is."""
-    place = _places(plan)
-    wide = MARGIN * 2 + max(x for x, _ in place.values()) + WIDTH
-    high = MARGIN * 2 + max(y for _, y in place.values()) + HEIGHT
-    arrows = [_arrow(place[source], place[entry.name]) for entry in plan for source in plan.inputs(entry.name)]
-    boxes = [_box(entry, *place[entry.name]) for entry in plan]
+    sources = {entry.name: plan.inputs(entry.name) for entry in plan}
+    layers = layered(sources, box=HEIGHT, lane=LANE, gap=DOWN)
+    width = _box_width(plan)
+    step = width + ACROSS
+    arrows = [_arrow(layers, source, name, width) for name, read in sources.items() for source in read]
+    boxes = [_box(entry, layers.column[entry.name] * step, layers.middle[entry.name] - HEIGHT / 2, width) for entry in plan]
+    wide = MARGIN * 2 + max(layers.column.values()) * step + width
+    high = MARGIN * 2 + max(y + (HEIGHT if isinstance(node, str) else LANE) / 2 for node, y in layers.middle.items())
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" '
-            'role="img" aria-label="stages of the recipe" font-family="system-ui, sans-serif">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high:.0f}" width="{wide}" height="{high:.0f}" '
+            f'style="max-width:{wide}px" role="img" aria-label="stages of the recipe" font-family="system-ui, sans-serif">',
             '<defs><marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
             '<path d="M0 0 8 4 0 8z" fill="#777"/></marker></defs>',
             f'<g transform="translate({MARGIN} {MARGIN})">',
@@ -72,52 +76,36 @@ def as_svg(plan: Plan) -> str:
     )
 
 
-def _columns(plan: Plan) -> dict[str, int]:
-    """How many stages lie before each at most."""
-    column: dict[str, int] = {}
-    for entry in plan:  # in topological order
-        column[entry.name] = max((column[source] + 1 for source in plan.inputs(entry.name)), default=0)
-    return column
-
-
-def _places(plan: Plan) -> Mapping[str, tuple[int, int]]:
-    """The upper left corner of each box. In its layer a stage stands at the mean height of what it reads (Sugiyama 1981)."""
-    column = _columns(plan)
-    layers: list[list[str]] = [[] for _ in range(max(column.values()) + 1)]
-    for name, number in column.items():
-        layers[number].append(name)
-    row: dict[str, float] = {}
-    for layer in layers:
-        layer.sort(key=lambda name: _mean([row[source] for source in plan.inputs(name)]))
-        row |= {name: float(index) for index, name in enumerate(layer)}
-    most = max(len(layer) for layer in layers)
-    step = HEIGHT + DOWN
-    return {
-        name: (column[name] * (WIDTH + ACROSS), round((row[name] + (most - len(layers[column[name]])) / 2) * step))
-        for name in column
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _arrow(source: tuple[int, int], target: tuple[int, int]) -> str:
-    x, y = source[0] + WIDTH, source[1] + HEIGHT // 2
-    u, v = target[0], target[1] + HEIGHT // 2
-    bend = (u - x) // 2
-    path = f"M{x} {y}C{x + bend} {y} {u - bend} {v} {u} {v}"
+def _arrow(layers: Layers, source: str, target: str, width: int) -> str:
+    """From box to box, straight through the lanes of the columns between, and bending from column to column."""
+    step = width + ACROSS
+    x, y = layers.column[source] * step + width, layers.middle[source]
+    path = f"M{x} {y:.1f}"
+    for column, height in [*layers.way(source, target), (layers.column[target], layers.middle[target])]:
+        u = column * step
+        bend = (x + u) // 2
+        path += f"C{bend} {y:.1f} {bend} {height:.1f} {u} {height:.1f}"
+        if column != layers.column[target]:
+            x, y = u + width, height
+            path += f"H{x}"
     return f'<path d="{path}" fill="none" stroke="#777" stroke-width="1.3" marker-end="url(#head)"/>'
 
 
-def _box(entry: Entry, x: int, y: int) -> str:
+def _box_width(plan: Plan) -> int:
+    """In pixels, so that what the boxes say fits; measured on the widths of letters in DejaVu Sans, which is a wide font."""
+    name = max(8.6 * min(len(entry.name), LONGEST) for entry in plan)
+    return round(max(name, *(6.6 * max(len(entry.stage.kind), len(entry.state)) for entry in plan)) + 16)
+
+
+def _box(entry: Entry, x: int, y: float, width: int) -> str:
     fill, border = COLOURS.get(entry.state, OTHER)
-    name = entry.name if len(entry.name) <= 20 else entry.name[:19] + "…"
+    name = entry.name if len(entry.name) <= LONGEST else entry.name[: LONGEST - 1] + "…"
     reason = escape(f"{entry.name}: {entry.state} {entry.reason}".strip())
-    middle = f'x="{WIDTH // 2}" text-anchor="middle"'
+    middle = f'x="{width / 2}" text-anchor="middle"'
     return (
-        f'<g transform="translate({x} {y})"><title>{reason}</title>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="{border}" stroke-width="1.5"/>'
-        f'<text {middle} y="18" font-size="13" font-weight="600" fill="#222">{escape(name)}</text>'
-        f'<text {middle} y="34" font-size="11" fill="#555">{entry.stage.kind}: {entry.state}</text></g>'
+        f'<g transform="translate({x} {y:.1f})"><title>{reason}</title>'
+        f'<rect width="{width}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="{border}" stroke-width="1.5"/>'
+        f'<text {middle} y="17" font-size="13" font-weight="600" fill="#222">{escape(name)}</text>'
+        f'<text {middle} y="32" font-size="11" fill="#555">{entry.stage.kind}</text>'
+        f'<text {middle} y="46" font-size="11" fill="#555">{entry.state}</text></g>'
     )

@@ -16,12 +16,13 @@ from rich.text import Text
 
 from runner.plan import Entry, Plan
 from runner.views.drawing import MARKS
-from runner.views.progress import Clock, brief, describe, duration, position
+from runner.views.progress import SHOWN, Clock, brief, describe, duration, position
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # losses that are drawn
 NOTES = 6  # that stay in view; all are printed above when they come
 AROUND = 12  # stages shown before and after the running one
+WHERE = ("step", "steps", "done", "total", "unit")  # of what is reported: how far a stage is
 STYLES = {"done": "green", "running": "bold", "ahead": "dim"}
 
 
@@ -126,23 +127,38 @@ class LiveProgress:
             return Text(MARKS["run"], style="cyan"), Text(name, style=STYLES["running"]), self._running_cell()
         if name in self._outcomes:
             return Text(MARKS["cached"], style=STYLES["done"]), Text(name), Text(self._outcomes[name], style="dim")
-        thought = f"about {duration(self._expected[name])}" if name in self._expected else ""
+        expected = self._expected.get(name)
+        thought = "" if expected is None else f"about {duration(expected)}" if expected else "only if it is needed"
         return Text(MARKS["waiting"], style=STYLES["ahead"]), Text(name, style=STYLES["ahead"]), Text(thought, style="dim")
 
     def _running_cell(self) -> Any:
         done, total = position(self._line)
         if not self._line:
             return Text(brief(self._reasons.get(str(self._running), "")), style="dim")
-        told = Text(describe(self._line, self._clock))
+        where = Text(describe({name: self._line[name] for name in WHERE if name in self._line}, self._clock))
+        first = Table.grid(padding=(0, 2))
+        if done is None or not total:
+            first.add_row(where)
+        else:
+            first.add_row(ProgressBar(total=total, completed=min(done, total), width=20), where)
+        values = self._values()
+        return Group(first, values) if values else first
+
+    def _values(self) -> Text:
+        """What the running stage measures, on one line: where it is narrow, the last of it is cut off."""
+        parts = [
+            shown.format(self._line[name])
+            for name, shown in SHOWN.items()
+            if name != "learning_rate" and self._line.get(name) is not None
+        ]
         if share := share_of_peak(self._line):
-            told.append(f"  {share:.0%} of peak")
+            parts.append(f"{share:.0%} of peak")
+        told = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
         if self._losses:
             told.append("  ").append(sparkline(self._losses), style="cyan")
-        if done is None or not total:
-            return told
-        cell = Table.grid(padding=(0, 2))
-        cell.add_row(ProgressBar(total=total, completed=min(done, total), width=20), told)
-        return cell
+        if self._line.get("learning_rate") is not None:
+            told.append("  " + SHOWN["learning_rate"].format(self._line["learning_rate"]))
+        return told
 
 
 def share_of_peak(line: Mapping[str, Any]) -> float | None:

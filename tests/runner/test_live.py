@@ -46,8 +46,8 @@ def plan(recipe: Path, tmp_path: Path) -> Plan:
     return Plan(load_recipe(recipe), Store(tmp_path / "cache"))
 
 
-def seen(view: LiveProgress) -> str:
-    console = Console(file=io.StringIO(), width=120)
+def seen(view: LiveProgress, *, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
     with console.capture() as capture:
         console.print(view.render())
     return capture.get()
@@ -69,6 +69,22 @@ def test_a_view_shows_states_curve_speed_and_what_is_left(plan: Plan) -> None:
     assert "tokenizer" in told and "about 1:40" in told
     view.finished(plan.entries["corpus"], "done in 7s")
     assert "✓  corpus     done in 7s" in seen(view)
+    view.close()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_running_stage_takes_two_lines_however_narrow_the_terminal(plan: Plan, width: int) -> None:
+    view = make_view({"corpus": 10.0, "tokenizer": 0.0})
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    for step in range(10, 900, 10):
+        values = {"loss": 3.613, "learning_rate": 2e-2, "tokens_per_second": 19617.0}
+        view.reported({"step": step, "steps": 1954, "flops_per_token": 1.65e7, "peak_flops": 9e11, **values})
+    lines = seen(view, width=width).splitlines()
+    assert len(lines) == 4, "two of them, the tokenizer and what is left"
+    assert "step 890/1954" in lines[0] and "loss 3.613  19,617 tokens/s" in lines[1]
+    assert ("learning rate 2.00e-02" in lines[1]) == (width == 120) and "36% of peak" in lines[1]
+    assert "only if it is needed" in lines[2]
     view.close()
 
 
