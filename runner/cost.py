@@ -204,6 +204,8 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
     if not isinstance(stage, PackedTraining):
         return None
+    if any(table.files.hub for table in stage.tables()[0]):
+        return None
     sizes = [table.weight * sum(text_size(path).bytes for path in table.files.matches()) for table in stage.tables()[0]]
     own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
     return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN / own
@@ -260,11 +262,12 @@ def _pace(record: Record) -> Pace | None:
 
 
 def _asked(stage: Evaluate) -> float | None:
-    """Positions that an evaluation reads, those it writes counted by their time; None where a task has no files."""
+    """Positions that an evaluation reads, those it writes counted by their time; None where a task has no files
+    here."""
     asked = 0.0
     for task in stage.tasks:
         files = getattr(task, "files", None)
-        if files is None:
+        if files is None or files.hub:
             return None
         sizes = [text_size(path) for path in files.matches()]
         rows, held = math.fsum(size.rows for size in sizes), math.fsum(size.bytes for size in sizes)

@@ -100,8 +100,6 @@ class ClassificationTask(ChatTask):
     """Choice among labels."""
     labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
     """The labels to choose from; by default those that occur in the rows."""
-    words: Semantic[dict[str, str]] = Field(default_factory=dict)
-    """What to ask of the model in place of a row's label, as { "0" = "no", "1" = "yes" }; by default the label itself."""
 
     @field_validator("labels")
     @classmethod
@@ -117,20 +115,8 @@ class ClassificationTask(ChatTask):
         """The scores of the task."""
         from llm.evaluate import classify
 
-        questions = [self._in_words(question) for question in questions]
         labels = self.labels and [self.words.get(label, label) for label in self.labels]
         return classify(model, tokenizer, questions=questions, labels=labels, progress=progress)
-
-    def _in_words(self, question: "Question") -> "Question":
-        from llm.errors import InputError
-        from llm.turns import Turn
-
-        label = question.turns[-1].content
-        if not self.words:
-            return question
-        if label not in self.words:
-            raise InputError(f"{question.place}: wants a label of words, {', '.join(map(repr, self.words))}; found {label!r}")
-        return replace(question, turns=[*question.turns[:-1], Turn("assistant", (self.words[label],))])
 
 
 class PairsTask(Spec):
@@ -224,7 +210,7 @@ class MultipleChoiceTask(Spec):
 
         choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
         template = ChoiceTemplate(self.prompt, choices, self.answer, self.first)
-        questions, skipped = read_choices(self.files.matches(), template, skip_bad=self.on_bad_row == "skip")
+        questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
         used = _limited(questions, self.limit, self)
         found = choose(subject.model, subject.tokenizer, questions=used, progress=progress)
         examples = fingerprint(json.dumps([turn.message for chat in one.chats for turn in chat]) for one in used)
@@ -233,6 +219,8 @@ class MultipleChoiceTask(Spec):
 
 class TaskFolder(InputFile):
     """A folder of lm-eval's task files, relative to the recipe file that holds it. What its files say is identity."""
+
+    takes_hub = False
 
     @property
     def pattern(self) -> str:
@@ -413,7 +401,7 @@ def _questions(task: TextTask | ChatTask, tokenizer: "TextTokenizer") -> tuple[l
 
     questions: list[Question] = []
     skipped = 0
-    for place, turns, _ in read_turns(task.files.matches(), task.template):
+    for place, turns, _ in read_turns(task.files.fetched(), task.template):
         try:
             if isinstance(turns, InputError):
                 raise turns
