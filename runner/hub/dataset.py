@@ -29,7 +29,7 @@ def _fetch(wanted: HubFiles) -> list[Path]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     place: dict[str, Any] = {"repo_type": "dataset", "revision": wanted.commit}
-    source = {"endpoint": hub.endpoint(), "token": hub.token() or False}
+    source: dict[str, Any] = {"endpoint": hub.endpoint(), "token": hub.token() or False}
     try:
         if not wanted.is_pattern:
             return [Path(hf_hub_download(wanted.repo, wanted.path, **place, **source))]
