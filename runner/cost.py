@@ -176,6 +176,8 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
     if not isinstance(stage, PackedTraining):
         return None
+    if any(table.files.hub for table in stage.tables()[0]):
+        return None
     sizes = [table.weight * sum(map(_text_bytes, table.files.matches())) for table in stage.tables()[0]]
     own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
     return budget.epochs * math.fsum(sizes) / BYTES_PER_TOKEN / own

@@ -164,7 +164,7 @@ class Execution:
 
     def _run_locked(self, entry: Entry, plan: Plan) -> bool:
         stage, key = entry.stage, str(entry.key)
-        if absent := [f"{field}: {file}" for field, file in input_files(stage) if not file.matches()]:
+        if absent := [f"{field}: {file}" for field, file in input_files(stage) if not (file.hub or file.matches())]:
             raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
         with self._store.lock(stage, key, waiting=self._patience(entry)) as log:
             record = self._store.record(stage, key)

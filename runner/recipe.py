@@ -24,7 +24,7 @@ from runner.mirrors import TrackerName
 from runner.reading.faults import listed, nearest, shown, validated
 from runner.reading.paths import Bounds, fixed_part, leaves_by_name
 from runner.reading.tables import apply_override, merged, read_with_parents
-from runner.stage import Execution, Located, Parallel, Semantic, Spec, Stage
+from runner.stage import Execution, InputFile, Located, Parallel, Semantic, Spec, Stage
 from runner.workers.alerts import AlertsTable
 
 
@@ -105,7 +105,9 @@ class Recipe:
         """
         folder = self.path.parent.resolve()
 
-        def relative(file: Located) -> str:
+        def relative(file: InputFile) -> str:
+            if file.hub:
+                return str(file)
             return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
         def table(name: str, stage: Stage) -> dict[str, Any]:
@@ -283,6 +285,8 @@ def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[
     for name, stage in stages.items():
         for field, file in input_files(stage):
             place = f"stage.{name}.{field}"
+            if file.hub:
+                continue  # whether it is there is for the Hub to say, once the stage runs
             if leaves_by_name(file.pattern):
                 yield f"{place}: found {str(file)!r}, wants no .. behind a wildcard"
             elif not bounds.hold(fixed_part(file.pattern)):

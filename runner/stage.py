@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
+from runner.reading.hub_files import SCHEME, HubFiles
 from runner.reading.paths import expand
 
 T = TypeVar("T")
@@ -68,19 +69,41 @@ class Located(str):
 class InputFile(Located):
     """A path or glob of input files, relative to the recipe file that holds it. Its content, not its name, is identity.
 
-    A wildcard enters no links to folders.
+    A wildcard enters no links to folders. Instead of here, they may lie in a dataset on the Hub, at a commit.
     """
+
+    takes_hub: ClassVar[bool] = True  # whether it may be hf://datasets/...
+
+    @property
+    def hub(self) -> HubFiles | None:
+        """The files on the Hub that it means; None if they are here."""
+        return HubFiles.parse(self) if self.startswith(SCHEME) else None
 
     @property
     def pattern(self) -> str:
-        """The absolute glob; of a file that exists under this very name, a glob for it alone."""
+        """The absolute glob; of a file that exists under this very name, a glob for it alone. On the Hub, its address."""
+        if self.hub:
+            return str(self)
         if os.path.isfile(self.folder / self):  # noqa: PTH113  # Path.is_file() raises at names that are too long
             return glob.escape(str(self.folder / self))
         return str(Path(glob.escape(str(self.folder)), self))
 
     def matches(self) -> list[Path]:
-        """The files it means now, sorted by path."""
+        """The files it means now, sorted by path; none where they lie on the Hub."""
+        if self.hub:
+            return []
         return sorted({path for path in expand(self.pattern) if os.path.isfile(path)})  # noqa: PTH113
+
+    def fetched(self) -> list[Path]:
+        """The files as a running stage reads them, sorted by path; from the Hub they are fetched, or found in its client's cache.
+
+        llm.errors.InputError where the Hub does not give them.
+        """
+        if self.hub is None:
+            return self.matches()
+        from runner.hub.dataset import fetch
+
+        return fetch(self.hub)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -89,6 +112,10 @@ class InputFile(Located):
                 raise ValueError(f"wants the path of a file, found {type(value).__name__}")
             if not value or "\0" in value:
                 raise ValueError(f"wants the path of a file, found {value!r}")
+            if value.startswith(SCHEME):
+                if not cls.takes_hub:
+                    raise ValueError(f"wants a folder here, found {value!r}")
+                HubFiles.parse(value)
             return cls(value, getattr(value, "folder", Path.cwd()))
 
         return core_schema.no_info_plain_validator_function(

@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 from runner.artifacts import digest_file
 from runner.files import write_whole
+from runner.reading.hub_files import format_of
 from runner.stage import InputFile
 
-COMPRESSED = (".gz", ".zst")
 FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of its clock: its digest is not remembered
 
 
@@ -30,8 +30,7 @@ class FileContent:
     @property
     def format(self) -> str:
         """What decides how a file is read: its ending, the one before a compression's included."""
-        endings = [ending.lower() for ending in Path(self.file).suffixes[-2:]]
-        return "".join(endings if endings and endings[-1] in COMPRESSED else endings[-1:])
+        return format_of(PurePosixPath(self.file))
 
 
 class DigestMemo:
@@ -65,7 +64,11 @@ class DigestMemo:
         return digest
 
     def of_inputs(self, file: InputFile) -> list[list[str]]:
-        """[format, digest] of each file that an input means now: what a stage's identity holds of it."""
+        """[format, digest] of each file that an input means now: what a stage's identity holds of it. On the Hub a commit
+        and a path stand for their content, and nobody has to be asked.
+        """
+        if file.hub:
+            return [[file.hub.format, str(file.hub)]]
         return [[content.format, content.sha256] for content in self.contents(file)]
 
     def contents(self, file: InputFile) -> Sequence[FileContent]:
@@ -74,13 +77,15 @@ class DigestMemo:
         return here or self.promised.get(str(file.folder / file), ())
 
     def named_contents(self, files: Iterable[tuple[str, InputFile]], folder: Path) -> dict[str, list[dict[str, Any]]]:
-        """The contents of input files by the field that names them, for a lock file; paths as in a recipe of `folder`."""
+        """The contents of input files by the field that names them, for a lock file; paths as in a recipe of `folder`. What
+        lies on the Hub is named in full by the recipe itself.
+        """
 
         def named(file: InputFile, content: FileContent) -> dict[str, Any]:
             written = os.path.relpath(content.file, folder) if Path(content.file).is_absolute() else content.file
             return {**asdict(content), "file": content.file if Path(file).is_absolute() else written}
 
-        return {field: [named(file, content) for content in self.contents(file)] for field, file in files}
+        return {field: [named(file, content) for content in self.contents(file)] for field, file in files if not file.hub}
 
     def paths_of(self, sha256: str) -> list[Path]:
         """Files that were read before, and still hold this."""

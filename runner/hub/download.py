@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llm.errors import InputError, Interrupted
 from runner import hub
@@ -49,7 +49,7 @@ def find(repo: str, revision: str, *, kept: Path) -> Snapshot:
         return Snapshot(repo, known["commit"], {name: File(**file) for name, file in known["files"].items()})
     from huggingface_hub import HfApi
 
-    with _told(repo, f"revision {revision!r}"):
+    with explained(repo, f"revision {revision!r}"):
         api = HfApi(endpoint=hub.endpoint(), token=hub.token() or False)
         info = api.model_info(repo, revision=revision, files_metadata=True)
     if info.sha is None:
@@ -78,7 +78,7 @@ def fetch(
     partial = path.with_name(path.name + ".part")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    with _told(snapshot.repo, name):
+    with explained(snapshot.repo, name):
         while (size := partial.stat().st_size) < wanted.size:
             try:
                 for done in _stream(snapshot, name, partial):
@@ -127,23 +127,37 @@ def _stream(snapshot: Snapshot, name: str, partial: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _told(repo: str, what: str) -> Iterator[None]:
+def explained(repo: str, what: str, *, kind: Literal["model", "dataset"] = "model") -> Iterator[None]:
     """Turns what the Hub's client raises into an InputError of one paragraph."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    page = repo if kind == "model" else f"datasets/{repo}"
     place, who = hub.endpoint(), "the token" if hub.token() else "anybody without a token (HF_TOKEN, or `hf auth login`)"
     try:
         yield
-    except Interrupted:
+    except (Interrupted, InputError):
         raise
     except GatedRepoError:
         raise InputError(
-            f"{repo}: is gated and not shown to {who}; accept its terms at {place}/{repo}, and run with that account's token"
+            f"{repo}: is gated and not shown to {who}; accept its terms at {place}/{page}, and run with that account's token"
         ) from None
     except RevisionNotFoundError:
-        raise InputError(f"{repo}: {place} has no {what} of this model") from None
+        raise InputError(f"{repo}: {place} has no {what} of this {kind}") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(f"{repo}: {place} has no such model, or does not show it to {who}") from None
+        raise InputError(f"{repo}: {place} has no such {kind}, or does not show it to {who}") from None
+    except RemoteEntryNotFoundError:
+        raise InputError(f"{repo}: {place} has no file {what} in this {kind} at that commit") from None
+    except OfflineModeIsEnabled:
+        raise InputError(
+            f"{repo}: {what} is not in the cache of the Hub's client, and HF_HUB_OFFLINE forbids to fetch it; run without it once"
+        ) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a fault of the disk

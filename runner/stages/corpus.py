@@ -156,7 +156,7 @@ def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source"
         place = f"{spec.hub}@{commits[_branch(spec)][:8]}/{spec.split}"
     return Source(
         name=name,
-        files=tuple(spec.files.matches()) if spec.files is not None else (),
+        files=tuple(spec.files.fetched()) if spec.files is not None else (),
         rows=rows,
         place=place,
         text=spec.text,

@@ -126,7 +126,7 @@ def pack_tables(
     write_rows(
         context.scratch / name,
         [
-            Table(tuple(table.files.matches()), table.template, getattr(table, "weight", 1.0), table.on_bad_row == "skip")
+            Table(tuple(table.files.fetched()), table.template, getattr(table, "weight", 1.0), table.on_bad_row == "skip")
             for table in tables
         ],
         tokenizer=tokenizer,

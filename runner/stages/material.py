@@ -94,7 +94,7 @@ def texts_of(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iterator[s
     for documents in corpora:
         yield from sentences(document.text for document in sample_documents(documents, CORPUS_BYTES))
     for table in tables:
-        rows = islice(read_turns(table.files.matches(), TextTemplate(table.text)), MOST_ROWS)
+        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text)), MOST_ROWS)
         yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
 
 
@@ -104,7 +104,7 @@ def rows_of(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
     from llm.errors import InputError
 
     for table in tables:
-        for _, turns, _ in islice(read_turns(table.files.matches(), table.template), MOST_ROWS):
+        for _, turns, _ in islice(read_turns(table.files.fetched(), table.template), MOST_ROWS):
             if isinstance(turns, InputError):
                 if table.on_bad_row == "fail":
                     raise turns

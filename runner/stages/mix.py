@@ -81,7 +81,7 @@ class MixTable(Spec):
             assert self.files is not None and isinstance(self.template, TextTemplate)
             write_texts(
                 context.scratch / name,
-                self.files.matches(),
+                self.files.fetched(),
                 self.template,
                 tokenizer=TextTokenizer.load(base.tokenizer.folder),
                 context=positions,

@@ -224,7 +224,7 @@ class MultipleChoiceTask(Spec):
 
         choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
         template = ChoiceTemplate(self.prompt, choices, self.answer, self.first)
-        questions, skipped = read_choices(self.files.matches(), template, skip_bad=self.on_bad_row == "skip")
+        questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
         used = _limited(questions, self.limit, self)
         found = choose(subject.model, subject.tokenizer, questions=used, progress=progress)
         examples = fingerprint(json.dumps([turn.message for chat in one.chats for turn in chat]) for one in used)
@@ -233,6 +233,8 @@ class MultipleChoiceTask(Spec):
 
 class TaskFolder(InputFile):
     """A folder of lm-eval's task files, relative to the recipe file that holds it. What its files say is identity."""
+
+    takes_hub = False
 
     @property
     def pattern(self) -> str:
@@ -413,7 +415,7 @@ def _questions(task: TextTask | ChatTask, tokenizer: "TextTokenizer") -> tuple[l
 
     questions: list[Question] = []
     skipped = 0
-    for place, turns, _ in read_turns(task.files.matches(), task.template):
+    for place, turns, _ in read_turns(task.files.fetched(), task.template):
         try:
             if isinstance(turns, InputError):
                 raise turns

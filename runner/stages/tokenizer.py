@@ -59,7 +59,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         from llm.tokenizer_report import load_other, measured_documents, report
 
         corpus = context.open(self.corpus)
-        others = {str(path): load_other(path) for file in self.compare_with for path in file.matches()}
+        others = {str(path): load_other(path) for file in self.compare_with for path in file.fetched()}
         context.report(note="counting words and merging pairs")
         sampled: Counter[str] = Counter()
         tokenizer = self._learn(self._texts(context, sampled), allow_smaller=False)

@@ -163,7 +163,7 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
         yield Text("shown whole; in training, chats longer than the model's context are cut to it", style=QUIET)
     for table in stage.tables()[0]:
         yield Text(f"{table.files}: the first {count} rows", style=HEADING)
-        for place, chats, _ in islice(read_chats(table.files.matches(), table.template), count):
+        for place, chats, _ in islice(read_chats(table.files.fetched(), table.template), count):
             try:
                 if isinstance(chats, InputError):
                     raise chats
