@@ -47,6 +47,7 @@ class Template:
     prompt: str = "{prompt}"
     response: str = "{response}"
     messages: str | None = None
+    words: tuple[tuple[str, str], ...] = ()  # what stands for each response, which is a label then
 
     @property
     def fields(self) -> set[str]:
@@ -58,11 +59,19 @@ class Template:
     def turns(self, row: Mapping[str, Any]) -> list[Turn]:
         """The turns of `row`; an InputError says what it lacks, and leaves it to the caller to say where the row is."""
         if self.messages is not None:
-            return list(_turns_of_messages(row, self.messages))
-        return [
-            Turn("user", _filled(row, split_template(self.prompt), purpose="prompt")),
-            Turn("assistant", ("".join(_filled(row, split_template(self.response), purpose="response")),)),
-        ]
+            turns = list(_turns_of_messages(row, self.messages))
+        else:
+            turns = [
+                Turn("user", _filled(row, split_template(self.prompt), purpose="prompt")),
+                Turn("assistant", ("".join(_filled(row, split_template(self.response), purpose="response")),)),
+            ]
+        return [*turns[:-1], self._in_words(turns[-1])] if self.words else turns
+
+    def _in_words(self, answer: Turn) -> Turn:
+        words = dict(self.words)
+        if answer.content not in words:
+            raise InputError(f"wants a label of words, {', '.join(map(repr, words))}; found {answer.content!r}")
+        return Turn(answer.role, (words[answer.content],))
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
         """The one chat of `row`."""

@@ -95,9 +95,9 @@ class InputFile(Located):
         return sorted({path for path in expand(self.pattern) if os.path.isfile(path)})  # noqa: PTH113
 
     def fetched(self) -> list[Path]:
-        """The files as a running stage reads them, sorted by path; from the Hub they are fetched, or found in its client's cache.
+        """The files as a running stage reads them, sorted by path; what lies on the Hub is fetched into its client's cache.
 
-        llm.errors.InputError where the Hub does not give them.
+        llm.errors.InputError where the Hub does not give it.
         """
         if self.hub is None:
             return self.matches()

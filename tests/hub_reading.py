@@ -54,6 +54,7 @@ def commits(request: Request, repo: str, revision: str) -> Reply:
 
 
 @route("GET", "/api/models/{repo}/tree/{revision}")
+@route("GET", "/api/datasets/{repo}/tree/{revision}")
 def tree(request: Request, repo: str, revision: str) -> Reply:
     return Reply([file.entry(name) for name, file in request.commit(repo, revision).files.items()])
 
@@ -84,6 +85,7 @@ def info(request: Request, repo: str) -> Reply:
 
 
 @route("GET", "/{repo}/resolve/{revision}/{path}")
+@route("GET", "/datasets/{repo}/resolve/{revision}/{path}")
 def resolve(request: Request, repo: str, revision: str, path: str) -> Reply:
     found = request.commit(repo, revision)
     if path not in found.files:

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on a loopback port, as far as `huggingface_hub` 2.4 asks for it without Xet, with faults on demand.
 
 whoami, create a repository, validate a card, preupload, LFS batch, PUT and verify, commit (onto a parent, as a pull request),
-branches and tags; model info, refs, commits, tree, paths and download, of ranges too. `Hub.requests` lists what was asked, in
-order; `Hub.faults`, `fault_at` and `fault_in` say what goes wrong.
+branches and tags; model info, refs, commits, tree, paths and download, of ranges too; tree and download of datasets.
+`Hub.requests` lists what was asked, in order; `Hub.faults`, `fault_at` and `fault_in` say what goes wrong.
 """
 
 import contextlib
@@ -132,6 +132,7 @@ def use(hub: Hub, patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setattr(f"{client}.ENDPOINT", hub.url)
     patch.setattr(f"{client}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(f"{client}.HF_HUB_DISABLE_XET", True)  # this Hub has no Xet store
+    patch.setattr(f"{client}.HF_HUB_CACHE", str(home / "hf-home" / "hub"))
     patch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
     variables = {"ENDPOINT": hub.url, "TOKEN": TOKEN, "TOKEN_PATH": str(home / "no-token"), "HOME": str(home / "hf-home")}
     for name, value in variables.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.hub.usage import usage
+from runner.reading.hub_files import SCHEME, HubFiles
 from runner.stage import Verdict
 
 Record = Mapping[str, Any]
@@ -90,12 +91,34 @@ def _metadata(model: Model) -> str:
             *(["lora"] if model.publish.get("adapter") else []),
         ],
         base_model=[record["metrics"]["repo"] for record in _adopted(model.records) if "repo" in record["metrics"]] or None,
-        datasets=sorted({source["hub"] for source in _sources(model.records.values()) if "hub" in source}) or None,
+        datasets=sorted(_datasets(model)) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         model_name=model.recipe["name"] if results else None,
     )
     return data.to_yaml()
+
+
+def _datasets(model: Model) -> set[str]:
+    """The datasets on the Hub that it learned from."""
+    corpora = {source["hub"] for source in _sources(model.records.values()) if "hub" in source}
+    tables = [
+        table
+        for stage in model.records
+        for name in ("sources", "data", "mix")
+        for table in model.recipe["stage"][stage].get(name, ())
+    ]
+    addresses = [str(table.get("files", "")) for table in tables]
+    return corpora | {HubFiles.parse(address).repo for address in addresses if address.startswith(SCHEME)}
+
+
+def _place(files: str) -> str:
+    """Files as a recipe names them, with a link to those on the Hub."""
+    if not files.startswith(SCHEME):
+        return files
+    on_hub = HubFiles.parse(files)
+    page = f"https://huggingface.co/datasets/{on_hub.repo}/tree/{on_hub.commit}"
+    return f"[{on_hub.repo}]({page}): {on_hub.path}, commit `{on_hub.commit[:12]}`"
 
 
 def _adopted(records: Mapping[str, Record]) -> list[Record]:
@@ -165,7 +188,7 @@ def _tasks(model: Model) -> str:
     stages, last = model.recipe["stage"], list(model.scores)[-1]
     counts = model.records[last].get("metrics", {}).get("tasks", {})
     rows = [
-        [task["name"], task["task"], task["files"], f"{counts[task['name']]['rows']:,}"]
+        [task["name"], task["task"], _place(task["files"]), f"{counts[task['name']]['rows']:,}"]
         for task in stages[last].get("tasks", ())
     ]
     scored = [
@@ -221,16 +244,20 @@ def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Itera
     for number, spec in enumerate(fields.get("sources", ()), start=1):
         name = spec.get("name") or spec.get("hub") or f"source-{number}"
         source = metrics["sources"][name]
-        place = f"[{name}](https://huggingface.co/datasets/{source['hub']})" if "hub" in source else f"{name}: {spec['files']}"
+        place = (
+            f"[{name}](https://huggingface.co/datasets/{source['hub']})"
+            if "hub" in source
+            else f"{name}: {_place(spec['files'])}"
+        )
         used = f"{source['train']:,}" + (f" + {source['validation']:,} held out" if source["validation"] else "")
         yield [stage, place, used, _listed(source["licenses"]), _listed(source["origins"])]
     for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
         used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
-        yield [stage, spec["files"], used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
+        yield [stage, _place(spec["files"]), used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
     for mixed, spec in zip(metrics.get("mix", ()), fields.get("mix", ()), strict=False):
         if table := mixed.get("table"):  # of tokens, the corpus tells
             used = f"{table['rows'] - table['bad'] - table['dropped']:,}"
-            yield [stage, spec["files"], used, _listed(table["licenses"]), _listed(table["origins"])]
+            yield [stage, _place(spec["files"]), used, _listed(table["licenses"]), _listed(table["origins"])]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

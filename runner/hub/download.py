@@ -156,7 +156,7 @@ def explained(repo: str, what: str, *, kind: Literal["model", "dataset"] = "mode
         raise InputError(f"{repo}: {place} has no file {what} in this {kind} at that commit") from None
     except OfflineModeIsEnabled:
         raise InputError(
-            f"{repo}: {what} is not in the cache of the Hub's client, and HF_HUB_OFFLINE forbids to fetch it; run without it once"
+            f"{repo}: {what} is not in the cache of the Hub's client, and HF_HUB_OFFLINE forbids to fetch it; run once without"
         ) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -36,8 +36,8 @@ class HubFiles:
         if not COMMIT.fullmatch(revision or ""):
             raise ValueError(
                 f"wants the commit of {repo} in full (40 hexadecimal digits), so that its rows cannot change behind a result; "
-                f"found {repr(revision) if revision else 'none'}. Pin it: `git ls-remote https://huggingface.co/datasets/{repo}` "
-                f"prints the commit of each branch, to be written as hf://datasets/{repo}@COMMIT/{path}"
+                f"found {repr(revision) if revision else 'none'}. To pin it, take the COMMIT of its branch from "
+                f"`git ls-remote https://huggingface.co/datasets/{repo}`, and write hf://datasets/{repo}@COMMIT/{path}"
             )
         if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in path.split("/")):
             raise ValueError(f"wants the path of a file in {repo}, found {path!r}")

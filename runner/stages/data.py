@@ -20,7 +20,8 @@ class RowTable(Spec):
     """Rows of files as prompts and responses, or as messages."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. As every file of rows or text, it may be one of a
+    dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the whole commit."""
     prompt: Semantic[str] = "{prompt}"
     """What the user says; {name} stands for the field of a row. Of a row too long for the model the end of what was
     substituted here is cut, never the response."""
@@ -28,6 +29,8 @@ class RowTable(Spec):
     """What the assistant answers, and the only text that is learned."""
     messages: Semantic[str | None] = None
     """Instead of prompt and response: the field that holds a list of {role, content}."""
+    words: Semantic[dict[str, str]] = Field(default_factory=dict)
+    """What stands in place of a response that is a label, as { "0" = "no", "1" = "yes" }; by default the label itself."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
@@ -53,7 +56,7 @@ class RowTable(Spec):
     @property
     def template(self) -> Template:
         """How a row becomes the turns of a chat."""
-        return Template(self.prompt, self.response, self.messages)
+        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()))
 
 
 class PreferenceTable(Spec):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llm.likelihood import Progress
 
 
-class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
+class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, answers."""
 
     model: Semantic[Ref[Checkpoint]]

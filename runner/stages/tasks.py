@@ -100,8 +100,6 @@ class ClassificationTask(ChatTask):
     """Choice among labels."""
     labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
     """The labels to choose from; by default those that occur in the rows."""
-    words: Semantic[dict[str, str]] = Field(default_factory=dict)
-    """What to ask of the model in place of a row's label, as { "0" = "no", "1" = "yes" }; by default the label itself."""
 
     @field_validator("labels")
     @classmethod
@@ -117,20 +115,8 @@ class ClassificationTask(ChatTask):
         """The scores of the task."""
         from llm.evaluate import classify
 
-        questions = [self._in_words(question) for question in questions]
         labels = self.labels and [self.words.get(label, label) for label in self.labels]
         return classify(model, tokenizer, questions=questions, labels=labels, progress=progress)
-
-    def _in_words(self, question: "Question") -> "Question":
-        from llm.errors import InputError
-        from llm.turns import Turn
-
-        label = question.turns[-1].content
-        if not self.words:
-            return question
-        if label not in self.words:
-            raise InputError(f"{question.place}: wants a label of words, {', '.join(map(repr, self.words))}; found {label!r}")
-        return replace(question, turns=[*question.turns[:-1], Turn("assistant", (self.words[label],))])
 
 
 class PairsTask(Spec):
