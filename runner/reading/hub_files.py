@@ -71,7 +71,8 @@ def format_of(path: PurePosixPath) -> str:
 def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     if not parts or not wanted:
         return not parts and not wanted
-    if wanted[0] == "**" and len(wanted) > 1:
-        return _fits(parts, wanted[1:]) or (not parts[0].startswith(".") and _fits(parts[1:], wanted))
+    if wanted[0] == "**":
+        deeper = len(parts) > 1 and not parts[0].startswith(".")
+        return _fits(parts, wanted[1:] or ["*"]) or (deeper and _fits(parts[1:], wanted))
     hidden = parts[0].startswith(".") and not wanted[0].startswith(".")
     return not hidden and fnmatch.fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])

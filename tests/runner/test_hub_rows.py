@@ -177,7 +177,11 @@ def test_what_was_fetched_is_not_asked_for_again_and_needs_no_network(
 
 
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(dataset: Repository, hub: Hub) -> None:
-    hub.fault_in["data/train-0.csv"] = [Fault(status=HTTPStatus.SERVICE_UNAVAILABLE) for _ in range(7)]
+    busy = [Fault(status=HTTPStatus.SERVICE_UNAVAILABLE)] * 7  # after which the client itself gives up
+    hub.fault_in["data/train-0.csv"] = list(busy)
+    with pytest.raises(InputError, match=r"503.*run again to go on"):
+        fetch(at(dataset, "data/train-0.csv"), retries=Retries(waits=()))
+    hub.fault_in["data/train-0.csv"] = list(busy)
     (path,) = fetch(at(dataset, "data/train-0.csv"), retries=AT_ONCE)
     assert path.read_bytes() == FILES["data/train-0.csv"]
 
