@@ -197,9 +197,7 @@ class Loop:
             case Finding(action="rollback"):
                 raise RollBack(decisive)
             case Finding(action="stop", alert=alert, text=text, advice=advice):
-                raise InputError(
-                    f'{text}. {advice}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept'
-                )
+                raise InputError(f'{text}. {advice}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept')
             case Finding(action="pause", alert=alert, text=text, advice=advice):
                 raise Paused(f"paused by the alert {alert!r}: {text}. {advice}")
 

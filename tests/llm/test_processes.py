@@ -121,7 +121,7 @@ def test_what_an_alert_leaves_out_is_left_out_by_all_processes(
     alone, together = one[action], two[f"{action}-{strategy}"]
     for metrics in (alone["metrics"], *(process["metrics"] for process in together)):
         assert {name: metrics["alerts"][name] for name in found} == found
-    assert_same_curve(alone["lines"], [line for line in together[0]["lines"]])
+    assert_same_curve(alone["lines"], together[0]["lines"])
     assert together[0]["digest"] == together[1]["digest"]
 
 

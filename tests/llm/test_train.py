@@ -137,8 +137,9 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_o
     folder = tmp_path / "full" / CHECKPOINTS
 
     def full_after_the_first() -> bool:
-        if (folder / "step-00000005").exists():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # the weights fit, the optimizer's state does not
+        if (folder / "step-00000005").exists():  # the weights still fit, the optimizer's state does not
+            size = (folder / "step-00000005" / "weights.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
         return False
 
     try:

@@ -94,7 +94,9 @@ def test_two_processes_whose_weights_are_spread_pause_and_end_where_they_would_h
     assert "continues from step 30 of 50" in done.stderr
     done = other.run(*spread)
     assert done.returncode == 0, done.stderr
-    digests = {json.loads(next(one.cache.glob("stages/pretrain-*/record.json")).read_text())["digest"] for one in (fresh, other)}
+    digests = {
+        json.loads(next(one.cache.glob("stages/pretrain-*/record.json")).read_text())["digest"] for one in (fresh, other)
+    }
     assert len(digests) == 1
 
 

@@ -109,7 +109,7 @@ def test_what_is_wrong_with_the_recipe_is_not_retried(fresh: Folder) -> None:
 
 def test_a_disk_that_is_full_amid_a_training_is_told_and_not_retried(trained: Folder, fresh: Folder) -> None:
     def nearly_full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # the weights fit, the optimizer's state does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))  # the weights fit, the optimizer's state does not
 
     command = fresh.command("run", str(fresh.recipe), "--cache", str(fresh.cache))
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=nearly_full)
