@@ -26,6 +26,17 @@ MOST_ROLLBACKS = 10  # of one training
 
 Action = Literal["off", "warn", "pause", "stop", "skip", "rollback"]
 
+SLOWER = "A lower schedule.learning_rate or more schedule.warmup_steps usually helps"
+FEWER = "It may be learning its rows by heart: fewer steps, more rows or some dropout usually help"
+ADVICE = {  # what a person may do about each alert
+    "loss": f"{SLOWER}; where such a loss is to be expected, raise alerts.loss.above",
+    "not_finite": SLOWER,
+    "gradient_norm": f'{SLOWER}; alerts.gradient_norm.action = "skip" leaves such steps out',
+    "validation": FEWER,
+    "throughput": "See what else the machine does",
+    "gap": FEWER,
+}
+
 
 class Alert(Settings):
     """One thing that is watched, and what is done about it."""
@@ -148,6 +159,11 @@ class Finding:
     text: str
     steps: range  # the offending ones, counted from 0
     back: int = 0  # steps before them to undo as well
+
+    @property
+    def advice(self) -> str:
+        """What a person may do about it, as a sentence without its full stop."""
+        return ADVICE[self.alert]
 
 
 @dataclass

@@ -195,21 +195,17 @@ class Loop:
         if decisive is not None and decisive.action in ("rollback", "stop"):  # the rest follows from it
             findings = [one for one in findings if one.steps.stop < decisive.steps.stop] + [decisive]
         for finding in findings:
-            note = {"skip": f"{finding.text}: it is skipped", "warn": f"warning: {finding.text}"}.get(finding.action)
-            said = {"note": note} if note else {"text": finding.text}
+            advised = f"{finding.text}. {finding.advice}"
+            note = {"skip": f"{finding.text}: it is skipped", "warn": f"warning: {advised}"}.get(finding.action)
+            said = {"note": note} if note else {"text": finding.text if finding.action == "rollback" else advised}
             self.report(alert=finding.alert, action=finding.action, **said)
         match decisive:
             case Finding(action="rollback"):
                 raise RollBack(decisive)
-            case Finding(action="stop", alert="not_finite", text=text):
-                raise InputError(
-                    f"{text}. A lower schedule.learning_rate or more schedule.warmup_steps usually helps; "
-                    "checkpoints of earlier steps are kept"
-                )
-            case Finding(action="stop", alert=alert, text=text):
-                raise InputError(f'{text}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept')
-            case Finding(action="pause", alert=alert, text=text):
-                raise Paused(f"paused by the alert {alert!r}: {text}")
+            case Finding(action="stop", alert=alert, text=text, advice=advice):
+                raise InputError(f'{text}. {advice}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept')
+            case Finding(action="pause", alert=alert, text=text, advice=advice):
+                raise Paused(f"paused by the alert {alert!r}: {text}. {advice}")
 
     def forget(self) -> None:
         """Drop what is known of steps that never were."""

@@ -256,7 +256,7 @@ def train(
                 writer.wait()
                 group.sum(0)  # nobody leaves before it is on disk
                 if isinstance(reason, Paused):
-                    raise Paused(f"{reason}; checkpointed after step {progress.step} of {steps}") from None
+                    raise Paused(f"{reason}. Checkpointed after step {progress.step} of {steps}") from None
                 raise Interrupted(f"stopped after step {progress.step} of {steps}") from None
         if left_in is not None:
             put(partial(training_state.leave, left_in))

@@ -88,15 +88,19 @@ def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = 
     final = folder / f"step-{state.facts['step']:08d}"
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(partial / WEIGHTS, state.weights)
-    write_tensors(partial / OPTIMIZER, state.optimizer)
-    digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
-    facts = json.dumps(state.facts, sort_keys=True)
-    digests["facts"] = hashlib.sha256(facts.encode()).hexdigest()
-    write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
-    for path in (*partial.iterdir(), partial):
-        _fsync(path)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / WEIGHTS, state.weights)
+        write_tensors(partial / OPTIMIZER, state.optimizer)
+        digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+        facts = json.dumps(state.facts, sort_keys=True)
+        digests["facts"] = hashlib.sha256(facts.encode()).hexdigest()
+        write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # so that a full disk is no fuller
+        raise
     shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
     partial.rename(final)
     _fsync(folder)

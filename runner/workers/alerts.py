@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -25,11 +26,12 @@ class AlertsTable(Alerts):
     """Where notices of alerts and faults go, as addresses of apprise ("ntfy://TOPIC"). One with a password in it belongs in
     STOCKPOT_NOTIFY instead."""
 
-    @field_validator("notify")
+    @field_validator("notify", mode="before")
     @classmethod
-    def _are_addresses(cls, notify: list[str]) -> list[str]:
-        if not all(ADDRESS.fullmatch(address) for address in notify):  # and which one is not said: it may hold a secret
-            raise ValueError("wants addresses as apprise knows them, such as ntfy://TOPIC")
+    def _are_addresses(cls, notify: Any) -> Any:
+        if not isinstance(notify, list) or not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in notify):
+            # What was found is not said: it may hold a secret.
+            raise ValueError('wants a list of addresses as apprise knows them, such as ["ntfy://TOPIC"]')
         return notify
 
 

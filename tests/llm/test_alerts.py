@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import VOCABULARY, MadeUpRows, tiny_model, tiny_training
+from tiny_training import POISONED, ROWS, VOCABULARY, MadeUpRows, PoisonedRows, poisoned, tiny_model, tiny_training
 from torch import Tensor
 
 from llm import training_state
@@ -21,29 +21,12 @@ from llm.alerts import Alerts, Judge, Memory
 from llm.choices import shrink
 from llm.errors import InputError, Interrupted, Paused
 from llm.loop import Progress
-from llm.objectives import next_token_loss
-from llm.rows import Batch, Row
+from llm.rows import Row
 from llm.settings import Budget, Optimizer, Schedule
 from llm.train import CHECKPOINTS
 from llm.validation import Validation
 
 STEPS = 40
-POISONED = 25  # the step that learns from rows whose loss counts a thousandfold
-ROWS = 5  # of a step
-
-
-@dataclass(frozen=True)
-class PoisonedRows(MadeUpRows):
-    """Rows of which those of some steps are marked, by a first token that is no other row's."""
-
-    steps: tuple[int, ...] = (POISONED,)
-    rows_per_epoch: int = 1000
-
-    def row(self, index: int) -> Row:
-        row = super().row(index)
-        marked = index // ROWS in self.steps
-        tokens = np.where(np.arange(self.context) == 0, 39 if marked else 0, row.tokens)
-        return Row(tokens, row.targets, row.documents)
 
 
 @dataclass(frozen=True)
@@ -56,16 +39,6 @@ class NoiseRows(MadeUpRows):
         row = super().row(index % self.rows_per_epoch)
         tokens = np.random.default_rng([self.seed, index % self.rows_per_epoch]).integers(VOCABULARY, size=self.context + 1)
         return Row(tokens[:-1], tokens[1:], np.zeros_like(row.documents))
-
-
-def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
-    """The ordinary loss, but `times` it for marked rows."""
-
-    def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        total, count = next_token_loss(model, batch)
-        return total * (times if bool((batch.tokens[:, 0] == 39).all()) else 1.0), count
-
-    return objective
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -182,7 +155,8 @@ def test_the_loss_above_its_limit_pauses_after_a_checkpoint_and_going_on_does_no
     }
     lines: list[dict[str, Any]] = []
     with pytest.raises(
-        Paused, match=r"the alert 'loss': the loss over .* step 20 is .*above 4; checkpointed after step 20 of 40"
+        Paused,
+        match=r"the alert 'loss': the loss over .* step 20 is .*above 4\. .* Checkpointed after step 20 of 40",
     ):
         tiny_training(tiny_model(), tmp_path / "paused", lines=lines, **diverging)
     assert [path.name for path in (tmp_path / "paused" / CHECKPOINTS).iterdir()] == ["step-00000020"]

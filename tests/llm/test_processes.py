@@ -49,6 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MUON = {"steps": STEPS, "strategy": "fsdp", "optimizer": "muon"}
 KILLED = MUON | {"scratch": "killed", "checkpoint_every": 5, "objective": "killed"}
+LEARNING = {  # alerts that change what is learned, of a training whose gradient spikes at step 25
+    action: {"steps": 32, "checkpoint_every": 10, "alerts": {"gradient_norm": {"action": action, "back": 4}}}
+    for action in ("skip", "rollback")
+}
 SPARE = {"steps": STEPS, "strategy": "ddp", "objective": "spare", "find_unused_parameters": True}
 
 STABLE = MUON | {"schedule": {"kind": "constant", "learning_rate": 1e-2, "warmup_steps": 3}}
@@ -58,7 +62,7 @@ REST = STABLE | {"strategy": "ddp", "beginning": "trunk"}
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE, "stable": STABLE}
+    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE, "stable": STABLE, **LEARNING}
     return {name: run_case(folder, case | {"scratch": f"one-{name}"}) for name, case in cases.items()}
 
 
@@ -67,6 +71,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
     cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
     cases |= {"shares-adamw": {"shares": "adamw"}, "shares-muon": {"shares": "muon"}, "spare": SPARE, "muon": MUON}
     cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
+    cases |= {f"{action}-{how}": case | {"strategy": how} for action, case in LEARNING.items() for how in ("ddp", "fsdp")}
     (folder / "trunk").mkdir()
     return launch(folder, 2, cases | {"stable": TRUNK, "rest": REST, "killed": KILLED}, dies=True)
 
@@ -108,6 +113,21 @@ def test_muon_with_spread_weights_learns_what_one_process_does(one: dict[str, An
 
 def test_weights_that_only_one_process_uses_are_learned_as_by_one(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
     assert_same_curve(one["spare"]["lines"], two["spare"][0]["lines"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [("skip", {"skipped_steps": [25]}), ("rollback", {"passed_over": [[21, 26]], "rollbacks": [25]})],
+)
+def test_what_an_alert_leaves_out_is_left_out_by_all_processes(
+    one: dict[str, Any], two: dict[str, list[Any]], action: str, found: dict[str, Any], strategy: str
+) -> None:
+    alone, together = one[action], two[f"{action}-{strategy}"]
+    for metrics in (alone["metrics"], *(process["metrics"] for process in together)):
+        assert {name: metrics["alerts"][name] for name in found} == found
+    assert_same_curve(alone["lines"], together[0]["lines"])
+    assert together[0]["digest"] == together[1]["digest"]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

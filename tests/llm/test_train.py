@@ -132,6 +132,30 @@ def test_a_training_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) 
     assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
 
 
+def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_of_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "full" / CHECKPOINTS
+
+    def full_after_the_first() -> bool:
+        if (folder / "step-00000005").exists():  # the weights still fit, the optimizer's state does not
+            size = (folder / "step-00000005" / "weights.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        return False
+
+    try:
+        with pytest.raises(OSError, match=r"File too large.*optimizer\.safetensors"):
+            tiny_training(tiny_model(), tmp_path / "full", checkpoint_every=5, should_stop=full_after_the_first)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+    unstopped, resumed = tiny_model(), tiny_model()
+    tiny_training(unstopped, tmp_path / "unstopped")
+    lines: list[dict[str, Any]] = []
+    tiny_training(resumed, tmp_path / "full", lines=lines)
+    assert "continues from step 5 of 20" in [line.get("note") for line in lines]
+    assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
+
+
 def test_checkpoints_by_the_clock_change_nothing_that_is_learned(tmp_path: Path) -> None:
     often, never = tiny_model(), tiny_model()
     metrics = tiny_training(often, tmp_path / "often", checkpoint_minutes=1e-9)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from llm.train import CHECKPOINTS, train
 from llm.validation import Validation
 
 VOCABULARY = 40
+ROWS = 5  # of a step
+POISONED = 25  # the step that learns from rows whose loss counts a thousandfold
 POSITIONS = 24  # of an answer with its prompt
 
 
@@ -52,6 +55,20 @@ class MadeUpRows:
         targets[border - 1] = IGNORE
         targets[: int(random.integers(self.context - 3))] = IGNORE  # as in a chat: the prompt is not learned
         return Row(tokens.astype(np.int64), targets.astype(np.int64), documents)
+
+
+@dataclass(frozen=True)
+class PoisonedRows(MadeUpRows):
+    """Rows of which those of some steps are marked, by a first token that is no other row's."""
+
+    steps: tuple[int, ...] = (POISONED,)
+    rows_per_epoch: int = 1000
+
+    def row(self, index: int) -> Row:
+        row = super().row(index)
+        marked = index // ROWS in self.steps
+        tokens = np.where(np.arange(self.context) == 0, 39 if marked else 0, row.tokens)
+        return Row(tokens, row.targets, row.documents)
 
 
 def tiny_model(**changes: Any) -> Llama:
@@ -92,6 +109,16 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
     return train(model, settings.pop("objective"), **settings)
 
 
+def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
+    """The ordinary loss, but `times` it for marked rows."""
+
+    def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        total, count = next_token_loss(model, batch)
+        return total * (times if bool((batch.tokens[:, 0] == 39).all()) else 1.0), count
+
+    return objective
+
+
 def spare_weight(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss, to which one weight adds something in the first row of a step alone."""
     total, count = next_token_loss(model, batch)
@@ -127,6 +154,9 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case.get("objective") == "spare":
         model.spare = nn.Parameter(torch.ones(3))
         changes["objective"] = spare_weight
+    if "alerts" in case:
+        changes |= {"alerts": Alerts.model_validate(case["alerts"]), "rows": PoisonedRows(), "objective": poisoned(1000.0)}
+        changes["optimizer"] = Optimizer(gradient_clip=0.0)
     if case.get("objective") == "killed":
         changes["objective"] = killed(scratch)
     metrics = tiny_training(model, scratch, lines=lines, **changes)

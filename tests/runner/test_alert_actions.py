@@ -1,6 +1,7 @@
 """Alerts as a user meets them: a run that pauses, tells of it, and goes on; what recipes may say about them."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from runner.recipe import Recipe, load_recipe
 from runner.workers.alerts import Notices
 
 SECRET = "hunter2-in-an-address"
+ADDRESSES = r"alerts\.notify: wants a list of addresses as apprise knows them, such as \[\"ntfy://TOPIC\"\]$"
 
 
 class Inbox(ThreadingHTTPServer):
@@ -55,16 +57,19 @@ def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_
 ) -> None:
     text = fresh.recipe.read_text()
     address = f"json://user:{SECRET}@127.0.0.1:{inbox.server_port}"
-    fresh.write(f'{text}\n[stage.base.alerts]\nloss = {{ above = 0.5, after = 30 }}\n\n[alerts]\nnotify = ["{address}"]\n')
+    elsewhere = f"json://127.0.0.1:{inbox.server_port}/bot/{SECRET}"  # a token as part of a path, as many services have it
+    head = f'[alerts]\nnotify = ["{address}", "{elsewhere}"]\n'
+    fresh.write(f"{text}\n[stage.base.alerts]\nloss = {{ above = 0.5, after = 30 }}\n\n{head}")
     options = ("run", str(fresh.recipe))
     other = f"json://127.0.0.1:{inbox.server_port}/{SECRET}"
     done = fresh.call(*options, STOCKPOT_NOTIFY=other)
     assert done.returncode == 5, done.stderr
     told = "stage 'base': paused by the alert 'loss': the loss over the 10 steps before step 40 is "
-    assert told in done.stderr and "checkpointed after step 40 of 240; the same command goes on from there" in done.stderr
+    assert told in done.stderr and "usually helps" in done.stderr
+    assert "Checkpointed after step 40 of 240; the same command goes on from there" in done.stderr
     assert fresh.states()["base"] == "paused"
     messages = [notice["message"] for notice in inbox.received]
-    assert len(messages) == 2 and messages[0] == messages[1] and messages[0].startswith("base: pause: the loss over the 10")
+    assert len(messages) == 3 and len({*messages}) == 1 and messages[0].startswith("base: pause: the loss over the 10")
     assert all(notice["title"] == "Stockpot: small" for notice in inbox.received)
     done = fresh.call(*options, STOCKPOT_NOTIFY="json://127.0.0.1:1/nobody")
     assert done.returncode == 0, done.stderr
@@ -72,6 +77,27 @@ def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_
     assert SECRET not in done.stderr + fresh.call("show", str(fresh.recipe)).stdout
     for path in fresh.cache.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_two_processes_whose_weights_are_spread_pause_and_end_where_they_would_have(
+    fresh: Folder,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    other = Folder(Path(shutil.copytree(fresh.root, tmp_path / "undisturbed")))
+    spread = ["--processes", "2", "--set", "parallel.strategy=fsdp", "--set", "stage.base.budget={steps=50}"]
+    pausing = [*spread, "--set", "stage.base.alerts={loss={above=0.5, after=20}}"]
+    done = fresh.run(*pausing)
+    assert done.returncode == 5, done.stderr
+    assert "paused by the alert 'loss'" in done.stderr and "Checkpointed after step 30 of 50" in done.stderr
+    done = fresh.run(*pausing)
+    assert done.returncode == 0, done.stderr
+    assert "continues from step 30 of 50" in done.stderr
+    done = other.run(*spread)
+    assert done.returncode == 0, done.stderr
+    digests = {
+        json.loads(next(one.cache.glob("stages/pretrain-*/record.json")).read_text())["digest"] for one in (fresh, other)
+    }
+    assert len(digests) == 1
 
 
 def test_a_notice_that_cannot_be_sent_is_one_warning_without_the_address(
@@ -142,10 +168,9 @@ def test_alerts_enter_the_key_only_where_they_change_what_is_learned(tmp_path: P
         ("[alerts]\nlos = { above = 5.0 }\n", r"alerts\.los: is not known here; .*did you mean 'loss'"),
         ("[alerts]\nvalidation = { action = 'skip' }\n", r"alerts\.validation\.action: found 'skip', wants 'off', 'warn'"),
         ("[alerts]\nnot_finite = { action = 'warn' }\n", r"alerts\.not_finite\.action: found 'warn'"),
-        (
-            f"[alerts]\nnotify = ['{SECRET}']\n",
-            r"alerts\.notify: wants addresses as apprise knows them, such as ntfy://TOPIC$",
-        ),
+        (f"[alerts]\nnotify = ['{SECRET}']\n", ADDRESSES),
+        (f"[alerts]\nnotify = 'ntfy://{SECRET}'\n", ADDRESSES),
+        (f"[alerts]\nnotify = ['ntfy://topic', {{ to = '{SECRET}' }}]\n", ADDRESSES),
     ],
 )
 def test_a_wrong_alert_is_named_once(tmp_path: Path, head: str, place: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,22 @@ def test_what_is_wrong_with_the_recipe_is_not_retried(fresh: Folder) -> None:
     assert done.returncode == 3
     assert "stage 'base': batch_tokens wants at least one row of 32 tokens" in done.stderr
     assert "again" not in done.stderr
+
+
+def test_a_disk_that_is_full_amid_a_training_is_told_and_not_retried(trained: Folder, fresh: Folder) -> None:
+    def nearly_full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))  # the weights fit, the optimizer's state does not
+
+    command = fresh.command("run", str(fresh.recipe), "--cache", str(fresh.cache))
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=nearly_full)
+    assert done.returncode == 3
+    assert "stage 'base': File too large while writing under" in done.stderr
+    assert "free some space and run again, what is finished is kept" in done.stderr
+    assert "again from the last checkpoint" not in done.stderr and "Traceback" not in done.stderr
+    assert not list(fresh.cache.glob("work/*/.work/checkpoints/*"))
+    done = fresh.run()
+    assert done.returncode == 0, done.stderr
+    assert fresh.digest("base") == trained.digest("base")
 
 
 def test_retries_are_counted_from_the_furthest_step_and_the_fallback_is_one_process(tmp_path: Path) -> None:

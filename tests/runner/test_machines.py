@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,11 @@ def none_is_left() -> Iterator[None]:
 def begun(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
     """A run of the recipe on a machine of its own."""
     command = [*folder.command("run", str(folder.recipe)), "--machines", "2", "--machine-rank", str(rank)]
-    command += ["--main-address", f"127.0.0.1:{port}", "--cache", str(folder.cache), *words]
-    environment = {**os.environ, "STOCKPOT_MACHINE": f"host{rank}"}
+    return launched([*command, "--main-address", f"127.0.0.1:{port}", "--cache", str(folder.cache), *words], rank)
+
+
+def launched(command: list[str], rank: int, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "STOCKPOT_MACHINE": f"host{rank}", **variables}
     RUNNING.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
     return RUNNING[-1]
 
@@ -182,6 +186,52 @@ def test_two_machines_train_together_in_one_cache_and_learn_what_one_learns(fold
     alone = Folder(shutil.copytree(folder.root, folder.root.parent / "alone"))
     assert alone.run("--until", "base", "--force", "base").returncode == 0
     assert losses(alone, "base") == pytest.approx(losses(folder, "base"), rel=1e-4)
+
+
+def as_torchrun_starts_it(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port - 1), "--no-python"]
+    command = [*torchrun, *folder.command("run", str(folder.recipe)), "--cache", str(folder.cache), *words]
+    return launched(command, rank)
+
+
+def as_slurm_starts_it(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    command = [*folder.command("run", str(folder.recipe)), "--cache", str(folder.cache), *words]
+    variables = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0", "SLURM_PROCID": str(rank)}
+    return launched([*command, "--main-address", f"localhost:{port}"], rank, **variables)  # the usual port may be taken here
+
+
+@pytest.mark.parametrize("start", [as_torchrun_starts_it, as_slurm_starts_it])
+def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, start: Any) -> None:
+    port = free_port()
+    results = ended(*(start(folder, rank, port, "--until", "again") for rank in (0, 1)))
+    assert [code for code, _ in results] == [0, 0], results
+    record = json.loads((folder.artifact("again") / "record.json").read_text())
+    assert (record["processes"], record["machines"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("killed", "retries"), [(1, 1), (0, 0)])
+def test_when_a_worker_of_one_machine_dies_all_begin_again_or_the_first_goes_on_alone(
+    folder: Folder, killed: int, retries: int
+) -> None:
+    recipe = ("--until", "base", "--set", "stage.base.budget={steps=400}", "--set", f"parallel.retries={retries}")
+    port = free_port()
+    runs = [begun(folder, rank, port, *recipe) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    (worker,) = folder.cache.glob(f"work/*/.work/workers/host{killed}-{killed}")
+    os.kill(int(worker.read_text()), signal.SIGKILL)
+    (first, told), (second, heard) = ended(*runs)
+    assert (first, second) == (0, 0), f"{told}\n{heard}"
+    assert "machine 0 has finished" in heard and "Traceback" not in told + heard
+    record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
+    (fault,) = record["faults"]
+    assert fault["processes"] == 2 and "signal 9" in fault["cause"]
+    if retries:
+        assert (record["processes"], record["machines"]) == (2, 2)
+        assert "begins again from the last checkpoint (0 more retries left)" in told
+    else:
+        assert record["processes"] == 1 and "machines" not in record
+        assert "goes on with one process and the same batch from the last checkpoint" in told
 
 
 def test_machines_with_caches_of_their_own_meet_at_a_remote(folder: Folder) -> None:
