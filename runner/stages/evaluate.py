@@ -51,7 +51,7 @@ class Evaluate(Stage, kind="evaluate", version=2, makes=Scores):
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tasks are named {twice[0]!r}; their scores need names of their own")
+            raise ValueError(f"wants a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
         known = [TRAIN_GAP, *(f"{task.name}.{metric}" for task in self.tasks for metric in task.metrics or ())]
         open_names = tuple(f"{task.name}." for task in self.tasks if task.metrics is None)  # known only when they are there
         for gate in self.gates:
