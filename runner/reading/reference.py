@@ -25,8 +25,8 @@ run schema --markdown > recipes/reference.md
 ```
 
 **Key** tells whether a field decides the result and is part of the stage's key: another value of a field with *yes* makes the
-stage run again, one with *no* never does. *As its table*: as the field that holds the table. A field without a default has to be
-there. "Stage: X" is the name of a stage that makes an X.
+stage run again, one with *no* never does. *As its table*: as the field that holds the table. A field without a default has to
+be there. "Stage: X" is the name of a stage that makes an X.
 """
 
 BOUNDS = {Ge: "at least {ge}", Gt: "above {gt}", Le: "at most {le}", Lt: "below {lt}"}
@@ -40,7 +40,7 @@ def recipe_reference() -> str:
     contents = ", ".join(f"[{kind}](#{kind})" for kind, _ in kinds)
     lines = [INTRODUCTION, f"Kinds of stages: {contents}.\n", "## The head of a recipe\n", *_fields(Head)]
     lines += [
-        '`extends` (text) names another recipe, over which this one is merged. Each `[stage.NAME]` has the field `kind`, and '
+        "`extends` (text) names another recipe, over which this one is merged. Each `[stage.NAME]` has the field `kind`, and "
         "those of that kind.\n"
     ]
     for kind, model in kinds:

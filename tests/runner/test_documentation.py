@@ -104,7 +104,7 @@ def test_every_file_of_the_two_packages_is_in_the_house() -> None:
 
 def test_every_file_in_the_house_exists() -> None:
     there = {path.name for folder in ("recipes", "runner", "llm") for path in (ROOT / folder).rglob("*")}
-    assert not sorted({name for name in re.findall(r"[\w.]+\.(?:py|md)\b", house())} - there)
+    assert not sorted(set(re.findall(r"[\w.]+\.(?:py|md)\b", house())) - there)
 
 
 def anchors(page: Path) -> set[str]:
@@ -154,8 +154,15 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(root: Path, *words: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(root), "STOCKPOT_CACHE": str(root / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-m", *words], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "STOCKPOT_CACHE": str(root / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
