@@ -54,7 +54,7 @@ class ChoiceTemplate:
             if isinstance(texts, Mapping):
                 labels, texts = texts.get("label", ()), texts.get("text")
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise InputError(f"wants a list of texts in {self.choices!r}")
+                raise InputError(f"wants a list of texts in {self.choices!r}, found {str(texts)[:80]!r}")
             templates = ["{choice}"] * len(texts)
         else:
             texts, templates = [None] * len(self.choices), list(self.choices)

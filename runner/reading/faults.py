@@ -1,6 +1,7 @@
 """How the faults of a recipe are told: the dotted path, what was found, what was wanted, and the nearest right name."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -11,6 +12,15 @@ from runner.stage import Stage
 
 M = TypeVar("M", bound=BaseModel)
 
+WORDS = [  # what pydantic says of values, in the words of recipes
+    (re.compile(theirs), ours)
+    for theirs, ours in (
+        (r"a valid (dictionary|dict\w*)( or (instance of \w+|object to extract fields from))?", "a table"),
+        (r"(List|String) should have (at \w+ \d+ \w+)( after validation, not \d+)?", r"\2"),
+        (r"String should match pattern", "a text like"),
+    )
+]
+
 
 def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[str]) -> M | None:
     """An instance of `model`, or None after adding each fault once, with its dotted path."""
@@ -19,7 +29,7 @@ def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[s
     except ValidationError as error:
         wants: dict[str, list[str]] = {}
         for fault in error.errors(include_url=False):
-            where = _path_in(table, fault["loc"])
+            where = _path_in(table, fault["loc"], is_of_key=fault["type"] in ("missing", "extra_forbidden"))
             message = _message(model, fault, where)
             wants.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
         for where_text, messages in wants.items():
@@ -41,6 +51,8 @@ def _message(model: type[BaseModel], fault: Any, where: Sequence[str | int]) -> 
         case "value_error":
             return str(fault["ctx"]["error"])
     text = fault["msg"].removeprefix("Input should be ")
+    for theirs, ours in WORDS:
+        text = theirs.sub(ours, text)
     return f"found {shown(found)}, wants {text}"
 
 
@@ -53,8 +65,10 @@ def _joined(messages: Sequence[str]) -> str:
     return "; ".join(unique)
 
 
-def _path_in(table: Any, location: Sequence[str | int]) -> list[str | int]:
-    """The part of pydantic's location that is a path in the recipe: the names of union members in it are not."""
+def _path_in(table: Any, location: Sequence[str | int], *, is_of_key: bool) -> list[str | int]:
+    """The part of pydantic's location that is a path in the recipe: the names of union members in it are not. A fault that
+    `is_of_key` ends in a key that may be missing.
+    """
     path: list[str | int] = []
     here = table
     for index, part in enumerate(location):
@@ -65,7 +79,7 @@ def _path_in(table: Any, location: Sequence[str | int]) -> list[str | int]:
         ):
             path.append(part)
             here = here[part]  # type: ignore[index]  # the two cases above
-        elif isinstance(here, dict) and isinstance(part, str) and index == len(location) - 1:
+        elif is_of_key and isinstance(here, dict) and isinstance(part, str) and index == len(location) - 1:
             path.append(part)  # a key that is missing
     return path
 

@@ -91,7 +91,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
     def _distinct_names(self) -> "MakeCorpus":
         names = self.names()
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sources are named {twice[0]!r}; give each a name of its own")
+            raise ValueError(f"wants a name for each source; two sources are named {twice[0]!r}")
         return self
 
     def names(self) -> list[str]:

@@ -56,7 +56,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tasks are named {twice[0]!r}; their scores need names of their own")
+            raise ValueError(f"wants a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
         known = [TRAIN_GAP, *(score for score in self.scored if not score.endswith("."))]
         open_names = tuple(score for score in self.scored if score.endswith("."))  # known only when they are there
         for gate in self.gates:

@@ -28,8 +28,8 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     def _a_weight_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.adapters):
             raise ValueError(f"weights wants one number for each of {len(self.adapters)} adapters, found {len(self.weights)}")
-        if len(set(self.adapters)) < len(self.adapters):
-            raise ValueError("adapters wants each adapter once, found one twice")
+        if twice := [str(name) for name in self.adapters if self.adapters.count(name) > 1]:
+            raise ValueError(f"adapters wants each adapter once, found {twice[0]!r} twice")
         return self
 
     def run(self, context: Context) -> Metrics:

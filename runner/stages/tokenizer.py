@@ -42,8 +42,8 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
     def _special_tokens_fit(self) -> Self:
         if found := [token for token in self.special_tokens if not token.strip() or token in SPECIAL_TOKENS]:
             raise ValueError(f"special_tokens wants tokens that are not empty and not there anyway, found {found[0]!r}")
-        if len(set(self.special_tokens)) < len(self.special_tokens):
-            raise ValueError("special_tokens wants each token once")
+        if twice := [token for token in self.special_tokens if self.special_tokens.count(token) > 1]:
+            raise ValueError(f"special_tokens wants each token once, found {twice[0]!r} twice")
         specials = len(SPECIAL_TOKENS) + len(self.special_tokens)
         if specials > MOST_SPECIAL_TOKENS:
             raise ValueError(f"special_tokens wants at most {MOST_SPECIAL_TOKENS} in all, found {specials}")

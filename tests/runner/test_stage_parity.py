@@ -256,5 +256,5 @@ def test_files_are_named_by_precision_and_the_modelfile_takes_the_smallest(
         "q8_0": "model-Q8_0.gguf",
     }
     assert made.modelfile.read_text().startswith("FROM ./model-Q8_0.gguf\n")
-    with pytest.raises(ValueError, match="names 'f32' twice"):
+    with pytest.raises(ValueError, match="each precision once"):
         WriteGguf.model_validate({"model": "release", "precisions": ["f32", "f32"]})
