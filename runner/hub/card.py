@@ -108,7 +108,7 @@ def _datasets(model: Model) -> set[str]:
         table
         for stage in model.records
         for name in ("sources", "data", "mix")
-        for table in model.recipe["stage"][stage].get(name, ())
+        for table in model.recipe["stage"].get(stage, {}).get(name, ())
     ]
     addresses = [str(table.get("files", "")) for table in tables]
     return corpora | {HubFiles.parse(address).repo for address in addresses if address.startswith(SCHEME)}

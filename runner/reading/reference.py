@@ -40,8 +40,8 @@ def recipe_reference() -> str:
     contents = ", ".join(f"[{kind}](#{kind})" for kind, _ in kinds)
     lines = [INTRODUCTION, f"Kinds of stages: {contents}.\n", "## The head of a recipe\n", *_fields(Head)]
     lines += [
-        "`extends` (text) names another recipe, over which this one is merged. Each `[stage.NAME]` has the field `kind`, and "
-        "those of that kind.\n"
+        "`extends` (text) names the recipe over which this one is merged. Each `[stage.NAME]` has the field `kind`, and those "
+        "of that kind.\n"
     ]
     for kind, model in kinds:
         lines += [f"## {kind}\n", f"{_on_one_line(inspect.getdoc(model))} Makes: {model.makes.__name__}.\n", *_fields(model)]

@@ -19,6 +19,7 @@ from runner import cli
 from runner.reading.faults import validated
 from runner.reading.reference import recipe_reference
 from runner.reading.schema import recipe_schema
+from runner.reading.tables import _spread
 from runner.recipe import Head, stage_kinds
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
@@ -28,7 +29,8 @@ PLACEHOLDERS = {"N": "1", "K": "0", "text|mermaid|svg": "text", "TAG|COMMIT": "v
 
 def blocks(page: Path, language: str) -> list[str]:
     """The code blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for told, text in fenced if told == language]
 
 
 def shown() -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ def test_every_verb_is_in_both_lists_of_commands() -> None:
 
 @pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "toml")])
 def test_toml_on_a_page_is_of_a_recipe(page: str, text: str) -> None:
-    table: dict[str, Any] = tomli.loads(text)
+    table = _spread(tomli.loads(text))
     faults: list[str] = []
     for name, fields in table.pop("stage", {}).items():
         kind = fields.pop("kind")

@@ -35,6 +35,7 @@ def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, ca
         "corpus",
         "tokenizer",
         "tokens",
+        "base-trunk",
         "base",
         "chat",
         "medical",
@@ -50,12 +51,12 @@ def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, ca
         assert "medical (lora, waiting)  <- chat\n" in drawn
         assert "publish (publish, waiting)  <- release, before, after, gguf, parity" in drawn
     if form == "mermaid":
-        assert drawn.count("-->") == 18
+        assert drawn.count("-->") == 20
     if form == "svg":
         picture = ElementTree.fromstring(drawn)
         boxes = [(group.get("transform"), len(group.findall(f"{SVG}rect"))) for group in picture.iter(f"{SVG}g")][1:]
-        assert len(boxes) == 12 and len({place for place, _ in boxes}) == 12, "no box lies on another"
-        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 18
+        assert len(boxes) == 13 and len({place for place, _ in boxes}) == 13, "no box lies on another"
+        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 20
 
 
 def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
