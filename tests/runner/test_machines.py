@@ -1,5 +1,6 @@
 """Several machines: which one this is, and two runs on loopback that train together."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -147,7 +148,8 @@ def none_is_left() -> Iterator[None]:
     yield
     while RUNNING:
         process = RUNNING.pop()
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the run that a launcher has started
         process.communicate()
 
 
@@ -159,7 +161,7 @@ def begun(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen
 
 def launched(command: list[str], rank: int, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "STOCKPOT_MACHINE": f"host{rank}", **variables}
-    RUNNING.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    RUNNING.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True))
     return RUNNING[-1]
 
 
