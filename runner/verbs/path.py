@@ -24,8 +24,8 @@ def main(options: argparse.Namespace) -> int:
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
     if options.stage != entry.name and not plan.stands(entry.name):
-        none = "no setting is the best" if plan.family_of(entry.name) is recipe.sweep else "no attempt has passed its gates"
-        print(f"{options.stage}: {none}; {entry.name} is {entry.state}", file=sys.stderr)
+        fault = "no setting is the best" if plan.family_of(entry.name) is recipe.sweep else "no attempt has passed its gates"
+        print(f"{options.stage}: {fault}; {entry.name} is {entry.state}", file=sys.stderr)
         return 1
     if entry.path is None:
         print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
