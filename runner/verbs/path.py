@@ -24,8 +24,10 @@ def main(options: argparse.Namespace) -> int:
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
     if options.stage != entry.name and not plan.stands(entry.name):
-        fault = "no setting is the best" if plan.family_of(entry.name) is recipe.sweep else "no attempt has passed its gates"
-        print(f"{options.stage}: {fault}; {entry.name} is {entry.state}", file=sys.stderr)
+        if plan.family_of(entry.name) is recipe.sweep:
+            print(f"{options.stage}: no setting is the best yet; {entry.name} is {entry.state}", file=sys.stderr)
+        else:
+            print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
         return 1
     if entry.path is None:
         print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
