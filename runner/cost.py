@@ -37,9 +37,9 @@ STATE_BYTES = 16  # per weight that learns: itself, its gradient and two moments
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on shapes from 2.6M to 29M parameters
 MICRO_BATCH_TOKENS = 4096  # what "auto" comes to on a CPU
 # What a step takes beside its matrix products, in operations that would take as long: for each step, and for each position of
-# it. Measured on 2 cores in bf16, at 0.7M and 2.6M parameters, 2,048 and 4,096 positions: a model with 3.7 times the
-# operations then takes 1.5 to 2 times as long, all weights learning or an adapter. On a GPU it was not measured.
-STEP_FLOPS, POSITION_FLOPS = 20e9, 4.5e6
+# it. Measured on 2 cores in bf16, nothing else running: 2,048 positions of 9.3 and 33.8 Gflop in 0.073 and 0.211 s, 4,096
+# of 18.5 and 67.7 in 0.105 and 0.311, and of an adapter 9.8 and 35.3 in 0.057 and 0.153. On a GPU it was not measured.
+STEP_FLOPS, POSITION_FLOPS = 2.5e9, 1.0e6
 # Likewise of a position that is only read; and how many of them are read in the time in which a batch writes one token.
 # Measured there: 33,000 to 43,000 positions/s at 0.7M parameters, 20,000 to 23,000 at 2.6M, where 2,300 tokens/s are written.
 READ_FLOPS, READ_IN_ONE_WRITTEN = 3.5e6, 8
