@@ -20,6 +20,8 @@ from runner.views.progress import SHOWN, Clock, brief, describe, duration, posit
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # losses that are drawn
+# In a second. Measured: drawing 15 stages takes 4.4 ms of a core, which makes 0.4% of two cores.
+REFRESHES = 2
 NOTES = 6  # that stay in view; all are printed above when they come
 AROUND = 12  # stages shown before and after the running one
 WHERE = ("step", "steps", "done", "total", "unit")  # of what is reported: how far a stage is
@@ -48,7 +50,7 @@ class LiveProgress:
         self._losses: deque[float] = deque(maxlen=CURVE)
         self._clock, self._began = Clock(), 0.0
         self._notes: deque[str] = deque(maxlen=NOTES)
-        self._live = Live(console=console or Console(stderr=True), refresh_per_second=4, get_renderable=self.render)
+        self._live = Live(console=console or Console(stderr=True), refresh_per_second=REFRESHES, get_renderable=self.render)
 
     def planned(self, plan: Plan) -> None:
         """All stages; what is cached is done."""
