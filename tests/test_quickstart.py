@@ -25,6 +25,7 @@ STAGES = [
     "corpus",
     "tokenizer",
     "tokens",
+    "base-trunk",
     "base",
     "chat",
     "medical",

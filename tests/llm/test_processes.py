@@ -190,7 +190,7 @@ def test_what_spread_processes_left_is_gone_on_from_by_others_and_by_one(
     folder: Path, one: dict[str, Any], two: dict[str, list[Any]]
 ) -> None:
     """Two that spread the weights leave a trunk; two that share them go on from it, and so does one alone."""
-    alone = run_case(folder, REST | {"scratch": "alone"})
+    alone = run_case(folder, REST | {"scratch": "rest-alone"})
     for found in (two["rest"][0], alone):
         assert found["metrics"]["first_step"] == 5 and found["metrics"]["steps"] == STEPS
         assert found["metrics"]["loss"] == pytest.approx(one["stable"]["metrics"]["loss"], abs=ENOUGH)
