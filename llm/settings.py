@@ -12,12 +12,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
+MOST = 10**15  # tokens or steps; more than any training, and few enough that a float counts them
+
+
 class Budget(Settings):
     """How long to train: exactly one of tokens, steps and epochs."""
 
-    tokens: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, le=MOST)
     """Positions to compute, padding included: the number of steps is this over batch_tokens, rounded up."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=MOST)
     """Optimizer steps."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the data; a fraction is allowed."""

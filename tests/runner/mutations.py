@@ -133,6 +133,8 @@ def _near(value: Any, choose: random.Random) -> Any:
     match value:
         case bool():
             return not value
+        case int() if abs(value) > 10**300:  # no float is as large
+            return choose.choice([value + 1, value // 2, -value, str(value)])
         case int() | float():
             return choose.choice([value + 1, value * 2, value / 2, value // 2, value - 1, -value, float(value), str(value)])
         case str():
