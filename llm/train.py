@@ -277,6 +277,8 @@ def _last_state(
     """The last sound checkpoint, after the step `until` none, the same one in every process; where there is none, what a
     training before was left with in the folder `beginning`.
     """
+    if group.is_main:
+        training_state.remove_partial(folder)
     path, damaged = training_state.newest(folder, until=until) if group.is_main else (None, [])
     for broken in damaged:
         instead = f"goes on from {path.name}" if path is not None else "starts from the beginning"
@@ -285,7 +287,9 @@ def _last_state(
     if group.is_main and path is None and beginning is not None:
         path = training_state.begin(folder, beginning)
     path = group.from_main(path)
-    return None if path is None else training_state.read(carry(path, folder, group))
+    state = None if path is None else training_state.read(carry(path, folder, group))
+    group.sum(0)  # nobody writes that checkpoint anew before all have read it
+    return state
 
 
 def _check_fit(progress: Progress, optimizer: Optimizer, kind: str) -> None:

@@ -158,6 +158,12 @@ def forget_after(folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a run that was killed has left of a checkpoint; nobody may be writing one."""
+    for partial in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(partial)
+
+
 class Writer:
     """Writes checkpoints beside the training, one at a time. A fault of writing comes up at the next write or at close.
 
@@ -166,8 +172,6 @@ class Writer:
 
     def __init__(self, folder: Path, *, kept: int, reach: int | None = None) -> None:
         self.folder, self._kept, self._reach = folder, kept, reach
-        for partial in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while writing
-            shutil.rmtree(partial)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 

@@ -203,6 +203,16 @@ def test_writing_a_checkpoint_never_removes_it(tmp_path: Path) -> None:
         assert written.exists()
 
 
+def test_a_process_that_comes_later_leaves_alone_what_the_first_one_writes(tmp_path: Path) -> None:
+    """With a rollback, the first process writes the beginning before any has waited for another."""
+    written = tmp_path / "step-00000000.partial"
+    written.mkdir()
+    with training_state.Writer(tmp_path, kept=1):
+        assert written.exists()
+    training_state.remove_partial(tmp_path)
+    assert not written.exists()
+
+
 def test_a_disk_that_takes_no_more_is_told_as_one(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
