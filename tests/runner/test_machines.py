@@ -203,7 +203,7 @@ def as_slurm_starts_it(folder: Folder, rank: int, port: int, *words: str) -> sub
     return launched([*command, "--main-address", f"localhost:{port}"], rank, **variables)  # the usual port may be taken here
 
 
-@pytest.mark.parametrize("start", [as_torchrun_starts_it, as_slurm_starts_it])
+@pytest.mark.parametrize("start", [as_torchrun_starts_it, pytest.param(as_slurm_starts_it, marks=pytest.mark.long)])
 def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, start: Any) -> None:
     port = free_port()
     results = ended(*(start(folder, rank, port, "--until", "again") for rank in (0, 1)))
@@ -212,11 +212,11 @@ def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, star
     assert (record["processes"], record["machines"]) == (2, 2)
 
 
-@pytest.mark.parametrize(("killed", "retries"), [(1, 1), (0, 0)])
+@pytest.mark.parametrize(("killed", "retries"), [(1, 1), pytest.param(0, 0, marks=pytest.mark.long)])
 def test_when_a_worker_of_one_machine_dies_all_begin_again_or_the_first_goes_on_alone(
     folder: Folder, killed: int, retries: int
 ) -> None:
-    recipe = ("--until", "base", "--set", "stage.base.budget={steps=400}", "--set", f"parallel.retries={retries}")
+    recipe = ("--until", "base", "--set", "stage.base.budget={steps=120}", "--set", f"parallel.retries={retries}")
     port = free_port()
     runs = [begun(folder, rank, port, *recipe) for rank in (0, 1)]
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
