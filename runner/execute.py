@@ -4,6 +4,7 @@ After each stage the plan is made anew from the cache, so that a result equal to
 """
 
 import datetime
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import IO
@@ -190,17 +191,19 @@ class Execution:
         if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
             self._progress.note(f"{name}: uploaded to the remote")
 
+    def _offer_inputs(self, entry: Entry, plan: Plan) -> None:
+        """Uploads what a stage reads, where machines that train it have caches of their own."""
+        for source in [] if self._team is None or self._team.shares_cache else plan.inputs(entry.name):
+            self._offer(source, plan.record(source))
+
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
         """Makes the artifact of a stage, whose locks are held; returns how many seconds that took."""
         stage, key = entry.stage, str(entry.key)
-        if self._team and stage.trains:
-            self._team.assemble()
-            for source in [] if self._team.shares_cache else plan.inputs(entry.name):
-                self._offer(source, plan.record(source))
         self._progress.started(entry)
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         layout = self._team.layout if self._team else ALONE
-        work = StageRun(entry, plan, self._recipe, self._store, log, layout=layout, team=self._team)
+        offer = functools.partial(self._offer_inputs, entry, plan)
+        work = StageRun(entry, plan, self._recipe, self._store, log, layout=layout, team=self._team, offer=offer)
         result = work.work(self._progress, self._stop, self._tracker, self._notices)
         seconds = time.monotonic() - clock
         if not plan.still_holds(entry):

@@ -186,6 +186,8 @@ class Parallel(Spec):
     did not end; a fault at a later step than any before begins the count anew. Faults of data or recipe are not retried."""
     fallback: Execution[Literal["single", "none"]] = "single"
     """What follows when retries are used up: "single" goes on with one process and the same global batch."""
+    rejoin_minutes: Execution[float] = Field(2.0, gt=0, le=10_000)
+    """How long each retry waits for a machine that is gone, and the others for that of rank 0, to be there again."""
     timeout_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
     """How long the processes of a training wait for each other, when they form a group and when they compute together."""
     stall_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)

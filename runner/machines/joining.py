@@ -41,31 +41,29 @@ class Joining:
     def run(self, *, until: str | None = None, force: bool = False) -> None:
         """Takes part until the machine of rank 0 has ended, and then ends as it did."""
         where = f"{self._layout.host}:{self._layout.port}"
-        wire = self._knock(where, done=lambda: not force and self._is_done(until))
-        if wire is None:
-            self._progress.note("everything is cached; nothing to take part in")
-            return
-        try:
-            leader = self._introduce(wire)
-            self._progress.note(f"machine {self._layout.rank} of {self._layout.machines}; machine 0 is {leader}")
-            self._take_part(wire, until)
-        except Gone:
-            raise StageError(
-                f"machine 0 at {where} is gone; what was checkpointed is kept: run again on all of them"
-            ) from None
-        finally:
-            wire.close()
+        patience, rejoin = JOIN_SECONDS, 60 * self._recipe.head.parallel.rejoin_minutes
+        while wire := self._knock(where, patience, done=lambda: not force and self._is_done(until)):
+            with contextlib.closing(wire), contextlib.suppress(Gone):
+                leader = self._introduce(wire)
+                self._progress.note(f"machine {self._layout.rank} of {self._layout.machines}; machine 0 is {leader}")
+                self._take_part(wire, until)
+                return
+            patience = rejoin
+            self._progress.note(
+                f"machine 0 is gone; what was checkpointed is kept, and it has {rejoin:.0f} s to be there again"
+            )
+        self._progress.note("everything is cached; nothing to take part in")
 
-    def _knock(self, where: str, *, done: Callable[[], bool]) -> Wire | None:
+    def _knock(self, where: str, patience: float, *, done: Callable[[], bool]) -> Wire | None:
         """A wire to machine 0; None if in the meantime nothing is left to do."""
-        deadline, told = time.monotonic() + JOIN_SECONDS, False
+        deadline, told = time.monotonic() + patience, False
         while not done():
             try:
                 return Wire(socket.create_connection((self._layout.host, self._layout.port), timeout=10))
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise StageError(
-                        f"machine 0 did not answer at {where} within {JOIN_SECONDS:.0f} s ({error}); does a run go on there, "
+                        f"machine 0 did not answer at {where} within {patience:.0f} s ({error}); does a run go on there, "
                         "and may this machine reach that port?"
                     ) from error
             if not told:
@@ -100,6 +98,8 @@ class Joining:
                 case {"do": "train", "stage": str(stage)}:
                     message = self._train(wire, stage, message, until)
                     continue
+                case {"do": "note", "text": str(text)}:
+                    self._progress.note(f"machine 0: {text}")
                 case {"do": "over", "code": int(code), "message": str(text)}:
                     return self._end(code, text)
             message = self._next(wire)

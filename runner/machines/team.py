@@ -20,14 +20,15 @@ from runner.errors import RecipeError, StageError, StockpotError
 from runner.machines import Layout
 from runner.machines.wire import Gone, Message, Wire
 
-JOIN_SECONDS = 600.0  # until a machine that is missing fails the run; a queue lets them begin at different times
+JOIN_SECONDS = 600.0  # until a machine that never came fails the run; a queue lets them begin at different times
+QUIET_SECONDS = 5.0  # without a sign of life; then another that comes with the same rank takes its place
 REPORT_SECONDS = 5.0  # after a training failed here, for the others to say what they saw
 INTERRUPTED = 130
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class MachineLostError(StageError):
-    """A machine that took part in a training is gone; what was checkpointed is kept."""
+    """A machine that took part is gone, or did not come back in time; what was checkpointed is kept."""
 
 
 class PeerFailedError(StageError):
@@ -71,10 +72,15 @@ class Team:
         remote: str | None,  # whose artifacts the others can fetch
         note: Callable[[str], None],
         stop: "Stop",
+        rejoin_seconds: float,
     ) -> None:
         self.layout, self._remote, self._note, self._stop = layout, remote, note, stop
+        self._rejoin_seconds = rejoin_seconds
         self._token = cache / "machines" / uuid.uuid4().hex
         self._peers: dict[int, Peer] = {}
+        self._met: set[int] = set()  # ranks of those who have been there
+        self._lost: list[str] = []  # who was replaced by another of the same rank, for the next check
+        self._given_up = False
         self._guard = threading.Lock()
         self._refused: str | None = None
         self._attempt = 0
@@ -100,10 +106,21 @@ class Team:
             ) from error
         threading.Thread(target=self._let_in, args=[self._door], daemon=True, name="door").start()
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a machine was given up and is still away."""
+        return self._given_up and bool(self._missing())
+
+    def give_up(self) -> None:
+        """Goes on without the machines that are away; where they are back at the next training, they take part."""
+        self._given_up = True
+
     def assemble(self) -> None:
-        """Waits until all machines are there."""
-        told, deadline = "", time.monotonic() + JOIN_SECONDS
+        """Waits until all machines are there; MachineLostError if one that was there does not come back."""
+        told, begun = "", time.monotonic()
         while missing := self._missing():
+            was_here = self._met.issuperset(missing)
+            patience = self._rejoin_seconds if was_here else JOIN_SECONDS
             listed = ", ".join(map(str, missing))
             if listed != told:
                 self._note(
@@ -111,15 +128,17 @@ class Team:
                     "recipe with its --machine-rank"
                 )
                 told = listed
-            if time.monotonic() > deadline:
-                raise StageError(f"machine {listed} of {self.layout.machines} did not come within {JOIN_SECONDS:.0f} s")
+            if time.monotonic() - begun > patience:
+                kind, came = (MachineLostError, "come back") if was_here else (StageError, "come")
+                raise kind(f"machine {listed} of {self.layout.machines} did not {came} within {patience:.0f} s")
             self._raise_if_stopped()
             time.sleep(0.1)
+        self._given_up = False
 
     def begin(self, stage: str, announcement: Mapping[str, Any]) -> None:
-        """Returns when all machines are ready to start the training that is announced, and have been told to."""
-        self.assemble()
+        """Returns when all machines, assembled before, are ready to start the training that is announced, and told to."""
         self._attempt += 1
+        self._lost.clear()
         for peer in self._all():
             peer.fault = None
             peer.wire.send(do="train", attempt=self._attempt, stage=stage, **announcement)
@@ -131,7 +150,9 @@ class Team:
             peer.wire.send(do="go", attempt=self._attempt)
 
     def check(self) -> None:
-        """StageError if a machine failed or is gone, RecipeError if one cannot agree; passes a request to stop on."""
+        """PeerFailedError or MachineLostError if a machine failed or is gone, RecipeError if one cannot agree; passes a
+        request to stop on.
+        """
         for peer in [] if self._stop.requested else self._all():
             try:
                 while message := peer.wire.receive():
@@ -140,6 +161,8 @@ class Team:
                 with self._guard:
                     self._peers.pop(peer.rank, None)
                 raise MachineLostError(f"{peer} is gone; what was checkpointed is kept") from None
+        while self._lost:
+            raise MachineLostError(f"{self._lost.pop()} is gone; what was checkpointed is kept")
         for peer in self._all():
             fault, peer.fault = peer.fault, None
             if fault is not None:
@@ -157,6 +180,11 @@ class Team:
                 return [str(fault)]
             time.sleep(0.1)
         return []
+
+    def tell(self, text: str) -> None:
+        """Says to the others what goes on here; whatever they were at is over."""
+        for peer in self._all():
+            peer.wire.send(do="note", text=text)
 
     def close(self, code: int, message: str) -> None:
         """Tells the others how the run ended."""
@@ -233,12 +261,16 @@ class Team:
                             f"machine {rank} ({who}) was told of {machines} machines, and machine 0 of {self.layout.machines}"
                         )
                     with self._guard:
-                        if fault is None and rank in self._peers:
-                            fault = f"two machines have rank {rank}: {self._peers[rank].who}, and {who}"
+                        if fault is None and (other := self._peers.get(rank)):
+                            if other.wire.quiet < QUIET_SECONDS:
+                                fault = f"two machines have rank {rank}: {other.who}, and {who}"
+                            else:
+                                self._lost.append(str(other))
                         if fault is None and not 0 < rank < self.layout.machines:
                             fault = f"machine_rank: found {rank}, wants 1 to {self.layout.machines - 1}"
                         if fault is None:
                             remote = more.get("remote")
+                            self._met.add(rank)
                             self._peers[rank] = Peer(rank, who, shares, str(remote) if remote else None, wire)
                     if fault is not None:
                         self._refused = fault

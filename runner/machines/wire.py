@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import queue
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,7 @@ class Wire:
         self._arrived: queue.Queue[Message | None] = queue.Queue()
         self._sending = threading.Lock()
         self._closed = threading.Event()
+        self._heard = time.monotonic()
         connection.settimeout(BEAT_SECONDS)
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True, name="wire").start()
@@ -46,6 +49,11 @@ class Wire:
             self._arrived.put(None)
             raise Gone
         return message
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since the other side was last heard; infinite when it is gone."""
+        return time.monotonic() - self._heard
 
     def close(self) -> None:
         """Ends the connection; what was said before still arrives."""
@@ -75,10 +83,11 @@ class Wire:
                     continue
                 if not found:
                     break
-                silent = 0
+                silent, self._heard = 0, time.monotonic()
                 *lines, rest = (rest + found).split(b"\n")
                 for line in filter(None, lines):
                     message = json.loads(line)
                     if isinstance(message, dict):
                         self._arrived.put(message)
+        self._heard = -math.inf
         self._arrived.put(None)

@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> int:
             )
         elif layout.is_main:
             source = remote if recipe.head.cache.upload else None
-            with opened(Team(layout, store.root, remote=source, note=progress.note, stop=stop)) as team:
+            rejoin = 60 * recipe.head.parallel.rejoin_minutes
+            with opened(Team(layout, store.root, remote=source, note=progress.note, stop=stop, rejoin_seconds=rejoin)) as team:
                 run = Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite, team=team)
                 run.run(until=options.until, force=options.force)
         else:

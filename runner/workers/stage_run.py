@@ -20,7 +20,7 @@ from runner.errors import PausedError, StageError
 from runner.graph import input_files, plain
 from runner.judging.settings import rows
 from runner.machines import ALONE, Layout
-from runner.machines.team import PeerFailedError, Team
+from runner.machines.team import MachineLostError, PeerFailedError, Team
 from runner.plan import Entry, Plan
 from runner.recipe import Recipe
 from runner.secrets import redact
@@ -68,12 +68,13 @@ class StageRun:
         *,
         layout: Layout = ALONE,  # of the machines that train
         team: Team | None = None,  # the other machines, as that of rank 0 sees them
+        offer: Callable[[], None] = lambda: None,  # hands what the stage reads to those who do not see the cache
         owns_scratch: bool = True,  # no other machine works in the same folder
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._layout = layout if entry.stage.trains else ALONE
         self._team = team if entry.stage.trains else None
-        self._owns_scratch = owns_scratch
+        self._offer, self._owns_scratch = offer, owns_scratch
         self._work = store.work(entry.stage, str(entry.key))
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
@@ -92,13 +93,15 @@ class StageRun:
             self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
             return {"processes": 1, **self._result()}
         recovery = Recovery(self._scratch, parallel, processes=self._local * self._layout.machines)
+        if self._team and self._team.is_broken:
+            recovery.processes = 1
         while True:
             processes = recovery.processes
             layout, team = (self._layout, self._team) if processes > 1 else (ALONE, None)
             watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
             try:
                 if team:
-                    team.begin(self._entry.name, self._announcement())
+                    self._meet(team)
                 self._train(processes, layout, stop, watchdog=watchdog, tick=team.check if team else None)
             except MachineError as fault:
                 cause = "; ".join([*(team.causes() if team else []), fault.cause])
@@ -108,6 +111,10 @@ class StageRun:
                 text = f"{self._entry.name}: {cause}; it {then}"
                 progress.note(text)
                 notices.send(text)
+                if team:
+                    team.tell(text)
+                    if recovery.processes == 1:
+                        team.give_up()
             else:
                 machines = {"machines": layout.machines} if layout.machines > 1 else {}
                 faults = {"faults": recovery.faults} if recovery.faults else {}
@@ -122,6 +129,15 @@ class StageRun:
             self._prepare(stop)
         ready()
         self._train(self._local * self._layout.machines, self._layout, stop, tick=tick)
+
+    def _meet(self, team: Team) -> None:
+        """Returns when all machines are about to begin."""
+        try:
+            team.assemble()
+            self._offer()
+            team.begin(self._entry.name, self._announcement())
+        except MachineLostError as lost:
+            self._raise(lost)
 
     @cached_property
     def _local(self) -> int:
@@ -217,7 +233,7 @@ class StageRun:
 
     def _raise(self, trouble: StageError) -> NoReturn:
         """Raises what happened on another machine, as one of the kinds of fault that are known here."""
-        if isinstance(trouble, PeerFailedError) and trouble.again:
+        if isinstance(trouble, MachineLostError) or (isinstance(trouble, PeerFailedError) and trouble.again):
             raise MachineError(self._entry.name, str(trouble), "") from trouble
         raise trouble
 

@@ -262,8 +262,9 @@ def test_machines_whose_recipes_differ_are_refused_with_what_differs(folder: Fol
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_machine_dies_the_other_says_so_and_ends_and_the_work_can_go_on(folder: Folder, killed: int) -> None:
-    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}")
+def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_can_go_on(folder: Folder, killed: int) -> None:
+    impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=0", "--set", "parallel.fallback='none'")
+    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}", *impatient)
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
     runs[killed].send_signal(signal.SIGKILL)
@@ -272,6 +273,35 @@ def test_when_one_machine_dies_the_other_says_so_and_ends_and_the_work_can_go_on
     assert f"machine {killed}" in left[1] and "is gone" in left[1] and "Traceback" not in left[1]
     plan = json.loads(folder.call("plan", str(folder.recipe), "--json", *long).stdout)
     assert plan["stages"][-1]["state"] == "resume"
+
+
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folder, killed: int) -> None:
+    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=120}")
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    os.killpg(runs[killed].pid, signal.SIGKILL)
+    runs[killed].communicate()
+    (lived, told), (back, heard) = ended(runs[1 - killed], begun(folder, killed, port, *long))
+    assert (lived, back) == (0, 0), f"{told}\n{heard}"
+    assert f"machine {killed}" in told and "is gone" in told and "Traceback" not in told + heard
+    record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
+    assert (record["processes"], record["machines"]) == (2, 2)
+
+
+def test_when_a_machine_does_not_come_back_the_first_trains_alone_from_then_on(folder: Folder) -> None:
+    impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=1")
+    port, long = free_port(), ("--set", "stage.base.budget={steps=120}", *impatient)
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    os.killpg(runs[1].pid, signal.SIGKILL)
+    (code, told), _ = ended(*runs)
+    assert code == 0, told
+    assert "is gone" in told and "machine 1 of 2 did not come back within 1 s" in told and "Traceback" not in told
+    assert "goes on with one process and the same batch from the last checkpoint" in told
+    records = [json.loads(path.read_text()) for path in folder.cache.glob("stages/pretrain-*/record.json")]
+    assert [record["processes"] for record in records] == [1, 1], "the second training waits for nobody"
+    assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]
 
 
 def test_a_machine_that_is_asked_to_stop_stops_all_of_them_after_a_checkpoint(folder: Folder) -> None:
