@@ -33,6 +33,7 @@ from runner.workers.launch import gpu_count
 
 AHEAD = (*RUNNABLE, "waiting")  # states of what will run
 BYTES_PER_TOKEN = 4.0  # of text, where nothing better is known
+PROCESS_BYTES = 480 * 2**20  # of a worker on a CPU before it has a model: libraries, and what compiling leaves
 STATE_BYTES = 16  # per weight that learns: itself, its gradient and two moments, all in fp32
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on shapes from 2.6M to 29M parameters
 MICRO_BATCH_TOKENS = 4096  # what "auto" comes to on a CPU
@@ -225,7 +226,8 @@ def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> fl
     """Bytes at the peak, by a rule of thumb that is corrected by what records of the same kind needed."""
     rows_tokens = MICRO_BATCH_TOKENS if stage.micro_batch == "auto" else stage.batch_tokens
     guess = (
-        shape.parameters * STATE_BYTES
+        (0 if gpu_count() else PROCESS_BYTES)
+        + shape.parameters * STATE_BYTES
         + min(rows_tokens, stage.batch_tokens) * shape.layers * shape.hidden_size * ACTIVATION_BYTES
     )
     found = [

@@ -28,8 +28,13 @@ POLL_SECONDS = 0.1
 # 1,120.
 SPIN_COUNT = "2500"
 # glibc hands large blocks back to the system when they are freed, and a training frees and takes hundreds of them per step: it
-# spent 11% of its time on 15,000 page faults. Kept, they are reused. Other C libraries ignore the names.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+# spent 11% of its time on 15,000 page faults. Kept, they are reused; asked for in pages of 2 MiB, a small training step takes
+# 160 ms instead of 174 on two cores, and a decoding step 3.8 ms instead of 4.9. Other C libraries ignore the names.
+MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; where the kernel grants none, as before
+}
 NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
 GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
 
@@ -82,7 +87,7 @@ def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path)
 
     `compiled` is the folder in which torch.compile keeps its results.
     """
-    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **KEPT_MEMORY}
+    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
     environment = defaults | without_launcher(os.environ)
     environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     if gpu_count() == 0:
