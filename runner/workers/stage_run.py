@@ -5,6 +5,7 @@ explained and launched again.
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from runner.workers.watchdog import Watchdog
 
 MACHINE_FIELDS = frozenset({"machines", "machine_rank", "main_address"})
 TROUBLE_SECONDS = 5.0  # for processes to end after those of another machine have
+FULL_BYTES = 2**20  # where less is free, a worker may fail without being able to say why
 LOG_LINES = 12  # shown of a worker that died without a word
 
 
@@ -253,6 +255,8 @@ class StageRun:
                 return MachineError(name, message, f"(log: {log})")
         died = f"was killed by signal {number}" if number else f"ended with exit code {code}"
         hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
+        if shutil.disk_usage(self._work).free < FULL_BYTES:
+            hint = " (the disk of the cache is full)"
         end = [f"What it had finished is kept; the end of {log}:", *map(redact, last[-LOG_LINES:])]
         return MachineError(name, f"its worker {died}{hint}", "\n".join(end))
 
