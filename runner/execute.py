@@ -93,7 +93,7 @@ class Execution:
         """
         while True:
             plan = self._noted(Plan(self._recipe, self._store, until=until), until)
-            waiting = {entry.name for entry in plan if plan.above(entry.name) & forced}  # their keys may change yet
+            waiting = {entry.name for entry in plan if forced and plan.above(entry.name) & forced}  # their keys may change yet
             ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
             for entry in ready:
                 self._force(entry)

@@ -86,6 +86,7 @@ class Plan:
         order = sources(stages, recipe.families)
         wanted = recipe.needed(until) if until else set(stages)
         self._stages = {name: stages[name] for name in in_order(order) if name in wanted}
+        self._before = sources(self._stages, recipe.families)
         self._inputs, self._sources = inputs_of(self._stages), sources_of(self._stages)
         self._family = {name: family for family in recipe.families.values() for name in family.places}
         self.entries: dict[str, Entry] = {}
@@ -103,7 +104,7 @@ class Plan:
 
     def above(self, name: str) -> set[str]:
         """All stages that come before one."""
-        return ancestors(sources(self._stages, self.recipe.families), name)
+        return ancestors(self._before, name)
 
     def named(self, name: str) -> Entry:
         """The entry of a stage; where the name stands for branches, of the one that is relied on."""
