@@ -95,7 +95,7 @@ def measure(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> d
 def call(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
     """A command that has to succeed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled dvc to bytecode; what is compared here may have its own
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled dvc to bytecode; ours may be kept as well
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done
