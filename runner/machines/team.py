@@ -161,7 +161,7 @@ class Team:
                 with self._guard:
                     self._peers.pop(peer.rank, None)
                 raise MachineLostError(f"{peer} is gone; what was checkpointed is kept") from None
-        while self._lost:
+        if self._lost:
             raise MachineLostError(f"{self._lost.pop()} is gone; what was checkpointed is kept")
         for peer in self._all():
             fault, peer.fault = peer.fault, None
@@ -178,6 +178,8 @@ class Team:
                 if not fault.again:
                     raise
                 return [str(fault)]
+            except MachineLostError as lost:
+                return [str(lost)]
             time.sleep(0.1)
         return []
 

@@ -18,7 +18,10 @@ from test_run import wait_for
 
 from runner.errors import RecipeError
 from runner.machines import ALONE, Asked, Layout, hosts_of, layout_of, split_address, without_launcher
+from runner.machines.team import MachineLostError, Team, opened
+from runner.machines.wire import Wire
 from runner.stage import Parallel
+from runner.workers.stage_run import StopRequest
 
 SLURM = {"SLURM_NNODES": "3", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[08-10]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
 TORCHRUN = {
@@ -273,6 +276,21 @@ def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_
     assert f"machine {killed}" in left[1] and "is gone" in left[1] and "Traceback" not in left[1]
     plan = json.loads(folder.call("plan", str(folder.recipe), "--json", *long).stdout)
     assert plan["stages"][-1]["state"] == "resume"
+
+
+def test_a_machine_that_is_gone_after_a_training_failed_here_is_its_cause_and_not_the_end(tmp_path: Path) -> None:
+    port = free_port()
+    team = Team(Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, note=print, stop=StopRequest(), rejoin_seconds=0.2)
+    with opened(team):
+        other = Wire(socket.create_connection(("127.0.0.1", port)))
+        other.send(do="hello", rank=1, machines=2, who="process 7 on there", shares=True)
+        team.assemble()
+        other.close()
+        assert team.causes() == ["machine 1 (process 7 on there) is gone; what was checkpointed is kept"]
+        with pytest.raises(MachineLostError, match="machine 1 of 2 did not come back within 0 s"):
+            team.assemble()
+        team.give_up()
+        assert team.is_broken
 
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.long)])
