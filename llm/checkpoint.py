@@ -9,12 +9,13 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
@@ -150,6 +151,21 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no such weight" if shape is None else f"shape {shape}"
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves every weight as it is allocated.
+
+    `torch.nn.init` draws on the meta device, too: nothing comes of it, but it imports torch.compile, which takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def _without_weights(config: "LlamaConfig", vocab_size: int) -> "Llama":
-    with torch.device("meta"):  # no time spent on drawing weights that are replaced at once
+    with torch.device("meta"), _Undrawn():  # no time spent on drawing weights that are replaced at once
         return architectures()[config.name].build(config, vocab_size=vocab_size)

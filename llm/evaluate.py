@@ -125,8 +125,6 @@ def classify(
     The prompt is computed once for all labels. A prompt that does not fit the model beside the longest label is cut as in
     training. Raises InputError for a label that is not among `labels`, and where there is nothing to choose from.
     """
-    from sklearn.metrics import accuracy_score, f1_score
-
     wanted = [question.turns[-1].content for question in questions]
     names = sorted(set(wanted)) if labels is None else list(labels)
     for question, label in zip(questions, wanted, strict=True):
@@ -156,10 +154,6 @@ def classify(
             margins[index] = float(row.max() - row[names.index(wanted[index])])
         progress(done := done + len(batch), len(prompts))
     found = [names[index] for index in chosen]
-    scores = {
-        "accuracy": float(accuracy_score(wanted, found)),
-        "macro_f1": float(f1_score(wanted, found, labels=names, average="macro", zero_division=0)),
-    }
     wrong = [
         {
             "row": row + 1,
@@ -177,13 +171,17 @@ def classify(
     of_found = np.array([number[name] for name in found])
     f1 = macro_f1(of_wanted, of_found, len(names))
     hits = (of_wanted == of_found).astype(np.float64)
+
+    def score(draws: Draws) -> dict[str, float]:
+        return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
+
     return Outcome(
-        rounded(scores),
+        rounded(score(np.ones(len(hits)))),
         len(prompts),
         wrong,
         facts,
         values={"wanted": of_wanted.tolist(), "found": of_found.tolist()},
-        replicates=resample(len(prompts), lambda draws: {"accuracy": draws @ hits / len(hits), "macro_f1": f1(draws)}),
+        replicates=resample(len(prompts), score),
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llm import low_rank
 from llm.dropout import Dropout
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
@@ -190,6 +191,8 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
         layer.cast_input_dtype_enabled = False  # to fp32, from which autocast would only cast back: a tenth of a step's time
         if settings.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
             layer.lora_dropout[_NAME] = Dropout(settings.dropout)
+        if low_rank.can_join(layer.get_base_layer(), dropout=settings.dropout, dora=settings.dora):
+            low_rank.join(layer, adapter=_NAME)
     for module in full:
         model.get_submodule(module).requires_grad_(True)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,15 @@ def test_saving_again_gives_the_same_bytes(tokenizer: Path, tmp_path: Path) -> N
 def test_it_opens_in_another_precision(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     assert {weight.dtype for weight in load_checkpoint(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_opening_a_model_does_not_wait_for_the_import_of_the_compiler(tokenizer: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
+    code = (
+        "import sys; from pathlib import Path; from llm.checkpoint import load_checkpoint\n"
+        "load_checkpoint(Path(sys.argv[1])); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize(
