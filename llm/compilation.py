@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 NOTES = "trained"  # in the cache folder: one empty file per shape of training that was compiled
-# Measured on 2 cores, 2.5M to 29M parameters: layers compile in 21 to 24 s where the cache is empty, or 5 s from it; steps then
-# take 5 to 10% less time, most where products are small. A GPU compiles longer and is faster, so it wants more work before
+# Measured on 2 cores, 2.5M to 29M parameters: layers compile in 21 to 24 s where the cache is empty, in 5 s from it; steps
+# then take 5 to 10% less time, most where products are small. A GPU compiles longer and is faster, so it wants more work before
 # it pays.
 COLD_SECONDS = {"cpu": 20.0, "cuda": 45.0}
 WARM_SECONDS = {"cpu": 5.0, "cuda": 10.0}
