@@ -15,8 +15,8 @@ import torch
 
 NOTES = "trained"  # in the cache folder: one empty file per shape of training that was compiled
 # Measured on 2 cores, 2.5M to 29M parameters: layers compile in 21 to 24 s where the cache is empty, in 5 s from it; steps
-# then take 5 to 10% less time, most where products are small. A GPU compiles longer and is faster, so it wants more work before
-# it pays.
+# then take 5 to 10% less time, most where products are small. A GPU compiles longer and is faster, so it wants more work
+# before it pays.
 COLD_SECONDS = {"cpu": 20.0, "cuda": 45.0}
 WARM_SECONDS = {"cpu": 5.0, "cuda": 10.0}
 SAVED = {"cpu": 0.08, "cuda": 0.15}  # share of a training's time
