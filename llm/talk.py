@@ -43,9 +43,9 @@ class Answer:
 
 
 class Speaker:
-    """A checkpoint, with an adapter or without, ready to write."""
+    """A checkpoint, with an adapter or without, ready to write; `compiled` if the step that writes is to be compiled first."""
 
-    def __init__(self, checkpoint: Path, adapter: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path, adapter: Path | None = None, *, compiled: bool = False) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_checkpoint(checkpoint, device=device)
         if adapter is not None:
@@ -54,6 +54,9 @@ class Speaker:
         self.context: int = model.config.context
         self.tokenizer = TextTokenizer.load(checkpoint)
         self._decoding: Decoding = model.eval().decoding()
+        if compiled:
+            with torch.inference_mode():
+                self._decoding.compile()
 
     @property
     def chats(self) -> bool:

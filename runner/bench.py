@@ -208,16 +208,13 @@ def tables(result: Mapping[str, Any]) -> "Iterator[tuple[str, Table]]":
         yield "Training: the same weights, rows of one document, fused AdamW", _table(headings, rows)
     if "decode" in result:
         found = result["decode"]
-        rows = [
-            [
-                batch,
-                f"{one['ours']:,.0f}",
-                f"{one['transformers']:,.0f}",
-                f"{one['ours_times_as_fast']:.2f}",
-                "yes" if one["same_tokens"] else f"of {one['same_prompts']} in {batch}",
-            ]
-            for batch, one in found["batch"].items()
-        ]
+        rows = []
+        for batch, one in found["batch"].items():
+            for name, mark in (("ours", ""), ("ours_compiled", ", compiled")):
+                if name in one:
+                    same = one[f"{name}_same_prompts"]
+                    speeds = [f"{one[name]:,.0f}", f"{one['transformers']:,.0f}", f"{one[f'{name}_times_as_fast']:.2f}"]
+                    rows.append([batch + mark, *speeds, "yes" if str(same) == batch else f"of {same} in {batch}"])
         headings = ["batch", "ours", "Transformers", "ours is x times", "same tokens"]
         title = (
             f"Decoding, tokens/s: greedy, {found['dtype']}, {found['prompt_tokens']} tokens read, {found['new_tokens']} made"

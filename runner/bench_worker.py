@@ -78,7 +78,7 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         result["train"] = step.measure(subject, peaks, seconds=job.seconds, compiled=job.compiled, group=group)
     if "decode" in job.only:
         _say("decoding, after teaching the model to count")
-        result["decode"] = decode.measure(subject, model, seconds=job.seconds, group=group)
+        result["decode"] = decode.measure(subject, model, seconds=job.seconds, compiled=job.compiled, group=group)
     del model
     if "memory" in job.only:
         _say("peak memory")

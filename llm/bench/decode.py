@@ -2,9 +2,11 @@
 
 The model is taught to count first, until it is sure of each token: on flat logits, rounding would decide which is likeliest,
 and equal tokens would say nothing. The time of a call is whole, from prompt to last token; our `Decoding` of the model is made
-once, as Transformers' model is.
+(and compiled) once, as Transformers' model is.
 """
 
+import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,11 @@ SURE = 3.0  # of logits, where bf16 rounds to 0.1 at most
 MOST_TERMS = 4  # of so many lessons
 
 
-def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> dict[str, Any]:
-    """For each batch size: tokens/s of both, and whether all greedy tokens are the same. Teaches `model` before that."""
+def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, group: Group) -> dict[str, Any]:
+    """For each batch size: tokens/s of all, and whether all greedy tokens are the same. Teaches `model` before that.
+
+    If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU.
+    """
     device = group.device
     precision = resolve_precision(subject.precision, device=device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -42,7 +47,12 @@ def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> 
     new_tokens = min(NEW_TOKENS, subject.context - prompt_tokens)
     margin = teach(subject, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
     model.to(dtype).eval()
-    decoding = Decoding.of(model)
+    decoding, compiling = {"ours": model.decoding()}, 0.0
+    if compiled and device.type == "cpu":
+        began, decoding["ours_compiled"] = time.perf_counter(), model.decoding()
+        with torch.inference_mode():
+            decoding["ours_compiled"].compile()
+        compiling = time.perf_counter() - began
     theirs: Any = build_theirs(subject, model.state_dict(), dtype=dtype).to(device).eval()
     rows = CountingRows(subject.context, subject.vocab_size)
     result: dict[str, Any] = {
@@ -50,13 +60,14 @@ def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> 
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "least_margin": margin,  # of logits, between the two likeliest tokens
+        "compiling_seconds": compiling,
         "batch": {},
     }
     for batch in BATCHES:
         prompts = [rows.row(UNSEEN + index).tokens[:prompt_tokens].tolist() for index in range(batch)]
         inputs = torch.tensor(prompts, device=device)
 
-        def our_answers(prompts: list[list[int]] = prompts) -> list[list[int]]:
+        def our_answers(decoding: Decoding, prompts: list[list[int]] = prompts) -> list[list[int]]:
             return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), clock=Clock())
 
         def their_answers(inputs: torch.Tensor = inputs) -> list[list[int]]:
@@ -69,17 +80,21 @@ def measure(subject: Subject, model: Llama, *, seconds: float, group: Group) -> 
             )[:, prompt_tokens:].tolist()
             return answers
 
-        same = sum(mine == other for mine, other in zip(our_answers(), their_answers(), strict=True))
-        timings = interleaved({"ours": our_answers, "transformers": their_answers}, seconds=seconds, device=device)
+        ours = {name: partial(our_answers, one) for name, one in decoding.items() if name == "ours" or batch == 1}
+        wanted = their_answers()
+        same = {name: sum(map(list.__eq__, answers(), wanted)) for name, answers in ours.items()}
+        timings = interleaved({**ours, "transformers": their_answers}, seconds=seconds, device=device)
         made = batch * new_tokens
         result["batch"][str(batch)] = {
-            "ours": made / timings["ours"].median,
             "transformers": made / timings["transformers"].median,
-            "ours_times_as_fast": ratio(timings, "transformers", "ours"),
             "rounds": {name: timing.rounds for name, timing in timings.items()},
-            "same_tokens": same == batch,
-            "same_prompts": same,
         }
+        for name in ours:
+            result["batch"][str(batch)] |= {
+                name: made / timings[name].median,
+                f"{name}_times_as_fast": ratio(timings, "transformers", name),
+                f"{name}_same_prompts": same[name],
+            }
     return result
 
 

@@ -1,5 +1,6 @@
 """Which models of a recipe one can talk to, and where they lie: what `run chat` and `run serve` share."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,13 @@ class Talker:
     adapter: Path | None = None  # put over the checkpoint
     made: str = ""  # when, as its record says
 
-    def open(self) -> "Speaker":
-        """The model, loaded; imports torch."""
+    def open(self, *, compiled: Path | None = None) -> "Speaker":
+        """The model, loaded; imports torch. `compiled` is where compiled code is kept, if it is to write with such."""
+        if compiled is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         from llm.talk import Speaker
 
-        return Speaker(self.checkpoint, self.adapter)
+        return Speaker(self.checkpoint, self.adapter, compiled=compiled is not None)
 
 
 def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talker]:

@@ -40,13 +40,14 @@ def main(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     if options.stage:
         stage_named(recipe, options.stage)
-    (talker,) = talkers(recipe, Plan(recipe, store_of(options)), [options.stage] if options.stage else [])
+    store = store_of(options)
+    (talker,) = talkers(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
     from llm.errors import InputError
     from llm.sampling import Sampling
 
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        speaker = talker.open()
+        speaker = talker.open(compiled=store.compiled if options.compile else None)
     except InputError as error:
         raise RecipeError(f"{talker.name}: {error}") from error
     if sys.stdin.isatty():

@@ -40,7 +40,8 @@ def main(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     for name in options.stages:
         stage_named(recipe, name)
-    found = talkers(recipe, Plan(recipe, store_of(options)), options.stages)
+    store = store_of(options)
+    found = talkers(recipe, Plan(recipe, store), options.stages)
     if options.queue < 0:
         raise RecipeError(f"--queue: wants at least 0, found {options.queue}")
     import socket
@@ -59,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        models = {talker.name: talker.open() for talker in found}
+        models = {talker.name: talker.open(compiled=store.compiled if options.compile else None) for talker in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
     settings = Settings(

@@ -134,13 +134,18 @@ def test_shares_of_the_peak_follow_from_speeds() -> None:
         assert one["share_of_peak"] == pytest.approx(np.median(shares))
 
 
-def test_a_taught_model_decodes_as_transformers_does() -> None:
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_taught_model_decodes_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     subject = tiny()
-    found = decode.measure(subject, build_ours(subject), seconds=0.0, group=Group())
+    found = decode.measure(subject, build_ours(subject), seconds=0.0, compiled=True, group=Group())
     assert found["least_margin"] > 3.0  # so that equal tokens are no chance
+    assert found["compiling_seconds"] > 0
     for batch, one in found["batch"].items():
-        assert one["same_tokens"] and one["same_prompts"] == int(batch)
+        assert one["ours_same_prompts"] == int(batch)
         assert min(one["ours"], one["transformers"], one["ours_times_as_fast"]) > 0
+    assert found["batch"]["1"]["ours_compiled_same_prompts"] == 1
+    assert found["batch"]["1"]["ours_compiled_times_as_fast"] > 0 and "ours_compiled" not in found["batch"]["8"]
 
 
 class Clockwork:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
 
     def run(*words: str, said: str = "") -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "runner.cli", *words, "--cache", "cache"]
+        command = [sys.executable, "-m", "runner.cli", *words, *([] if "--cache" in words else ["--cache", "cache"])]
         return subprocess.run(command, cwd=folder, input=said, capture_output=True, text=True, timeout=120, check=False)
 
     nothing = run("chat", "recipe.toml")
@@ -56,6 +57,16 @@ def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedP
     assert once.returncode == 0, once.stderr
     again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
     assert again.stdout == once.stdout * 2, "/new forgets, and greedy answers repeat"
+
+
+def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
+    ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+) -> None:
+    words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "12", "--cache", str(tmp_path))
+    ask("recipe.toml", "--until", "base", "--cache", str(tmp_path))
+    plain, compiled = ask(*words, said="what is it?\n"), ask(*words, "--compile", said="what is it?\n")
+    assert (compiled.returncode, compiled.stdout) == (0, plain.stdout), compiled.stderr
+    assert any((tmp_path / "compiled").rglob("*.so"))
 
 
 def test_only_finished_models_talk(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:

@@ -3,10 +3,8 @@
 It computes what `model.py` computes, for text that is being written: no gradients, no dropout, and few operations, because at
 one token per step the time goes into reading weights and into starting operations, not into arithmetic. Products keep the
 dtype of the weights; the residual stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the
-step is a CUDA graph. What the next token is, and when a text ends, is `llm.generate`'s business.
-
-Measured with 29M parameters in bf16 on 2 cores: a step of one row takes 1.9 ms, of which reading 57 MB of weights is 1.1.
-Compiled as a whole it takes 1.7, after 6 to 9 s of compiling, which pays from some 40,000 tokens on: left out.
+step is a CUDA graph; on a CPU that of one row can be compiled (`decode_row.py`). What the next token is, and when a text ends,
+is `llm.generate`'s business.
 
 Letters: B rows, T new positions, S cache slots, D hidden size, H heads, K key and value heads, G = H / K, E head size, V
 vocabulary.
@@ -21,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, silu
 
 from llm.attention import attend, attend_cached, visibility
+from llm.compilation import has_compiler
+from llm.errors import InputError
+from llm.models.llama.decode_row import CompiledRow
 from llm.models.llama.model import Layer, Llama
 
 Product = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
@@ -87,6 +88,7 @@ class Batch:
     stored: Tensor  # (layers, B, 2 K, S, E): the keys, then the values
     positions: Tensor  # (B, 1): where the next token of each row goes
     filled: int = 0  # slots that some row has reached
+    compiled: CompiledRow | None = None  # where `stored` is its cache
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
@@ -118,13 +120,30 @@ class Decoding:
         self._over_all_slots = not self._on_cpu
         self._cache = torch.empty(0, 0, 0, 0, 0)  # of no batch yet
         named = model.model.layers.named_modules()
-        plain = all(_is_matrix(module) for name, module in named if name.endswith("_proj"))
-        self._graphs = plain and self._device.type == "cuda"
+        self._plain = all(_is_matrix(module) for name, module in named if name.endswith("_proj"))
+        self._graphs = self._plain and self._device.type == "cuda"
+        self._row: CompiledRow | None = None
 
     @staticmethod
     def of(model: "Llama | Decoding") -> "Decoding":
         """The decoding form of `model`; itself if it is one."""
         return model if isinstance(model, Decoding) else model.decoding()
+
+    def compile(self) -> None:
+        """Compile the step of a batch of one row, which then takes some 0.6 of the time: 15 s, or 4 from torch's cache.
+
+        On a GPU, whose steps are graphs, and with adapters nothing changes. InputError without a C++ compiler. Rounding then
+        differs from that of other batches, so a text that is drawn by chance may come out otherwise.
+        """
+        if not self._on_cpu or not self._plain:
+            return
+        if not has_compiler("cpu"):
+            raise InputError("compiling wants a C++ compiler (CXX, g++ or clang++); found none")
+        context = self.model.config.context
+        assert context is not None  # every checkpoint says it
+        self._row = CompiledRow(self.model, self._make_room(1, context + 1).stored[:, 0])
+        self.read([[0]], room=1)
+        self.step([0])
 
     def read(self, prompts: Sequence[Sequence[int]], *, room: int) -> Tensor:
         """Begin a batch with `prompts`; logits (B, V) after the last token of each, in fp32. Then `room` tokens fit."""
@@ -146,6 +165,8 @@ class Decoding:
         batch.tokens.copy_(torch.tensor(tokens)[:, None])
         batch.filled += 1
         batch.steps += 1
+        if batch.compiled is not None:
+            return self._advance_row(batch.compiled, *tokens)
         if not self._graphs or batch.steps == 1:  # the first step lets libraries prepare themselves, outside a graph
             return self._advance()
         if batch.graph is None:
@@ -182,11 +203,21 @@ class Decoding:
             cosine, sine = (table[0, 0] for table in self.model._angles(self._slots[None]))  # (S, E / 2)
             self._angles = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
         positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+        if rows == 1 and self._row is not None:
+            return Batch(self._row.cache[:, None], positions, compiled=self._row)
         return Batch(self._cache[:, :rows, :, :slots], positions)
 
     def _advance(self) -> Tensor:
         logits = self._logits(self._hidden(self._batch.tokens, self._batch.positions)[:, -1])
         self._batch.positions += 1
+        return logits
+
+    def _advance_row(self, row: CompiledRow, token: int) -> Tensor:
+        batch = self._batch
+        position = batch.positions[0]
+        cosine, sine = (table[position] for table in self._angles)
+        logits = row.logits(token, self._slots[: batch.filled], position, cosine, sine)
+        batch.positions += 1
         return logits
 
     def _logits(self, hidden: Tensor) -> Tensor:

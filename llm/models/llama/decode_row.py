@@ -1,0 +1,100 @@
+"""One decoding step of one row on a CPU, compiled: for a text that is written alone, as in a talk.
+
+It computes what `decode.py` computes, but torch.compile makes one loop nest of a whole layer, which reads each weight once, in
+the order in which the model holds it, and starts no operation in between. Weights and slots are arguments, so one compilation
+serves all layers and all texts; only the number of slots that are seen varies.
+
+Letters as in `decode.py`, without B and T, which are 1.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from llm.models.llama.model import Layer, Llama
+
+
+class CompiledRow:
+    """The step of one row for a model whose projections are plain matrices. Call under `torch.inference_mode`.
+
+    `cache` (layers, 2 K, S, E) is for keys and values, with more slots than the context, since no step may see all of them.
+    """
+
+    def __init__(self, model: Llama, cache: Tensor) -> None:
+        self.cache = cache
+        self._embedding, self._head = (part.weight.detach() for part in (model.model.embed_tokens, model.lm_head))
+        self._layers = [_weights(layer) for layer in model.model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
+        self._final_norm = model.model.norm.weight.detach().float()
+        self._sizes = model.config.heads, model.config.kv_heads, model.config.norm_eps
+        self._layer, self._logits = (torch.compile(function, dynamic=False) for function in (_layer, _logits))
+
+    def logits(self, token: int, seen: Tensor, position: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Logits (1, V) in fp32 after `token` at `position` (1,), with the signed sine and the cosine (1, E) of that position.
+
+        `seen` is as long as there are slots to look at, those of the position and before.
+        """
+        torch._dynamo.mark_dynamic(seen, 0, min=2, max=self.cache.shape[2] - 1)
+        x = self._embedding[token].float()
+        for weights, stored in zip(self._layers, self.cache.unbind(0), strict=True):
+            x = self._layer(x, *weights, stored, seen, position, cosine, sine, *self._sizes)
+        return self._logits(x, self._final_norm, self._head, self._sizes[-1])[None]
+
+
+def _weights(layer: Layer) -> tuple[Tensor, ...]:
+    """What `_layer` takes of a layer, in its order."""
+    attention, feed_forward = layer.self_attn, layer.mlp
+    projections = (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj),
+    )
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return *(norm.weight.detach().float() for norm in norms), *(linear.weight.detach() for linear in projections)
+
+
+def _layer(
+    x: Tensor,
+    attention_norm: Tensor,
+    feed_forward_norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    stored: Tensor,
+    seen: Tensor,
+    position: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    heads: int,
+    kv_heads: int,
+    epsilon: float,
+) -> Tensor:
+    """x (D,) behind one layer; keys and values go to `position` of `stored` (2 K, S, E)."""
+    size = stored.shape[-1]
+    normal = _normal(x, attention_norm, epsilon).to(query.dtype)
+    q, k = (_product(weight, normal).view(-1, size) for weight in (query, key))
+    q, k = (part * cosine + part.roll(size // 2, -1) * sine for part in (q, k))
+    stored[:, position] = torch.cat([k, _product(value, normal).view(-1, size)])[:, None]
+    keys, values = stored[:, : len(seen)].chunk(2)  # (K, seen, E)
+    grouped = q.view(kv_heads, heads // kv_heads, 1, size)  # the queries that share keys
+    weights = ((grouped * keys[:, None]).sum(-1) * size**-0.5).softmax(-1)  # (K, G, seen)
+    mixed = (weights[..., None] * values[:, None]).sum(-2).flatten()
+    x = x + _product(output, mixed.to(output.dtype))
+    normal = _normal(x, feed_forward_norm, epsilon).to(gate.dtype)
+    inner = silu(_product(gate, normal)) * _product(up, normal)
+    return x + _product(down, inner.to(down.dtype))
+
+
+def _logits(x: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
+    return _product(head, _normal(x, norm, epsilon).to(head.dtype))
+
+
+def _normal(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * (x.square().mean() + epsilon).rsqrt() * weight
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (outputs, inputs) times x (inputs,), summed in fp32."""
+    return (weight.float() * x.float()).sum(-1)
