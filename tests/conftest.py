@@ -59,6 +59,23 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
     return make
 
 
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what torch.compile makes; headers that it compiles for 8 s are then the same for all files of tests."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled_code(compiled_folder: Path) -> Iterator[None]:
+    """While the tests of a file run, torch.compile keeps what it makes in `compiled_folder`."""
+    from torch._inductor import config
+
+    # Processes that would compile take longer to start.
+    with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1):
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder))
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub whose client waits for nothing; the token is that of its user."""

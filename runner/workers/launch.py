@@ -1,4 +1,4 @@
-"""Starts the processes of one stage and ends them: one plain worker, or `accelerate launch` with one or many.
+"""Starts the processes of one stage and ends them: one plain worker, or several under `accelerate launch`.
 
 Workers live on a pipe: their standard input is its read end, and they exit when it closes, which also happens when this
 process dies. Their output is the key's log, whose open file carries the key's lock. A request to stop is a file in the
@@ -63,10 +63,13 @@ def plain_command(job: Path, *arguments: str) -> list[str]:
 def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
     """Workers under `accelerate launch`, whose settings beside the job stand in for the user's own default configuration.
 
-    `--multi_gpu` also on CPU: with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate
-    1.15 silently starts one. The worker asserts its world size. Several machines meet at the training port of the first one,
-    where ranks of processes follow those of machines.
+    One process alone needs no launcher, which would import torch for two seconds only to start it. `--multi_gpu` also on CPU:
+    with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate 1.15 silently starts one.
+    The worker asserts its world size. Several machines meet at the training port of the first one, where ranks of processes
+    follow those of machines.
     """
+    if processes * layout.machines == 1:
+        return plain_command(job)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # as `accelerate launch`, without its other commands
     settings = job.with_name(f"{job.stem}-accelerate.json")
     settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
@@ -76,9 +79,7 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     options += ["--main_process_port", str(port)]
     if layout.machines > 1:
         options += ["--machine_rank", str(layout.rank), "--main_process_ip", layout.host, "--same_network"]
-    if processes * layout.machines > 1:
-        options.append("--multi_gpu")
-    return [*launcher, *options, "-m", "runner.workers.worker", str(job)]
+    return [*launcher, *options, "--multi_gpu", "-m", "runner.workers.worker", str(job)]
 
 
 @contextlib.contextmanager

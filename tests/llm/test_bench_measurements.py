@@ -135,8 +135,8 @@ def test_shares_of_the_peak_follow_from_speeds() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_a_taught_model_decodes_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("compiled_code")
+def test_a_taught_model_decodes_as_transformers_does() -> None:
     subject = tiny()
     found = decode.measure(subject, build_ours(subject), seconds=0.0, compiled=True, group=Group())
     assert found["least_margin"] > 3.0  # so that equal tokens are no chance

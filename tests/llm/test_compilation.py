@@ -1,7 +1,6 @@
 """torch.compile: when it is chosen, and that a compiled training learns the same and resumes bit for bit."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,11 @@ TWO_ROWS: dict[str, Any] = {
     "validation": Validation(MadeUpRows(rows_per_epoch=4, seed=9), bytes_per_token=3.0),
 }
 pytestmark = [
+    pytest.mark.usefixtures("compiled_code"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks at it
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo does
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of its own for what is compiled, shared by the tests of this file."""
-    folder = tmp_path_factory.mktemp("compiled")
-    from torch._inductor import config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        patch.setattr(config, "compile_threads", 1)  # processes that would compile take longer to start
-        yield folder
 
 
 def weights(model: Llama) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """The compiled step of one row gives what the model gives, whatever was decoded before it and beside it."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from test_decode import computed, decoded, rows_of, small
@@ -14,18 +12,10 @@ from llm.models.llama import decode, decode_row
 from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder of its own for what is compiled, shared by the tests of this file."""
-    from torch._inductor import config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setattr(config, "compile_threads", 1)  # processes that would compile take longer to start
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("compiled_code"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 
 @torch.inference_mode()

@@ -79,6 +79,7 @@ def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.long
 def test_two_processes_whose_weights_are_spread_pause_and_end_where_they_would_have(
     fresh: Folder,  # noqa: F811
     tmp_path: Path,

@@ -264,7 +264,7 @@ def test_machines_whose_recipes_differ_are_refused_with_what_differs(folder: Fol
         assert "stage 'base' differs from that of machine 0: budget.steps: 6 -> 7" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_can_go_on(folder: Folder, killed: int) -> None:
     impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=0", "--set", "parallel.fallback='none'")
     port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}", *impatient)
@@ -307,6 +307,7 @@ def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folde
     assert (record["processes"], record["machines"]) == (2, 2)
 
 
+@pytest.mark.long
 def test_when_a_machine_does_not_come_back_the_first_trains_alone_from_then_on(folder: Folder) -> None:
     impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=1")
     port, long = free_port(), ("--set", "stage.base.budget={steps=120}", *impatient)

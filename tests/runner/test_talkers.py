@@ -60,8 +60,9 @@ def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedP
 
 
 def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
-    ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+    ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it has compiled
     words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "12", "--cache", str(tmp_path))
     ask("recipe.toml", "--until", "base", "--cache", str(tmp_path))
     plain, compiled = ask(*words, said="what is it?\n"), ask(*words, "--compile", said="what is it?\n")
