@@ -1,5 +1,7 @@
 """The compiled step of one row gives what the model gives, whatever was decoded before it and beside it."""
 
+from typing import Any
+
 import pytest
 import torch
 from test_decode import computed, decoded, rows_of, small
@@ -89,11 +91,17 @@ def test_a_row_that_is_left_of_a_batch_goes_on() -> None:
     assert generate(compiled(model), prompts, max_new_tokens=8, end=[end]) == wanted
 
 
-def test_a_model_with_an_adapter_stays_as_it_was(rows_stepped: list[int]) -> None:
-    model = small()
-    attach(model, Settings(r=2, alpha=4), seed=1)
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
+def test_a_model_with_an_adapter_stays_as_it_was(targets: Any, rows_stepped: list[int]) -> None:
+    model = small(tied=False)
+    attach(model, Settings(r=2, alpha=4, target_modules=targets), seed=1)
     decoded(compiled(model.eval()), rows_of([3]), read=[3])
     assert not rows_stepped
+
+
+def test_a_context_of_one_token_compiles() -> None:
+    model, rows = small(context=1), [[7]]
+    assert generate(compiled(model), rows, max_new_tokens=3, end=()) == generate(model, rows, max_new_tokens=3, end=()) == [[]]
 
 
 def test_without_a_compiler_it_says_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:

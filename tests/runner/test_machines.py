@@ -99,8 +99,14 @@ def test_an_address_has_a_port_of_its_own_or_the_usual_one() -> None:
 
 
 def test_what_a_launcher_says_of_this_run_does_not_reach_the_processes_of_a_training() -> None:
-    kept = {"PATH": "/bin", "SLURM_NNODES": "2", "MY_RANK": "3", "CUDA_VISIBLE_DEVICES": "0"}
-    assert without_launcher(TORCHRUN | {"TORCHELASTIC_RUN_ID": "x", "NODE_RANK": "0"} | kept) == kept
+    kept = {"PATH": "/bin", "SLURM_NNODES": "2", "MY_RANK": "3", "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_LOG_LEVEL": "info"}
+    told = {
+        "TORCHELASTIC_RUN_ID": "x",
+        "NODE_RANK": "0",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_FSDP": "true",
+    }
+    assert without_launcher(TORCHRUN | told | kept) == kept
 
 
 RUNNING: list[subprocess.Popen[str]] = []

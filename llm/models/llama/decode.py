@@ -24,6 +24,7 @@ from llm.errors import InputError
 from llm.models.llama.decode_row import CompiledRow
 from llm.models.llama.model import Layer, Llama
 
+SPARE_SLOTS = 8  # behind the context, of the compiled step, which may not see all of them
 Product = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
 
 
@@ -135,13 +136,13 @@ class Decoding:
         On a GPU, whose steps are graphs, and with adapters nothing changes. InputError without a C++ compiler. Rounding then
         differs from that of other batches, so a text that is drawn by chance may come out otherwise.
         """
-        if not self._on_cpu or not self._plain:
+        if not self._on_cpu or not self._plain or not _is_matrix(self.model.lm_head):
             return
         if not has_compiler("cpu"):
             raise InputError("compiling wants a C++ compiler (CXX, g++ or clang++); found none")
         context = self.model.config.context
         assert context is not None  # every checkpoint says it
-        self._row = CompiledRow(self.model, self._make_room(1, context + 1).stored[:, 0])
+        self._row = CompiledRow(self.model, self._make_room(1, context + SPARE_SLOTS).stored[:, 0])
         self.read([[0]], room=1)
         self.step([0])
 
