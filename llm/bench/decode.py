@@ -15,6 +15,7 @@ import torch
 from llm.bench.candidates import CountingRows, Ours, build_theirs
 from llm.bench.interleave import interleaved, ratio
 from llm.bench.subject import Subject
+from llm.compilation import has_compiler
 from llm.generate import Clock, generate
 from llm.group import Group
 from llm.models.llama.decode import Decoding
@@ -38,7 +39,7 @@ MOST_TERMS = 4  # of so many lessons
 def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, group: Group) -> dict[str, Any]:
     """For each batch size: tokens/s of all, and whether all greedy tokens are the same. Teaches `model` before that.
 
-    If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU.
+    If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU, with a compiler.
     """
     device = group.device
     precision = resolve_precision(subject.precision, device=device)
@@ -48,7 +49,7 @@ def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, g
     margin = teach(subject, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
     model.to(dtype).eval()
     decoding, compiling = {"ours": model.decoding()}, 0.0
-    if compiled and device.type == "cpu":
+    if compiled and device.type == "cpu" and has_compiler("cpu"):
         began, decoding["ours_compiled"] = time.perf_counter(), model.decoding()
         with torch.inference_mode():
             decoding["ours_compiled"].compile()

@@ -153,7 +153,7 @@ def _number(environment: Mapping[str, str], *names: str) -> int | None:
 # Variables that a launcher sets for the processes it starts; they would mislead those of a training, which has its own.
 FOREIGN = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    r"|ACCELERATE_(MIXED_PRECISION|DYNAMO_\w+|USE_(FSDP|DEEPSPEED|MEGATRON_LM))"
+    r"|ACCELERATE_(MIXED_PRECISION|DYNAMO_\w+|USE_(CPU|FSDP|DEEPSPEED|MEGATRON_LM))"
 )
 
 

@@ -35,6 +35,7 @@ MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; where the kernel grants none, as before
 }
+LAUNCHER = "accelerate.commands.launch"  # as `accelerate launch`, without its other commands
 NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
 GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
 
@@ -70,7 +71,7 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     """
     if processes * layout.machines == 1:
         return plain_command(job)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]  # as `accelerate launch`, without its other commands
+    launcher = [sys.executable, "-m", LAUNCHER]
     settings = job.with_name(f"{job.stem}-accelerate.json")
     settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
     port = _free_port() if layout.machines == 1 else layout.training_port
@@ -91,7 +92,7 @@ def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path)
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
     environment = defaults | without_launcher(os.environ)
     environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
-    if gpu_count() == 0:
+    if LAUNCHER in command and gpu_count() == 0:  # a worker alone sees for itself what there is
         environment["ACCELERATE_USE_CPU"] = "true"
     read_end, write_end = os.pipe()
     try:

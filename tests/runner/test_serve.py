@@ -16,6 +16,7 @@ import uvicorn
 
 from llm.checkpoint import save_checkpoint
 from llm.models.llama.config import LlamaConfig
+from llm.models.llama.decode_row import CompiledRow
 from llm.models.llama.model import Llama
 from llm.sampling import Sampling
 from llm.talk import Speaker
@@ -24,10 +25,12 @@ from runner.serving.serve import MOST_BYTES, Server, Settings
 
 TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
 KEY = "not-a-secret"
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speaker]:
+def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, Speaker]:
+    """Two models, of which `tuned` writes with a compiled step."""
     folder = tmp_path_factory.mktemp("speakers")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder / "tokenizer")
@@ -36,7 +39,7 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speaker]:
         torch.manual_seed(seed)
         config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=96)
         save_checkpoint(folder / name, Llama(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
-        found[name] = Speaker(folder / name)
+        found[name] = Speaker(folder / name, compiled=name == "tuned")
     return found
 
 
@@ -77,6 +80,27 @@ def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.prompt_tokens, expected.new_tokens)
     assert answer.choices[0].finish_reason == ("length" if expected.is_cut else "stop")
+
+
+def test_a_compiled_step_writes_in_the_thread_of_the_server_and_is_not_compiled_again(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    logits = CompiledRow.logits
+
+    def noted(self: CompiledRow, *given: Any) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return logits(self, *given)
+
+    monkeypatch.setattr(CompiledRow, "logits", noted)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    base, tuned = (
+        client.chat.completions.create(model=name, messages=asked("asthma"), max_tokens=12).usage for name in ("base", "tuned")
+    )
+    assert base and tuned and min(base.completion_tokens, tuned.completion_tokens) > 2
+    assert len(threads) == tuned.completion_tokens - 1, "the first token comes from reading"
+    assert threading.current_thread().name not in threads
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
 
 
 def test_a_stream_gives_the_same_in_pieces_and_never_half_a_character(client: openai.OpenAI) -> None:

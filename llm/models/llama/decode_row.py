@@ -13,6 +13,8 @@ from torch.nn.functional import silu
 
 from llm.models.llama.model import Layer, Llama
 
+MOST_SHAPES = 64  # of models in one process
+
 
 class CompiledRow:
     """The step of one row for a model whose projections are plain matrices. Call under `torch.inference_mode`.
@@ -26,6 +28,8 @@ class CompiledRow:
         self._layers = [_weights(layer) for layer in model.model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
         self._final_norm = model.model.norm.weight.detach().float()
         self._sizes = model.config.heads, model.config.kv_heads, model.config.norm_eps
+        # Models of another shape are compiled anew; beyond its limit of 8, torch would go on uncompiled, and slowly.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._layer, self._logits = (torch.compile(function, dynamic=False) for function in (_layer, _logits))
 
     def logits(self, token: int, seen: Tensor, position: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
