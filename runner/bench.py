@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llm.bench.subject import Subject, reference
 from runner.artifacts import Tokens
 from runner.cache.store import Store
+from runner.cores import available_cores
 from runner.errors import RecipeError, StageError
 from runner.files import write_whole
 from runner.plan import Plan
@@ -23,7 +24,6 @@ from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
 from runner.workers import launch
-from runner.workers.stage_run import available_cores
 
 if TYPE_CHECKING:
     from rich.table import Table

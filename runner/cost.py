@@ -7,7 +7,6 @@ Records of other machines do not count.
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from llm.models import architectures
 from runner.artifacts import Checkpoint
 from runner.cache.record import Record
 from runner.cache.store import Store
+from runner.cores import available_cores
 from runner.expand import Attempts
 from runner.graph import edges
 from runner.plan import RUNNABLE, Entry, Plan
@@ -313,4 +313,4 @@ def _middle(values: Sequence[float]) -> float | None:
 def _is_here(record: Record) -> bool:
     """Whether a record is of a machine like this one."""
     hardware = record.data.get("hardware", {})
-    return hardware.get("cores") == os.cpu_count() and bool(hardware.get("gpus")) == bool(gpu_count())
+    return hardware.get("cores") == available_cores() and bool(hardware.get("gpus")) == bool(gpu_count())

@@ -23,6 +23,7 @@ from llm.settings import Budget
 from runner.cache.record import Record
 from runner.cache.store import Store, Waiting
 from runner.code import code_digest
+from runner.cores import available_cores
 from runner.errors import RecipeError, StageError
 from runner.files import write_whole
 from runner.graph import plain
@@ -35,7 +36,7 @@ from runner.stages.pretrain import Pretrain
 from runner.stages.training import TrainingStage
 from runner.workers import launch
 from runner.workers.job import ERROR, JOB, RESULT, Job
-from runner.workers.stage_run import available_cores, job_of
+from runner.workers.stage_run import job_of
 
 PROOFS = "proofs"  # in the cache
 PARTS = 4  # checkpoints in as many steps

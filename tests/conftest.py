@@ -8,23 +8,27 @@ from typing import Any
 import pytest
 from hub_server import Hub, serve, use
 
+from runner.cores import available_cores
 from runner.stage import Context, Parallel
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one test per core, not each on all of them
-LONGEST = ["test_quickstart.py"]
+if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core, not each on all of them
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    os.environ["STOCKPOT_CORES"] = "1"  # of the runs that a test starts
+LONGEST = ["test_quickstart.py", "test_machines.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker per core; none for a single file, which they could not share: each takes seconds to start."""
+    """One worker per core and one more, since tests also wait; none for a single file, which they could not share: each takes
+    seconds to start.
+    """
     if len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file():
         return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker begins them when the others have nothing left to do."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
@@ -61,8 +65,11 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
 
 @pytest.fixture(scope="session")
 def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For what torch.compile makes; headers that it compiles for 8 s are then the same for all files of tests."""
-    return tmp_path_factory.mktemp("compiled")
+    """For what torch.compile makes; headers that it compiles for 8 s are then the same for all files and workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

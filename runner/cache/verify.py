@@ -4,7 +4,6 @@ A damaged artifact is set aside, and the next run makes it again. Two files cost
 in records/, and a damaged metrics.jsonl, from which nothing is computed, goes aside alone.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from runner.artifacts import METRICS, RECORD
 from runner.cache.damage import NAME, Damage, Digests, damages
 from runner.cache.record import DamagedError, Record
 from runner.cache.store import NotWritableError, Store
+from runner.cores import available_cores
 from runner.files import write_whole
 
 
@@ -31,7 +31,7 @@ def verify(store: Store) -> Findings:
     """Reads the whole cache. Keys that somebody works under are judged as they lie there, and left to them."""
     findings = Findings()
     folders = sorted(path for path in (store.root / "stages").glob("*") if not path.name.startswith("."))
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     with ThreadPoolExecutor(cores) as artifacts, ThreadPoolExecutor(cores) as files:  # hashing lets other threads run
         for faults in artifacts.map(partial(_verify_artifact, store, digests=files.map), folders):
             findings.artifacts += 1

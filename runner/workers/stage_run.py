@@ -17,6 +17,7 @@ import tomli_w
 
 from runner.artifacts import METRICS, SCRATCH
 from runner.cache.store import Store
+from runner.cores import available_cores
 from runner.errors import PausedError, StageError
 from runner.graph import input_files, plain
 from runner.judging.settings import rows
@@ -352,8 +353,3 @@ def _signal_in(log: str) -> int | None:
         return int(signal.Signals[found[1]])
     found = re.search(r"exitcode\s*: -(\d+)", log)
     return int(found[1]) if found else None
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,6 +20,7 @@ from typing import Any
 
 from llm.errors import InputError, Interrupted, Paused
 from runner.artifacts import METRICS, SCRATCH
+from runner.cores import available_cores
 from runner.files import write_whole
 from runner.recipe import stage_kinds
 from runner.stage import Context, Parallel, Stage
@@ -145,7 +146,7 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """What the stage ran on."""
-    found: dict[str, Any] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {"machine": platform.machine(), "system": platform.system(), "cores": available_cores()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from llm.models.llama.model import Llama
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.cli import main
+from runner.cores import available_cores
 from runner.cost import Cost, costs, expected_seconds, spare, total
 from runner.plan import Plan
 from runner.recipe import load_recipe
@@ -22,7 +22,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 
 
 def record(kind: str, took: float, /, *, cores: int | None = None, **metrics: Any) -> Record:
-    hardware = {"cores": cores or os.cpu_count()}
+    hardware = {"cores": cores or available_cores()}
     return Record({"kind": kind, "key": "0" * 64, "seconds": took, "metrics": metrics, "hardware": hardware})
 
 

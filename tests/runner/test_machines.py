@@ -299,7 +299,8 @@ def test_a_machine_that_is_gone_after_a_training_failed_here_is_its_cause_and_no
         assert team.is_broken
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folder, killed: int) -> None:
     port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=120}")
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]

@@ -64,19 +64,19 @@ def proof(folder: Folder, stage: str, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_two_processes_that_are_killed_end_as_if_they_had_not_been(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_is_killed_ends_as_if_it_had_not_been(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     recipe_in(folder)
-    found = proof(folder, "base", "--processes", "2", "--steps", "13")
+    found = proof(folder, "base", "--processes", "1", "--steps", "13")
     assert found["equal"], found
     assert found["steps"] == 16, "rounded up to a checkpoint at the end"
     assert 4 <= found["continued_after_step"] <= found["killed_after_step"] < 16
-    assert found["choices"]["processes"] == 2
+    assert found["choices"]["processes"] == 1
     checks = {check["name"]: check["what"] for check in found["checks"]}
     assert list(checks) == ["rows", "weights", "optimizer", "counters", "artifact"]
     assert checks["rows"].startswith("128 rows in 16 steps")
     assert [path.suffix for path in sorted((folder.cache / "proofs").iterdir())] == [".json", ".log"]
     assert main(["why", str(folder.recipe), "base", "--cache", str(folder.cache)]) == 0
-    assert "ended bit for bit as if undisturbed (2 processes, eager" in capsys.readouterr().out
+    assert "ended bit for bit as if undisturbed (1 process, eager" in capsys.readouterr().out
     assert folder.states()["base"] == "run", "a proof is no result"
 
 
