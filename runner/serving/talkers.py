@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.artifacts import Adapter, Checkpoint, Release
+from runner.cores import available_cores
 from runner.errors import RecipeError
 from runner.graph import edges
 from runner.plan import Entry, Plan
@@ -31,6 +32,7 @@ class Talker:
         """The model, loaded; imports torch. `compiled` is where compiled code is kept, if it is to write with such."""
         if compiled is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
         from llm.talk import Speaker
 
         return Speaker(self.checkpoint, self.adapter, compiled=compiled is not None)

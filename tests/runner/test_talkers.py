@@ -1,5 +1,6 @@
 """Which models of a recipe one can talk to, and `run chat` in a pipe, with a real model."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from llm.checkpoint import save_checkpoint
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer import train_bpe
+from runner.serving.talkers import Talker
 
 RECIPE = """
 name = "talks"
@@ -49,6 +51,19 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     assert nothing.returncode == 2 and "found none" in nothing.stderr
     assert run("recipe.toml", "--until", "base").returncode == 0
     return run
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("2", "2")])
+def test_it_talks_with_the_cores_that_a_run_may_use_unless_threads_are_named(
+    said: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("llm.talk.Speaker", lambda *paths, compiled: None)
+    monkeypatch.setenv("STOCKPOT_CORES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    Talker("base", tmp_path).open()
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
