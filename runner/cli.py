@@ -4,18 +4,22 @@ import argparse
 import codecs
 import io
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import runner.verbs
 from runner import completion
-from runner.errors import StockpotError
+from runner.errors import RecipeError, StockpotError
 from runner.files import DISK_FULL
+from runner.reading.faults import listed, nearest
 from runner.secrets import redact
 
 EXIT_INTERRUPTED = 130
+WORD = re.compile("[a-z][a-z-]*")  # as verbs are, and no recipe
 VERBS = [module.name.replace("_", "-") for module in pkgutil.iter_modules(runner.verbs.__path__)]
 
 
@@ -25,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion.propose(_parser(()), VERBS)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] not in (*VERBS, "-h", "--help"):
+        if WORD.fullmatch(words[0]) and not Path(words[0]).exists():
+            print(
+                f"run {words[0]}: found no such verb; wants a recipe or one of {listed(VERBS)}{nearest(words[0], VERBS)}",
+                file=sys.stderr,
+            )
+            return RecipeError.exit_code
         words.insert(0, "run")
     options = _parser(words[:1]).parse_args(words)
     for stream in (sys.stdout, sys.stderr):

@@ -150,6 +150,13 @@ class Plan:
         family = self._family.get(name)
         return family is None or self.taken[family.stage] in family.places[name]
 
+    def is_needless(self, name: str) -> bool:
+        """Whether it belongs to an attempt that is not needed, since one before it passed."""
+        family = self._family.get(name)
+        if not isinstance(family, Attempts) or (taken := self.taken[family.stage]) is None:
+            return False
+        return family.places[name][0] > taken
+
     def is_lost(self, family: Branches) -> bool:
         """Whether no branch passed."""
         return all(self.outcome(family, number) is False for number in range(len(family.names)))
@@ -189,7 +196,7 @@ class Plan:
             if (scratch / PAUSED).exists():
                 return Entry(name, stage, "paused", "by an alert; run goes on from its checkpoint", key, what, None, None)
             resumable, beginning = scratch.exists(), self._beginning(stage, what)
-            reason = "goes on where it was interrupted" if resumable else self._why_new(stage, what, key)
+            reason = "goes on where it was interrupted" if resumable else self._why_new(name, stage, what, key)
             if beginning and not resumable:
                 reason = f"goes on from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
             state: State = "resume" if resumable or beginning else "run"
@@ -272,16 +279,22 @@ class Plan:
         able = [(amount, record) for amount, record in behind if amount and self._store.has_artifact(record)]
         return max(able, key=lambda pair: pair[0], default=(0, None))[1]
 
-    def _why_new(self, stage: Stage, what: Mapping[str, Any], key: str) -> str:
-        """The fields and inputs that differ from the nearest cached result of the same kind."""
+    def _why_new(self, name: str, stage: Stage, what: Mapping[str, Any], key: str) -> str:
+        """The fields and inputs that differ from the nearest result of this stage, else from that of another of its kind."""
         if self._store.has_damaged_record(stage, key):
             return "its record is damaged"
         candidates = [record for record in self._all_records if record.kind == stage.kind]
         if not candidates:
             return "never run"
-        changes: list[list[str]] = [differences(record.data["identity"], what) for record in candidates]
-        fewest: list[str] = min(changes, key=len)
-        return "; ".join(fewest)
+        here = (self.recipe.head.name, name)
+        own = [record for record in candidates if (record.data.get("recipe"), record.data.get("stage")) == here]
+        fewest: list[str] = []
+        for record in own or candidates:
+            changes = differences(record.data["identity"], what)
+            if not fewest or len(changes) < len(fewest):
+                fewest, closest = changes, record
+        told = "; ".join(fewest)
+        return told if own else f"never run; unlike {closest.data.get('recipe')}'s {closest.data.get('stage')}: {told}"
 
     @cached_property
     def _all_records(self) -> list[Record]:

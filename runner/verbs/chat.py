@@ -45,6 +45,8 @@ def main(options: argparse.Namespace) -> int:
     from llm.errors import InputError
     from llm.sampling import Sampling
 
+    if sys.stdin.isatty():
+        print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
         speaker = talker.open(compiled=store.compiled if options.compile else None)

@@ -1,6 +1,7 @@
 """`run serve RECIPE [STAGE]...`: a web page and an OpenAI-compatible endpoint for finished models."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -75,5 +76,6 @@ def main(options: argparse.Namespace) -> int:
         f"{', '.join(models)} at http://{address}:{listening.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr, flush=True
     )
     server = uvicorn.Server(uvicorn.Config(Server(models, settings).app(), log_level="warning", lifespan="off"))
-    server.run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+        server.run(sockets=[listening])
     return 0

@@ -84,7 +84,7 @@ def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
     finished = [entry for entry in plan if entry.record is not None]
     evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
     verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
-    missing = [entry.name for entry in plan if entry.record is None]
+    missing = [entry.name for entry in plan if entry.record is None and not plan.is_needless(entry.name)]
     return Report(
         name=recipe.head.name,
         description=recipe.head.description,

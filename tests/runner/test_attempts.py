@@ -97,6 +97,7 @@ def store(tmp_path: Path) -> Store:
 def test_each_attempt_runs_only_when_the_one_before_has_failed(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     first = Plan(recipe, store)
+    assert not any(first.is_needless(entry.name) for entry in first), "none has passed yet"
     assert {entry.state for entry in first} == {"run", "waiting"}
     assert first.entries["medical@2"].reason == "until attempt 1 of medical has failed"
     names = run(recipe, store, SECOND_PASSES)
@@ -108,6 +109,7 @@ def test_each_attempt_runs_only_when_the_one_before_has_failed(tmp_path: Path, s
     plan = Plan(recipe, store)
     assert {plan.entries[name].state for name in ("medical@3", "release@3", "after@3")} == {"skipped"}
     assert plan.entries["medical@3"].reason == "attempt 2 of medical passed"
+    assert [entry.name for entry in plan if plan.is_needless(entry.name)] == ["medical@3", "release@3", "after@3"]
     assert plan.entries["after@1"].reason == "general.bits_per_byte = 2.2, wanted at most 2: failed"
     assert not verdicts.failed(plan)
 

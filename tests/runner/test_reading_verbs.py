@@ -13,6 +13,25 @@ QUICKSTART = SHIPPED / "quickstart.toml"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@pytest.mark.parametrize(("word", "meant"), [("plann", "'plan'"), ("zzz", None)])
+def test_a_word_that_is_neither_a_verb_nor_a_file_is_told(
+    word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word, str(QUICKSTART)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"run {word}: found no such verb; wants a recipe or one of bench, ")
+    assert told.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
+
+
+def test_a_recipe_may_be_called_by_any_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe").write_text('name = "x"\n[stage.a]\nkind = "no"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe"]) == 2
+    assert "stage.a.kind" in capsys.readouterr().err
+
+
 def test_a_recipe_does_not_differ_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", str(QUICKSTART), str(QUICKSTART)]) == 0
     assert capsys.readouterr().out == ""

@@ -50,7 +50,10 @@ def test_a_changed_field_reruns_only_what_depends_on_it_and_says_which_field(fol
     changed = ("--set", "stage.tokenizer.vocab_size=310")
     assert folder.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
     why = folder.call("why", str(folder.recipe), "tokenizer", *changed)
-    assert "vocab_size: 300 -> 310" in why.stdout
+    assert "vocab_size: 300 -> 310" in why.stdout and "never run" not in why.stdout
+    folder.write(RECIPE.replace('name = "small"', 'name = "mine"'))
+    why = folder.call("why", str(folder.recipe), "tokenizer", *changed)
+    assert "never run\n  unlike small's tokenizer: vocab_size: 300 -> 310" in why.stdout
 
 
 def test_a_document_that_cleaning_drops_reruns_only_the_corpus(folder: Folder) -> None:
