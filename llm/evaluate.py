@@ -214,7 +214,7 @@ class Answered:
     """What a model makes of questions, an entry for each: how likely it finds the wanted answer, and its own greedy one."""
 
     likelihoods: Likelihoods
-    prompts: list[str]  # as far as they fit
+    prompts: list[str]  # whole
     wanted: list[str]
     found: list[str]  # empty where nothing was generated
     facts: dict[str, Any]
@@ -262,7 +262,9 @@ def answer(
         )
         found = [tokenizer.decode(ids) for ids in written]
         facts["unended"] = sum(len(ids) == max_new_tokens for ids in written)
-    return Answered(likelihoods, [_prompt_text(stream) for stream in streams], wanted, found, facts | _speeds(clock))
+    # The whole question: to score a long answer it may have been cut, but what the model writes follows all of it that fits.
+    asked = ["\n".join(turn.content for turn in question.turns[:-1]) for question in questions]
+    return Answered(likelihoods, asked, wanted, found, facts | _speeds(clock))
 
 
 def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:

@@ -195,6 +195,12 @@ def test_an_answer_longer_than_the_model_is_scored_as_far_as_it_fits(indifferent
     assert outcome.scores["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
 
 
+def test_a_prompt_is_shown_whole_where_a_long_answer_leaves_it_no_room(model: Llama, tokenizer: TextTokenizer) -> None:
+    questions = [question("咳", "heart " * 80)]
+    outcome = score_answers(model, tokenizer, questions=questions, max_new_tokens=4, progress=silent)
+    assert [example["prompt"] for example in outcome.examples] == ["Say: 咳"]
+
+
 def test_more_new_tokens_than_the_model_holds_are_refused(model: Llama, tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match="max_new_tokens wants less than the model's context"):
         score_answers(model, tokenizer, questions=[question("x", "y")], max_new_tokens=CONTEXT, progress=silent)
