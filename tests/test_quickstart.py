@@ -256,4 +256,6 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_everything(cache: P
     for told in ("section.macro_f1", "gradient norm", "tokens/s", "bytes per token", "CC-BY-4.0", "peak memory"):
         assert told in text, told
     assert run(cache, "report", str(RECIPE), "--out", str(tmp_path / "report.md")).returncode == 0
-    assert "| section.macro_f1 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| section.macro_f1 |" in page and "\nfinished; " in page
+    assert re.search(r"^\* after: section.macro_f1 = .*: passed$", page, re.MULTILINE)

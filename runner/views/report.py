@@ -22,7 +22,6 @@ from runner.views.drawing import as_svg as graph_svg
 from runner.views.progress import duration
 
 PAGES = Path(__file__).parents[1] / "pages"
-OUTCOMES = {True: "passed", False: "FAILED", None: "not judged yet"}
 SAMPLES, WRONG = 8, 12  # of each task
 LONGEST = 500  # characters of a text that is quoted
 # What is drawn of a training: title, names of metrics, and whether the axis is logarithmic.
@@ -115,7 +114,7 @@ def as_html(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """The same without pictures."""
     parts = [f"# {report.name}", report.description, f"{report.state}; {report.made}"]
-    parts += [f"* {OUTCOMES[passed]}: {text}" for passed, text in report.verdicts]
+    parts += [f"* {text}" for _, text in report.verdicts]
     if report.attempts:
         parts += ["## Attempts", "```\n" + "\n".join(report.attempts).strip() + "\n```"]
     for table in [*filter(None, [report.settings, report.scores]), *report.tables]:
