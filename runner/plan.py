@@ -288,13 +288,10 @@ class Plan:
             return "never run"
         here = (self.recipe.head.name, name)
         own = [record for record in candidates if (record.data.get("recipe"), record.data.get("stage")) == here]
-        fewest: list[str] = []
-        for record in own or candidates:
-            changes = differences(record.data["identity"], what)
-            if not fewest or len(changes) < len(fewest):
-                fewest, closest = changes, record
+        changes = [(differences(record.data["identity"], what), record.data) for record in own or candidates]
+        fewest, other = min(changes, key=lambda change: len(change[0]))
         told = "; ".join(fewest)
-        return told if own else f"never run; unlike {closest.data.get('recipe')}'s {closest.data.get('stage')}: {told}"
+        return told if own else f"never run; unlike {other.get('recipe')}'s {other.get('stage')}: {told}"
 
     @cached_property
     def _all_records(self) -> list[Record]:
