@@ -119,10 +119,10 @@ class BlockedAttention(Function):
             width, keys = block.stop - block.start, slice(block.first, block.stop)
             part = q[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
             wanted = grad[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
-            dv[:, keys] += torch.bmm(weights.transpose(1, 2), wanted)
+            dv[:, keys].baddbmm_(weights.transpose(1, 2), wanted)
             dweights = torch.bmm(wanted, v[:, keys].transpose(1, 2))
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq[:, :, :, block.start : block.stop] = torch.bmm(dscores, k[:, keys]).view(rows, kv_heads, group, width, size)
-            dk[:, keys] += torch.bmm(dscores.transpose(1, 2), part)
+            dk[:, keys].baddbmm_(dscores.transpose(1, 2), part)
         shape = (rows, kv_heads, length, size)
         return (dq * size**-0.5).view(rows, -1, length, size), dk.view(shape), dv.view(shape), None
