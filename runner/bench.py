@@ -142,7 +142,8 @@ def measure(job: BenchJob) -> dict[str, Any]:
         job.write(Path(folder, JOB))
         command = [sys.executable, "-m", "runner.bench_worker", folder]
         compiled = Path(folder, "compiled")  # empty, so that compiling takes the time that it takes
-        with launch.started(command, log=sys.stderr.buffer, threads=available_cores(), compiled=compiled) as process:
+        environment = launch.environment_of(available_cores(), compiled=compiled)
+        with launch.started(command, log=sys.stderr.buffer, environment=environment) as process:
             code = launch.wait(process, tick=lambda: None, stopping=lambda: False)
         if code != 0:
             raise StageError(f"bench: its worker ended with exit code {code}; what it said stands above")

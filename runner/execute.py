@@ -15,6 +15,7 @@ from runner.cache.remote import Mirror
 from runner.cache.runs import note_run
 from runner.cache.store import Store, Waiting
 from runner.code import code_digest
+from runner.cores import available_cores
 from runner.errors import GateError, StageError
 from runner.graph import input_files
 from runner.judging import verdicts
@@ -25,7 +26,9 @@ from runner.recipe import Recipe
 from runner.stage import Acting
 from runner.track import Tracker
 from runner.views.progress import Progress, duration
+from runner.workers import launch
 from runner.workers.alerts import Notices
+from runner.workers.fork_server import ForkServer
 from runner.workers.stage_run import StageRun, StopRequest
 
 
@@ -51,6 +54,7 @@ class Execution:
         self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
         self._team = team
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
+        self._fork_server: ForkServer | None = None
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
         """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
@@ -58,6 +62,7 @@ class Execution:
         plan = self._plan(until, forced)
         self._progress.planned(plan)
         try:
+            self._fork_server = self._fork_server_for(plan)
             while (entry := plan.next()) or not self._are_sound(_acted_on(plan)):
                 self._raise_if_stopped()
                 if entry and entry.key in made:
@@ -69,9 +74,20 @@ class Execution:
             self._noted(plan, until, complete=True)
             self._act(plan)
         finally:
+            if self._fork_server:
+                self._fork_server.close()
             if warning := self._tracker.close():
                 self._progress.note(warning)
         self._judge(plan)
+
+    def _fork_server_for(self, plan: Plan) -> ForkServer | None:
+        """What forks the workers of the stages that are left, if anything they need is slow to import."""
+        left = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
+        if not modules or not launch.can_fork():
+            return None
+        environment = launch.environment_of(available_cores(), compiled=self._store.compiled)
+        return ForkServer(modules, place=self._store.root, environment=environment)
 
     def _patience(self, entry: Entry) -> "_Patience":
         return _Patience(entry.name, self._progress, self._stop)
@@ -203,7 +219,17 @@ class Execution:
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         layout = self._team.layout if self._team else ALONE
         offer = functools.partial(self._offer_inputs, entry, plan)
-        work = StageRun(entry, plan, self._recipe, self._store, log, layout=layout, team=self._team, offer=offer)
+        work = StageRun(
+            entry,
+            plan,
+            self._recipe,
+            self._store,
+            log,
+            layout=layout,
+            team=self._team,
+            offer=offer,
+            fork_server=self._fork_server,
+        )
         result = work.work(self._progress, self._stop, self._tracker, self._notices)
         seconds = time.monotonic() - clock
         if not plan.still_holds(entry):

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -223,15 +222,15 @@ class _Training:
                 return remains
         raise StageError(f"stage {self._name!r}: ended {TRIES} times before it could be killed; more --steps take longer")
 
-    def _training(self, remains: Remains) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    def _training(self, remains: Remains) -> contextlib.AbstractContextManager[launch.Process]:
         processes = self._job.processes
         command = launch.training_command(remains.scratch / JOB, processes)
         return self._launched(command, threads=max(1, self._job.cores // processes))
 
-    def _launched(self, command: list[str], *, threads: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-        return launch.started(command, log=self._log, threads=threads, compiled=self._compiled)
+    def _launched(self, command: list[str], *, threads: int) -> contextlib.AbstractContextManager[launch.Process]:
+        return launch.started(command, log=self._log, environment=launch.environment_of(threads, compiled=self._compiled))
 
-    def _end(self, process: subprocess.Popen[bytes], remains: Remains) -> None:
+    def _end(self, process: launch.Process, remains: Remains) -> None:
         if (code := process.wait()) != 0:
             self._fail(code, remains)
 

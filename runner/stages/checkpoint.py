@@ -43,6 +43,8 @@ class ModelFolder(InputFile):
 class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
     """Takes over a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
 
+    imports = ("llm.adopt",)
+
     folder: Semantic[ModelFolder | None] = None
     """A folder as Transformers saves it: config.json, tokenizer.json and safetensors."""
     repo: Semantic[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None] = None

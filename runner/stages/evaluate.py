@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, answers."""
 
+    imports = ("llm.evaluate",)
+
     model: Semantic[Ref[Checkpoint]]
     """What is evaluated."""
     tasks: Semantic[Annotated[list[Task], Field(min_length=1)]]

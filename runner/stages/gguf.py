@@ -19,6 +19,8 @@ from runner.stage import Context, Metrics, Ref, Semantic, Stage
 class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
     """Writes a model with its tokenizer and chat template as GGUF files, and a Modelfile for Ollama."""
 
+    imports = ("llm.gguf",)
+
     model: Semantic[Ref[Checkpoint]]
     """What is written."""
     precisions: Semantic[list[GgufPrecision]] = Field(["f32"], min_length=1)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Adapter):
     """Trains a LoRA adapter through PEFT (Hu et al. 2021); it opens in stock PEFT on the stock base."""
 
+    imports = ("llm.train", "peft")
+
     base: Semantic[Ref[Checkpoint]]
     """The model that is adapted and stays as it is."""
     quantize: Semantic[Literal["nf4"] | None] = None

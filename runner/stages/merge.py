@@ -16,6 +16,8 @@ from runner.stage import Context, Metrics, Ref, Semantic, Stage
 class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     """Merges adapters into the full-precision weights of their base, in fp32."""
 
+    imports = ("llm.merge", "peft")
+
     base: Semantic[Ref[Checkpoint]]
     """The model that the first adapter was trained on; with `weights`, all of them."""
     adapters: Semantic[Annotated[list[Ref[Adapter]], Field(min_length=1)]]

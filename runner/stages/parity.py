@@ -52,6 +52,8 @@ def outcome(*, passed: bool | None, told: str, **numbers: Any) -> str:
 class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     """Compares a model in stock Transformers, PEFT and llama.cpp with the model as it was trained."""
 
+    imports = ("llm.parity",)
+
     model: Semantic[Ref[Checkpoint]]
     """What is to be released."""
     gguf: Semantic[Ref[Gguf] | None] = None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class TrainingStage(Stage):
     """A stage that runs the training loop, in as many processes as [parallel] says."""
 
+    imports: ClassVar[tuple[str, ...]] = ("llm.train",)
     trains: ClassVar[bool] = True
 
     batch_tokens: Semantic[int] = Field(8192, gt=0)

@@ -20,6 +20,9 @@ from typing import IO
 
 from runner.machines import ALONE, Layout, without_launcher
 from runner.stage import Parallel
+from runner.workers.fork_server import Forked, ForkServer
+
+Process = subprocess.Popen[bytes] | Forked
 
 POLL_SECONDS = 0.1
 # How long an idle OpenMP thread spins before it sleeps: the default of GNU's library, 300,000 turns, is far too long beside
@@ -35,6 +38,7 @@ MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; where the kernel grants none, as before
 }
+WORKER = [sys.executable, "-m", "runner.workers.worker"]
 LAUNCHER = "accelerate.commands.launch"  # as `accelerate launch`, without its other commands
 NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
 GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
@@ -51,6 +55,11 @@ def gpu_count() -> int:
     return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
 
 
+def can_fork() -> bool:
+    """Whether workers may be forks of a process that has imported torch."""
+    return sys.platform == "linux" and gpu_count() == 0
+
+
 def process_count(parallel: Parallel) -> int:
     """How many processes a training gets on this machine: as asked, else one per GPU, else one."""
     return max(gpu_count(), 1) if parallel.processes == "auto" else parallel.processes
@@ -58,7 +67,7 @@ def process_count(parallel: Parallel) -> int:
 
 def plain_command(job: Path, *arguments: str) -> list[str]:
     """One worker, no process group."""
-    return [sys.executable, "-m", "runner.workers.worker", str(job), *arguments]
+    return [*WORKER, str(job), *arguments]
 
 
 def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
@@ -83,20 +92,31 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     return [*launcher, *options, "--multi_gpu", "-m", "runner.workers.worker", str(job)]
 
 
+def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
+    """The environment of workers; `compiled` is the folder in which torch.compile keeps its results."""
+    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
+    return defaults | without_launcher(os.environ) | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+
+
 @contextlib.contextmanager
-def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork_server: ForkServer | None = None
+) -> Iterator[Process]:
     """The running processes of a stage; on leaving, whatever still runs of them is ended.
 
-    `compiled` is the folder in which torch.compile keeps its results.
+    A worker alone is a fork of `fork_server`, whose environment it has then.
     """
-    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
-    environment = defaults | without_launcher(os.environ)
-    environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
     if LAUNCHER in command and gpu_count() == 0:  # a worker alone sees for itself what there is
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment = environment | {"ACCELERATE_USE_CPU": "true"}
     read_end, write_end = os.pipe()
+    process: Process | None = None
     try:
-        process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
+        if fork_server and command[: len(WORKER)] == WORKER:
+            process = fork_server.start(command[len(WORKER) :], stdin=read_end, log=log)
+        if process is None:
+            process = subprocess.Popen(
+                command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
     finally:
         os.close(read_end)
     try:
@@ -112,7 +132,7 @@ def started(command: list[str], *, log: IO[bytes], threads: int, compiled: Path)
             process.wait()
 
 
-def wait(process: subprocess.Popen[bytes], *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:
+def wait(process: Process, *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:
     """The exit code of the processes; None if they had not ended a while after a request to stop."""
     deadline: float | None = None
     while (code := process.poll()) is None:

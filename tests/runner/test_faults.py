@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_run import RECIPE, Folder, wait_for
 
@@ -85,6 +86,22 @@ def test_a_worker_that_is_killed_and_one_that_is_stopped_change_nothing_but_the_
     log = next((fresh.cache / "logs").glob("pretrain-*.log")).read_text()
     assert "most recent call first" in log and "runner/workers/worker.py" in log  # the stacks of the one that was stopped
     assert "faults" not in record_of(trained)
+
+
+def test_a_fork_server_that_is_killed_takes_its_worker_along_and_is_not_missed(trained: Folder, fresh: Folder) -> None:
+    process, scratch = started(fresh)
+    wait_for(lambda: (scratch / "checkpoints" / "step-00000020").exists() and living.living(scratch))
+    worker = psutil.Process(*living.living(scratch))
+    server = psutil.Process(worker.ppid())
+    assert server.ppid() == process.pid and "runner.workers.fork_server" in server.cmdline()
+    server.kill()
+    wait_for(lambda: living.living(scratch) not in ([], [worker.pid]))
+    (second,) = living.living(scratch)
+    assert second != worker.pid and psutil.Process(second).ppid() == process.pid
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "base: its worker was killed by signal 9" in errors and "continues from step" in errors
+    assert fresh.digest("base") == trained.digest("base")
 
 
 def test_a_group_that_always_loses_a_worker_goes_on_as_one_process(trained: Folder, fresh: Folder) -> None:

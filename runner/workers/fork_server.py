@@ -1,0 +1,129 @@
+"""A process that has imported torch, and whatever else takes seconds to import, and becomes the worker of one stage after the
+other: each is a fork of it, and begins at once. It is started beside the first stages of a run, which need no torch.
+
+A run without it has the same results, later: where there is a GPU, whose driver no fork may inherit, and where fork is not
+safe.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from runner.workers import worker
+
+MESSAGE_BYTES = 2**16
+
+
+class Forked:
+    """A worker that was forked, with as much of `subprocess.Popen` as `launch` uses."""
+
+    def __init__(self, pid: int, server: socket.socket) -> None:
+        self.pid, self._server = pid, server
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, below 0 for a signal; None while it runs."""
+        if self._code is None and select.select([self._server], [], [], 0)[0]:
+            self._code = self._told()
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code; subprocess.TimeoutExpired after `timeout` seconds."""
+        if self._code is None:
+            if not select.select([self._server], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+            self._code = self._told()
+        return self._code
+
+    def _told(self) -> int:
+        """What the server says of its end. One that was killed says nothing, and its worker is ended with it."""
+        with contextlib.suppress(ConnectionError):
+            if message := self._server.recv(MESSAGE_BYTES):
+                return int(json.loads(message)["code"])
+        return -signal.SIGKILL
+
+
+class ForkServer:
+    """The server as the run sees it. `place` only shows in lists of processes whose it is."""
+
+    def __init__(self, modules: Sequence[str], *, place: Path, environment: Mapping[str, str]) -> None:
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", __name__, str(place), str(theirs.fileno()), *modules]
+        quiet = subprocess.DEVNULL  # a module that cannot be imported is told by the worker that needs it
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=quiet,
+                stdout=quiet,
+                stderr=quiet,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def start(self, arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked | None:
+        """A worker with these arguments, in a session of its own; None if the server is gone. Waits for its imports."""
+        try:
+            socket.send_fds(self._connection, [json.dumps(arguments).encode()], [stdin, log.fileno()])
+            message = self._connection.recv(MESSAGE_BYTES)
+        except ConnectionError:
+            return None
+        return Forked(json.loads(message)["pid"], self._connection) if message else None
+
+    def close(self) -> None:
+        """Ends the server, which has no worker any more."""
+        self._connection.close()
+        self._process.kill()  # it may be importing still
+        self._process.wait()
+
+
+def main() -> int:
+    """Serves until the run is gone; returns in each worker that was forked, when its work is done."""
+    _place, connection, *modules = sys.argv[1:]
+    for module in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # so that collecting garbage in a worker does not copy what they share
+    arguments = _serve(socket.socket(fileno=int(connection)))
+    if arguments is None:
+        return 0
+    sys.argv[1:] = arguments
+    return worker.main()
+
+
+def _serve(connection: socket.socket) -> list[str] | None:
+    """Forks a worker for each request, one after the other; in a worker, returns its arguments."""
+    with connection, contextlib.suppress(ConnectionError):
+        while True:
+            message, files, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 2)
+            if not message:
+                break
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                stdin, log = files
+                for number, file in enumerate((stdin, log, log)):
+                    os.dup2(file, number)
+            for file in files:
+                os.close(file)
+            if pid == 0:
+                return list(json.loads(message))
+            connection.send(json.dumps({"pid": pid}).encode())
+            _, status = os.waitpid(pid, 0)
+            connection.send(json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode())
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
