@@ -228,7 +228,7 @@ class Execution:
             layout=layout,
             team=self._team,
             offer=offer,
-            fork_server=self._fork_server,
+            fork_server=self._fork_server if stage.imports else None,  # which may be importing yet
         )
         result = work.work(self._progress, self._stop, self._tracker, self._notices)
         seconds = time.monotonic() - clock
