@@ -26,6 +26,19 @@ def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
     return ((field, leaf) for field, leaf in _leaves(stage) if isinstance(leaf, InputFile))
 
 
+def tables(value: Any, field: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """Each table within a stage, with its dotted field."""
+    match value:
+        case BaseModel():
+            if field:
+                yield field, value
+            for name in type(value).model_fields:
+                yield from tables(getattr(value, name), f"{field}.{name}".removeprefix("."))
+        case list() | tuple():
+            for index, item in enumerate(value):
+                yield from tables(item, f"{field}[{index}]")
+
+
 def _leaves(value: Any, field: str = "", *, semantic_only: bool = False) -> Iterator[tuple[str, Any]]:
     match value:
         case BaseModel():

@@ -73,6 +73,9 @@ def _talk(speaker: "Speaker", *, system: str | None, sampling: "Sampling", max_n
         if line == "/new":
             messages = list(beginning)
             continue
+        if sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
+            print(HELP, file=sys.stderr)
+            continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})

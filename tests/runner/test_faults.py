@@ -94,6 +94,8 @@ def test_a_fork_server_that_is_killed_takes_its_worker_along_and_is_not_missed(t
     worker = psutil.Process(*living.living(scratch))
     server = psutil.Process(worker.ppid())
     assert server.ppid() == process.pid and "runner.workers.fork_server" in server.cmdline()
+    plan = json.loads(fresh.call("plan", str(fresh.recipe), "--json").stdout)
+    assert [stage["reason"] for stage in plan["stages"] if stage["name"] == "base"] == ["a run is making it now"]
     server.kill()
     wait_for(lambda: living.living(scratch) not in ([], [worker.pid]))
     (second,) = living.living(scratch)

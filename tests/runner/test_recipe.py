@@ -102,6 +102,7 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
         ('stage = 3\nname = "x"', "stage: wants at least one"),
         ('name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]', "name: found 'a b'"),
         ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; wants one of"),
+        (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
         ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: found 3, wants one of"),
         ('name = "x"\n[stage.c]\nkind = "corpus"\n', "stage.c.sources: is missing"),
         ("extends = 3", "extends: wants the path of a recipe"),
@@ -111,6 +112,43 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
 )
 def test_malformed_recipes_get_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
     assert message in "\n".join(faults(tmp_path, text))
+
+
+TAUGHT = (
+    GOOD
+    + """
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = 32
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { preset = "2m" }
+[stage.chat]
+kind = "sft"
+model = "base"
+data = [{ files = "rows.*", prompt = "{question}", response = "{answer}", on_bad_row = "BAD" }]
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.jsonl", '{"queston": 1, "answer": 2}\n'), ("rows.csv", "queston,answer\n1,2\n")]
+)
+def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    (line,) = faults(tmp_path, TAUGHT.replace("BAD", "fail"))
+    assert f"stage.chat.data[0]: wants the field 'question' in the rows of {tmp_path / name}, found only 'queston'" in line
+    assert line.endswith("did you mean 'queston'?")
+    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip")))
+    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}")))
+
+
+def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("no JSON\n")
+    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail")))
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Which models of a recipe one can talk to, and `run chat` in a pipe, with a real model."""
 
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +45,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     (folder / "text.txt").write_text("text", encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
 
-    def run(*words: str, said: str = "") -> "subprocess.CompletedProcess[str]":
+    def run(*words: str, said: str = "", terminal: int | None = None) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "runner.cli", *words, *([] if "--cache" in words else ["--cache", "cache"])]
-        return subprocess.run(command, cwd=folder, input=said, capture_output=True, text=True, timeout=120, check=False)
+        source: dict[str, Any] = {"input": said} if terminal is None else {"stdin": terminal}
+        return subprocess.run(command, cwd=folder, **source, capture_output=True, text=True, timeout=120, check=False)
 
     nothing = run("chat", "recipe.toml")
     assert nothing.returncode == 2 and "found none" in nothing.stderr
@@ -72,6 +75,14 @@ def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedP
     assert once.returncode == 0, once.stderr
     again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
     assert again.stdout == once.stdout * 2, "/new forgets, and greedy answers repeat"
+
+
+def test_a_word_behind_a_slash_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, b"/help\n/exit\n")
+    told = ask("chat", "recipe.toml", terminal=terminal)
+    assert told.returncode == 0 and told.stderr.count("/new forgets the conversation") == 2
+    assert told.stdout.split() == [">", ">"]
 
 
 def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
