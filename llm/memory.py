@@ -11,7 +11,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator on "cuda", else of the process since it started."""
+    """Bytes: of the GPU's allocator on "cuda", else of the process since it started, with what it shares with the process that
+    forked it.
+    """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

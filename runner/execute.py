@@ -81,8 +81,11 @@ class Execution:
         self._judge(plan)
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
-        """What forks the workers of the stages that are left, if anything they need is slow to import."""
-        left = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        """What forks the workers of the stages that are left, if anything is slow to import for those that run alone."""
+        machines = self._team.layout.machines if self._team else 1
+        trains_alone = machines * launch.process_count(self._recipe.head.parallel) == 1
+        pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        left = (stage for stage in pending if trains_alone or not stage.trains)
         modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
         if not modules or not launch.can_fork():
             return None

@@ -27,7 +27,7 @@ def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
 
 
 def tables(value: Any, field: str = "") -> Iterator[tuple[str, BaseModel]]:
-    """Each table within a stage, with its dotted field."""
+    """Each table within a stage, itself not, with its dotted field."""
     match value:
         case BaseModel():
             if field:

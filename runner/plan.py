@@ -196,10 +196,12 @@ class Plan:
             if (scratch / PAUSED).exists():
                 return Entry(name, stage, "paused", "by an alert; run goes on from its checkpoint", key, what, None, None)
             resumable, beginning = scratch.exists(), self._beginning(stage, what)
-            reason = self._why_new(name, stage, what, key)
-            if resumable:
-                is_free = self._store.is_free(stage.kind, key)
-                reason = "goes on where it was interrupted" if is_free else "a run is making it now"
+            if not resumable:
+                reason = self._why_new(name, stage, what, key)
+            elif self._store.is_held_here(stage.kind, key):
+                reason = "a process of this machine works on it now"
+            else:
+                reason = "goes on where it was interrupted"
             if beginning and not resumable:
                 reason = f"goes on from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
             state: State = "resume" if resumable or beginning else "run"

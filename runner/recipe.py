@@ -16,18 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 import runner.stages
-from llm.corpus.sources import field_names
-from llm.errors import InputError
 from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
 from runner.expand import Attempts, Branches, Sweep, branches, changes_of, expand, numbered, sources
-from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of, tables
+from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of
 from runner.mirrors import TrackerName
 from runner.reading.faults import listed, nearest, shown, validated
 from runner.reading.paths import Bounds, fixed_part, leaves_by_name
 from runner.reading.tables import apply_override, merged, read_with_parents
 from runner.stage import Execution, InputFile, Located, Parallel, Semantic, Spec, Stage
-from runner.stages.data import PreferenceTable, RowTable
 from runner.sweep import SweepTable, read_sweep
 from runner.sweep import resolved as resolved_sweep
 from runner.workers.alerts import AlertsTable
@@ -191,7 +188,6 @@ def load_recipe(
     }
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, bounds, absent))
-    faults.extend(_row_faults(stages) if not faults else ())
     if not faults:
         for name, stage in list(stages.items()):
             stages |= stage.completed(name, stages)
@@ -215,7 +211,6 @@ def load_recipe(
         expanded = expand(stages, families)
         faults.extend(_reference_faults(expanded, broken))
         faults.extend(_file_faults(expanded, bounds, absent))
-        faults.extend(_row_faults(expanded) if not faults else ())
     if head is not None:
         found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
         found |= {  # of attempts, what they alone are at odds with
@@ -355,24 +350,6 @@ def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[
                 yield f"{place}: {bounds.fault(outside[0].name, outside[0])}"
             elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
                 yield f"{place}: wants a file, found {closed[0]}, which may not be read"
-
-
-def _row_faults(stages: Mapping[str, Stage]) -> Iterator[str]:
-    """Fields that the first row of the first file does not have: said now, and not when the stage runs."""
-    for name, stage in stages.items():
-        for field, table in tables(stage):
-            if not isinstance(table, RowTable | PreferenceTable) or table.on_bad_row == "skip":
-                continue
-            for path in table.files.matches()[:1]:
-                try:
-                    found = field_names(path)
-                except InputError:
-                    continue  # where it is damaged, or empty, says the stage
-                if missing := sorted(table.template.fields.difference(found)):
-                    yield (
-                        f"stage.{name}.{field}: wants the field {missing[0]!r} in the rows of {path}, found only "
-                        f"{', '.join(map(repr, found))}{nearest(missing[0], found)}"
-                    )
 
 
 def _place_remote(table: dict[str, Any], bounds: Bounds) -> Iterator[str]:

@@ -17,8 +17,8 @@ A kind is a subclass of `Stage` in a file of its own under `runner/stages/`:
 
 Every field says whether it decides the result (`Semantic`, part of the cache key) or only how the result is computed
 (`Execution`, never part of it). The module is imported while planning, so torch and whatever is slow to import is imported
-inside `run`; what `imports` names of it, a run imports once for all of its stages. `run` may be called again in the same
-`context.work` after a crash, and goes on from what it finds there.
+inside `run`; where workers can be forked, what `imports` names of it is imported once for all stages. `run` may be called
+again in the same `context.work` after a crash, and goes on from what it finds there.
 """
 
 import abc
@@ -274,7 +274,7 @@ class Stage(Spec):
     kind: ClassVar[str]
     version: ClassVar[int]  # raised when the same fields come to mean another result
     makes: ClassVar[type[Artifact]]
-    imports: ClassVar[tuple[str, ...]] = ()  # modules for `run` that take seconds to import
+    imports: ClassVar[tuple[str, ...]] = ()  # modules that it needs and that take seconds to import
     trains: ClassVar[bool] = False  # run under `accelerate launch`, in as many processes as [parallel] says
 
     registry: ClassVar[dict[str, type["Stage"]]] = {}

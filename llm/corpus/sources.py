@@ -135,6 +135,8 @@ def field_names(path: Path) -> list[str]:
             return list(pq.read_schema(path).names)
         except pa.ArrowException as error:
             raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+    if _format(path) == ".txt":  # which would be read whole
+        return ["text"]
     for row in read_rows([path], set()):
         return list(row.fields())
     raise InputError(f"{path}: wants at least one row; found none")

@@ -226,12 +226,14 @@ class Store:
                 self._leases.release(name)
 
     def is_free(self, kind: str, key: str) -> bool:
-        """Whether nobody holds the key's lock now; leaves no trace."""
-        with contextlib.ExitStack() as files:
-            with contextlib.suppress(FileNotFoundError):
-                if not _locked(files.enter_context(self.log(kind, key).open("rb")), fcntl.LOCK_EX):
-                    return False
-            return self._leases.is_free(_name(kind, key))
+        """Whether nobody holds the key's lock now; leaves no trace, and may take seconds where other machines work here."""
+        return not self.is_held_here(kind, key) and self._leases.is_free(_name(kind, key))
+
+    def is_held_here(self, kind: str, key: str) -> bool:
+        """Whether a process of this machine holds the key's lock now; leaves no trace."""
+        with contextlib.suppress(OSError), self.log(kind, key).open("rb") as file:
+            return not _locked(file, fcntl.LOCK_EX)
+        return False
 
     def _flock(self, file: IO[bytes], name: str, mode: int) -> bool | str:
         """Takes the key's lock of this machine; else says who is in the way."""

@@ -11,6 +11,7 @@ from runner.cost import Cost, costs, spare, total
 from runner.judging import settings, verdicts
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.plan import Plan, as_json
+from runner.reading.first_rows import check_first_rows
 from runner.views.progress import duration
 
 COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
@@ -33,6 +34,7 @@ def main(options: argparse.Namespace) -> int:
     recipe, store = recipe_of(options), store_of(options)
     if options.until:
         stage_named(recipe, options.until)
+    check_first_rows(recipe)
     plan = Plan(recipe, store, until=options.until)
     measured = None
     if options.measure:

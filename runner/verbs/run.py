@@ -51,6 +51,7 @@ def main(options: argparse.Namespace) -> int:
     from runner.machines.joining import Joining
     from runner.machines.team import Team, opened
     from runner.plan import Plan
+    from runner.reading.first_rows import check_first_rows
     from runner.views.progress import make_progress
     from runner.workers.stage_run import StopRequest
 
@@ -81,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
             confirm.refuse_if_stuck(published, plan)
         if not confirm.agreed(published, yes=options.yes):
             return NOT_RUN
+    check_first_rows(recipe)
     progress = make_progress(lambda: expected_seconds(recipe, store), as_json=options.json)
     stop = StopRequest()
     stop.install()

@@ -1,5 +1,5 @@
-"""A process that has imported torch, and whatever else takes seconds to import, and becomes the worker of one stage after the
-other: each is a fork of it, and begins at once. It is started beside the first stages of a run, which need no torch.
+"""A process that has imported torch, and whatever else takes seconds to import, and forks the workers of one stage after the
+other, which begin at once. It is started beside the first stages of a run, which need no torch.
 
 A run without it has the same results, later: where there is a GPU, whose driver no fork may inherit, and where fork is not
 safe.
@@ -22,6 +22,7 @@ from typing import IO
 from runner.workers import worker
 
 MESSAGE_BYTES = 2**16
+PATIENCE = 120.0  # seconds for the imports, from a cold disk, before a worker is started without the server
 
 
 class Forked:
@@ -46,15 +47,15 @@ class Forked:
         return self._code
 
     def _told(self) -> int:
-        """What the server says of its end. One that was killed says nothing, and its worker is ended with it."""
-        with contextlib.suppress(ConnectionError):
+        """What the server says of its end. One that is gone says nothing; the worker then counts as killed, and is ended."""
+        with contextlib.suppress(OSError):
             if message := self._server.recv(MESSAGE_BYTES):
                 return int(json.loads(message)["code"])
         return -signal.SIGKILL
 
 
 class ForkServer:
-    """The server as the run sees it. `place` only shows in lists of processes whose it is."""
+    """The server as the run sees it. `place` is only there so that lists of processes show whose server it is."""
 
     def __init__(self, modules: Sequence[str], *, place: Path, environment: Mapping[str, str]) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -71,28 +72,37 @@ class ForkServer:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked | None:
-        """A worker with these arguments, in a session of its own; None if the server is gone. Waits for its imports."""
+    def start(self, arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked:
+        """A worker with these arguments, in a session of its own. Waits for the server's imports. ConnectionError if it does
+        not answer: it is ended then, and a worker that it may have forked ends when the other end of `stdin` closes.
+        """
         try:
+            self._connection.settimeout(PATIENCE)
             socket.send_fds(self._connection, [json.dumps(arguments).encode()], [stdin, log.fileno()])
-            message = self._connection.recv(MESSAGE_BYTES)
-        except ConnectionError:
-            return None
-        return Forked(json.loads(message)["pid"], self._connection) if message else None
+            if message := self._connection.recv(MESSAGE_BYTES):
+                return Forked(json.loads(message)["pid"], self._connection)
+        except OSError as error:
+            self.close()
+            raise ConnectionError from error
+        self.close()
+        raise ConnectionError
 
     def close(self) -> None:
-        """Ends the server, which has no worker any more."""
+        """Ends the server, whose workers have ended."""
         self._connection.close()
         self._process.kill()  # it may be importing still
         self._process.wait()
 
 
 def main() -> int:
-    """Serves until the run is gone; returns in each worker that was forked, when its work is done."""
+    """Serves until the run is gone, unless there is a GPU; returns in each worker that was forked, when its work is done."""
     _place, connection, *modules = sys.argv[1:]
     for module in modules:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():  # by a way that the run does not know; asking alone spoils forks
+        return 0
     gc.collect()
     gc.freeze()  # so that collecting garbage in a worker does not copy what they share
     arguments = _serve(socket.socket(fileno=int(connection)))

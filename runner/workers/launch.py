@@ -1,4 +1,4 @@
-"""Starts the processes of one stage and ends them: one plain worker, or several under `accelerate launch`.
+"""Starts the processes of a stage and ends them: one worker, forked where that is safe, or several under `accelerate launch`.
 
 Workers live on a pipe: their standard input is its read end, and they exit when it closes, which also happens when this
 process dies. Their output is the key's log, whose open file carries the key's lock. A request to stop is a file in the
@@ -108,17 +108,7 @@ def started(
     """
     if LAUNCHER in command and gpu_count() == 0:  # a worker alone sees for itself what there is
         environment = environment | {"ACCELERATE_USE_CPU": "true"}
-    read_end, write_end = os.pipe()
-    process: Process | None = None
-    try:
-        if fork_server and command[: len(WORKER)] == WORKER:
-            process = fork_server.start(command[len(WORKER) :], stdin=read_end, log=log)
-        if process is None:
-            process = subprocess.Popen(
-                command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-    finally:
-        os.close(read_end)
+    process, write_end = _begun(command, log, environment, fork_server)
     try:
         yield process
     finally:
@@ -128,8 +118,30 @@ def started(
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+
+
+def _begun(
+    command: list[str], log: IO[bytes], environment: dict[str, str], fork_server: ForkServer | None
+) -> tuple[Process, int]:
+    """The processes, and the end of the pipe that they live on."""
+    read_end, write_end = os.pipe()
+    try:
+        if fork_server and command[: len(WORKER)] == WORKER:
+            return fork_server.start(command[len(WORKER) :], stdin=read_end, log=log), write_end
+        process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
+        return process, write_end
+    except ConnectionError:
+        os.close(write_end)  # whatever the server may still have begun ends
+        return _begun(command, log, environment, None)
+    except BaseException:
+        os.close(write_end)
+        raise
+    finally:
+        os.close(read_end)
 
 
 def wait(process: Process, *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:

@@ -8,6 +8,7 @@ import tomli_w
 
 from runner.errors import RecipeError
 from runner.graph import input_files
+from runner.reading.first_rows import check_first_rows
 from runner.reading.schema import docstrings, recipe_schema
 from runner.recipe import load_recipe, stage_kinds
 from runner.stage import Identity, Spec
@@ -139,16 +140,19 @@ data = [{ files = "rows.*", prompt = "{question}", response = "{answer}", on_bad
 )
 def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    (line,) = faults(tmp_path, TAUGHT.replace("BAD", "fail"))
-    assert f"stage.chat.data[0]: wants the field 'question' in the rows of {tmp_path / name}, found only 'queston'" in line
-    assert line.endswith("did you mean 'queston'?")
-    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip")))
-    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}")))
+    with pytest.raises(RecipeError) as caught:
+        check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
+    told = str(caught.value)
+    assert f"stage.chat.data[0]: wants the field 'question' in the rows of {tmp_path / name}, found only 'queston'" in told
+    assert told.endswith("did you mean 'queston'?") and len(told.splitlines()) == 1
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip"))))
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}"))))
 
 
-def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("no JSON\n")
-    load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail")))
+@pytest.mark.parametrize(("name", "content"), [("rows.jsonl", b"no JSON\n"), ("rows.jsonl", b""), ("rows.parquet", b"PAR1")])
+def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
