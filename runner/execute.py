@@ -231,7 +231,7 @@ class Execution:
             layout=layout,
             team=self._team,
             offer=offer,
-            fork_server=self._fork_server if stage.imports else None,  # which may be importing yet
+            fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
         result = work.work(self._progress, self._stop, self._tracker, self._notices)
         seconds = time.monotonic() - clock

@@ -55,12 +55,15 @@ class Forked:
 
 
 class ForkServer:
-    """The server as the run sees it. `place` is only there so that lists of processes show whose server it is."""
+    """The server as the run sees it; it imports `modules` in their order while nobody asks for a worker.
+
+    `place` is only there so that lists of processes show whose server it is.
+    """
 
     def __init__(self, modules: Sequence[str], *, place: Path, environment: Mapping[str, str]) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", __name__, str(place), str(theirs.fileno()), *modules]
-        quiet = subprocess.DEVNULL  # a module that cannot be imported is told by the worker that needs it
+        quiet = subprocess.DEVNULL
         with theirs:
             self._process = subprocess.Popen(
                 command,
@@ -72,13 +75,16 @@ class ForkServer:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked:
-        """A worker with these arguments, in a session of its own. Waits for the server's imports. ConnectionError if it does
-        not answer: it is ended then, and a worker that it may have forked ends when the other end of `stdin` closes.
+    def start(self, modules: Sequence[str], arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked:
+        """A worker that finds `modules` imported, with these arguments and in a session of its own.
+
+        ConnectionError if the server does not answer: it is ended then, and a worker that it may have forked ends when the other
+        end of `stdin` closes.
         """
+        request = json.dumps({"modules": modules, "arguments": arguments}).encode()
         try:
             self._connection.settimeout(PATIENCE)
-            socket.send_fds(self._connection, [json.dumps(arguments).encode()], [stdin, log.fileno()])
+            socket.send_fds(self._connection, [request], [stdin, log.fileno()])
             if message := self._connection.recv(MESSAGE_BYTES):
                 return Forked(json.loads(message)["pid"], self._connection)
         except OSError as error:
@@ -97,28 +103,30 @@ class ForkServer:
 def main() -> int:
     """Serves until the run is gone, unless there is a GPU; returns in each worker that was forked, when its work is done."""
     _place, connection, *modules = sys.argv[1:]
-    for module in modules:
-        with contextlib.suppress(Exception):
-            importlib.import_module(module)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():  # by a way that the run does not know; asking alone spoils forks
-        return 0
-    gc.collect()
-    gc.freeze()  # so that collecting garbage in a worker does not copy what they share
-    arguments = _serve(socket.socket(fileno=int(connection)))
+    arguments = _serve(socket.socket(fileno=int(connection)), modules)
     if arguments is None:
         return 0
     sys.argv[1:] = arguments
     return worker.main()
 
 
-def _serve(connection: socket.socket) -> list[str] | None:
+def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
     """Forks a worker for each request, one after the other; in a worker, returns its arguments."""
     with connection, contextlib.suppress(ConnectionError):
         while True:
+            while later and not select.select([connection], [], [], 0)[0]:
+                _import(later.pop(0))
             message, files, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 2)
             if not message:
                 break
+            request = json.loads(message)
+            for module in request["modules"]:
+                _import(module)
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_available():  # seen by torch alone; asking already spoils forks
+                break
+            gc.collect()
+            gc.freeze()  # so that collecting garbage in a worker does not copy what they share
             pid = os.fork()
             if pid == 0:
                 os.setsid()
@@ -128,11 +136,16 @@ def _serve(connection: socket.socket) -> list[str] | None:
             for file in files:
                 os.close(file)
             if pid == 0:
-                return list(json.loads(message))
+                return list(request["arguments"])
             connection.send(json.dumps({"pid": pid}).encode())
             _, status = os.waitpid(pid, 0)
             connection.send(json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode())
     return None
+
+
+def _import(module: str) -> None:
+    with contextlib.suppress(Exception):  # the worker that needs it says what is wrong
+        importlib.import_module(module)
 
 
 if __name__ == "__main__":

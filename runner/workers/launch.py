@@ -20,7 +20,7 @@ from typing import IO
 
 from runner.machines import ALONE, Layout, without_launcher
 from runner.stage import Parallel
-from runner.workers.fork_server import Forked, ForkServer
+from runner.workers.fork_server import Forked
 
 Process = subprocess.Popen[bytes] | Forked
 
@@ -100,15 +100,15 @@ def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork_server: ForkServer | None = None
+    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork: Callable[..., Forked] | None = None
 ) -> Iterator[Process]:
     """The running processes of a stage; on leaving, whatever still runs of them is ended.
 
-    A worker alone is a fork of `fork_server`, whose environment it has then.
+    A worker alone is made by `fork`, `ForkServer.start` for its modules; it has the server's environment then.
     """
     if LAUNCHER in command and gpu_count() == 0:  # a worker alone sees for itself what there is
         environment = environment | {"ACCELERATE_USE_CPU": "true"}
-    process, write_end = _begun(command, log, environment, fork_server)
+    process, write_end = _begun(command, log, environment, fork)
     try:
         yield process
     finally:
@@ -125,13 +125,13 @@ def started(
 
 
 def _begun(
-    command: list[str], log: IO[bytes], environment: dict[str, str], fork_server: ForkServer | None
+    command: list[str], log: IO[bytes], environment: dict[str, str], fork: Callable[..., Forked] | None
 ) -> tuple[Process, int]:
     """The processes, and the end of the pipe that they live on."""
     read_end, write_end = os.pipe()
     try:
-        if fork_server and command[: len(WORKER)] == WORKER:
-            return fork_server.start(command[len(WORKER) :], stdin=read_end, log=log), write_end
+        if fork and command[: len(WORKER)] == WORKER:
+            return fork(command[len(WORKER) :], stdin=read_end, log=log), write_end
         process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
         return process, write_end
     except ConnectionError:

@@ -31,7 +31,7 @@ from runner.track import Tracker
 from runner.views.progress import Follower, Progress, duration
 from runner.workers import launch, living
 from runner.workers.alerts import Notices
-from runner.workers.fork_server import ForkServer
+from runner.workers.fork_server import Forked
 from runner.workers.job import ERROR, JOB, PAUSED, PREPARED, RESULT, STOP, Job
 from runner.workers.recovery import Recovery
 from runner.workers.watchdog import Watchdog
@@ -74,12 +74,12 @@ class StageRun:
         team: Team | None = None,  # the other machines, as that of rank 0 sees them
         offer: Callable[[], None] = lambda: None,  # hands what the stage reads to those who do not see the cache
         owns_scratch: bool = True,  # no other machine works in the same folder
-        fork_server: ForkServer | None = None,
+        fork: Callable[..., Forked] | None = None,  # makes a worker alone
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._layout = layout if entry.stage.trains else ALONE
         self._team = team if entry.stage.trains else None
-        self._offer, self._owns_scratch, self._fork_server = offer, owns_scratch, fork_server
+        self._offer, self._owns_scratch, self._fork = offer, owns_scratch, fork
         self._work = store.work(entry.stage, str(entry.key))
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
@@ -221,7 +221,7 @@ class StageRun:
                 )
 
         try:
-            with launch.started(command, log=self._log, environment=environment, fork_server=self._fork_server) as process:
+            with launch.started(command, log=self._log, environment=environment, fork=self._fork) as process:
                 code = launch.wait(process, tick=look, stopping=lambda: stop.requested)
         finally:
             living.end(self._scratch)

@@ -28,7 +28,7 @@ def begin(server: ForkServer, folder: Path, job: Path) -> Forked:
     """A worker on `job`, with its log in `folder` and a standard input that never ends."""
     read_end, _ = os.pipe()
     with (folder / "log").open("ab") as log:
-        return server.start([str(job)], stdin=read_end, log=log)
+        return server.start(["wave", "no_such_module"], [str(job)], stdin=read_end, log=log)
 
 
 def waiting_job(folder: Path) -> Path:
