@@ -78,8 +78,8 @@ class ForkServer:
     def start(self, modules: Sequence[str], arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked:
         """A worker that finds `modules` imported, with these arguments and in a session of its own.
 
-        ConnectionError if the server does not answer: it is ended then, and a worker that it may have forked ends when the other
-        end of `stdin` closes.
+        ConnectionError if the server does not answer: it is ended then, and a worker that it may have forked ends when the
+        other end of `stdin` closes.
         """
         request = json.dumps({"modules": modules, "arguments": arguments}).encode()
         try:
