@@ -45,6 +45,8 @@ class LlamaCpp:
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
         self._whole = self.encode("a")[0]  # a token that is text by itself
+        # A server that goes before its queue has begun waits forever for its end; this answer goes through the queue.
+        self._complete([self._whole], n_predict=1)
 
     def encode(self, text: str) -> list[int]:
         """The text alone, special tokens as text."""

@@ -1,6 +1,7 @@
 """How tests share the cores, and fixtures for all: a Context for a stage that is run by hand, and a Hub on loopback."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from runner.stage import Context, Parallel
 if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core, not each on all of them
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     os.environ["STOCKPOT_CORES"] = "1"  # of the runs that a test starts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background, and all that that starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt runs
+LONG_SECONDS = 3000.0  # for one test that is marked as long; the others have what pyproject.toml says
 LONGEST = ["test_quickstart.py", "test_machines.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
 
 
@@ -27,8 +31,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker begins them when the others have nothing left to do."""
+    """The longest files first, so that no worker begins them when the others have nothing left to do; long tests may last."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(LONG_SECONDS))
 
 
 @pytest.fixture

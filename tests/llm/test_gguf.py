@@ -1,6 +1,9 @@
 """GGUF files: what llama.cpp, unpatched, makes of them. The faults that parity has to find are in test_parity."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import foreign_models
@@ -94,6 +97,29 @@ def test_models_that_others_made_are_written_with_their_own_tokenizers_and_rotar
         ours = model(torch.tensor([prompt]))[0, -1:].log_softmax(-1)
     torch.testing.assert_close(stranger.log_probabilities(prompt), ours, atol=1e-4, rtol=0)
     assert stranger.encode_prompt(PROMPTS[0]) == tokenizer.encode_prompt(PROMPTS[0])
+
+
+def test_a_file_that_is_opened_and_dropped_at_once_holds_nothing_up(tmp_path: Path) -> None:
+    """Some of these waited for ever, where others had the core meanwhile."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
+    code = f"""
+import os
+from pathlib import Path
+from tiny_release import open_in_llama_cpp
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+for _ in range(40):
+    open_in_llama_cpp(Path({str(tmp_path / "model.gguf")!r}), Path({str(checkpoint)!r}))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    crowd = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    try:
+        assert [process.wait(timeout=60) for process in crowd] == [0, 0, 0]
+    finally:
+        for process in crowd:
+            process.kill()
+            process.wait()
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Victim:
         return [sys.executable, "-m", "runner.cli", verb, str(self.recipe), *self.options, *more, "--cache", str(self.cache)]
 
     def start(self) -> "subprocess.Popen[bytes]":
-        with self.said.open("wb") as said, _interrupts_heard():
+        with self.said.open("wb") as said:
             return subprocess.Popen(self.command("run"), stdout=said, stderr=said, start_new_session=True)
 
     def run(self) -> None:
@@ -118,18 +117,6 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
     victim.run()
     _assert_finished(victim, wanted, figures)
     return figures
-
-
-@contextlib.contextmanager
-def _interrupts_heard() -> Iterator[None]:
-    """What a shell starts in the background ignores SIGINT, and so does all that it starts: a run would not hear the first one
-    before it has taken signals over. Inside, it is started as one in front.
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _ends(process: "subprocess.Popen[bytes]", *, within: float) -> bool:
