@@ -5,7 +5,8 @@ Letters: B rows, T positions, H query heads, K key and value heads, G = H / K, E
 On CPU, torch's flash kernel reaches about a third of what plain matrix products do, forward and backward (73 against 430
 GFLOP/s in bf16 on one 2-core machine), and a boolean mask costs it as much as causal attention. So here blocks of queries are
 multiplied with the keys that can matter to them by plain batched products; keys before the first document of a block and after
-its last query are never touched. Elsewhere SDPA does the work. Nothing here draws random numbers: attention has no dropout.
+its last query are never touched. A long training in bf16 has a kernel of its own for the same (`llm.fused_attention`). On GPU
+SDPA does the work. Nothing here draws random numbers: attention has no dropout.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
+
+from llm import fused_attention
 
 BLOCK = 128  # queries per block: best of 64, 128, 256 at T = 256 and 512 on 2 cores, bf16 and fp32
 
@@ -35,10 +38,17 @@ class Visibility:
 
     blocks: tuple[Block, ...] | None  # on CPU
     mask: Tensor | None  # elsewhere: (B, 1, T, T), True where visible; None means all that lie before
+    starts: Tensor | None = None  # for the fused kernel, instead of both: (1 or B, T), where the document of each begins
 
 
-def visibility(length: int, *, documents: Tensor | None, dtype: torch.dtype, device: torch.device) -> Visibility:
-    """What each of `length` positions sees: itself and earlier ones of the same document. `documents` is (B, T) or None."""
+def visibility(
+    length: int, *, documents: Tensor | None, dtype: torch.dtype, device: torch.device, fused: bool = False
+) -> Visibility:
+    """What each of `length` positions sees: itself and earlier ones of the same document. `documents` is (B, T) or None; the
+    positions of a document lie together. `fused` is for attention by the kernel, which then has to fit.
+    """
+    if fused:
+        return Visibility(None, None, _starts(length, documents))
     if device.type != "cpu":
         if documents is None:
             return Visibility(None, None)
@@ -63,8 +73,19 @@ def visibility(length: int, *, documents: Tensor | None, dtype: torch.dtype, dev
     return Visibility(tuple(blocks), None)
 
 
+def _starts(length: int, documents: Tensor | None) -> Tensor:
+    """The first position of each one's document, (1 or B, T) int32."""
+    if documents is None:
+        return torch.zeros(1, length, dtype=torch.int32)
+    begins = torch.zeros_like(documents, dtype=torch.int32)
+    begins[:, 1:] = torch.where(documents[:, 1:] != documents[:, :-1], torch.arange(1, length, dtype=torch.int32), 0)
+    return begins.cummax(1).values
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
     """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `visible`. Returns (B, H, T, E)."""
+    if visible.starts is not None:
+        return fused_attention.attend(q, k, v, starts=visible.starts)
     if visible.blocks is None:
         group = q.shape[1] // k.shape[1]
         if visible.mask is None:

@@ -10,6 +10,7 @@ from torch import nn
 from llm.compilation import resolve_compile
 from llm.dropout import Dropout
 from llm.files import write_json
+from llm.fused_attention import resolve_fused_attention
 from llm.group import Group
 from llm.precision import Precision, resolve_precision
 from llm.sharding import Strategy
@@ -30,6 +31,7 @@ class Choices:
     threads: int
     device: str
     compiled: bool = False  # whether layers run as torch.compile makes them
+    fused_attention: bool = False  # whether attention is that of `llm.fused_attention`
     strategy: Strategy = "single"  # how processes share it
 
 
@@ -38,6 +40,7 @@ def choose(
     micro_batch: int | Literal["auto"],
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],
+    fused_attention: bool | Literal["auto"],
     strategy: Literal["ddp", "fsdp"],
     *,
     cores: int,
@@ -63,6 +66,9 @@ def choose(
         threads=max(1, cores // group.size),
         device=device,
         compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops / group.size, shape=shape)),
+        fused_attention=group.from_main(
+            resolve_fused_attention(fused_attention, device=device, precision=resolved, flops=flops / group.size)
+        ),
         strategy=strategy_here,
     )
 

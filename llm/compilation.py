@@ -36,9 +36,12 @@ def resolve_compile(wanted: bool | Literal["auto"], *, device: str, flops: float
 
 def has_compiler(device: str) -> bool:
     """Whether this machine has what torch.compile needs: a C++ compiler for a CPU, Triton for a GPU."""
-    if device == "cuda":
-        return util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return util.find_spec("triton") is not None if device == "cuda" else compiler() is not None
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine: CXX, else g++ or clang++; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 def note_of(shape: str) -> Path | None:

@@ -16,6 +16,7 @@ from llm.choices import Choices
 from llm.dropout import set_counters
 from llm.errors import InputError
 from llm.feed import batches
+from llm.fused_attention import UnavailableError, fits, library
 from llm.group import Group
 from llm.memory import free_memory, is_out_of_memory
 from llm.objectives import Learner
@@ -34,6 +35,8 @@ def settle(
     as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model: Any = learner.model
+    choices = _with_kernel(choices, model, rows.context, group=group, report=report)
+    model.fused_attention = choices.fused_attention
     if auto and choices.micro_batch > 1:
         choices = replace(choices, micro_batch=_foretold(learner, rows, choices.micro_batch, group=group))
     while True:
@@ -63,6 +66,21 @@ def settle(
             report(note=f"memory ran out: tries micro_batch = {choices.micro_batch}")
         else:
             return choices
+
+
+def _with_kernel(choices: Choices, model: Any, length: int, *, group: Group, report: Callable[..., None]) -> Choices:
+    """`choices` with the attention kernel only if it fits and works in every process."""
+    if not choices.fused_attention or not fits(length, model.config.head_size, torch.bfloat16):
+        return replace(choices, fused_attention=False)
+    reason = None
+    try:
+        library()
+    except UnavailableError as error:
+        reason = str(error)
+    if not group.sum(reason is not None)[0]:
+        return choices
+    report(note=f"attention has no kernel here, so training goes on without it: {reason or 'another process has none'}")
+    return replace(choices, fused_attention=False)
 
 
 def smaller(micro_batch: int, *, auto: bool, context: int) -> int:

@@ -59,6 +59,7 @@ def train(
     micro_batch: int | Literal["auto"],  # rows per forward pass of a process
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],  # layers by torch.compile
+    fused_attention: bool | Literal["auto"],  # by a kernel of its own
     strategy: Literal["ddp", "fsdp"],  # of several processes
     find_unused_parameters: bool,  # under "ddp"
     cores: int,  # of this machine, shared by its processes
@@ -99,6 +100,7 @@ def train(
             micro_batch,
             precision,
             False if compiled == "auto" and not is_plain(model) else compiled,
+            fused_attention,
             strategy,
             cores=cores,
             context=rows.context,

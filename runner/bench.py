@@ -104,6 +104,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
         optimizer=stage.optimizer,
         precision=recipe.head.parallel.precision,
         compiled=recipe.head.parallel.compile if compiled else False,
+        fused_attention=recipe.head.parallel.fused_attention if compiled else False,
         recompute=stage.recompute,
         cores=available_cores(),
     )

@@ -20,7 +20,7 @@ def code_digest(stage: type[Stage]) -> str:
 
 @cache
 def _llm_digest() -> str:
-    modules = sorted(Path(llm.__path__[0]).rglob("*.py"))
+    modules = sorted(Path(llm.__path__[0]).rglob("*.py")) + sorted(Path(llm.__path__[0]).rglob("*.cpp"))
     return "".join(_bytes_digest(path) for path in modules)
 
 

@@ -172,6 +172,7 @@ def _as_it_trained(parallel: Parallel, entry: Entry) -> Parallel:
         return parallel
     choices = entry.record.data["metrics"]["choices"]
     found = {"precision": choices["precision"], "compile": choices["compiled"]}
+    found["fused_attention"] = choices.get("fused_attention", False)  # which older records lack
     return parallel.model_copy(update={name: value for name, value in found.items() if getattr(parallel, name) == "auto"})
 
 

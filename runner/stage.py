@@ -182,6 +182,9 @@ class Parallel(Spec):
     """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
     compile: Execution[bool | Literal["auto"]] = "auto"
     """Whether layers run as torch.compile makes them; "auto" is where a training is long enough to gain by it."""
+    fused_attention: Execution[bool | Literal["auto"]] = "auto"
+    """Whether attention has a kernel of its own, which the machine's C++ compiler makes; "auto" is where a training in bf16 is
+    long enough, on CPUs with AVX512-BF16."""
     retries: Execution[int] = Field(2, ge=0)
     """How often a training begins again from its last checkpoint after a worker died, a group failed, memory ran out or a step
     did not end; a fault at a later step than any before begins the count anew. Faults of data or recipe are not retried."""

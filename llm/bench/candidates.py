@@ -105,6 +105,7 @@ class Ours:
             subject.micro_batch,
             subject.precision,
             subject.compiled,
+            subject.fused_attention,
             strategy,
             cores=subject.cores,
             context=subject.context,

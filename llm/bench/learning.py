@@ -90,6 +90,7 @@ def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scra
             micro_batch=subject.micro_batch,
             precision=subject.precision,
             compiled=subject.compiled,
+            fused_attention=subject.fused_attention,
             strategy="ddp",
             find_unused_parameters=False,
             cores=subject.cores,

@@ -66,6 +66,7 @@ def measure(subject: Subject, peaks: dict[str, Any], *, seconds: float, compiled
         "micro_batch": ours.choices.micro_batch,
         "precision": precision,
         "compiled": ours.choices.compiled,  # ours
+        "fused_attention": ours.choices.fused_attention,
         "first_loss": losses,  # equal weights and rows: equal up to rounding
         "flops_per_token": model.flops_per_token(subject.context),
         "peak_gflops": [peak.flops / taken / 1e9 for taken in timings[PEAK].rounds],

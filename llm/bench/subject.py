@@ -27,6 +27,8 @@ class Subject(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compiled: bool | Literal["auto"] = "auto"
     """Of our layers; "auto" is as a long training decides."""
+    fused_attention: bool | Literal["auto"] = "auto"
+    """The same of our attention."""
     recompute: bool = False
     cores: int
     """Threads of the step."""
@@ -46,5 +48,6 @@ def reference(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Subje
         context=512,
         rows=8,
         compiled=compiled,
+        fused_attention=compiled,
         cores=cores,
     )

@@ -112,6 +112,7 @@ class TrainingStage(Stage):
             micro_batch=self.micro_batch,
             precision=context.parallel.precision,
             compiled=context.parallel.compile,
+            fused_attention=context.parallel.fused_attention,
             strategy=context.parallel.strategy,
             find_unused_parameters=context.parallel.find_unused_parameters,
             cores=context.cores,

@@ -98,6 +98,7 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
         "micro_batch": "auto",
         "precision": "fp32",
         "compiled": False,
+        "fused_attention": False,
         "strategy": "ddp",
         "find_unused_parameters": False,
         "cores": 1,

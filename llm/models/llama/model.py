@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.attention import Visibility, attend, visibility
 from llm.dropout import Dropout
+from llm.fused_attention import fits
 from llm.models.llama.config import LlamaConfig, attention_flops
 from llm.models.llama.rope import frequencies
 from llm.parameters import numbers_in
@@ -138,6 +139,7 @@ class Llama(nn.Module):
         self.vocab_size = vocab_size
         self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
         self.compiled = False  # whether training runs the layers as torch.compile makes them
+        self.fused_attention = False  # whether attention is that of `llm.fused_attention`, where it fits
         self.model = Decoder(config, vocab_size=vocab_size)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
@@ -167,7 +169,9 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         angles = self._angles(positions)
-        visible = visibility(tokens.shape[1], documents=documents, dtype=dtype, device=tokens.device)
+        length = tokens.shape[1]
+        fused = self.fused_attention and fits(length, self.config.head_size, dtype)
+        visible = visibility(length, documents=documents, dtype=dtype, device=tokens.device, fused=fused)
         compiled = self.compiled and self.training
         given: dict[str, Any] = {"visible": visible, "compiled": compiled}
         for layer in self.model.layers:
