@@ -88,7 +88,9 @@ def restored(facts: dict[str, Any], group: Group, strategy: Literal["ddp", "fsdp
     kept = Choices(**facts)
     if kept.processes != group.size:
         kept = replace(kept, processes=group.size, threads=max(1, cores // group.size))
-    return replace(kept, device=group.device.type, strategy=strategy if group.size > 1 else "single")
+    device = group.device.type
+    fused = kept.fused_attention and device == "cpu"
+    return replace(kept, device=device, fused_attention=fused, strategy=strategy if group.size > 1 else "single")
 
 
 def layout(choices: Choices) -> str:

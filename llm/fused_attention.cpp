@@ -1,8 +1,8 @@
 // Causal attention inside documents on CPUs with AVX512-BF16, forward and backward; `fused_attention.py` builds and calls it.
 //
-// A thread takes the heads that share keys, and of them eight queries at a time: their scores stay in its first cache, and only
-// keys that some of the eight can see are multiplied, in panels of 32. Products are made by one tile of 8 x 32 sums that stay
-// in registers; `vdpbf16ps` adds products of two pairs, so one operand of each product is packed into panels of pairs.
+// A thread takes the heads that share keys, and of them eight queries at a time: their scores stay in its first cache, and
+// only keys that some of the eight can see are multiplied, in panels of 32. Products are made by one tile of 8 x 32 sums that
+// stay in registers; `vdpbf16ps` adds products of two pairs, so one operand of each product is packed into panels of pairs.
 //
 // Letters: B rows, T positions, H query heads, K key and value heads, E head size. T and E are multiples of 32.
 
@@ -17,9 +17,11 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int64_t ROWS = 8;      // of a tile
+constexpr int64_t ROWS = 8;      // of a tile: its 16 sums in registers hide how long a product takes
 constexpr int64_t COLUMNS = 32;  // of a tile, and of a panel
 constexpr int64_t BLOCK = 64;    // queries whose share of the gradients of keys and values is added at once
+
+constexpr float LOG2_E = 1.44269504f;
 
 struct Shape {
   int64_t rows, heads, kv_heads, length, size;
@@ -38,7 +40,7 @@ struct Buffer {
   explicit Buffer(int64_t count) : data(static_cast<T*>(_mm_malloc(count * sizeof(T), 64))) {}
   ~Buffer() { _mm_free(data); }
   Buffer(const Buffer&) = delete;
-  operator T*() const { return data; }
+  operator T*() const { return data; }  // null where there is no memory
 };
 
 inline __m512i load(const bf16* from) { return _mm512_loadu_si512(from); }
@@ -50,7 +52,7 @@ inline __m512 widened(const bf16* from) {
 
 inline __m512i rounded(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
-// sums (8 x 32, stride `stride`) = a (8 x 2 pairs, stride `step`) * panel (pairs x 32 x 2), or += where ADD.
+// sums (8 x 32, stride `stride`) = a (8 x pairs x 2, stride `step`) * panel (pairs x 32 x 2), or += where ADD.
 template <bool ADD>
 inline void multiply(int64_t pairs, const bf16* a, int64_t step, const bf16* panel, float* sums, int64_t stride) {
   __m512 sum[ROWS][2];
@@ -64,9 +66,9 @@ inline void multiply(int64_t pairs, const bf16* a, int64_t step, const bf16* pan
     for (int r = 0; r < ROWS; r++) {
       int32_t pair;
       std::memcpy(&pair, a + r * step + 2 * p, sizeof pair);
-      const __m512bh everywhere = (__m512bh)_mm512_set1_epi32(pair);
-      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, everywhere);
-      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], right, everywhere);
+      const __m512bh repeated = (__m512bh)_mm512_set1_epi32(pair);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, repeated);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], right, repeated);
     }
   }
 #pragma GCC unroll 8
@@ -140,7 +142,7 @@ void transpose_rows(const bf16* from, int64_t step, int64_t rows, int64_t size, 
   transpose(pairs, size, to, BLOCK / 2, rows / 2, size);
 }
 
-// 2^x for x <= 0: Taylor's polynomial within half a power, 2e-6 off at most.
+// 2^x for x <= 0: Taylor's polynomial within half a power, off by 4e-6 of it at most.
 inline __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, 0), part = _mm512_sub_ps(x, whole);
   __m512 sum = _mm512_set1_ps(0.00133336f);
@@ -181,7 +183,7 @@ inline void store_rows(const float* sums, const float* factors, int64_t size, bf
 // exp(scale * score - the row's largest) of eight queries from t on, into `weights` (8 x width), and one over their sums.
 void softmax(const float* scores, int64_t length, int64_t t, const int32_t* starts, int64_t low, int64_t high, float scale,
              bf16* weights, int64_t width, float* inverse) {
-  const __m512 factor = _mm512_set1_ps(scale * 1.44269504f);
+  const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
   for (int r = 0; r < ROWS; r++) {
     const float* score = scores + r * length;
     const int64_t first = starts[t + r], last = t + r;
@@ -210,19 +212,26 @@ extern "C" {
 // How many weights are kept of a head.
 int64_t weights_per_head(int64_t length) { return weights_before((length + BLOCK - 1) / BLOCK * BLOCK); }
 
-// `starts` has, `start_step` apart for each row, the first position of each one's document. `weights` and `inverse`, (B, H, ...)
-// and (B, H, T), are for the backward pass: weights before they are divided by their sum, and one over it.
-void forward(const Shape* given, const Heads* q, const Heads* k, const Heads* v, const Heads* out, bf16* weights, float* inverse,
-             const int32_t* starts, int64_t start_step, int threads) {
+// `starts` has, `start_step` apart for each row, the first position of each one's document. `weights` and `inverse`,
+// (B, H, ...) and (B, H, T), are for the backward pass: weights before they are divided by their sum, and one over it. Returns
+// whether memory was missing.
+int forward(const Shape* given, const Heads* q, const Heads* k, const Heads* v, const Heads* out, bf16* weights,
+            float* inverse, const int32_t* starts, int64_t start_step, int threads) {
   const Shape shape = *given;
   const int64_t length = shape.length, size = shape.size, group = shape.heads / shape.kv_heads;
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  int missing = 0;
 #pragma omp parallel num_threads(threads)
   {
     const Buffer<bf16> keys(length * size), values(length * size);
     const Buffer<float> scores(ROWS * length), sums(ROWS * size);
+    if (!keys || !values || !scores || !sums) {
+#pragma omp atomic write
+      missing = 1;
+    }
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shape.rows * shape.kv_heads; task++) {
+    for (int64_t task = 0; task < (missing ? 0 : shape.rows * shape.kv_heads); task++) {
       const int64_t b = task / shape.kv_heads, shared = task % shape.kv_heads;
       const int32_t* start = starts + b * start_step;
       pack_transposed(k->of(b, shared), k->position, shape, keys);
@@ -244,25 +253,34 @@ void forward(const Shape* given, const Heads* q, const Heads* k, const Heads* v,
       }
     }
   }
+  return missing;
 }
 
-// The gradients dq, dk and dv of what `forward` computed, from that of its result.
-void backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v, const Heads* out, const bf16* weights,
-              const float* inverse, const int32_t* starts, int64_t start_step, int threads, const Heads* grad, const Heads* dq,
-              const Heads* dk, const Heads* dv) {
+// The gradients dq, dk and dv of what `forward` computed, from that of its result. Returns whether memory was missing.
+int backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v, const Heads* out, const bf16* weights,
+             const float* inverse, const int32_t* starts, int64_t start_step, int threads, const Heads* grad, const Heads* dq,
+             const Heads* dk, const Heads* dv) {
   const Shape shape = *given;
   const int64_t length = shape.length, size = shape.size, group = shape.heads / shape.kv_heads;
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  int missing = 0;
 #pragma omp parallel num_threads(threads)
   {
     const Buffer<bf16> keys(length * size), values(length * size);
     // Of a block: scores' gradients by rows, and these and weights as panels, (T / 32, BLOCK / 2, 32, 2).
     const Buffer<bf16> dscores(BLOCK * (length + BLOCK)), dscore_panels(BLOCK * length), weight_panels(BLOCK * length);
-    const Buffer<bf16> divided(BLOCK * size), pairs(BLOCK * size), queries(BLOCK * size), wanted(BLOCK * size);
+    // Gradients of its results, over the sums of weights; and as factors, (E, BLOCK), these and its queries.
+    const Buffer<bf16> divided(BLOCK * size), grads(BLOCK * size), queries(BLOCK * size), pairs(BLOCK * size);
     const Buffer<float> dweights(ROWS * length), sums(ROWS * size), panel(COLUMNS * size);
     const Buffer<float> dkeys(length * size), dvalues(length * size);  // panels, transposed: (T / 32, E, 32)
+    if (!keys || !values || !dscores || !dscore_panels || !weight_panels || !divided || !pairs || !queries || !grads ||
+        !dweights || !sums || !panel || !dkeys || !dvalues) {
+#pragma omp atomic write
+      missing = 1;
+    }
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shape.rows * shape.kv_heads; task++) {
+    for (int64_t task = 0; task < (missing ? 0 : shape.rows * shape.kv_heads); task++) {
       const int64_t b = task / shape.kv_heads, shared = task % shape.kv_heads;
       const int32_t* start = starts + b * start_step;
       pack(k->of(b, shared), k->position, shape, keys);
@@ -277,11 +295,11 @@ void backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v
           for (int64_t t = block; t < stop; t += ROWS) {
             const int64_t low = down(start[t]), high = up(t + ROWS);
             const bf16* weight = weights + number * weights_per_head(length) + weights_before(block) + (t - block) * width;
-            const bf16* to_come = grad->of(b, h) + t * grad->position;
+            const bf16* wanted = grad->of(b, h) + t * grad->position;
             const bf16* result = out->of(b, h) + t * out->position;
             bf16* dscore = dscores + (t - block) * width;
             for (int64_t j = low; j < high; j += COLUMNS)
-              multiply<false>(size / 2, to_come, grad->position, values + j * size, dweights + j, length);
+              multiply<false>(size / 2, wanted, grad->position, values + j * size, dweights + j, length);
             for (int r = 0; r < ROWS; r += 2) {  // a pair of rows
               __m512 mean[2], factor[2];
               for (int i = 0; i < 2; i++) {
@@ -289,7 +307,7 @@ void backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v
                 const __m512 by = _mm512_set1_ps(over);
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t e = 0; e < size; e += COLUMNS) {
-                  const bf16 *g = to_come + (r + i) * grad->position + e, *o = result + (r + i) * out->position + e;
+                  const bf16 *g = wanted + (r + i) * grad->position + e, *o = result + (r + i) * out->position + e;
                   const __m512 first = widened(g), second = widened(g + 16);
                   sum = _mm512_fmadd_ps(first, widened(o), _mm512_fmadd_ps(second, widened(o + 16), sum));
                   _mm512_storeu_si512(divided + (t - block + r + i) * size + e,
@@ -320,13 +338,13 @@ void backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v
             store_rows(sums, nullptr, size, dq->of(b, h) + t * dq->position, dq->position);
           }
           transpose_rows(q->of(b, h) + block * q->position, q->position, stop - block, size, pairs, queries);
-          transpose_rows(divided, size, stop - block, size, pairs, wanted);
+          transpose_rows(divided, size, stop - block, size, pairs, grads);
           for (int64_t j = lowest; j < highest; j += COLUMNS) {
             const int64_t before = j > block ? j - block : 0;  // queries of the block that come before these keys
             const int64_t count = (stop - block - before) / 2, place = j * BLOCK + before * COLUMNS;
             for (int64_t e = 0; e < size; e += ROWS) {
               const int64_t from = e * BLOCK + before, to = j * size + e * COLUMNS;
-              multiply<true>(count, wanted + from, BLOCK, weight_panels + place, dvalues + to, COLUMNS);
+              multiply<true>(count, grads + from, BLOCK, weight_panels + place, dvalues + to, COLUMNS);
               multiply<true>(count, queries + from, BLOCK, dscore_panels + place, dkeys + to, COLUMNS);
             }
           }
@@ -342,5 +360,6 @@ void backward(const Shape* given, const Heads* q, const Heads* k, const Heads* v
       }
     }
   }
+  return missing;
 }
 }

@@ -74,7 +74,7 @@ def write_reference(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Keep beside the rows packed in `folder` what `model` gives each of their targets, computed as training does."""
+    """Keep beside the rows packed in `folder` what `model` gives each of their targets, in the precision of training."""
     rows = PackedRows(folder, seed=None)
     device = model.model.embed_tokens.weight.device
     model.eval()

@@ -16,7 +16,7 @@ from llm.choices import Choices
 from llm.dropout import set_counters
 from llm.errors import InputError
 from llm.feed import batches
-from llm.fused_attention import UnavailableError, fits, library
+from llm.fused_attention import PANEL, UnavailableError, fits, library
 from llm.group import Group
 from llm.memory import free_memory, is_out_of_memory
 from llm.objectives import Learner
@@ -70,13 +70,29 @@ def settle(
 
 def _with_kernel(choices: Choices, model: Any, length: int, *, group: Group, report: Callable[..., None]) -> Choices:
     """`choices` with the attention kernel only if it fits and works in every process."""
-    if not choices.fused_attention or not fits(length, model.config.head_size, torch.bfloat16):
-        return replace(choices, fused_attention=False)
-    reason = None
-    try:
-        library()
-    except UnavailableError as error:
-        reason = str(error)
+    if not choices.fused_attention:
+        return choices
+
+    def tried() -> str | None:
+        if choices.device != "cpu":
+            return f"it is for CPUs; found {choices.device}"
+        heads, size = choices.micro_batch * model.config.kv_heads, model.config.head_size
+        if not fits(length, size, torch.bfloat16 if choices.precision == "bf16" else torch.float32):
+            return (
+                f"it is for bf16, rows and heads of sizes in multiples of {PANEL}; found {choices.precision}, {length}, {size}"
+            )
+        if heads < choices.threads:
+            return f"it shares heads of keys among threads; found {heads} in a micro-batch, and {choices.threads} threads"
+        try:
+            library()
+        except UnavailableError as error:
+            return str(error)
+        return None
+
+    reason = tried() if group.is_main else None  # which builds it, so that the others find it
+    group.sum(0)
+    if not group.is_main:
+        reason = tried()
     if not group.sum(reason is not None)[0]:
         return choices
     report(note=f"attention has no kernel here, so training goes on without it: {reason or 'another process has none'}")

@@ -66,5 +66,6 @@ def measure_model(
 ) -> dict[str, float]:
     """The same of a model that is not being trained, computed as a training with `choices` does."""
     group = Group()
+    model.fused_attention = choices.fused_attention  # type: ignore[assignment]  # every registered model has it
     learner = Learner(model.to(group.device), next_token_loss, precision=choices.precision)
     return measure(learner, validation, group=group, micro_batch=choices.micro_batch, should_stop=should_stop)

@@ -12,7 +12,7 @@ folder is under `stages/`.
       runs/                   which keys each of the last runs used
       receipts/               what was pushed where
       published/              recipes of published models, and their data where it was found
-      compiled/               what torch.compile made, for this machine
+      compiled/               what was compiled here: by torch.compile, and attention
       digests.json            memo of file digests by path, size, time and inode
 
 The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it. It has two
@@ -74,7 +74,7 @@ class Store:
 
     @property
     def compiled(self) -> Path:
-        """Where torch.compile keeps what it made."""
+        """Where what is compiled is kept."""
         return self.root / "compiled"
 
     def log(self, stage: Stage | str, key: str) -> Path:

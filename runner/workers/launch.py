@@ -93,7 +93,7 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
 
 
 def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
-    """The environment of workers; `compiled` is the folder in which torch.compile keeps its results."""
+    """The environment of workers; `compiled` is the folder in which what is compiled is kept."""
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
     return defaults | without_launcher(os.environ) | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
 

@@ -1,7 +1,7 @@
 """The attention kernel: its values and gradients, what it does not see, and trainings that use it."""
 
-import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from tiny_training import MadeUpRows, tiny_model, tiny_training
 from torch import Tensor
 
-from llm import fused_attention
+from llm import fused_attention, lora
 from llm.attention import attend, visibility
+from llm.choices import Choices, restored
 from llm.errors import Interrupted
 from llm.fused_attention import WORTH, UnavailableError, fits, library, resolve_fused_attention
+from llm.group import Group
 from llm.settings import Budget
 from llm.validation import Validation
 
@@ -145,10 +147,12 @@ def test_one_that_was_stopped_ends_bit_for_bit_where_another_does(recompute: boo
 
 @pytest.mark.parametrize("sizes", [{"head_size": 16}, {"head_size": 32, "context": 24}])
 def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_path: Path) -> None:
-    context = sizes.get("context", 32)
+    context, lines = sizes.get("context", 32), list[dict[str, Any]]()
     changes = TRAINING | {"rows": MadeUpRows(context=context), "batch_tokens": 4 * context, "validation": None}
-    metrics = tiny_training(tiny_model(**{"context": 32} | sizes), tmp_path, **changes)
+    metrics = tiny_training(tiny_model(**{"context": 32} | sizes), tmp_path, **changes, lines=lines)
     assert metrics["choices"]["fused_attention"] is False
+    found = f"multiples of 32; found bf16, {context}, {sizes['head_size']}"
+    assert [line for line in lines if found in line.get("note", "")]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_where_it_cannot_be_built_training_goes_on_without_it(
     assert metrics["choices"]["fused_attention"] is False
     (note,) = [line["note"] for line in lines if "goes on without it" in line.get("note", "")]
     assert note.startswith("attention has no kernel here, so training goes on without it: ") and reason in note
-    assert not compiler or reason == "" or not list((tmp_path / "compiled" / "attention").iterdir())
+    assert not compiler or not reason or not list((tmp_path / "compiled" / "attention").iterdir())
 
 
 def test_it_is_built_once_and_not_where_no_folder_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +193,64 @@ def test_it_is_built_once_and_not_where_no_folder_is_kept(tmp_path: Path, monkey
     monkeypatch.undo()
     library.cache_clear()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    monkeypatch.setenv("PATH", os.environ["PATH"])
+    before = set(tmp_path.rglob("*"))
     library()
     library.cache_clear()
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_one_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "whole"))
+    library.cache_clear()
+    library()
+    (whole,) = (tmp_path / "whole" / "attention").iterdir()
+    short = tmp_path / "short" / "attention" / whole.name
+    short.parent.mkdir(parents=True)
+    short.write_bytes(b"")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "short"))
+    library.cache_clear()
+    library()
+    library.cache_clear()
+    assert short.read_bytes() == whole.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attention").write_text("a file", encoding="utf-8")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    library.cache_clear()
+    with pytest.raises(UnavailableError, match=r"attention"):
+        library()
+    library.cache_clear()
+
+
+def test_with_fewer_heads_than_threads_it_is_left_out(tmp_path: Path, threads: None) -> None:
+    lines: list[dict[str, Any]] = []
+    metrics = tiny_training(
+        tiny_model(head_size=32, context=32, kv_heads=1), tmp_path, **TRAINING | {"cores": 2, "micro_batch": 1}, lines=lines
+    )
+    assert metrics["choices"]["fused_attention"] is False
+    assert [line for line in lines if "found 1 in a micro-batch, and 2 threads" in line.get("note", "")]
+
+
+def test_an_adapter_learns_what_it_does_without_the_kernel(tmp_path: Path) -> None:
+    found = []
+    for fused in (False, True):
+        model = tiny_model(head_size=32, context=32)
+        lora.attach(model, lora.Settings(r=4, alpha=8, target_modules=("v_proj",)), seed=1)
+        metrics = tiny_training(model, tmp_path / str(fused), **TRAINING | {"fused_attention": fused})
+        assert metrics["choices"]["fused_attention"] is fused
+        found.append(metrics["validation_loss"])
+    assert found[1] == pytest.approx(found[0], abs=0.01) and found[1] != found[0]
+
+
+def test_a_training_that_goes_on_on_a_gpu_leaves_it_behind() -> None:
+    class OnGpu:
+        device, size = torch.device("cuda"), 1
+
+    kept = Choices("bf16", 8, 1, 1, "cpu", fused_attention=True)
+    on_gpu: Any = OnGpu()
+    assert not restored(asdict(kept), on_gpu, "ddp", cores=1).fused_attention
+    assert restored(asdict(kept), Group(), "ddp", cores=1).fused_attention
 
 
 def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:
@@ -213,4 +271,4 @@ def test_a_cpu_for_which_it_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UnavailableError, match="not one for which"):
         library()
     library.cache_clear()
-    assert not resolve_fused_attention(True, device="cpu", precision="bf16", flops=1e30)
+    assert not resolve_fused_attention("auto", device="cpu", precision="bf16", flops=1e30)
