@@ -158,7 +158,7 @@ def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_pa
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("", "there is no C++ compiler"),
+        ("", "it is built by g++; found no C++ compiler"),
         ("echo hi >&2; echo 'a.cpp:1: error: what is that' >&2; exit 1", "error: what is that"),
         ('for last; do :; done; echo text > "$last"', ""),  # what the loader says of it
     ],
