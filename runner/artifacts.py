@@ -86,7 +86,7 @@ class Tokenizer(Artifact):
 
 @dataclass(frozen=True)
 class Tokens(Artifact):
-    """Token shards with document boundaries, and the tokenizer that made them. `llm.tokens` reads and writes them."""
+    """Token shards with document boundaries, and the tokenizer that made them. `llm.data.token_shards` reads and writes them."""
 
     @property
     def train(self) -> Path:
@@ -126,7 +126,7 @@ class Checkpoint(Artifact):
 
 @dataclass(frozen=True)
 class TrainingState(Checkpoint):
-    """A Checkpoint with what the training that made it needs to go on; `llm.training_state` reads and writes it."""
+    """A Checkpoint with what the training that made it needs to go on; `llm.training.checkpoint` reads and writes it."""
 
     @property
     def optimizer(self) -> Path:
@@ -250,3 +250,6 @@ class Release(Artifact):
     def adapter(self) -> Adapter:
         """The adapter alone, for PEFT."""
         return Adapter(self.folder / "adapter")
+
+
+PAUSED = "paused.json"  # the sentence of an alert that asks for a person; stays until the stage goes on

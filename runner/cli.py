@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out. What a verb does is in `runner.verbs`, one file each."""
+"""The command line: arguments in, exit code out. What a verb does is in `runner.commands`, one file each."""
 
 import argparse
 import codecs
@@ -11,16 +11,16 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import runner.verbs
+import runner.commands
 from runner import completion
+from runner.credentials import redact
 from runner.errors import RecipeError, StockpotError
 from runner.files import DISK_FULL
-from runner.reading.faults import listed, nearest
-from runner.secrets import redact
+from runner.recipe.validation import listed, nearest
 
 EXIT_INTERRUPTED = 130
 WORD = re.compile("[a-z][a-z-]*")  # as verbs are, and no recipe
-VERBS = [module.name.replace("_", "-") for module in pkgutil.iter_modules(runner.verbs.__path__)]
+VERBS = [module.name.replace("_", "-") for module in pkgutil.iter_modules(runner.commands.__path__)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ codecs.register_error(PRINTABLE, _printable)
 
 
 def _module(verb: str) -> ModuleType:
-    return import_module(f"{runner.verbs.__name__}.{verb.replace('-', '_')}")
+    return import_module(f"{runner.commands.__name__}.{verb.replace('-', '_')}")
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

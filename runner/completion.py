@@ -30,8 +30,8 @@ def propose(parser: argparse.ArgumentParser, verbs: Sequence[str]) -> None:
 def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """The stages of the recipe on the command line; none where it cannot be read."""
     from runner.errors import RecipeError
-    from runner.reading.paths import Bounds
-    from runner.reading.tables import read_with_parents
+    from runner.input_files import Bounds
+    from runner.recipe.toml import read_with_parents
 
     recipe = getattr(parsed_args, "recipe", None)
     if recipe is None:

@@ -53,3 +53,15 @@ class PausedError(StockpotError):
     """An alert stopped a training after a checkpoint; the next run continues from it."""
 
     exit_code = 5
+
+
+class MachineLostError(StageError):
+    """A machine that took part is gone, or did not come back in time; what was checkpointed is kept."""
+
+
+class PeerFailedError(StageError):
+    """The processes of another machine failed."""
+
+    def __init__(self, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.again = again  # whether trying again may help

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from runner.stage import Identity, InputFile, Ref, Spec, Stage
+from runner.input_files import InputFile
+from runner.stage import Identity, Ref, Spec, Stage
 
 KEY_FORMAT = 1  # raised when the form of an identity changes: every key changes with it
 

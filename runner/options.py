@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Container
+import sys
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from runner.cache.remote import address_fault
 from runner.cache.store import Store, default_cache
 from runner.completion import stages
 from runner.errors import RecipeError
-from runner.recipe import Recipe, load_recipe
+from runner.recipe.recipe import Recipe, load_recipe
+from runner.reporting.progress import JsonProgress, PlainProgress, Progress
 
 if TYPE_CHECKING:
     from runner.cache.remote import Remote
@@ -112,3 +114,17 @@ def stage_named(recipe: Recipe, name: str) -> None:
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(known)}{hint}")
+
+
+def make_progress(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> Progress:
+    """A live view on a terminal, plain lines elsewhere, JSON on standard output where it is asked for.
+
+    `expected` gives the seconds that stages are thought to take, as far as known; only the live view asks.
+    """
+    if as_json:
+        return JsonProgress(sys.stdout)
+    if not sys.stderr.isatty():
+        return PlainProgress(sys.stderr)
+    from runner.reporting.live import LiveProgress
+
+    return LiveProgress(expected())

@@ -23,8 +23,6 @@ again in the same `context.work` after a crash, and goes on from what it finds t
 
 import abc
 import enum
-import glob
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +33,6 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 from runner.artifacts import Artifact
-from runner.reading.hub_files import SCHEME, HubFiles
-from runner.reading.paths import expand
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Artifact)
@@ -53,79 +49,6 @@ class Identity(enum.Enum):
 
 Semantic = Annotated[T, Identity.SEMANTIC]
 Execution = Annotated[T, Identity.EXECUTION]
-
-
-class Located(str):
-    """A string of a recipe that remembers the folder of the file it was written in."""
-
-    folder: Path
-
-    def __new__(cls, text: str, folder: Path) -> "Located":
-        """`text` as written in a file of `folder`."""
-        self = super().__new__(cls, text)
-        self.folder = folder
-        return self
-
-
-class InputFile(Located):
-    """A path or glob of input files, relative to the recipe file that holds it. Its content, not its name, is identity.
-
-    A wildcard enters no links to folders. Instead of here, they may lie in a dataset on the Hub, at a commit.
-    """
-
-    takes_hub: ClassVar[bool] = True  # whether it may be hf://datasets/...
-
-    @property
-    def hub(self) -> HubFiles | None:
-        """The files on the Hub that it means; None if they are here."""
-        return HubFiles.parse(self) if self.startswith(SCHEME) else None
-
-    @property
-    def pattern(self) -> str:
-        """The absolute glob; of a file that exists under this very name, a glob for it alone. On the Hub, its address."""
-        if self.hub:
-            return str(self)
-        if os.path.isfile(self.folder / self):  # noqa: PTH113  # Path.is_file() raises at names that are too long
-            return glob.escape(str(self.folder / self))
-        return str(Path(glob.escape(str(self.folder)), self))
-
-    def matches(self) -> list[Path]:
-        """The files it means now, sorted by path; none where they lie on the Hub."""
-        if self.hub:
-            return []
-        return sorted({path for path in expand(self.pattern) if os.path.isfile(path)})  # noqa: PTH113
-
-    def fetched(self) -> list[Path]:
-        """The files as a running stage reads them, sorted by path; what lies on the Hub is fetched into its client's cache.
-
-        llm.errors.InputError where the Hub does not give it.
-        """
-        if self.hub is None:
-            return self.matches()
-        from runner.hub.dataset import fetch
-
-        return fetch(self.hub)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        def keep_folder(value: Any) -> "InputFile":
-            if not isinstance(value, str):
-                raise ValueError(f"wants the path of a file, found {type(value).__name__}")
-            if not value or "\0" in value:
-                raise ValueError(f"wants the path of a file, found {value!r}")
-            if value.startswith(SCHEME):
-                if not cls.takes_hub:
-                    raise ValueError(f"wants a folder here, found {value!r}")
-                HubFiles.parse(value)
-            return cls(value, getattr(value, "folder", Path.cwd()))
-
-        return core_schema.no_info_plain_validator_function(
-            keep_folder, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string", "format": "path"}
 
 
 class Ref(str, Generic[A]):
@@ -301,7 +224,7 @@ class Stage(Spec):
 
     def parted(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
         """The ordinary stages that the stage `name` among `stages` stands for, itself last: what they share with those of
-        other recipes is found in the cache (`runner.expand`).
+        other recipes is found in the cache (`runner.recipe.branches`).
         """
         return {name: self}
 
@@ -313,7 +236,7 @@ class Stage(Spec):
 
     @property
     def tries(self) -> Sequence[Mapping[str, Any]]:
-        """What to change where a gate behind this stage fails, one attempt after the other (`runner.expand`)."""
+        """What to change where a gate behind this stage fails, one attempt after the other (`runner.recipe.branches`)."""
         return ()
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hub_server import Hub, serve, use
 
-from runner.cores import available_cores
+from runner.resources import available_cores
 from runner.stage import Context, Parallel
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core, not each on all of them

@@ -145,7 +145,7 @@ def test_adapting_helps(artifact: Callable[[str], Path]) -> None:
 def test_stock_transformers_gives_the_logits_of_the_hand_written_model(artifact: Callable[[str], Path], stage: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llm.checkpoint import load_checkpoint
+    from llm.models.checkpoint import load_checkpoint
 
     stock, ours = AutoModelForCausalLM.from_pretrained(artifact(stage)), load_checkpoint(artifact(stage))
     text = "Which section is this from? Most people with the condition have 药 pain."

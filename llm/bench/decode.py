@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm.bench.candidates import CountingRows, Ours, build_theirs
-from llm.bench.interleave import interleaved, ratio
-from llm.bench.subject import Subject
-from llm.compilation import has_compiler
-from llm.generate import Clock, generate
-from llm.group import Group
+from llm.bench.implementations import CountingRows, Ours, build_theirs
+from llm.bench.timing import interleaved, ratio
+from llm.bench.workload import Subject
+from llm.device import autocast, has_compiler, resolve_precision
+from llm.inference.generate import Clock, generate
 from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
-from llm.precision import autocast, resolve_precision
-from llm.settings import Optimizer, Schedule
+from llm.training.config import Optimizer, Schedule
+from llm.training.process_group import Group
 
 BATCHES = (1, 8)
 PROMPT_TOKENS = 32

@@ -16,19 +16,19 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llm.alerts import Alerts
-from llm.bench.candidates import build_ours, build_theirs
-from llm.bench.subject import Subject
-from llm.choices import Choices
-from llm.feed import feed
-from llm.group import Group
-from llm.objectives import next_token_loss
-from llm.precision import autocast, resolve_precision
-from llm.rows import IGNORE
-from llm.settings import Budget, Schedule
-from llm.tokens import TokenRows, TokenShards
-from llm.train import train
-from llm.validation import Validation, measure_model
+from llm.bench.implementations import build_ours, build_theirs
+from llm.bench.workload import Subject
+from llm.data.batch import IGNORE
+from llm.data.token_shards import TokenRows, TokenShards
+from llm.device import autocast, resolve_precision
+from llm.training.alert_config import Alerts
+from llm.training.config import Budget, Schedule
+from llm.training.loader import feed
+from llm.training.loss import next_token_loss
+from llm.training.process_group import Group
+from llm.training.runtime import Choices
+from llm.training.trainer import train
+from llm.training.validation import Validation, measure_model
 
 PLAIN_RATE = 3e-3
 TRIAL_STEPS = 30  # after as many to warm up, to learn how many fit

@@ -8,29 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm.bench.interleave import interleaved
-from llm.choices import AUTO_TOKENS
-
-SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-Shape = tuple[int, int, int]  # rows, inner size, columns: (rows, inner) @ (inner, columns)
-
-
-class Product:
-    """One matrix product as a linear layer computes it, x @ weight.T, over and over."""
-
-    def __init__(self, shape: Shape, precision: str, *, device: torch.device) -> None:
-        rows, inner, columns = shape
-        dtype = DTYPES[precision]
-        self._x = torch.randn(rows, inner, device=device).to(dtype)
-        self._weight = torch.randn(columns, inner, device=device).to(dtype)
-        self._out = torch.empty(rows, columns, dtype=dtype, device=device)
-        self.flops = 2.0 * rows * inner * columns
-
-    def __call__(self) -> None:
-        """Compute it once."""
-        torch.mm(self._x, self._weight.t(), out=self._out)
+from llm.bench.timing import interleaved
+from llm.training.mfu import DTYPES, SQUARES, Product, Shape
+from llm.training.runtime import AUTO_TOKENS
 
 
 def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape]:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import torch._dynamo  # optimizers import it when they are made, which is not what is measured
 
-from llm.bench.candidates import CountingRows, Ours, Theirs, build_ours
-from llm.bench.subject import Subject
-from llm.compilation import has_compiler
-from llm.feed import batches
-from llm.group import Group
-from llm.memory import peak_memory
+from llm.bench.implementations import CountingRows, Ours, Theirs, build_ours
+from llm.bench.workload import Subject
+from llm.device import has_compiler, peak_memory
+from llm.training.loader import batches
+from llm.training.process_group import Group
 
 STEPS = 3
 STATUS = Path("/proc/self/status")
@@ -44,7 +43,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def peak_of(name: str, subject: Subject) -> int:
-    """Peak bytes of steps of one of the trainings of `llm.bench.adapting`."""
+    """Peak bytes of steps of one of the trainings of `llm.bench.lora`."""
     return _in_a_process(name, subject)[0]
 
 
@@ -99,13 +98,13 @@ def _theirs(subject: Subject) -> tuple[int, int]:
 
 
 def _adapting(name: str, subject: Subject) -> tuple[int, int]:
-    from llm.bench import adapting
+    from llm.bench import implementations
 
     group = Group()
-    for package in ("peft", "bitsandbytes") if name != adapting.FULL else ():
+    for package in ("peft", "bitsandbytes") if name != implementations.FULL else ():
         importlib.import_module(package)
     before = _start()
-    training = adapting.training(subject, name, group=group)
+    training = implementations.training(subject, name, group=group)
     for _ in range(STEPS):
         training.step()
     return _peak() - before, training.loop.choices.micro_batch

@@ -13,8 +13,7 @@ from typing import Any
 
 from runner.artifacts import digest_file
 from runner.files import write_whole
-from runner.reading.hub_files import format_of
-from runner.stage import InputFile
+from runner.input_files import InputFile, format_of
 
 FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of its clock: its digest is not remembered
 

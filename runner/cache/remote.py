@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from runner.artifacts import METRICS, RECORD, digest_file
 from runner.cache.record import DamagedError, Record, digest_of
 from runner.cache.store import Store
+from runner.credentials import redact
 from runner.errors import RemoteError
 from runner.files import DISK_FULL
 from runner.graph import key_of
-from runner.secrets import redact
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ folder is under `stages/`.
 
 The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it. It has two
 parts: `flock` between the processes of a machine, which is free as soon as the last of them ends, and on top of it a lease
-between machines (`runner.cache.lease`).
+between machines (`runner.cache.leases`).
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from runner.artifacts import RECORD, SCRATCH
-from runner.cache.damage import damages
 from runner.cache.digests import DigestMemo
 from runner.cache.heartbeat import this_machine
-from runner.cache.lease import UNKNOWN, Lease, Leases
+from runner.cache.integrity import damages
+from runner.cache.leases import UNKNOWN, Lease, Leases
 from runner.cache.record import DamagedError, Record, digest_of
 from runner.errors import StageError
 from runner.files import fsync, write_whole

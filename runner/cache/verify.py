@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from runner.artifacts import METRICS, RECORD
-from runner.cache.damage import NAME, Damage, Digests, damages
+from runner.cache.integrity import NAME, Damage, Digests, damages
 from runner.cache.record import DamagedError, Record
 from runner.cache.store import NotWritableError, Store
-from runner.cores import available_cores
 from runner.files import write_whole
+from runner.resources import available_cores
 
 
 @dataclass

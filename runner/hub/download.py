@@ -4,6 +4,7 @@ What was downloaded stays when a download ends early, parts of a file too, and t
 `huggingface_hub` is imported only to ask the Hub. A token is read, sent, and never written anywhere, messages included.
 """
 
+import glob
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm.errors import InputError, Interrupted
-from runner import hub
+from runner import credentials
 from runner.artifacts import digest_file
 from runner.files import write_whole
+from runner.hub.retries import PATIENT, Retries, attempted, quiet
+from runner.input_files import HubFiles
 
 TIMEOUT = 30.0  # seconds without a byte
 
@@ -50,7 +53,7 @@ def find(repo: str, revision: str, *, kept: Path) -> Snapshot:
     from huggingface_hub import HfApi
 
     with explained(repo, f"revision {revision!r}"):
-        api = HfApi(endpoint=hub.endpoint(), token=hub.token() or False)
+        api = HfApi(endpoint=credentials.endpoint(), token=credentials.token() or False)
         info = api.model_info(repo, revision=revision, files_metadata=True)
     if info.sha is None:
         raise InputError(f"{repo}: the Hub tells no commit for revision {revision!r}")
@@ -105,9 +108,9 @@ def _stream(snapshot: Snapshot, name: str, partial: Path) -> Iterator[int]:
 
     client: Any = utils  # its names are there at run time only
     done = partial.stat().st_size
-    url = hf_hub_url(snapshot.repo, name, revision=snapshot.commit, endpoint=hub.endpoint())
+    url = hf_hub_url(snapshot.repo, name, revision=snapshot.commit, endpoint=credentials.endpoint())
     # "identity", because a range of a compressed file would be one of its compressed bytes.
-    headers = client.build_hf_headers(token=hub.token() or False) | {"Accept-Encoding": "identity"}
+    headers = client.build_hf_headers(token=credentials.token() or False) | {"Accept-Encoding": "identity"}
     if done:
         headers["Range"] = f"bytes={done}-"
     with client.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
@@ -139,7 +142,10 @@ def explained(repo: str, what: str, *, kind: Literal["model", "dataset"] = "mode
     )
 
     page = repo if kind == "model" else f"datasets/{repo}"
-    place, who = hub.endpoint(), "the token" if hub.token() else "anybody without a token (HF_TOKEN, or `hf auth login`)"
+    place, who = (
+        credentials.endpoint(),
+        "the token" if credentials.token() else "anybody without a token (HF_TOKEN, or `hf auth login`)",
+    )
     try:
         yield
     except (Interrupted, InputError):
@@ -162,8 +168,48 @@ def explained(repo: str, what: str, *, kind: Literal["model", "dataset"] = "mode
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a fault of the disk
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if secret := hub.token():
+        if secret := credentials.token():
             reason = reason.replace(secret, "***")
         raise InputError(
             f"{repo}: {what} cannot be downloaded from {place} ({reason}); run again to go on, what is there is kept"
         ) from None
+
+
+def fetch_rows(wanted: HubFiles, *, retries: Retries = PATIENT) -> list[Path]:
+    """The files that `wanted` means, sorted by their path in the dataset.
+
+    What may pass is tried again. InputError where there are none, or the Hub does not give them.
+    """
+    with explained(wanted.repo, wanted.path, kind="dataset"), quiet():
+        return attempted(lambda: _fetch_rows(wanted), retries)
+
+
+def _fetch_rows(wanted: HubFiles) -> list[Path]:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    place: dict[str, Any] = {"repo_type": "dataset", "revision": wanted.commit}
+    source: dict[str, Any] = {"endpoint": credentials.endpoint(), "token": credentials.token() or False}
+    try:
+        if not wanted.is_pattern:
+            return [Path(hf_hub_download(wanted.repo, wanted.path, **place, **source))]
+        names = wanted.among(_names(wanted))
+        if not names:
+            raise InputError(f"{wanted.repo}@{wanted.commit[:8]}: wants files like {wanted.path!r}; the dataset has none")
+        # Its list of all files is kept by the client too, which is what makes a pattern known without network later.
+        folder = snapshot_download(wanted.repo, allow_patterns=[glob.escape(name) for name in names], **place, **source)
+        return [Path(folder, name) for name in names]
+    except LocalEntryNotFoundError as error:  # says that nothing is here; its cause is why nothing came
+        raise error.__cause__ or error from None
+
+
+def _names(wanted: HubFiles) -> list[str]:
+    """All files of the dataset at the commit, as the client remembers them, else as the Hub tells."""
+    from huggingface_hub import HfApi, get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return [file.path for file in get_cached_repo_tree(wanted.repo, repo_type="dataset", revision=wanted.commit)]
+    except CachedRepoTreeNotFoundError:
+        api = HfApi(endpoint=credentials.endpoint(), token=credentials.token() or False)
+        return api.list_repo_files(wanted.repo, repo_type="dataset", revision=wanted.commit)

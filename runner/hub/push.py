@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.credentials import token
 from runner.errors import StageError, StockpotError
-from runner.hub import Target, how_to_push, token
-from runner.hub.branch import SHOWN, Branch, Files, LocalFiles, files_at, full_name, refuse_if_changed
 from runner.hub.receipts import Journal, Receipt, held, known_commits
-from runner.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.repository import SHOWN, Branch, Files, LocalFiles, files_at, full_name, refuse_if_changed
+from runner.hub.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.target import Target, how_to_push
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

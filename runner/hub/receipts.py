@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from runner.files import write_whole
-from runner.hub import Target
+from runner.hub.target import Target
 
 
 @dataclass(frozen=True)

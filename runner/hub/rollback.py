@@ -8,11 +8,12 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.credentials import token
 from runner.errors import StageError, StockpotError
-from runner.hub import Target, token
-from runner.hub.branch import SHOWN, Branch, files_at, full_name, refuse_if_changed
 from runner.hub.receipts import Journal, Receipt, held, known_commits
-from runner.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.repository import SHOWN, Branch, files_at, full_name, refuse_if_changed
+from runner.hub.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.target import Target
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

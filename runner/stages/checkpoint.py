@@ -4,7 +4,7 @@
     kind = "checkpoint"
     repo = "HuggingFaceTB/SmolLM2-135M"      # or: folder = "models/smol"
 
-The checking and rewriting is `llm.adopt`'s. Nothing of a model is executed or unpickled.
+The checking and rewriting is `llm.models.import_checkpoint`'s. Nothing of a model is executed or unpickled.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint
-from runner.stage import Context, InputFile, Metrics, Semantic, Stage
+from runner.input_files import InputFile
+from runner.stage import Context, Metrics, Semantic, Stage
 
 if TYPE_CHECKING:
     from runner.hub.download import Snapshot
@@ -43,7 +44,7 @@ class ModelFolder(InputFile):
 class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
     """Takes over a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
 
-    imports = ("llm.adopt",)
+    imports = ("llm.models.import_checkpoint",)
 
     folder: Semantic[ModelFolder | None] = None
     """A folder as Transformers saves it: config.json, tokenizer.json and safetensors."""
@@ -65,7 +66,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Check the small files, then fetch the weights where they are far away, and write the checkpoint."""
-        from llm.adopt import adopt, examine
+        from llm.models.import_checkpoint import adopt, examine
 
         if self.folder is not None:
             candidate = examine(Path(self.folder.pattern), chat_template=self.chat_template)
@@ -88,8 +89,8 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
 def _weights(snapshot: "Snapshot", folder: Path) -> list[str]:
     """The names of the files that hold the weights; the index, if there is one, is in `folder`."""
-    from llm.checkpoint import no_weights, weight_files
     from llm.errors import InputError
+    from llm.models.checkpoint import no_weights, weight_files
 
     if WEIGHTS in snapshot.files:
         return [WEIGHTS]

@@ -1,6 +1,6 @@
 """The kind `corpus`: text from files and Hub datasets, cleaned, without duplicates, split by the hash of each document.
 
-The work itself is `llm.corpus`. Here is what a recipe says of it, and how a Hub dataset becomes rows.
+The work itself is `llm.text`. Here is what a recipe says of it, and how a Hub dataset becomes rows.
 """
 
 import json
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llm.templates import split_text
+from llm.text.templates import split_text
 from runner.artifacts import Corpus
-from runner.stage import Context, Execution, InputFile, Metrics, Semantic, Spec, Stage
+from runner.input_files import InputFile
+from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
 
 if TYPE_CHECKING:
-    from llm.corpus.cleaning import Rules
-    from llm.corpus.sources import Source
+    from llm.text.cleaning import Rules
+    from llm.text.sources import Source
 
 
 class SourceSpec(Spec):
@@ -100,7 +101,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
 
     def rules(self) -> "Rules":
         """What a document has to be to stay."""
-        from llm.corpus.cleaning import Rules
+        from llm.text.cleaning import Rules
 
         return Rules(
             min_characters=self.min_characters,
@@ -115,9 +116,9 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
 
     def run(self, context: Context) -> Metrics:
         """Build the corpus with all cores."""
-        from llm.corpus.build import build_corpus
-        from llm.corpus.executor import LocalProcesses
-        from llm.corpus.shards import Treatment
+        from llm.text.corpus import build_corpus
+        from llm.text.executor import LocalProcesses
+        from llm.text.shards import Treatment
 
         corpus = Corpus(context.work)
         commits = _pin(self.sources, context.scratch / "commits.json")
@@ -147,7 +148,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
 
 
 def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source":
-    from llm.corpus.sources import Source
+    from llm.text.sources import Source
 
     rows: Callable[[], Iterable[Mapping[str, Any]]] | None = None
     place = ""

@@ -6,20 +6,20 @@
     data = [{ files = "data/preferences.jsonl.gz" }]    # rows of prompt, chosen and rejected
     lora = { r = 8, alpha = 16 }                        # without it, all weights learn
 
-It is the training that every other kind runs, with an objective of its own: `llm.preference`.
+It is the training that every other kind runs, with an objective of its own: `llm.training.dpo`.
 """
 
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from llm.settings import Schedule
+from llm.training.config import Schedule
 from runner.artifacts import Checkpoint
 from runner.stage import Context, Metrics, Ref, Semantic
-from runner.stages.adapting import AdapterFields
-from runner.stages.data import PreferenceTable
-from runner.stages.row_training import ROWS, VALIDATION_ROWS, PackedTraining
-from runner.stages.training import is_main_process
+from runner.stages.fields.adapter import AdapterFields
+from runner.stages.fields.chat_training import ROWS, VALIDATION_ROWS, PackedTraining
+from runner.stages.fields.data_tables import PreferenceTable
+from runner.stages.fields.training import is_main_process
 
 
 class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
@@ -58,10 +58,10 @@ class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
 
         import torch
 
-        from llm.checkpoint import load_checkpoint
-        from llm.packed import has_reference
-        from llm.precision import resolve_precision
-        from llm.preference import write_reference
+        from llm.data.packing import has_reference
+        from llm.device import resolve_precision
+        from llm.models.checkpoint import load_checkpoint
+        from llm.training.dpo import write_reference
 
         folders = [context.scratch / name for name in (ROWS, VALIDATION_ROWS)]
         missing = [folder for folder in folders if folder.exists() and not has_reference(folder)]
@@ -76,10 +76,10 @@ class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
-        from llm import lora
-        from llm.checkpoint import load_checkpoint, save_checkpoint
-        from llm.merge import merge_attached
-        from llm.preference import PreferenceLoss
+        from llm.adapters import lora
+        from llm.adapters.merge import merge_attached
+        from llm.models.checkpoint import load_checkpoint, save_checkpoint
+        from llm.training.dpo import PreferenceLoss
 
         base = context.open(self.model)
         model = load_checkpoint(base.folder)

@@ -8,7 +8,7 @@
     ]
     gates = [{ score = "section.macro_f1", at_least = 0.90 }]
 
-The measuring is `llm.evaluate`'s, the judging `runner.judging.gates`'.
+The measuring is `llm.evaluation.scoring`'s, the judging `runner.gates`'.
 """
 
 import json
@@ -20,22 +20,21 @@ from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
+from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, last_trainings, train_gap, unknown_score
 from runner.graph import inputs_of, plain
-from runner.judging.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, unknown_score
-from runner.judging.train_gap import last_trainings, train_gap
 from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
-from runner.stages.tasks import ComparisonTask, Subject, Task
-from runner.stages.training import TrainingStage
-from runner.views.side_by_side import page
+from runner.stages.fields.answers_page import page
+from runner.stages.fields.eval_tasks import ComparisonTask, Subject, Task
+from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
-    from llm.likelihood import Progress
+    from llm.inference.likelihood import Progress
 
 
 class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, answers."""
 
-    imports = ("llm.evaluate",)
+    imports = ("llm.evaluation.scoring",)
 
     model: Semantic[Ref[Checkpoint]]
     """What is evaluated."""
@@ -90,9 +89,9 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
         """Score every task; a restart takes the tasks that were scored before."""
         import torch
 
-        from llm.checkpoint import load_checkpoint
-        from llm.evaluate import Outcome
-        from llm.tokenizer import TextTokenizer
+        from llm.evaluation.scoring import Outcome
+        from llm.models.checkpoint import load_checkpoint
+        from llm.tokenizer.tokenizer import TextTokenizer
 
         checkpoint, made = context.open(self.model), Scores(context.work)
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,12 +5,12 @@
     model = "release"
     precisions = ["f32", "q8_0"]
 
-How a model is told to llama.cpp is `llm.gguf`'s business; whether llama.cpp then computes the same, the kind `parity` asks.
+How a model is told to llama.cpp is `llm.export.gguf`'s business; whether llama.cpp then computes the same, the kind `parity` asks.
 """
 
 from pydantic import Field, field_validator
 
-from llm.precisions import GgufPrecision
+from llm.export import GgufPrecision
 from runner.artifacts import Checkpoint, Gguf
 from runner.files import write_whole
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
@@ -19,7 +19,7 @@ from runner.stage import Context, Metrics, Ref, Semantic, Stage
 class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
     """Writes a model with its tokenizer and chat template as GGUF files, and a Modelfile for Ollama."""
 
-    imports = ("llm.gguf",)
+    imports = ("llm.export.gguf",)
 
     model: Semantic[Ref[Checkpoint]]
     """What is written."""
@@ -35,9 +35,9 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
 
     def run(self, context: Context) -> Metrics:
         """Write the files that are not there yet."""
-        from llm.gguf import adds_begin, write_gguf
-        from llm.modelfile import modelfile
-        from llm.tokenizer import TextTokenizer
+        from llm.export.gguf import adds_begin, write_gguf
+        from llm.export.ollama import modelfile
+        from llm.tokenizer.tokenizer import TextTokenizer
 
         checkpoint, made = context.open(self.model), Gguf(context.work)
         facts = {}

@@ -4,22 +4,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
-from llm.settings import Optimizer
+from llm.training.config import Optimizer
 from runner.artifacts import Adapter, Checkpoint
 from runner.stage import Context, Execution, Metrics, Parallel, Ref, Semantic
-from runner.stages.adapting import AdapterFields
-from runner.stages.row_training import RowTraining
-from runner.stages.training import is_main_process
+from runner.stages.fields.adapter import AdapterFields
+from runner.stages.fields.chat_training import RowTraining
+from runner.stages.fields.training import is_main_process
 
 if TYPE_CHECKING:
     from llm.models.llama.model import Llama
-    from llm.validation import Validation
+    from llm.training.validation import Validation
 
 
 class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Adapter):
     """Trains a LoRA adapter through PEFT (Hu et al. 2021); it opens in stock PEFT on the stock base."""
 
-    imports = ("llm.train", "peft")
+    imports = ("llm.training.trainer", "peft")
 
     base: Semantic[Ref[Checkpoint]]
     """The model that is adapted and stays as it is."""
@@ -53,8 +53,8 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         """Attach an adapter, train it, and write it."""
         import torch
 
-        from llm import lora
-        from llm.checkpoint import load_checkpoint
+        from llm.adapters import lora
+        from llm.models.checkpoint import load_checkpoint
 
         base = context.open(self.base)
         model = load_checkpoint(base.folder)
@@ -75,11 +75,11 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         self, context: Context, model: "Llama", held_out: "Validation", metrics: dict[str, Any]
     ) -> dict[str, float]:
         """Of the adapter over four bits, merged into the full weights, and merged into what the four bits stand for."""
-        from llm import lora
-        from llm.checkpoint import load_checkpoint
-        from llm.choices import Choices
-        from llm.merge import merge_attached
-        from llm.validation import measure_model
+        from llm.adapters import lora
+        from llm.adapters.merge import merge_attached
+        from llm.models.checkpoint import load_checkpoint
+        from llm.training.runtime import Choices
+        from llm.training.validation import measure_model
 
         found = {"unmerged": metrics["validation_loss"]}
         for name, dequantized in (("merged", False), ("merged_dequantized", True)):

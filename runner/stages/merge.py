@@ -16,7 +16,7 @@ from runner.stage import Context, Metrics, Ref, Semantic, Stage
 class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     """Merges adapters into the full-precision weights of their base, in fp32."""
 
-    imports = ("llm.merge", "peft")
+    imports = ("llm.adapters.merge", "peft")
 
     base: Semantic[Ref[Checkpoint]]
     """The model that the first adapter was trained on; with `weights`, all of them."""
@@ -36,8 +36,8 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Merge, and write the checkpoint."""
-        from llm.checkpoint import load_checkpoint, save_checkpoint
-        from llm.merge import merge_adapters, mix_adapters
+        from llm.adapters.merge import merge_adapters, mix_adapters
+        from llm.models.checkpoint import load_checkpoint, save_checkpoint
 
         base = context.open(self.base)
         folders = [context.open(adapter).folder for adapter in self.adapters]

@@ -13,8 +13,8 @@ from runner.artifacts import Corpus, Tokenizer, Tokens
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
 
 if TYPE_CHECKING:
-    from llm.documents import Document
-    from llm.tokenizer import TextTokenizer
+    from llm.text.documents import Document
+    from llm.tokenizer.tokenizer import TextTokenizer
 
 BATCH_BYTES = 4 * 2**20  # of lines tokenized at once: enough for many cores; takes about 30 times as much memory
 
@@ -32,7 +32,7 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
     def run(self, context: Context) -> Metrics:
         """Tokenize what is not there yet."""
         from llm.errors import InputError
-        from llm.tokenizer import TextTokenizer
+        from llm.tokenizer.tokenizer import TextTokenizer
 
         corpus, source, tokens = context.open(self.corpus), context.open(self.tokenizer), Tokens(context.work)
         tokenizer = TextTokenizer.load(source.folder)
@@ -52,9 +52,9 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
 
     def _pack(self, context: Context, tokenizer: "TextTokenizer", documents: Path, folder: Path) -> dict[str, Any]:
         """Write the documents of one split into `folder`, and tell what it holds."""
-        from llm.documents import read_documents
+        from llm.data.token_shards import TokenWriter
         from llm.errors import Interrupted
-        from llm.tokens import TokenWriter
+        from llm.text.documents import read_documents
 
         start = time.monotonic()
         size = documents.stat().st_size

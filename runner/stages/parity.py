@@ -7,7 +7,7 @@
     text = [{ files = "data/general_en_val.jsonl.gz" }, { files = "data/general_zh_val.jsonl.gz" }]
     prompts = [{ files = "data/medical_qa_test.jsonl.gz" }]
 
-A recipe that publishes without one gets one by itself (`runner.stages.publish`). The comparing is `llm.parity`'s.
+A recipe that publishes without one gets one by itself (`runner.stages.publish`). The comparing is `llm.export.parity`'s.
 """
 
 import importlib.util
@@ -23,11 +23,11 @@ from pydantic import Field, model_validator
 from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity
 from runner.files import write_whole
 from runner.stage import Context, Lineage, Metrics, Ref, Semantic, Stage, Verdict
-from runner.stages.data import RowTable
-from runner.stages.material import Material, TextTable, rows_of, texts_of
+from runner.stages.fields.data_tables import RowTable
+from runner.stages.fields.parity_inputs import Material, TextTable, rows_of, texts_of
 
 if TYPE_CHECKING:
-    from llm.parity import Check, Ours, System
+    from llm.export.parity import Check, Ours, System
 
 LIKELIHOODS = 20  # texts after which log-probabilities are compared
 
@@ -52,7 +52,7 @@ def outcome(*, passed: bool | None, told: str, **numbers: Any) -> str:
 class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     """Compares a model in stock Transformers, PEFT and llama.cpp with the model as it was trained."""
 
-    imports = ("llm.parity",)
+    imports = ("llm.export.parity",)
 
     model: Semantic[Ref[Checkpoint]]
     """What is to be released."""
@@ -83,8 +83,8 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
     def run(self, context: Context) -> Metrics:
         """Compare everything, whether or not something fails."""
-        from llm.parity import balanced
-        from llm.tokenizer import TextTokenizer
+        from llm.export.parity import balanced
+        from llm.tokenizer.tokenizer import TextTokenizer
 
         checkpoint = context.open(self.model)
         material = Material.of(
@@ -121,9 +121,9 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
         import torch
 
-        from llm.checkpoint import load_checkpoint
-        from llm.parity import PROBES, Ours, check_answers, check_chats, check_likelihoods, check_tokens
-        from llm.stock import StockModel
+        from llm.export.parity import PROBES, Ours, check_answers, check_chats, check_likelihoods, check_tokens
+        from llm.export.transformers_backend import StockModel
+        from llm.models.checkpoint import load_checkpoint
 
         folder, tokenizer = context.open(self.model).folder, material.tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,10 +148,10 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
     def _adapter_check(self, context: Context, ours: "Ours", material: Material) -> "Check":
         """Whether stock PEFT computes with the adapter on the stock base what the adapter computes here."""
-        from llm.checkpoint import load_checkpoint
-        from llm.lora import load_adapter
-        from llm.parity import check_likelihoods
-        from llm.stock import StockModel
+        from llm.adapters.lora import load_adapter
+        from llm.export.parity import check_likelihoods
+        from llm.export.transformers_backend import StockModel
+        from llm.models.checkpoint import load_checkpoint
 
         assert self.base is not None and self.adapter is not None
         base, adapter = context.open(self.base).folder, context.open(self.adapter).folder
@@ -171,8 +171,8 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     ) -> "Iterator[Check]":
         """What llama.cpp makes of one file: answers are to be equal where its weights are those that were trained."""
         from llm.errors import InputError
-        from llm.llama_cpp import PACKAGE, LlamaCpp
-        from llm.parity import Check, check_answers, check_likelihoods
+        from llm.export.llama_cpp_backend import PACKAGE, LlamaCpp
+        from llm.export.parity import Check, check_answers, check_likelihoods
 
         name = f"llama.cpp {precision}"
         if importlib.util.find_spec(PACKAGE) is None:

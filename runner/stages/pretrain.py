@@ -2,14 +2,82 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from llm.settings import Budget, Schedule
-from runner.artifacts import Checkpoint, TrainingState
+from pydantic import model_validator
+
+from llm.models import architecture_tables, architectures
+from llm.training.config import Budget, Schedule
+from runner.artifacts import Checkpoint, Tokens, TrainingState
 from runner.graph import changes, plain
 from runner.stage import Context, Execution, Metrics, Ref, Semantic, Stage
-from runner.stages.pretraining import Pretraining
-from runner.stages.trunk import Trunk
+from runner.stages.fields.training import TrainingStage, is_main_process
+from runner.stages.pack import Pack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llm.models.llama.config import LlamaConfig as ArchitectureConfig
+else:
+    ArchitectureConfig = architecture_tables()
+
+
+class Pretraining(TrainingStage):
+    """A training from nothing, or from where another one was left."""
+
+    tokens: Semantic[Ref[Tokens]]
+    """The text to learn, as tokens; its tokenizer goes into the checkpoint."""
+    architecture: Semantic[ArchitectureConfig]
+    """The model: `name` says which of the registered architectures, the rest is its sizes."""
+
+    def steps(self, stages: "Mapping[str, Stage]") -> int | None:
+        """How many it takes; None where that is only known once its tokens are there."""
+        if self.budget.steps is not None or self.budget.epochs is not None:
+            return self.budget.steps
+        pack = stages.get(self.tokens)
+        rows = self.batch_tokens // pack.context if isinstance(pack, Pack) else 0
+        if not isinstance(pack, Pack) or not rows:
+            return None
+        return self.budget.in_steps(batch_tokens=rows * pack.context, rows_per_step=rows, rows_per_epoch=rows)
+
+    def learn_text(self, context: Context, *, beginning: "Path | None", goes_on: bool = False) -> dict[str, Any]:
+        """Draw the weights, train from there or from `beginning`, and write the checkpoint; returns the metrics."""
+        import torch
+
+        from llm.data.token_shards import TokenRows, TokenShards
+        from llm.errors import InputError
+        from llm.models.checkpoint import save_checkpoint
+        from llm.tokenizer.tokenizer import TextTokenizer
+        from llm.training.validation import Validation
+
+        tokens = context.open(self.tokens)
+        held_out = TokenShards(tokens.validation)
+        rows = TokenRows(tokens.train, context=held_out.context, seed=self.seed)
+        config = self.architecture
+        if config.context is None:
+            config = config.model_copy(update={"context": rows.context})
+        elif config.context < rows.context:
+            raise InputError(
+                f"architecture.context wants at least the {rows.context} tokens of a row of {str(self.tokens)!r}; "
+                f"found {config.context}"
+            )
+        torch.manual_seed(self.seed)
+        vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size
+        model = architectures()[config.name].build(config, vocab_size=vocab_size)
+        validation = None
+        if held_out.tokens:
+            validation = Validation(
+                TokenRows(tokens.validation, context=rows.context, seed=None),
+                bytes_per_token=held_out.bytes / held_out.tokens,
+                tokens=self.validation_tokens,
+            )
+        metrics = self.learn(
+            context, model, rows=rows, validation=validation, check=True, beginning=beginning, goes_on=goes_on
+        )
+        if is_main_process():
+            save_checkpoint(context.work, model, tokens.tokenizer.folder)
+        return metrics
+
 
 SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that a training has in common with its trunk
 
@@ -76,3 +144,37 @@ def _shared(stage: Pretraining) -> dict[str, Any]:
     fields = plain(stage)
     rate = {"learning_rate": stage.schedule.learning_rate, "warmup_steps": stage.schedule.warmup_steps}
     return {name: fields[name] for name in SHARED} | {"schedule": rate}
+
+
+class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
+    """Trains a model from nothing at a rate that does not go down, and keeps what going on takes."""
+
+    @model_validator(mode="after")
+    def _open_ended(self) -> Self:
+        if self.schedule.kind != "constant":
+            raise ValueError(f'a trunk wants schedule.kind = "constant"; found {self.schedule.kind!r}')
+        if self.budget.epochs is not None:
+            raise ValueError("a trunk wants a budget of tokens or steps; found epochs")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """No: it looks at held-out rows only on its way."""
+        return False
+
+    def parted(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
+        """Itself, with its budget in steps."""
+        steps = self.steps(stages)
+        return {name: self if steps is None else self.model_copy(update={"budget": type(self.budget)(steps=steps)})}
+
+    def behind(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+        """The steps of a shorter one; none where an alert may go back behind its end."""
+        steps: int | None = other["fields"].get("budget", {}).get("steps")
+        alike = {**other, "fields": {**other["fields"], "budget": mine["fields"]["budget"]}} == mine
+        if steps is None or self.budget.steps is None or not alike or self.alerts.does("rollback"):
+            return 0
+        return steps if steps < self.budget.steps else 0
+
+    def run(self, context: Context) -> Metrics:
+        """Train, and write the checkpoint and what is kept beside it."""
+        return self.learn_text(context, beginning=context.beginning, goes_on=True)

@@ -22,16 +22,17 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from runner import hub
+from runner import credentials
 from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity, Release, Scores, TrainingState
 from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
 from runner.hub.receipts import Journal
+from runner.hub.target import Target, how_to_push
 from runner.stage import Acting, Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
-from runner.stages.data import RowTable
 from runner.stages.evaluate import Evaluate
+from runner.stages.fields.chat_training import RowTraining
+from runner.stages.fields.data_tables import RowTable
 from runner.stages.parity import CheckParity
-from runner.stages.row_training import RowTraining
 
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
 
@@ -73,11 +74,11 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         return self
 
     @property
-    def target(self) -> hub.Target | None:
+    def target(self) -> Target | None:
         """Where to push."""
         if self.repo is None:
             return None
-        return hub.Target(self.repo, branch=self.branch, endpoint=hub.endpoint(), pull_request=self.pull_request)
+        return Target(self.repo, branch=self.branch, endpoint=credentials.endpoint(), pull_request=self.pull_request)
 
     def completed(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
         """With a stage `NAME-parity` where it names none."""
@@ -107,8 +108,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def run(self, context: Context) -> Metrics:
         """Fill the release folder."""
-        from runner.hub.card import Model, languages_of, model_card
-        from runner.views.curves import draw
+        from runner.hub.model_card import Model, languages_of, model_card
+        from runner.tracking.curves import draw
 
         release, checkpoint = Release(context.work), context.open(self.model)
         self._check_inputs(context)
@@ -183,15 +184,15 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
                 return Effect(f"was pushed before, but {now}; `run publish` puts this one there again", None)
             if self.tag is None or self.tag in {push.tag for push in pushes}:
                 return None
-        if hub.token() is None:
-            return Effect(f"the release is in {artifact}; {hub.how_to_push(target)}", None)
+        if credentials.token() is None:
+            return Effect(f"the release is in {artifact}; {how_to_push(target)}", None)
         act = partial(self.push, artifact, digest, receipts)
         return Effect(f"tags what {target} holds" if pushes else f"pushes to {target}", act)
 
     def push(self, artifact: Path, digest: str, receipts: Path, acting: Acting) -> str:
         """Push the release, whatever the receipts say; returns a sentence with its address."""
         from runner.hub.push import Order, push
-        from runner.retries import Retries
+        from runner.hub.retries import Retries
 
         assert self.target is not None
         files = {path.relative_to(artifact).as_posix(): path for path in _files(Release(artifact))}
@@ -204,7 +205,7 @@ def _verdicts(
     tables: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]], judged: Sequence[str]
 ) -> dict[str, Sequence[Verdict]]:
     """What came of the gates of each evaluation in `judged`."""
-    from runner.recipe import stage_kinds
+    from runner.stages import stage_kinds
 
     if not judged:
         return {}

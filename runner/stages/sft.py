@@ -4,8 +4,8 @@ from pydantic import Field
 
 from runner.artifacts import Checkpoint
 from runner.stage import Context, Metrics, Ref, Semantic
-from runner.stages.row_training import RowTraining
-from runner.stages.training import is_main_process
+from runner.stages.fields.chat_training import RowTraining
+from runner.stages.fields.training import is_main_process
 
 
 class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
@@ -22,7 +22,7 @@ class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
-        from llm.checkpoint import load_checkpoint, save_checkpoint
+        from llm.models.checkpoint import load_checkpoint, save_checkpoint
 
         base = context.open(self.model)
         model = load_checkpoint(base.folder, dropout=self.dropout)

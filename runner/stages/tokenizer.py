@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from llm.chat_template import SPECIAL_TOKENS
-from llm.pretokenizers import BYTES, PreTokenizerName
+from llm.tokenizer.chat_template import SPECIAL_TOKENS
+from llm.tokenizer.pretokenizers import BYTES, PreTokenizerName
 from runner.artifacts import Corpus, Tokenizer
-from runner.stage import Context, InputFile, Metrics, Ref, Semantic, Stage
+from runner.input_files import InputFile
+from runner.stage import Context, Metrics, Ref, Semantic, Stage
 
 if TYPE_CHECKING:
-    from llm.tokenizer import TextTokenizer
+    from llm.tokenizer.tokenizer import TextTokenizer
 
 MOST_SPECIAL_TOKENS = 50  # more is a mistake: they are not learned as text, and each takes a row of the embedding
 
@@ -56,7 +57,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
 
     def run(self, context: Context) -> Metrics:
         """Train, save, and measure."""
-        from llm.tokenizer_report import load_other, measured_documents, report
+        from llm.tokenizer.report import load_other, measured_documents, report
 
         corpus = context.open(self.corpus)
         others = {str(path): load_other(path) for file in self.compare_with for path in file.fetched()}
@@ -77,7 +78,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         }
 
     def _learn(self, texts: Iterator[str], *, allow_smaller: bool) -> "TextTokenizer":
-        from llm.tokenizer import train_bpe
+        from llm.tokenizer.train_bpe import train_bpe
 
         return train_bpe(
             texts,
@@ -90,8 +91,8 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
 
     def _texts(self, context: Context, sampled: Counter[str], *, language: str | None = None) -> Iterator[str]:
         """The documents of the sample, each as often as training sees it; `sampled` counts bytes by language."""
-        from llm.documents import sample_documents
         from llm.errors import InputError, Interrupted
+        from llm.text.documents import sample_documents
 
         train = context.open(self.corpus).train
         for document in sample_documents(train, self.sample_bytes):

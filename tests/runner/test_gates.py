@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llm.bootstrap import resample
+from llm.evaluation.bootstrap import resample
 from runner.errors import RecipeError
-from runner.judging.gates import Gate, Measured, interval, judge
-from runner.judging.train_gap import train_gap
+from runner.gates import Gate, Measured, interval, judge, train_gap
 from runner.stage import Lineage
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -142,5 +141,5 @@ def test_the_train_gap_is_that_of_the_last_training_and_the_larger_of_two() -> N
 
 
 def test_judging_imports_no_torch_and_no_hub() -> None:
-    code = "import sys, runner.judging.gates; assert not {'torch', 'numpy', 'huggingface_hub', 'sklearn'} & set(sys.modules)"
+    code = "import sys, runner.gates; assert not {'torch', 'numpy', 'huggingface_hub', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

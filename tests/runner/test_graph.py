@@ -5,7 +5,7 @@ from typing import Any
 
 from runner.cache.store import Store
 from runner.graph import ancestors, differences, identity, in_order, key_of, sources_of
-from runner.recipe import Recipe, load_recipe
+from runner.recipe.recipe import Recipe, load_recipe
 
 RECIPE = """
 name = "graph"

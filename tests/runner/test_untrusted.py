@@ -9,11 +9,12 @@ import pytest
 from small_recipe import RECIPE, Folder
 
 from runner.cli import VERBS, main
+from runner.credentials import redact
 from runner.errors import RecipeError
 from runner.graph import input_files
-from runner.reading.paths import expand
-from runner.recipe import Recipe, load_recipe, stage_kinds
-from runner.secrets import redact
+from runner.input_files import expand
+from runner.recipe.recipe import Recipe, load_recipe
+from runner.stages import stage_kinds
 
 ROW = json.dumps({"text": "a private document that nobody may read but its owner"}) + "\n"
 SECRETS = {

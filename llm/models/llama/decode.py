@@ -4,7 +4,7 @@ It computes what `model.py` computes, for text that is being written: no gradien
 one token per step the time goes into reading weights and into starting operations, not into arithmetic. Products keep the
 dtype of the weights; the residual stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the
 step is a CUDA graph; on a CPU that of one row can be compiled (`decode_row.py`). What the next token is, and when a text ends,
-is `llm.generate`'s business.
+is `llm.inference.generate`'s business.
 
 Letters: B rows, T new positions, S cache slots, D hidden size, H heads, K key and value heads, G = H / K, E head size, V
 vocabulary.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, silu
 
-from llm.attention import attend, attend_cached, visibility
-from llm.compilation import has_compiler
+from llm.device import has_compiler
 from llm.errors import InputError
-from llm.models.llama.decode_row import CompiledRow
+from llm.layers.attention import attend, attend_cached, visibility
+from llm.models.llama.compiled_decode import CompiledRow
 from llm.models.llama.model import Layer, Llama
 
 SPARE_SLOTS = 8  # behind the context, of the compiled step, which may not see all of them

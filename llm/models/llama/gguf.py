@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig
-from llm.models.llama.rope import frequencies
+from llm.models.llama.model import frequencies
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

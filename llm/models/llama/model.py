@@ -15,16 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.attention import Visibility, attend, visibility
-from llm.dropout import Dropout
-from llm.fused_attention import fits
-from llm.models.llama.config import LlamaConfig, attention_flops
-from llm.models.llama.rope import frequencies
-from llm.parameters import numbers_in
-from llm.pointwise import compute_dtype, rms_norm, rotate, swiglu
+from llm.layers.attention import Visibility, attend, visibility
+from llm.layers.dropout import Dropout
+from llm.layers.fused_attention import fits
+from llm.layers.ops import compute_dtype, rms_norm, rotate, swiglu
+from llm.models.interface import numbers_in
+from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig, attention_flops
 
 if TYPE_CHECKING:
     from llm.models.llama.decode import Decoding
+
+
+def frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
+    """Radians per position of each pair of channels, (E / 2,): base^(-2i / E) (Su et al. 2021), then `config.rope_scaling`."""
+    exponent = torch.arange(0, config.head_size, 2, device=device, dtype=torch.int64).float() / config.head_size
+    plain = 1.0 / config.rope_base**exponent
+    match config.rope_scaling:
+        case LinearScaling(factor=factor):
+            return plain / factor
+        case Llama3Scaling() as scaling:
+            # How often it turns within the original context decides; https://arxiv.org/abs/2407.21783 and the released code.
+            turns = scaling.original_context / (2 * math.pi / plain)
+            low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 slow, 1 fast
+            return (1 - kept) * plain / scaling.factor + kept * plain
+    return plain
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +154,7 @@ class Llama(nn.Module):
         self.vocab_size = vocab_size
         self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
         self.compiled = False  # whether training runs the layers as torch.compile makes them
-        self.fused_attention = False  # whether attention is that of `llm.fused_attention`, where it fits
+        self.fused_attention = False  # whether attention is that of `llm.layers.fused_attention`, where it fits
         self.model = Decoder(config, vocab_size=vocab_size)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
@@ -188,7 +203,7 @@ class Llama(nn.Module):
         return angle.cos(), angle.sin()
 
     def decoding(self) -> "Decoding":
-        """The form in which the model writes text: `llm.generate` and `llm.likelihood` know no more of an architecture."""
+        """The form in which the model writes text: `llm.inference.generate` and `llm.inference.likelihood` know no more of an architecture."""
         from llm.models.llama.decode import Decoding
 
         return Decoding(self)

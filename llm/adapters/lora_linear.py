@@ -1,0 +1,63 @@
+"""A frozen matrix and its low-rank update (Hu et al. 2021) as one operation, with a gradient written by hand.
+
+PEFT's layer makes five operations of it and adds up four results of the size of the output or the input; here each product
+adds to the one before. A LoRA step of 2.6M parameters on 2 cores takes 0.90 of the time (alternating, best 106 against 112 ms,
+median 117 against 129).
+
+Letters: N positions, D inputs, O outputs, r rank.
+"""
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from llm.layers.ops import compute_dtype
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+class LowRankLinear(Function):
+    """x weightᵀ + scale (x downᵀ) upᵀ (..., O) of x (..., D), a frozen weight (O, D), down (r, D) and up (O, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:  # noqa: D102
+        dtype = compute_dtype(x)
+        flat, weight, down = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype), down.to(dtype)
+        up = (up * scale).to(dtype)
+        narrow = flat @ down.t()  # (N, r)
+        out = (flat @ weight.t()).addmm_(narrow, up.t())
+        ctx.save_for_backward(flat, weight, down, up, narrow)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:  # noqa: D102
+        flat, weight, down, up, narrow = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        dnarrow = grad @ up
+        dx = (grad @ weight).addmm_(dnarrow, down).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, (dnarrow.t() @ flat).float(), (grad.t() @ narrow).float().mul_(ctx.scale), None
+
+
+def join(layer: "LoraLayer", *, adapter: str) -> None:
+    """Let a layer of PEFT compute so. It has one adapter, without dropout, on a plain nn.Linear that is frozen."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.disable_adapters or self.merged:
+            out: Tensor = type(self).forward(self, x)
+            return out
+        # Asked for at each call: weights that are spread over processes are whole only then.
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        weight, scale = self.base_layer.weight, self.scaling[adapter]
+        joined: Tensor = LowRankLinear.apply(x, weight, down, up, scale)  # type: ignore[no-untyped-call]  # `apply` is untyped
+        return joined
+
+    layer.forward = MethodType(forward, layer)  # type: ignore[attr-defined]  # of this one layer
+
+
+def can_join(base: nn.Module, *, dropout: float, dora: bool) -> bool:
+    """Whether an adapter with these settings is a matrix and its low-rank update, and no more."""
+    return type(base) is nn.Linear and base.bias is None and dropout == 0 and not dora

@@ -1,0 +1,42 @@
+"""Adapters merged into the weights they adapt: the result is an ordinary model that computes what base and adapter did."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llm.adapters.lora import adapted_layers, load_adapter
+from llm.models.llama.model import Llama
+
+
+def merge_adapters(model: Llama, folders: Sequence[Path]) -> None:
+    """Merge the adapters of `folders` into `model`, one after the other, each on the result of those before it.
+
+    The model holds full-precision weights (fp32): merging into quantized ones would round the adapter away.
+    """
+    for folder in folders:
+        load_adapter(model, folder)
+        merge_attached(model)
+
+
+def merge_attached(model: Llama) -> None:
+    """Merge the adapter that `model` carries; modules that were trained in full hold what they learned already."""
+    for name, layer in list(adapted_layers(model)):
+        layer.merge(safe_merge=True)
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+
+
+@torch.no_grad()
+def mix_adapters(model: Llama, folders: Sequence[Path], weights: Sequence[float]) -> None:
+    """Change `model` by the weighted sum of what the adapters of `folders`, all trained on it, would each change alone."""
+    base = {name: weight.clone() for name, weight in model.named_parameters()}
+    totals: dict[str, torch.Tensor] = {}
+    for folder, share in zip(folders, weights, strict=True):
+        merge_adapters(model, [folder])
+        for name, weight in model.named_parameters():
+            if not torch.equal(weight, base[name]):
+                totals[name] = totals.get(name, 0) + share * (weight - base[name])
+                weight.copy_(base[name])
+    for name, total in totals.items():
+        model.get_parameter(name).add_(total)

@@ -1,0 +1,67 @@
+"""Adapting a model by LoRA and QLoRA beside training all of its weights: share that learns, time of a step, peak memory.
+
+All three take turns on the same model and step, in one process; peak memory is measured in a process of its own for each. The
+memory of a base is that of its weights alone, every one counted with what belongs to it, in four bits and in bf16.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm.adapters import lora
+from llm.bench import memory
+from llm.bench.implementations import FULL, LORA, QLORA, SETTINGS, build_ours, training
+from llm.bench.timing import interleaved, ratio
+from llm.bench.workload import Subject
+from llm.models.interface import count_parameters
+from llm.models.llama.model import Llama
+from llm.training.process_group import Group
+
+
+def measure(subject: Subject, *, seconds: float, group: Group) -> dict[str, Any]:
+    """The figures of each way, and the memory of the base."""
+    names = [FULL, LORA, *([QLORA] if find_spec("bitsandbytes") else [])]
+    trainings = {name: training(subject, name, group=group) for name in names}
+    timings = interleaved({name: one.step for name, one in trainings.items()}, seconds=seconds, device=group.device)
+    peaks = {name: memory.peak_of(name, subject) for name in names}
+    ways: dict[str, Any] = {}
+    for name, one in trainings.items():
+        learned, parameters = count_parameters(one.model)
+        ways[name] = {
+            "trained_parameters": learned,
+            "trained_share": learned / parameters,
+            "seconds_per_step": timings[name].median,
+            "rounds": timings[name].rounds,
+            "time_of_full": ratio(timings, name, FULL),
+            "peak_memory_bytes": peaks[name],
+            "memory_of_full": peaks[name] / peaks[FULL],
+        }
+    found: dict[str, Any] = {"r": SETTINGS.r, "ways": ways}
+    if QLORA in names:
+        base = build_ours(subject).to(group.device)
+        bf16 = 2 * count_parameters(base)[1]
+        lora.quantize(base, double=True)
+        held = weight_bytes(base)
+        found["base"] = {"nf4_bytes": held, "bf16_bytes": bf16, "nf4_of_bf16": held / bf16}
+    return found
+
+
+def weight_bytes(model: nn.Module | Llama) -> int:
+    """Memory of all weights; of those in four bits with the scales and the table that they are read by."""
+    held: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+
+    for weight in model.parameters():
+        count(weight.detach())
+        state = getattr(weight, "quant_state", None)
+        while state is not None:
+            for value in vars(state).values():
+                if isinstance(value, torch.Tensor):
+                    count(value)
+            state = state.state2
+    return sum(held.values())

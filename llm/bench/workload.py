@@ -1,0 +1,53 @@
+"""What is measured: the sizes of a model and of its training step. No torch here: whoever starts the bench reads it."""
+
+from typing import TYPE_CHECKING, Literal
+
+from llm.models import architecture_tables
+from llm.training.config import Optimizer, Settings
+
+if TYPE_CHECKING:
+    from llm.models.llama.config import LlamaConfig as ArchitectureConfig
+else:
+    ArchitectureConfig = architecture_tables()
+
+
+class Subject(Settings):
+    """A model and one optimizer step of its training."""
+
+    architecture: ArchitectureConfig
+    """Its `context` is the row's where the recipe leaves it open."""
+    vocab_size: int
+    context: int
+    """Tokens in a row."""
+    rows: int
+    """Of an optimizer step."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Rows of a forward pass."""
+    optimizer: Optimizer = Optimizer()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compiled: bool | Literal["auto"] = "auto"
+    """Of our layers; "auto" is as a long training decides."""
+    fused_attention: bool | Literal["auto"] = "auto"
+    """The same of our attention."""
+    recompute: bool = False
+    cores: int
+    """Threads of the step."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of an optimizer step."""
+        return self.rows * self.context
+
+
+def reference(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Subject:
+    """The size at which we compare where no recipe names another: 28.8M parameters, 8 rows of one 512-token document."""
+    sizes = {"hidden_size": 512, "layers": 8, "heads": 8, "context": 512}
+    return Subject(
+        architecture=ArchitectureConfig.model_validate(sizes),
+        vocab_size=6144,
+        context=512,
+        rows=8,
+        compiled=compiled,
+        fused_attention=compiled,
+        cores=cores,
+    )

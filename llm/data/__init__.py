@@ -1,0 +1,1 @@
+"""What a model learns from, as rows of tokens: conversations, packing, shards, batches."""

@@ -1,0 +1,125 @@
+"""Rows of several sources as one: a fixed share of the rows comes from each, by the row's index alone.
+
+Which source a row is from depends on its index, so neither a restart nor the number of processes changes it, and after any
+number of rows each source has had its share of them, to within one row.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from llm.data.batch import Row, RowSource
+from llm.data.chat_dataset import Counts, read_turns
+from llm.data.conversations import TextTemplate
+from llm.data.packing import STATISTICS
+from llm.data.token_shards import TokenWriter
+from llm.errors import InputError, Interrupted
+from llm.text import attribution
+from llm.tokenizer.tokenizer import TextTokenizer
+
+_BATCH = 256  # documents that are tokenized at a time
+
+
+class MixedRows:
+    """Rows of `main`, of which a `share` is replaced by rows of `other`; an epoch is one of `main`."""
+
+    def __init__(self, main: RowSource, other: RowSource, *, share: float) -> None:
+        assert main.context == other.context
+        self._main, self._other, self._share = main, other, share
+        self.context = main.context
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows until `main` has been seen once."""
+        return math.ceil(self._main.rows_per_epoch / (1 - self._share))
+
+    def row(self, index: int) -> Row:
+        """Row `index`, counted on through epochs."""
+        before = self._others(index)
+        return self._other.row(before) if self._others(index + 1) > before else self._main.row(index - before)
+
+    def _others(self, count: int) -> int:
+        """Rows of `other` among the first `count`."""
+        return math.floor(count * self._share + 0.5)
+
+
+def mixed(main: RowSource, others: Sequence[tuple[RowSource, float]]) -> RowSource:
+    """`main` with a share of all rows from each of `others`; the shares sum to less than 1."""
+    rows, left = main, 1.0 - sum(share for _, share in others)
+    for other, share in others:  # each has a share of what is mixed until then
+        rows = MixedRows(rows, other, share=share / (left + share))
+        left += share
+    return rows
+
+
+class JoinedRows:
+    """Rows that are `times` as long, each made of that many rows of `source`."""
+
+    def __init__(self, source: RowSource, times: int) -> None:
+        self._source, self._times = source, times
+        self.context = source.context * times
+        self.rows_per_epoch = max(1, source.rows_per_epoch // times)
+
+    def row(self, index: int) -> Row:
+        """Row `index`; the documents of its parts stay apart."""
+        parts = [self._source.row(index * self._times + part) for part in range(self._times)]
+        documents, count = [], 0
+        for part in parts:
+            documents.append(np.where(part.documents < 0, -1, part.documents + count).astype(np.int32))
+            count += int(part.documents.max()) + 1
+        tokens, targets = (
+            np.concatenate(pieces) for pieces in zip(*((one.tokens, one.targets) for one in parts), strict=True)
+        )
+        return Row(tokens, targets, np.concatenate(documents))
+
+
+def write_texts(
+    folder: Path,
+    files: Sequence[Path],
+    template: TextTemplate,
+    *,
+    tokenizer: TextTokenizer,
+    context: int,
+    skip_bad: bool,
+    report: Callable[..., None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """The texts of `files` as tokens under `folder`, complete once it is there; `llm.data.token_shards` reads it, and statistics."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    for path in temporary.glob("*"):
+        path.unlink()
+    texts: list[str] = []
+    count = Counts()
+    with TokenWriter(temporary, vocab_size=tokenizer.vocab_size, context=context, padding=tokenizer.padding) as writer:
+
+        def flush() -> None:
+            for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+                writer.append(ids, passes=1, text_bytes=len(text.encode()))
+            texts.clear()
+            report(done=writer.documents, unit="texts")
+            if should_stop():
+                raise Interrupted("stopped while texts were tokenized")
+
+        for _, turns, about in read_turns(files, template):
+            count.rows += 1
+            if isinstance(turns, InputError):
+                if not skip_bad:
+                    raise turns
+                count.bad += 1
+                continue
+            attribution.count(count.licenses, about.license)
+            attribution.count(count.origins, about.origin)
+            texts.append(turns[-1].content)
+            if len(texts) == _BATCH:
+                flush()
+        flush()
+        if not writer.tokens:
+            raise InputError(f"{', '.join(map(str, files))}: wants texts to mix in; found none")
+        count.learned_tokens = writer.tokens
+        writer.finish()
+    (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
+    temporary.rename(folder)

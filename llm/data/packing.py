@@ -1,0 +1,204 @@
+"""Token streams packed into rows on disk, and read back as rows. Not what a stream says: that is `llm.data.chat_dataset`'s.
+
+`ids.bin` and `learned.bin` hold all streams end to end; `index.npz` says where each begins and which of them share a row. A
+stream of n tokens takes n - 1 positions: the last is only predicted. Streams may belong together, as the two answers of a
+preference do: they are then documents 2i and 2i + 1 of one row. `reference.bin`, where it is there, holds what another model
+gives each token that is learned, as a log-probability.
+"""
+
+import shutil
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.data.batch import IGNORE, Row
+
+
+def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, each row's lengths summing to at most `capacity`.
+
+    Best-fit decreasing: the longest piece first, each into the row that it fills best, a new row only where none has
+    room. It needs at most 11/9 of the fewest rows possible (Johnson 1973), and on texts of mixed length hardly more than
+    the sum of the lengths. Pieces of equal length are taken in the order given. Every length is in 1..capacity.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left: the rows that have exactly this much
+    rooms = 0  # bit n is set where open_rows[n] holds a row: the next larger room is found by one shift
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit set
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+            rows[row].append(index)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([index])
+        if room > length:
+            open_rows[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return rows
+
+
+STATISTICS = "statistics.json"
+FILLED = 0.97  # share of the positions computed that should be real tokens
+_IDS, _LEARNED, _INDEX, _REFERENCE = "ids.bin", "learned.bin", "index.npz", "reference.bin"
+
+
+class StreamWriter:
+    """Writes streams into a new folder. Of each it keeps a few bytes in memory, however long it is."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._ids = (folder / _IDS).open("wb")
+        self._learned = (folder / _LEARNED).open("wb")
+        self._lengths = array("i")  # in tokens
+        self._full_lengths = array("i")  # before anything was cut
+        self._passes = array("i")  # of each group
+
+    def append(self, ids: Sequence[int], learned: Sequence[bool], *, full_length: int) -> None:
+        """Add one stream."""
+        self._ids.write(np.array(ids, dtype=np.int32).tobytes())
+        self._learned.write(np.array(learned, dtype=np.bool_).tobytes())
+        self._lengths.append(len(ids))
+        self._full_lengths.append(full_length)
+
+    def end_group(self, passes: int) -> None:
+        """The streams since the last group belong together; all groups are as large. An epoch sees them `passes` times."""
+        self._passes.append(passes)
+
+    def __len__(self) -> int:
+        """Streams so far."""
+        return len(self._lengths)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """No more streams come."""
+        self._ids.close()
+        self._learned.close()
+
+    def pack(self, *, row_lengths: Sequence[int], padding: int) -> dict[str, Any]:
+        """Decide which groups share a row, and of which length: the first that is filled enough, else the last. After `with`.
+
+        Groups are shuffled first, so that rows mix the tables whatever their order. Returns statistics.
+        """
+        lengths, passes = np.array(self._lengths, dtype=np.int64), np.array(self._passes, dtype=np.int64)
+        size = len(lengths) // len(passes)  # of a group
+        groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(passes)), passes))
+        positions = (lengths - 1).reshape(-1, size).sum(1)[groups]
+        for row_length in row_lengths:
+            rows = best_fit(positions, capacity=row_length)
+            real_share = float(positions.sum()) / (len(rows) * row_length)
+            if real_share >= FILLED:
+                break
+        members = groups[np.concatenate(rows)][:, None] * size + np.arange(size)
+        np.savez(
+            self._folder / _INDEX,
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            members=members.ravel(),
+            rows=np.concatenate([[0], np.cumsum([len(row) for row in rows])]) * size,
+            row_length=row_length,
+            padding=padding,
+        )
+        return {
+            "chats": len(groups),
+            "packed_rows": len(rows),
+            "row_length": row_length,
+            "tokens": int(positions.sum()),
+            "real_share": round(real_share, 4),
+            "stream_tokens": _percentiles(np.frombuffer(self._full_lengths, dtype=np.int32)),
+        }
+
+
+def _percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
+    p50, p95 = np.percentile(lengths, [50, 95], method="lower").tolist()
+    return {"p50": int(p50), "p95": int(p95), "max": int(lengths.max())}
+
+
+class PackedRows:
+    """Packed streams as a RowSource: rows in an order drawn from (seed, epoch), or as packed where `seed` is None."""
+
+    def __init__(self, folder: Path, *, seed: int | None) -> None:
+        index = np.load(folder / _INDEX)
+        self.context = int(index["row_length"])
+        self._folder = folder
+        self._padding = int(index["padding"])
+        self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
+        self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")
+        self._learned: NDArray[np.bool_] = np.memmap(folder / _LEARNED, dtype=np.bool_, mode="r")
+        self._reference: NDArray[np.float32] | None = None
+        if (folder / _REFERENCE).exists():
+            self._reference = np.memmap(folder / _REFERENCE, dtype=np.float32, mode="r")
+        self._seed = seed
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch asked for last
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows until every stream has been seen as often as its weight says."""
+        return len(self._rows) - 1
+
+    def row(self, index: int) -> Row:
+        """Row `index`, counted on through epochs."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        packed = int(self._order_of(epoch)[place])
+        tokens = np.full(self.context, self._padding, dtype=np.int64)
+        targets = np.full(self.context, IGNORE, dtype=np.int64)
+        documents = np.full(self.context, -1, dtype=np.int32)
+        reference = None if self._reference is None else np.zeros(self.context, dtype=np.float32)
+        filled = 0
+        for document, stream in enumerate(self._streams(packed)):
+            start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
+            end = filled + stop - start - 1
+            ids, learned = self._ids[start:stop], self._learned[start + 1 : stop]
+            tokens[filled:end] = ids[:-1]
+            targets[filled:end] = np.where(learned, ids[1:], IGNORE)
+            documents[filled:end] = document
+            if reference is not None and self._reference is not None:
+                reference[filled:end] = np.where(learned, self._reference[start + 1 : stop], 0)
+            filled = end
+        return Row(tokens, targets, documents, reference)
+
+    def write_reference(self, log_probabilities: Callable[[range], NDArray[np.float32]], *, rows_at_a_time: int) -> None:
+        """Ask for the log-probability of the target at each position, (B, T), of all rows as packed, and keep them.
+
+        Complete once `reference.bin` is there.
+        """
+        growing = self._folder / (_REFERENCE + ".growing")
+        values = np.memmap(growing, dtype=np.float32, mode="w+", shape=self._ids.shape)
+        for first in range(0, self.rows_per_epoch, rows_at_a_time):
+            indices = range(first, min(first + rows_at_a_time, self.rows_per_epoch))
+            for packed, found in zip(indices, log_probabilities(indices), strict=True):
+                filled = 0
+                for stream in self._streams(packed):
+                    start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
+                    values[start + 1 : stop] = found[filled : filled + stop - start - 1]
+                    filled += stop - start - 1
+        values.flush()
+        growing.replace(self._folder / _REFERENCE)
+
+    def _streams(self, packed: int) -> NDArray[np.int64]:
+        """What shares a row, in its order."""
+        members: NDArray[np.int64] = self._members[self._rows[packed] : self._rows[packed + 1]]
+        return members
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        if self._seed is None:
+            return np.arange(self.rows_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self.rows_per_epoch))
+        return self._order[1]
+
+
+def has_reference(folder: Path) -> bool:
+    """Whether `write_reference` has finished there."""
+    return (folder / _REFERENCE).exists()

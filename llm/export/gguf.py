@@ -1,0 +1,150 @@
+"""A model folder as one GGUF file, which llama.cpp and what is built on it open as they are.
+
+Weights, tokenizer, special tokens and chat template are in the file. How an architecture is told to llama.cpp is in its own
+folder (`llm.models`); here are the precisions, and the tokenizer: llama.cpp knows how text is cut only by name
+(`llm.tokenizer.pretokenizers`), or has the pieces of sentencepiece.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from llm.errors import InputError
+from llm.export import GgufPrecision
+from llm.models import architectures
+from llm.models.checkpoint import CONFIG, read_config, read_weights
+from llm.tokenizer.pretokenizers import name_of
+from llm.tokenizer.tokenizer import TOKENIZER_FILE, TextTokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+Q8_BLOCK = 32  # numbers that share a scale; a matrix with other rows is left in f16, as llama.cpp's own tools do
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that is no piece
+
+logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every tensor
+
+
+def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> dict[str, Any]:
+    """Write the model in `checkpoint` to `target`; returns what a record tells.
+
+    Vectors stay in f32. InputError for a tokenizer that llama.cpp does not have.
+    """
+    from gguf import GGUFWriter, LlamaFileType
+
+    config, vocab_size = read_config(checkpoint / CONFIG)
+    weights = read_weights(checkpoint, config, vocab_size=vocab_size)
+    layout = architectures()[config.name].gguf()
+    growing = target.with_name(f".{target.name}.growing")
+    writer = GGUFWriter(growing, layout.ARCHITECTURE)
+    file_types = {
+        "f32": LlamaFileType.ALL_F32,
+        "f16": LlamaFileType.MOSTLY_F16,
+        "bf16": LlamaFileType.MOSTLY_BF16,
+        "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    }
+    writer.add_file_type(file_types[precision])
+    writer.add_quantization_version(2)  # of ggml's blocks: GGML_QUANT_VERSION
+    writer.add_vocab_size(vocab_size)
+    layout.write_sizes(writer, config)
+    pre_tokenizer = _write_tokenizer(writer, checkpoint, vocab_size=vocab_size)
+    kept: dict[str, int] = {}
+    for tensor_name, tensor in layout.tensors(config, weights):
+        data, stored = _stored(tensor, precision)
+        kept[stored.name.lower()] = kept.get(stored.name.lower(), 0) + 1
+        writer.add_tensor(tensor_name, data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    growing.replace(target)
+    return {"bytes": target.stat().st_size, "tensors": kept, "pre_tokenizer": pre_tokenizer, "context": config.context}
+
+
+def _stored(tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GGMLQuantizationType]":
+    """The numbers as they lie in the file, and as what."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    numbers = np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
+    if numbers.ndim == 1:
+        wanted = GGMLQuantizationType.F32
+    elif precision == "q8_0" and numbers.shape[-1] % Q8_BLOCK:
+        wanted = GGMLQuantizationType.F16
+    else:
+        wanted = GGMLQuantizationType[precision.upper()]
+    return quantize(numbers, wanted), wanted
+
+
+def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> str:
+    """Tokens, merges, special tokens and chat template; returns llama.cpp's name of the pre-tokenizer."""
+    from gguf import TokenType
+
+    stored = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    pieces = bool(stored["model"].get("byte_fallback"))
+    pre_tokenizer = "default" if pieces else name_of(stored)
+    if pre_tokenizer is None:
+        raise InputError(
+            f"{folder / TOKENIZER_FILE}: wants a byte-level BPE whose pre-tokenizer is one of those in llm/tokenizer/pretokenizers.py, "
+            "which llama.cpp has too, or pieces as sentencepiece has them; found another, and llama.cpp would cut text into "
+            "other tokens"
+        )
+    tokenizer = TextTokenizer.load(folder)
+    tokens = [f"[UNUSED{number}]" for number in range(vocab_size)]
+    types = [TokenType.UNUSED] * vocab_size
+    for token, number in stored["model"]["vocab"].items():
+        tokens[number] = token
+        types[number] = TokenType.BYTE if pieces and _BYTE.fullmatch(token) else TokenType.NORMAL
+    for added in stored["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    for token in tokenizer.special_tokens:
+        types[tokenizer.token_id(token)] = TokenType.CONTROL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if pieces:  # of two pairs llama.cpp joins the one whose piece has the higher score
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(merges):
+            ranks.setdefault(merge.replace(" ", ""), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+        writer.add_add_space_prefix(_begins_with_space(folder))
+    else:
+        writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokenizer.begin)
+    writer.add_eos_token_id(tokenizer.end)
+    writer.add_pad_token_id(tokenizer.padding)
+    writer.add_add_bos_token(adds_begin(folder, tokenizer))
+    writer.add_add_eos_token(False)
+    for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), tokenizer.ends[1:], strict=False):
+        add(token)
+    if tokenizer.ends[3:]:
+        raise InputError(f"{folder}: wants at most 3 tokens that end an answer, as llama.cpp has; found {len(tokenizer.ends)}")
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template)
+    return pre_tokenizer
+
+
+def _begins_with_space(folder: Path) -> bool:
+    """Whether a word at the beginning of a text is what it is after a space."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokens: list[str] = tokenizer.encode("a", add_special_tokens=False).tokens
+    return tokens[0].startswith("\u2581")
+
+
+def adds_begin(folder: Path, tokenizer: TextTokenizer) -> bool:
+    """Whether Transformers puts the begin token before a text, and before a chat as well: llama.cpp does both or neither."""
+    ids: list[int] = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode("a").ids
+    chat = tokenizer.encode_prompt([{"role": "user", "content": "a"}]) if tokenizer.template is not None else ids
+    return ids[0] == chat[0] == tokenizer.begin

@@ -1,0 +1,78 @@
+"""A model folder in stock Transformers, as its users run it: what it makes of text, chats and tokens. For `llm.export.parity`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.tokenizer.tokenizer import Message
+
+BATCH = 16  # prompts that are answered at once
+
+
+class StockModel:
+    """A model as `from_pretrained` gives it, in fp32; with `adapter`, as stock PEFT puts that on it."""
+
+    def __init__(
+        self, folder: Path, *, ends: Sequence[int], padding: int, adapter: Path | None = None, device: str = "cpu"
+    ) -> None:
+        """`ends` are the tokens that end an answer; `padding` fills up shorter prompts and is never seen."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.name = "Transformers" if adapter is None else "PEFT"
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter))
+        self._model = model.to(device).eval()
+        self._ends, self._padding, self._device = frozenset(ends), padding, device
+
+    def encode(self, text: str) -> list[int]:
+        """The text alone."""
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return tokens
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A chat up to where the assistant is to answer."""
+        return self._chat(messages, add_generation_prompt=True)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """A whole chat."""
+        return self._chat(messages, add_generation_prompt=False)
+
+    def _chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        tokens: list[int] = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        return tokens
+
+    @torch.inference_mode()
+    def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
+        """Of what follows each of `tokens`, (T, V)."""
+        logits: Tensor = self._model(torch.tensor([list(tokens)], device=self._device)).logits[0]
+        return logits.log_softmax(-1).cpu()
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens after each prompt, without the one that ends them."""
+        found: list[list[int]] = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            width = max(map(len, batch))
+            tokens = torch.tensor([[self._padding] * (width - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            written = self._model.generate(
+                input_ids=tokens.to(self._device),
+                attention_mask=mask.to(self._device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self._padding,
+            )
+            for row in written[:, width:].tolist():
+                end = next((place for place, token in enumerate(row) if token in self._ends), len(row))
+                found.append(row[:end])
+        return found

@@ -1,0 +1,151 @@
+"""Tokens from a model, for many prompts at once: a batch of prompts of different lengths, one token of each per step.
+
+What comes out for a prompt does not depend on the prompts beside it (up to rounding): each has its own positions in the
+cache, and its own stream of random numbers. Tokens in, tokens out: text is `llm.inference.streaming`'s and the tokenizer's business, which
+token is chosen `llm.inference.sampling`'s, and how a step is computed the model's decoding form's.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llm.errors import InputError
+from llm.inference.sampling import Draws, Sampling, Seen, choose
+from llm.models.llama.decode import Decoding
+from llm.models.llama.model import Llama
+
+
+@dataclass
+class Clock:
+    """Tokens and seconds of reading prompts and of writing answers, end tokens included; filled in as text is generated."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+
+def generate(
+    model: Llama | Decoding,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end: Collection[int],
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    clock: Clock | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
+
+    Prompts of similar length share a batch, the longest first. `progress` is told the number of finished prompts after each
+    batch. InputError for a prompt of no token, or of more than the context. Who generates often makes `model.decoding()` once
+    and gives that.
+    """
+    sampling, clock, decoding = sampling or Sampling(), clock or Clock(), Decoding.of(model)
+    limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for new in steps(
+            decoding,
+            [prompts[index] for index in chosen],
+            limits=[limits[index] for index in chosen],
+            end=end,
+            sampling=sampling,
+            draws=[Draws(sampling.seed, index) for index in chosen],
+            clock=clock,
+        ):
+            for row, token in new:
+                answers[chosen[row]].append(token)
+        progress(len(prompts) - len(order) + start + len(chosen))
+    return answers
+
+
+def generate_one(
+    model: Llama | Decoding,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end: Collection[int],
+    sampling: Sampling | None = None,
+    clock: Clock | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` gives for this prompt alone, each as soon as it is known."""
+    sampling, decoding = sampling or Sampling(), Decoding.of(model)
+    limit = _limit(decoding, prompt, max_new_tokens, place=0)
+    if not limit:
+        return iter(())
+    news = steps(
+        decoding,
+        [prompt],
+        limits=[limit],
+        end=end,
+        sampling=sampling,
+        draws=[Draws(sampling.seed, 0)],
+        clock=clock or Clock(),
+    )
+    return (token for new in news for _, token in new)
+
+
+@torch.inference_mode()
+def steps(
+    decoding: Decoding,
+    prompts: Sequence[Sequence[int]],
+    *,
+    limits: Sequence[int],
+    end: Collection[int],
+    sampling: Sampling,
+    draws: Sequence[Draws],
+    clock: Clock,
+) -> Iterator[list[tuple[int, int]]]:
+    """The new tokens of every step, as (place in `prompts`, token) without end tokens, until all prompts are done.
+
+    Each prompt gets up to its own of `limits`, at least one. Once half of a batch is done, the others go on without it.
+    """
+    began = time.perf_counter()
+    logits = decoding.read(prompts, room=max(limits))
+    seen = Seen(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
+    logits.sum().item()  # a GPU works behind the program's back; the clock wants it done
+    clock.prompt_tokens += sum(map(len, prompts))
+    clock.prompt_seconds += time.perf_counter() - began
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    left = list(limits)  # tokens that may still come
+    while True:
+        began = time.perf_counter()
+        if seen is not None:
+            logits = seen.penalized(logits, sampling.repetition_penalty)
+        chosen = choose(logits, sampling, draws=[draws[row] for row in rows])
+        new = []
+        for row, token in zip(rows, chosen, strict=True):
+            if left[row]:
+                clock.new_tokens += 1
+                left[row] = 0 if token in end else left[row] - 1
+                new += [(row, token)] if token not in end else []
+        clock.new_seconds += time.perf_counter() - began
+        yield new
+        began = time.perf_counter()
+        busy = [place for place, row in enumerate(rows) if left[row]]
+        if not busy:
+            return
+        if 2 * len(busy) <= len(rows):
+            rows, chosen = [rows[place] for place in busy], [chosen[place] for place in busy]
+            decoding.keep(busy)
+            if seen is not None:
+                seen.keep(busy)
+        if seen is not None:
+            seen.add(chosen)
+        logits = decoding.step(chosen)
+        clock.new_seconds += time.perf_counter() - began
+
+
+def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, place: int) -> int:
+    """How many new tokens there may be."""
+    context = decoding.model.config.context
+    assert context is not None  # every checkpoint says it
+    if not 0 < len(prompt) <= context:
+        raise InputError(f"prompt {place} wants from 1 token to the model's context of {context:,}; found {len(prompt):,}")
+    return min(max_new_tokens, context - len(prompt))

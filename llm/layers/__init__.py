@@ -1,0 +1,1 @@
+"""Parts of a decoder that are computed by hand: attention with its kernel, pointwise operations, dropout."""

@@ -1,0 +1,171 @@
+"""A model folder on disk, exactly as stock Transformers reads and writes it; nothing of a training's state.
+
+`config.json`, `model.safetensors` (or shards and their index), the tokenizer's files and `generation_config.json`. Weights are
+read from safetensors only, and a configuration that the hand-written model cannot honour is refused by the field that is at
+fault. Folders that others wrote become ours in `llm.models.import_checkpoint`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llm.errors import InputError
+from llm.files import write_json, write_tensors
+from llm.models import architectures
+from llm.tokenizer.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:  # whose methods every architecture has
+    from llm.models.llama.config import LlamaConfig
+    from llm.models.llama.model import Llama
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def save_checkpoint(folder: Path, model: "Llama", tokenizer_folder: Path) -> None:
+    """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
+
+    Where `tokenizer_folder` is a checkpoint, the tokens that end its answers come along too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        source = tokenizer_folder / name
+        if source.exists() and source.resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    write_model(folder, model.config, weights, tokenizer=TextTokenizer.load(tokenizer_folder))
+
+
+def write_model(folder: Path, config: "LlamaConfig", weights: Mapping[str, Tensor], *, tokenizer: TextTokenizer) -> None:
+    """Write everything but the tokenizer's own files; of a tied head the embedding alone."""
+    vocab_size = len(weights["model.embed_tokens.weight"])
+    dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    fields = architectures()[config.name].to_transformers(config) | {"vocab_size": vocab_size, "dtype": dtype}
+    write_json(folder / CONFIG, fields | tokenizer.special_ids)
+    write_json(folder / "generation_config.json", tokenizer.special_ids | {"do_sample": False})
+    kept = {name: tensor for name, tensor in weights.items() if not (config.tied and name == "lm_head.weight")}
+    write_tensors(folder / WEIGHTS, kept)
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
+) -> "Llama":
+    """Open a model folder. `dropout` is for training it further: a checkpoint does not say what it was trained with."""
+    config, vocab_size = read_config(folder / CONFIG, dropout=dropout)
+    stored = read_weights(folder, config, vocab_size=vocab_size, device=device)
+    weights = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    if config.tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model = _without_weights(config, vocab_size)
+    model.load_state_dict(weights, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def read_config(path: Path, *, dropout: float = 0.0) -> tuple["LlamaConfig", int]:
+    """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field we cannot honour."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is not there; wants a model folder as Transformers writes it") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from error
+    by_type = {architecture.model_type: architecture for architecture in architectures().values()}
+    model_type = found.get("model_type")
+    if model_type not in by_type:
+        wanted = " or ".join(map(repr, by_type))
+        raise InputError(f"{path}: model_type wants {wanted}, found {model_type!r}: this architecture is not supported")
+    if not isinstance(vocab_size := found.get("vocab_size"), int):
+        raise InputError(f"{path}: vocab_size wants a whole number above 0, found {vocab_size!r}")
+    try:
+        return by_type[model_type].from_transformers(found, dropout=dropout), vocab_size
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards that its index names."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.exists():
+        raise InputError(f"{folder}: {no_weights(path.name for path in folder.iterdir())}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index}: wants a table weight_map of names of files, found something else") from error
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise InputError(f"{index}: weight_map wants names of *.safetensors files beside it, found {outside[0]!r}")
+    return [folder / name for name in names]
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """Why a model with files of these names is refused, which has no weights that can be read."""
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    other = f"only {pickles[0]}, a pickle, which can run code when it is opened" if pickles else "no such file"
+    return f"wants weights in {WEIGHTS}, or in shards that {INDEX} names; found {other}"
+
+
+def read_weights(
+    folder: Path, config: "LlamaConfig", *, vocab_size: int, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """A folder's weights by name, as they are stored, and of a tied head only the embedding; InputError where they are not
+    those of the architecture, all of them."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise InputError(f"{path}: is not a whole safetensors file: {error}") from error
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # of old versions
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if config.tied and head is not None:
+        if embedding is not None and not torch.equal(head, embedding):
+            raise InputError(
+                f"{folder / CONFIG}: tie_word_embeddings wants false, found true: lm_head.weight is not the embedding"
+            )
+        del weights["lm_head.weight"]
+    wanted = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
+    if config.tied:
+        del wanted["lm_head.weight"]
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"{folder}: the weights are not those of its config.json: {name} wants "
+                f"{_shape(wanted.get(name))}, found {_shape(found.get(name))}"
+            )
+    return weights
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such weight" if shape is None else f"shape {shape}"
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves every weight as it is allocated.
+
+    `torch.nn.init` draws on the meta device, too: nothing comes of it, but it imports torch.compile, which takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _without_weights(config: "LlamaConfig", vocab_size: int) -> "Llama":
+    with torch.device("meta"), _Undrawn():  # no time spent on drawing weights that are replaced at once
+        return architectures()[config.name].build(config, vocab_size=vocab_size)

@@ -1,0 +1,93 @@
+"""A model folder that others wrote, taken over as ours: checked, and written again in the one form that everything here reads.
+
+Nothing of it is run or unpickled. Weights keep the precision they came in; shards become one file. The tokenizer stays as it
+is; what is added beside it is what training and generation rely on: a chat template, if there is none, and the token that
+ends an answer among those that end generation.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm.errors import InputError
+from llm.models.checkpoint import CONFIG, read_config, read_weights, write_model
+from llm.tokenizer.chat_template import PLAIN_TEMPLATE, with_fixed_day
+from llm.tokenizer.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from llm.models.llama.config import LlamaConfig
+
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+_CHAT = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "Four."},
+]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a folder holds beside its weights, after everything that can be refused by it was checked."""
+
+    folder: Path
+    config: "LlamaConfig"
+    vocab_size: int  # rows of the embedding; the tokenizer may have fewer tokens
+    tokenizer: TextTokenizer
+
+
+def examine(folder: Path, *, chat_template: str | None = None) -> Candidate:
+    """Check the configuration and the tokenizer of a model folder, whose weights need not be there yet.
+
+    `chat_template` replaces its own. InputError says which field is not supported, what was found, and what is.
+    """
+    config, vocab_size = read_config(folder / CONFIG)
+    tokenizer = TextTokenizer.load(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{folder / CONFIG}: vocab_size wants room for all {tokenizer.vocab_size:,} tokens of tokenizer.json; "
+            f"found {vocab_size:,}"
+        )
+    template = with_fixed_day(chat_template or tokenizer.template or PLAIN_TEMPLATE)
+    return Candidate(folder, config, vocab_size, _answering(tokenizer.with_template(template), folder))
+
+
+def adopt(candidate: Candidate, target: Path) -> dict[str, object]:
+    """Write the model into `target`; returns what a record tells of it."""
+    config = candidate.config
+    weights = read_weights(candidate.folder, config, vocab_size=candidate.vocab_size)
+    for name, tensor in weights.items():
+        if tensor.dtype not in PRECISIONS:
+            wanted = ", ".join(map(_name, PRECISIONS))
+            raise InputError(f"{candidate.folder}: {name} wants one of {wanted}; found {_name(tensor.dtype)}")
+    candidate.tokenizer.save(target)
+    write_model(target, config, weights, tokenizer=candidate.tokenizer)
+    return {
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "dtype": _name(weights["model.embed_tokens.weight"].dtype),
+        "context": config.context,
+        "vocab_size": candidate.vocab_size,
+        "tokens": candidate.tokenizer.vocab_size,
+    }
+
+
+def _answering(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:
+    """The tokenizer with the token that its template puts after an answer among `ends`; InputError where there is none."""
+    try:
+        ids, learned = tokenizer.encode_chat(_CHAT)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    ends = {ids[place] for place in range(len(ids)) if learned[place] and not any(learned[place + 1 : place + 2])}
+    if len(ends) != 1 or not ends <= {tokenizer.token_id(token) for token in tokenizer.special_tokens}:
+        found = ", ".join(repr(tokenizer.decode([token], special=True)) for token in sorted(ends)) or "nothing"
+        raise InputError(
+            f"{folder}: what the chat template marks as learned wants to end with one special token after every answer, "
+            f"by which the model learns to stop; found {found}"
+        )
+    return tokenizer.with_template(tokenizer.template or "", ends=sorted(ends))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

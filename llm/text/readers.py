@@ -1,0 +1,216 @@
+"""Rows out of files of any format: JSON lines, CSV, TSV, Parquet, plain text."""
+
+import csv
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from llm.errors import InputError
+from llm.text import attribution
+
+READ = 1 << 16  # bytes of a file at a time; a gzip block of this size grows to at most 64 MiB
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Fault(str):
+    """Stands where the content of a row that cannot be read would be; says why."""
+
+
+class Row(NamedTuple):
+    """One row as it was read: a line of JSON not yet parsed, fields, or the reason why there are none."""
+
+    place: str  # the file, or the dataset
+    number: int  # line of the file (row of a parquet file or dataset), from 1
+    content: bytes | dict[str, Any] | Fault
+
+    @property
+    def at(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.place}:{self.number}"
+
+    def fields(self) -> Mapping[str, Any]:
+        """The row parsed; an InputError says why it cannot be, and leaves it to the caller to say where it stands."""
+        content = self.content
+        if isinstance(content, Fault):
+            raise InputError(content)
+        if isinstance(content, dict):
+            return content
+        try:
+            fields = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            raise InputError(f"is not UTF-8 (byte {error.start + 1}: {error.reason})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"is not JSON ({error}); wants one object a line") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"is a JSON {type(fields).__name__}; wants an object")
+        return fields
+
+
+def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[Row]:
+    """The rows of `files`, in order. `wanted` are the fields that will be asked for: a table without one is an InputError,
+    and columns of a Parquet file that are not wanted are not read (but for those of `credit`).
+    """
+    for path in files:
+        yield from _FORMATS[_format(path)](path, wanted)
+
+
+def field_names(path: Path) -> list[str]:
+    """What the fields of a file's rows are called, by its first row; an InputError if there is none."""
+    if _format(path) == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return list(pq.read_schema(path).names)
+        except pa.ArrowException as error:
+            raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+    if _format(path) == ".txt":  # which would be read whole
+        return ["text"]
+    for row in read_rows([path], set()):
+        return list(row.fields())
+    raise InputError(f"{path}: wants at least one row; found none")
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
+    found = suffixes[-1] if suffixes else ""
+    if found not in _FORMATS or (found == ".parquet" and path.suffix != ".parquet"):
+        raise InputError(f"{path}: wants a file named *.jsonl, *.txt, *.csv or *.tsv (also with .gz or .zst), or *.parquet")
+    return found
+
+
+def _json_lines(path: Path, wanted: set[str]) -> Iterator[Row]:
+    place = str(path)
+    for number, line in enumerate(_lines(path), start=1):
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if content and not content.isspace():
+            yield Row(place, number, content)
+
+
+def _whole_text(path: Path, wanted: set[str]) -> Iterator[Row]:
+    content = b"\n".join(_lines(path)).removeprefix(BYTE_ORDER_MARK)
+    try:
+        yield Row(str(path), 1, {"text": content.decode()})
+    except UnicodeDecodeError as error:
+        yield Row(str(path), content.count(b"\n", 0, error.start) + 1, Fault(f"is not UTF-8 ({error.reason})"))
+
+
+def _comma_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+    return _table(path, wanted, "CSV", strict=True)
+
+
+def _tab_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+    return _table(path, wanted, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
+    table = csv.DictReader(_decoded(path), **form)
+    number = 1
+    try:
+        names = table.fieldnames or []
+        if missing := sorted(wanted.difference(names)):
+            raise InputError(f"{path}:1: has no column {missing[0]!r}; the first line names: {', '.join(names)}")
+        number = table.line_num + 1
+        for row in table:
+            complete = None not in row and None not in row.values()
+            yield Row(
+                str(path), number, row if complete else Fault(f"does not have the {len(names)} columns of the first line")
+            )
+            number = table.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{number}: is not {name} ({error})") from error
+
+
+def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := sorted(wanted.difference(names)):
+                raise InputError(f"{path}: has no column {missing[0]!r}; its columns are: {', '.join(names)}")
+            number = 1
+            for batch in file.iter_batches(
+                batch_size=1024, columns=[name for name in names if name in {*wanted, *attribution.FIELDS}]
+            ):
+                for row in batch.to_pylist():
+                    yield Row(str(path), number, row)
+                    number += 1
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+
+
+_FORMATS: dict[str, Callable[[Path, set[str]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".txt": _whole_text,
+    ".csv": _comma_separated,
+    ".tsv": _tab_separated,
+    ".parquet": _parquet,
+}
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode() + "\n"
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: is not UTF-8 ({error.reason})") from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines without their "\\n"; what follows the last one is a line if it is not empty."""
+    import zstandard
+
+    rest: list[bytes] = []  # the pieces of a line that is longer than a block
+    number = 1
+    try:
+        for block in _blocks(path):
+            first, *others = block.split(b"\n")
+            rest.append(first)
+            if others:
+                yield b"".join(rest)
+                yield from others[:-1]
+                rest = [others[-1]]
+                number += len(others)
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise InputError(f"{path}:{number}: the compressed file is damaged after this line ({error})") from error
+    if last := b"".join(rest):
+        yield last
+
+
+class _Decoder(Protocol):
+    """What zlib's and zstandard's decompression objects share."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, decompressed; a file that ends too early is an EOFError (`zstandard.open` says nothing then)."""
+    import zstandard
+
+    decoders: dict[str, Callable[[], _Decoder]] = {
+        ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with a gzip header, whose checksum is verified
+        ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    }
+    with path.open("rb") as file:
+        if path.suffix not in decoders:
+            while data := file.read(READ):
+                yield data
+            return
+        decoder = decoders[path.suffix]()
+        while data := file.read(READ):
+            while data:
+                if decoder.eof:  # another member of the same file
+                    decoder = decoders[path.suffix]()
+                yield decoder.decompress(data)
+                data = decoder.unused_data
+        if not decoder.eof:
+            raise EOFError("it ends too early")

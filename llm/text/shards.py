@@ -1,0 +1,197 @@
+"""The work on one shard, as a pure function: parse, clean, judge, hash, sign; and the folder that holds the result.
+
+Nothing here looks at another shard, so the result of a document does not depend on how rows were cut into shards. A folder
+under its final name is complete, and is reused by a later run that brings the same rows and the same settings.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.errors import InputError
+from llm.text import minhash
+from llm.text.attribution import About, about
+from llm.text.cleaning import Rules, clean, fault
+from llm.text.readers import Row
+from llm.text.sources import Shard, Source
+from llm.text.templates import split_text
+
+BATCH = 1 << 18  # characters that are signed together: enough to forget Python's overhead, few enough for the cache
+EXAMPLES = 5  # bad rows that are quoted in the record
+
+FACTS = np.dtype(
+    [
+        ("characters", np.uint32),
+        ("bytes", np.uint32),
+        ("passes", np.uint32),
+        ("validation", np.bool_),
+        ("about", np.uint32),  # index into the shard's list of Abouts
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to every document, apart from its source's own settings."""
+
+    rules: Rules = field(default_factory=Rules)
+    validation: float = 0.01  # share of the documents that is held out
+    similarity: float | None = 0.8  # from which a later document is a near duplicate; None looks for none
+    skip_bad_rows: bool = False
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """The result of one shard, on disk. Line i of the documents, row i of the facts and column i of the hashes go together."""
+
+    folder: Path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Counts: read, dropped by reason, documents; bad rows; what the rows say of themselves."""
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return summary
+
+    def documents(self) -> bytes:
+        """Lines of the corpus."""
+        return (self.folder / "documents.jsonl").read_bytes()
+
+    def facts(self) -> NDArray[np.void]:
+        """One FACTS per document."""
+        facts: NDArray[np.void] = np.load(self.folder / "facts.npy")
+        return facts
+
+    def digest(self, half: int) -> minhash.Hashes:
+        """The first or second 64 bits of the hash of each document."""
+        return np.array(np.load(self.folder / "digests.npy", mmap_mode="r")[half])
+
+    def band(self, band: int) -> minhash.Hashes:
+        """One band's hash of each document."""
+        return np.array(np.load(self.folder / "bands.npy", mmap_mode="r")[band])
+
+    def signatures(self) -> NDArray[np.uint8]:
+        """(documents, SLOTS)."""
+        signatures: NDArray[np.uint8] = np.load(self.folder / "signatures.npy")
+        return signatures
+
+
+def work_on(shard: Shard, *, sources: list[Source], treatment: Treatment, folder: Path) -> ShardFolder:
+    """Do the work on a shard, unless `folder` has the result of the same work already."""
+    source = replace(sources[shard.source], files=(), rows=None)
+    target = folder / f"{shard.index:06d}"
+    work = pickle.dumps((shard.rows, repr(source), repr(treatment), minhash.SEED))
+    identity = hashlib.blake2b(work, digest_size=16).hexdigest()
+    if target.exists():
+        if ShardFolder(target).summary["identity"] == identity:
+            return ShardFolder(target)
+        shutil.rmtree(target)
+    temporary = folder / f"{shard.index:06d}.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    summary = _write(temporary, shard.rows, source, treatment)
+    (temporary / "summary.json").write_text(json.dumps({"identity": identity, "source": shard.source, **summary}))
+    temporary.rename(target)
+    return ShardFolder(target)
+
+
+def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) -> dict[str, Any]:
+    dropped: Counter[str] = Counter()
+    bad_rows: list[str] = []
+    abouts: dict[About, int] = {}
+    facts: list[tuple[int, int, int, bool, int]] = []
+    digests: list[bytes] = []
+    texts: list[str] = []
+    parts = split_text(source.text)
+    with (folder / "documents.jsonl").open("wb") as documents:
+        for row in rows:
+            try:
+                fields = row.fields()
+                if not all(fields.get(name) == value for name, value in source.where.items()):
+                    dropped["filtered"] += 1
+                    continue
+                text = clean(text_of(fields, parts))
+            except InputError as error:
+                if not treatment.skip_bad_rows:
+                    raise InputError(f"{row.at}: {error}") from error
+                dropped["bad_row"] += 1
+                bad_rows.append(f"{row.at}: {error}")
+                continue
+            encoded = text.encode()
+            if reason := fault(text, encoded, rules=treatment.rules):
+                dropped[reason] += 1
+                continue
+            digest = hashlib.blake2b(encoded, digest_size=16).digest()
+            held_out = _share(digest[:8]) < treatment.validation
+            passes = int(source.weight) + (_share(digest[8:]) < source.weight % 1)
+            if not passes:
+                dropped["unselected"] += 1
+                continue
+            said = about(fields)
+            said = said._replace(language=said.language or source.language)
+            passes = 1 if held_out else passes
+            documents.write(_line(text, source.name, passes, said.language))
+            facts.append((len(text), len(encoded), passes, held_out, abouts.setdefault(said, len(abouts))))
+            digests.append(digest)
+            texts.append(text)
+    np.save(folder / "facts.npy", np.array(facts, dtype=FACTS))
+    hashes = np.ascontiguousarray(np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2).T)
+    np.save(folder / "digests.npy", hashes)
+    if treatment.similarity is not None:
+        signed = np.zeros((len(texts), minhash.SLOTS), dtype=np.uint32)
+        for start, stop in _batches(texts):
+            signed[start:stop] = minhash.signatures(texts[start:stop], hashes[0, start:stop])
+        bands, rows_per_band = minhash.banding(treatment.similarity)
+        np.save(folder / "bands.npy", minhash.band_hashes(signed, bands=bands, rows=rows_per_band))
+        np.save(folder / "signatures.npy", minhash.short(signed))
+    return {
+        "read": len(rows),
+        "documents": len(texts),
+        "dropped": dropped,
+        "bad_rows": bad_rows[:EXAMPLES],
+        "abouts": list(abouts),
+    }
+
+
+def text_of(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
+    """Fixed text and values of fields, joined; `parts` as `split_text` gives them."""
+    return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
+
+
+def _value(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
+        raise InputError(f"has no field {name!r}; its fields are: {', '.join(fields) or 'none'}")
+    if not isinstance(value := fields[name], str):
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        raise InputError(f"field {name!r} wants a string, found {found[:80]}")
+    return value
+
+
+def _line(text: str, source: str, passes: int, language: str | None) -> bytes:
+    document: dict[str, Any] = {"text": text, "source": source, "passes": passes}
+    if language is not None:
+        document["language"] = language
+    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
+
+
+def _share(digest: bytes) -> float:
+    """64 bits of a hash as a number from 0 to 1."""
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _batches(texts: list[str]) -> Iterator[tuple[int, int]]:
+    start = size = 0
+    for stop, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= BATCH or stop == len(texts):
+            yield start, stop
+            start, size = stop, 0

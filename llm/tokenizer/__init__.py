@@ -1,0 +1,1 @@
+"""Text to tokens and back: byte-level BPE and chat templates."""

@@ -1,0 +1,102 @@
+"""What a tokenizer is worth, measured on text: bytes per token, what it cannot spell, and its length against others.
+
+All of it is for the record of a tokenizer; nothing here decides what the tokenizer is.
+"""
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llm.errors import InputError
+from llm.text.documents import Document, hash_share, sample_documents
+from llm.tokenizer.tokenizer import TextTokenizer
+
+MEASURED_BYTES = 4_000_000  # of text; two halves of that much differed by under 1% in bytes per token
+SENTENCES = 1000
+_SENTENCE = re.compile(r"[^\n。！？!?.]+[。！？!?.]*[”’」』\"')]*[^\S\n]?|[。！？!?.]+")
+
+
+def measured_documents(validation: Path, train: Path, *, wanted_bytes: int = MEASURED_BYTES) -> list[Document]:
+    """Documents to measure on: held-out ones chosen by hash, filled up from those of training where they are too few."""
+    documents = list(sample_documents(validation, wanted_bytes))
+    missing = wanted_bytes - validation.stat().st_size
+    if missing > 0:
+        documents += sample_documents(train, missing)
+    return documents
+
+
+def sample_sentences(documents: Sequence[Document], count: int = SENTENCES) -> list[str]:
+    """The `count` sentences with the smallest hashes, drawn from the documents; fewer where there are not as many."""
+    sentences = {found for document in documents for found in _SENTENCE.findall(document.text) if found.strip()}
+    return heapq.nsmallest(count, sentences, key=lambda sentence: (hash_share(sentence), sentence))
+
+
+def report(
+    tokenizer: TextTokenizer,
+    documents: Sequence[Document],
+    *,
+    english_only: TextTokenizer | None,
+    others: Mapping[str, Tokenizer],
+) -> dict[str, Any]:
+    """What the record says of `tokenizer`, as JSON.
+
+    `sequence_length` holds ratios, by language and for all of the text: tokens of this tokenizer for each byte, and for each
+    token of the English-only tokenizer (null where there is none to compare with) and of each of `others`; under 1 is shorter.
+    """
+    texts = [document.text for document in documents]
+    languages = [document.language for document in documents]
+    sizes = _by_language(languages, [document.bytes for document in documents])
+    tokens = _by_language(languages, [len(ids) for ids in tokenizer.encode_batch(texts)])
+    against: dict[str, Any] = {"bytes": _ratios(tokens, sizes), "english_only": None}
+    if english_only is not None:
+        theirs = _by_language(languages, [len(ids) for ids in english_only.encode_batch(texts)])
+        against["english_only"] = _ratios(tokens, theirs) | {"vocab_size": english_only.vocab_size}
+    for name, other in others.items():
+        encodings = other.encode_batch_fast(texts, add_special_tokens=False)
+        theirs = _by_language(languages, [len(encoding.ids) for encoding in encodings])
+        against[name] = _ratios(tokens, theirs) | {"vocab_size": other.get_vocab_size()}
+    return {
+        "measured": {"documents": len(documents), "bytes": sizes},
+        "bytes_per_token": _ratios(sizes, tokens),
+        "sequence_length": against,
+        **_faults(tokenizer, sample_sentences(documents)),
+    }
+
+
+def load_other(path: Path) -> Tokenizer:
+    """A `tokenizer.json` to compare with."""
+    try:
+        other = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for whatever it cannot read
+        raise InputError(f"{path}: wants a tokenizer.json as the tokenizers library writes it: {error}") from error
+    other.no_truncation()
+    other.no_padding()
+    return other
+
+
+def _faults(tokenizer: TextTokenizer, sentences: Sequence[str]) -> dict[str, Any]:
+    """What is lost between text and ids: text that no token stands for, and sentences that do not come back."""
+    encoded = tokenizer.encode_batch(sentences)
+    size = sum(len(sentence.encode()) for sentence in sentences)
+    spelled = sum(map(tokenizer.spelled_bytes, encoded))
+    failures = sum(tokenizer.decode(ids) != sentence for ids, sentence in zip(encoded, sentences, strict=True))
+    return {
+        "unknown_rate": (size - spelled) / max(size, 1),  # of bytes; a byte-level vocabulary has none by construction
+        "round_trip": {"sentences": len(sentences), "failures": failures},
+    }
+
+
+def _by_language(languages: Sequence[str], amounts: Sequence[int]) -> dict[str, int]:
+    sums: Counter[str] = Counter({"all": sum(amounts)})
+    for language, amount in zip(languages, amounts, strict=True):
+        sums[language] += amount
+    return dict(sorted(sums.items()))
+
+
+def _ratios(amounts: Mapping[str, int], units: Mapping[str, int]) -> dict[str, float]:
+    return {name: round(amounts[name] / units[name], 4) for name in amounts if units[name]}

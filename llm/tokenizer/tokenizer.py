@@ -1,0 +1,260 @@
+"""A byte-level BPE: training it, and `TextTokenizer`, which turns documents and chats into token ids and back.
+
+The folder it lives in is one that Transformers opens with `AutoTokenizer`: `tokenizer.json`, and `tokenizer_config.json`
+with the chat template inside. Special tokens have the first ids, in this order: begin, end, padding, the roles of a chat,
+the recipe's own. A document that holds the characters of a special token holds them as plain text; only a chat's template
+writes special tokens. What a tokenizer is worth is measured by `llm.tokenizer.report`.
+
+`TextTokenizer` also opens the tokenizers of other models, as `llm.models.import_checkpoint` takes them over: any `tokenizer.json`, with the
+special tokens and the template that stand beside it.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import AddedToken, Tokenizer
+
+from llm.errors import InputError
+from llm.tokenizer.chat_template import (
+    learned_tokens,
+    render_chats,
+    render_learned,
+)
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"  # where newer versions of Transformers put the chat template
+SPECIAL_FILE = "special_tokens_map.json"  # where older ones put the special tokens
+GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens counts
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+NO_LENGTH_LIMIT = int(1e30)  # what Transformers takes for "none": how long rows may be is the model's business
+
+Message = Mapping[str, str]  # role and content
+
+
+class TextTokenizer:
+    """Text to token ids and back.
+
+    `begin` is the end token in a vocabulary that has no begin token: each document then follows the end of another. `padding`
+    is the end token where there is none for it: it is never seen nor learned. `ends` are all tokens that end an answer, `end`
+    the one that ends a document.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, named: Mapping[str, str], template: str | None, *, ends: Sequence[int] = ()
+    ) -> None:
+        """`named` holds eos_token and those of bos_token, pad_token, unk_token that exist; `ends` come beside eos_token."""
+        # Kept apart: it adds special tokens, which are added here by name, and may cut the spaces off a token's place.
+        self._post_processor = tokenizer.post_processor
+        tokenizer.post_processor = None
+        self._marked = tokenizer  # reads the characters of a special token as that token: for rendered chats
+        self._plain = Tokenizer.from_str(tokenizer.to_str())  # reads them as text: for everything else
+        self._plain.encode_special_tokens = True
+        self._template = template
+        self._named = dict(named)
+        self._size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._any_special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        self.end = self.token_id(named["eos_token"])
+        self.begin = self.token_id(named.get("bos_token", named["eos_token"]))
+        self.padding = self.token_id(named.get("pad_token", named["eos_token"]))
+        self.ends = tuple(dict.fromkeys([self.end, *ends]))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The tokenizer in `folder`, which may be a checkpoint's; InputError where a file there cannot be used."""
+        path = folder / TOKENIZER_FILE
+        if not path.exists():
+            raise InputError(f"{path}: is not there; wants a tokenizer as the tokenizers library writes it")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception for whatever it cannot read
+            raise InputError(f"{path}: wants a tokenizer as the tokenizers library writes it: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        named = _named_tokens(folder)
+        if tokenizer.token_to_id(named.get("eos_token", "")) is None:
+            raise InputError(f"{folder / CONFIG_FILE}: eos_token wants a token of {path}, found {named.get('eos_token')!r}")
+        named = {name: token for name, token in named.items() if tokenizer.token_to_id(token) is not None}
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        if unmarked := [token for token in dict.fromkeys(named.values()) if token not in special]:
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
+        return cls(tokenizer, named, _template(folder), ends=_ends(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included; one more than the largest id."""
+        return self._size
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """All special tokens, in the order of their ids."""
+        return list(self._specials)
+
+    @property
+    def special_ids(self) -> dict[str, int | list[int] | None]:
+        """Begin, end and padding as Transformers' configurations hold them; None for what the vocabulary lacks."""
+        return {
+            "bos_token_id": self.begin if "bos_token" in self._named else None,
+            "eos_token_id": self.end if len(self.ends) == 1 else list(self.ends),
+            "pad_token_id": self.padding if "pad_token" in self._named else None,
+        }
+
+    @property
+    def template(self) -> str | None:
+        """The chat template."""
+        return self._template
+
+    def with_template(self, template: str, *, ends: Sequence[int] = ()) -> Self:
+        """The same tokenizer with another chat template, and with `ends` besides the tokens that end an answer already."""
+        other = copy(self)
+        other._template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
+        return other
+
+    def token_id(self, token: str) -> int:
+        """The id of a token that is in the vocabulary."""
+        found = self._marked.token_to_id(token)
+        if found is None:
+            raise InputError(f"the tokenizer has no token {token!r}")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The text alone, with no special token."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text alone, on all cores."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_document(self, text: str) -> list[int]:
+        """The text as a whole document, between the begin and the end token."""
+        return [self.begin, *self.encode(text), self.end]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text as a whole document, on all cores."""
+        return [[self.begin, *ids, self.end] for ids in self.encode_batch(texts)]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text that the ids spell; special tokens are left out unless asked for."""
+        return self._marked.decode(list(ids), skip_special_tokens=not special)
+
+    def spelled_bytes(self, ids: Sequence[int]) -> int:
+        """How many bytes of text the ids of a byte-level vocabulary stand for: all, unless something was unknown."""
+        # The byte alphabet writes each byte as one character.
+        return sum(len(self._marked.id_to_token(token) or "") for token in ids)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """A chat as text, special tokens written out; the prompt for an answer ends where the assistant begins."""
+        self._refuse_special_tokens(messages)
+        (text,) = render_chats(
+            [messages], self._chat_template, special_tokens=self._named, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A chat as ids, up to where the assistant is to answer."""
+        return self._marked.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The ids of a chat, and which of them are learned: the assistant's text and the end of its turns."""
+        (encoded,) = self.encode_chats([messages])
+        return encoded
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
+        """`encode_chat` of many, on all cores."""
+        for messages in chats:
+            self._refuse_special_tokens(messages)
+        rendered = render_learned(chats, self._chat_template, special_tokens=self._named, any_special=self._any_special)
+        encodings = self._marked.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        return [
+            _answered(messages, encoding.ids, learned_tokens(encoding.offsets, spans))
+            for messages, encoding, (_, spans) in zip(chats, encodings, rendered, strict=True)
+        ]
+
+    @property
+    def _chat_template(self) -> str:
+        if self._template is None:
+            raise InputError("the tokenizer has no chat template; wants one in its tokenizer_config.json")
+        return self._template
+
+    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if found := self._any_special.search(message["content"]):
+                raise InputError(
+                    f"the {message['role']}'s turn holds {found.group()!r}, a special token of this tokenizer, which "
+                    "would end or begin a turn; wants text without it"
+                )
+
+    def save(self, folder: Path) -> None:
+        """Write the files that Transformers opens into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "additional_special_tokens": [token for token in self._specials if token not in self._named.values()],
+            **self._named,
+            **({} if self._template is None else {"chat_template": self._template}),
+            "clean_up_tokenization_spaces": False,  # or decoding loses spaces before punctuation
+            "model_max_length": NO_LENGTH_LIMIT,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        whole = Tokenizer.from_str(self._marked.to_str())
+        whole.post_processor = self._post_processor
+        _write(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
+        _write(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _answered(messages: Sequence[Message], ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
+    """Without what a template writes after the end of the last answer, such as a line break: nothing is learned of it."""
+    if messages[-1]["role"] != "assistant" or True not in learned:
+        return ids, learned
+    length = len(learned) - learned[::-1].index(True)
+    return ids[:length], learned[:length]
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """The tokens that have a role, by Transformers' names of the roles."""
+    found = _json(folder / SPECIAL_FILE) | {name: value for name, value in _json(folder / CONFIG_FILE).items() if value}
+    tokens = {name: found[name] for name in NAMED if found.get(name)}
+    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in tokens.items()}
+
+
+def _template(folder: Path) -> str | None:
+    """The chat template, wherever a version of Transformers puts it; of several that have names, the default."""
+    if (path := folder / TEMPLATE_FILE).exists():
+        return path.read_text(encoding="utf-8")
+    found = _json(folder / CONFIG_FILE).get("chat_template")
+    if isinstance(found, list):
+        found = {item["name"]: item["template"] for item in found}.get("default")
+    return None if found is None else str(found)
+
+
+def _ends(folder: Path) -> list[int]:
+    """The tokens that end an answer of the model in `folder`."""
+    for name in GENERATION_FILES:
+        found = _json(folder / name).get("eos_token_id")
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The table in a file; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: wants a table, found {type(found).__name__}")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under another name, then rename: a file under its final name is complete."""
+    growing = path.with_name(path.name + ".growing")
+    growing.write_text(text, encoding="utf-8")
+    growing.replace(path)

@@ -1,0 +1,62 @@
+"""Byte-level BPE trained from text."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from llm.errors import InputError
+from llm.tokenizer.chat_template import BEGIN, CHAT_TEMPLATE, END, PADDING, SPECIAL_TOKENS
+from llm.tokenizer.pretokenizers import WHOLE_WORDS_FIRST, PreTokenizerName, pre_tokenizer
+from llm.tokenizer.tokenizer import TextTokenizer
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    min_frequency: int,
+    pre_tokenizer_name: PreTokenizerName,
+    special_tokens: Sequence[str] = (),
+    allow_smaller: bool = False,
+) -> TextTokenizer:
+    """A BPE of `vocab_size` tokens, special ones included, learned from `texts`; `special_tokens` come after the usual ones.
+
+    A pair of tokens is merged only where it was seen `min_frequency` times. InputError where the text has too few such
+    pairs for that vocabulary, unless `allow_smaller`. Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
+    """
+    specials = [*SPECIAL_TOKENS, *special_tokens]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(pre_tokenizer_name)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_in_batches(texts), trainer=trainer)
+    tokenizer.model.ignore_merges = pre_tokenizer_name in WHOLE_WORDS_FIRST
+    begin = tokenizer.token_to_id(BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN}:1 $B:1", special_tokens=[(BEGIN, begin)]
+    )
+    if (found := tokenizer.get_vocab_size()) < vocab_size and not allow_smaller:
+        raise InputError(
+            f"a vocabulary of {vocab_size:,} is larger than the text supports: found {found:,} tokens, and after them no pair "
+            f"that occurs {min_frequency} times; wants a smaller vocab_size or more text"
+        )
+    named = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
+    return TextTokenizer(tokenizer, named, CHAT_TEMPLATE)
+
+
+def _in_batches(texts: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
+    """Lists of texts, because the trainer counts the words of one list on all cores."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,170 @@
+"""Tried before the first step, on rows of the data: whether the layers compile, and how many rows fit in memory.
+
+Nothing of it stays: no gradient, no number drawn. What is found is part of the training's choices, so it is kept in its
+checkpoints, and a training that goes on tries no more than what it was restored with.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.data.batch import Batch, RowSource
+from llm.device import free_memory, is_out_of_memory
+from llm.errors import InputError
+from llm.layers.dropout import set_counters
+from llm.layers.fused_attention import PANEL, UnavailableError, fits, library
+from llm.training.fsdp import is_spread, local, reshard
+from llm.training.loader import batches
+from llm.training.loss import Learner
+from llm.training.process_group import Group
+from llm.training.runtime import Choices
+
+SPARE = 0.8  # share of the free memory that activations may take, as far as they can be foretold
+
+
+def settle(
+    learner: Learner, rows: RowSource, choices: Choices, *, auto: bool, group: Group, report: Callable[..., None]
+) -> Choices:
+    """`choices` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
+
+    The micro-batch is only changed where it is `auto`; an InputError says what to do where not even one row fits, or not
+    as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
+    """
+    model: Any = learner.model
+    choices = _with_kernel(choices, model, rows.context, group=group, report=report)
+    model.fused_attention = choices.fused_attention
+    if auto and choices.micro_batch > 1:
+        choices = replace(choices, micro_batch=_foretold(learner, rows, choices.micro_batch, group=group))
+    while True:
+        model.compiled = choices.compiled
+        batch = next(batches(rows, range(choices.micro_batch), choices.micro_batch)).to(group.device)
+        full = failed = None
+        try:
+            _forward_and_backward(learner, batch)
+        except Exception as error:
+            if choices.strategy == "fsdp":
+                if is_out_of_memory(error):
+                    smaller(choices.micro_batch, auto=False, context=rows.context)
+                raise
+            if is_out_of_memory(error):
+                full = error
+            elif choices.compiled:
+                failed = error
+            else:
+                raise
+        any_full, any_failed = group.sum(full is not None, failed is not None)
+        if any_failed:
+            reason = str(failed).strip().partition("\n")[0] if failed else "it failed in another process"
+            report(note=f"torch.compile does not work here, so training goes on without it: {reason}")
+            choices = replace(choices, compiled=False)
+        elif any_full:
+            choices = replace(choices, micro_batch=smaller(choices.micro_batch, auto=auto, context=rows.context))
+            report(note=f"memory ran out: tries micro_batch = {choices.micro_batch}")
+        else:
+            return choices
+
+
+def _with_kernel(choices: Choices, model: Any, length: int, *, group: Group, report: Callable[..., None]) -> Choices:
+    """`choices` with the attention kernel only if it fits and works in every process."""
+    if not choices.fused_attention:
+        return choices
+
+    def tried() -> str | None:
+        if choices.device != "cpu":
+            return f"it is for CPUs; found {choices.device}"
+        heads, size = choices.micro_batch * model.config.kv_heads, model.config.head_size
+        if not fits(length, size, torch.bfloat16 if choices.precision == "bf16" else torch.float32):
+            return (
+                f"it is for bf16, rows and heads of sizes in multiples of {PANEL}; found {choices.precision}, {length}, {size}"
+            )
+        if heads < choices.threads:
+            return f"it shares heads of keys among threads; found {heads} in a micro-batch, and {choices.threads} threads"
+        try:
+            library()
+        except UnavailableError as error:
+            return str(error)
+        return None
+
+    reason = tried() if group.is_main else None  # which builds it, so that the others find it
+    group.sum(0)
+    if not group.is_main:
+        reason = tried()
+    if not group.sum(reason is not None)[0]:
+        return choices
+    report(note=f"attention has no kernel here, so training goes on without it: {reason or 'another process has none'}")
+    return replace(choices, fused_attention=False)
+
+
+def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
+    """Half of a micro-batch that did not fit, or an InputError."""
+    if not auto:
+        raise InputError(
+            f'memory ran out with micro_batch = {micro_batch} rows of {context} positions; micro_batch = "auto" finds what '
+            "fits, and recompute = true takes less"
+        )
+    if micro_batch == 1:
+        raise InputError(
+            f"memory ran out with a single row of {context} positions; recompute = true, a shorter context or a smaller "
+            "architecture takes less"
+        )
+    return micro_batch // 2
+
+
+def _forward_and_backward(learner: Learner, batch: Batch) -> None:
+    learner.train()
+    set_counters(learner.model, seed=0, step=0, rows=batch.rows)
+    room = torch.empty(_optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for what comes later
+    try:
+        with torch.random.fork_rng(devices=[batch.tokens.device] if batch.tokens.is_cuda else []):
+            loss, *_ = learner(batch)
+            loss.backward()
+    finally:
+        del room
+        learner.zero_grad()
+
+
+def _optimizer_bytes(learner: Learner) -> int:
+    """At most this much an optimizer keeps: two numbers for each weight that learns."""
+    return sum(2 * local(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
+
+
+def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: Group) -> int:
+    """At most `micro_batch` rows, and as many as free memory holds by what one row keeps for its backward pass.
+
+    A GPU says when it is full. A computer's own memory is promised first and found missing later, when the system ends the
+    process, so there this comes before trying; and where there is one try only, under "fsdp".
+    """
+    if group.device.type != "cpu" and not is_spread(learner):
+        return micro_batch
+    try:
+        needed = float(_kept_for_backward(learner, next(batches(rows, range(1), 1)).to(group.device)))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = math.inf  # the trial that follows says what to do
+    sharing = group.size if group.device.type == "cpu" else 1
+    fitting = (SPARE * free_memory(group.device) / sharing - _optimizer_bytes(learner)) / max(1, needed)
+    (least,) = group.least(max(1.0, min(float(micro_batch), fitting)))
+    return int(least)
+
+
+def _kept_for_backward(learner: Learner, batch: Batch) -> int:
+    """Bytes that the forward pass of `batch` keeps."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    learner.train()
+    set_counters(learner.model, seed=0, step=0, rows=batch.rows)
+    devices = [batch.tokens.device] if batch.tokens.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        learner(batch)
+    found = sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go of: they count nothing
+    reshard(learner)
+    return found

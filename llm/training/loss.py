@@ -1,0 +1,133 @@
+"""What is minimized: functions of (model, batch) that return a sum over targets, how many targets there were, and whatever
+else is to be seen of held-out rows, as sums. Preferences have theirs in `llm.training.dpo`.
+
+The sum, not the mean: a step divides by the number of targets of all its rows, wherever they were computed. Logits exist for a
+part of the positions at a time, and only where something is learned.
+
+Letters: N learned positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from llm.data.batch import IGNORE, Batch
+from llm.device import Precision, autocast
+from llm.layers.ops import compute_dtype
+
+Objective = Callable[[Any, Batch], tuple[Tensor, ...]]
+
+# Logits held at a time, in fp32: 24 MiB. Of 6144 tokens, chunks of 1,024 positions take 0.93 of the time of chunks of 341, and
+# no more than larger ones.
+CHUNK_ELEMENTS = 3 * 2**21
+
+
+class Learner(nn.Module):
+    """Model and objective as one module, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module, objective: Objective, *, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.precision = precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Sum of the loss over the batch's targets, their number, and what else the objective adds up."""
+        with autocast(self.precision, device=batch.tokens.device):
+            return self.objective(self.model, batch)
+
+
+def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors)."""
+    hidden = model.hidden(batch.tokens, documents=batch.documents, positions=batch.positions).flatten(0, 1)
+    targets = batch.targets.flatten()
+    learned = targets != IGNORE
+    # Boolean indexing asks the device how many there are. On a GPU that would stop the queue, so there all are computed.
+    if hidden.device.type == "cpu" and not bool(learned.all()):
+        hidden, targets = hidden[learned], targets[learned]
+    return cross_entropy_sum(model.lm_head, hidden, targets), learned.sum()
+
+
+def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(head(hidden))[target] over hidden (N, D), targets (N,); IGNORE counts nothing."""
+    if type(head) is nn.Linear and head.bias is None and not head._forward_hooks:
+        weight: Tensor = head.weight
+        if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
+            hidden, weight = hidden.detach(), weight.detach()
+        total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
+        return total
+    # A head that was wrapped (by an adapter, say) is called as a module; its logits are computed again in the backward pass.
+    return token_losses(head, hidden, targets).sum()
+
+
+def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(head(hidden))[target] of each of hidden (N, D), targets (N,); 0 at IGNORE. Logits are not kept."""
+    rows = max(1, CHUNK_ELEMENTS // _vocabulary(head))
+    parts = [
+        checkpoint(_chunk_losses, head, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)
+        for start in range(0, len(hidden), rows)
+    ]
+    return torch.cat(parts) if parts else hidden.sum(1)
+
+
+def _vocabulary(head: nn.Module) -> int:
+    size: int = head.out_features  # type: ignore[assignment]  # PEFT's wrappers of nn.Linear have it too
+    return size
+
+
+def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="none")
+
+
+class LinearCrossEntropy(Function):
+    """Head and cross-entropy in one, chunk by chunk: gradients are made in the forward pass, while a chunk's logits exist.
+
+    The result is a sum, so the gradient that comes in is one number, and the backward pass only scales by it.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        wanted = any(ctx.needs_input_grad[:2])
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        x, w = hidden.to(dtype), weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(x) if wanted else None
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(x), rows):
+                part, target = x[start : start + rows], targets[start : start + rows]
+                logits = (part @ w.t()).float()  # (rows, V)
+                learned = (target != IGNORE)[:, None]
+                index = target.clamp(min=0)[:, None]
+                # One softmax, and log(sum(exp)) from its largest term: exp on its own costs more than all of this on CPU.
+                p = torch.softmax(logits, -1)
+                log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+                total += ((log_sum - logits.gather(1, index)) * learned).sum()
+                if not wanted:
+                    continue
+                assert dhidden is not None
+                # d loss / d logits = softmax - one-hot, and 0 where nothing is learned
+                dlogits = p.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(learned).to(dtype)
+                torch.mm(dlogits, w, out=dhidden[start : start + rows])
+                if dweight is not None:
+                    dweight += dlogits.t() @ part
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: D102
+        dhidden, dweight = ctx.saved_tensors
+        return (
+            (dhidden * grad).to(ctx.hidden_dtype) if ctx.needs_input_grad[0] else None,
+            (dweight * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )

@@ -1,0 +1,96 @@
+"""The processes of one training: who is first, what they add up, and the wrapping that sums their gradients.
+
+Counts and flags go over a gloo group of their own, between main memories, so asking them never waits for a GPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from llm.errors import Interrupted
+from llm.training.fsdp import Strategy, is_spread
+from llm.training.loss import Learner
+
+
+class Group:
+    """This process and the others that `accelerate launch` started with it; or this process alone."""
+
+    def __init__(self, *, find_unused_parameters: bool = False, timeout_minutes: float = 30.0) -> None:
+        """Join the group; each waits `timeout_minutes` for the others, here and whenever they compute together."""
+        timeout = timedelta(minutes=timeout_minutes)
+        # Rows are split and the loss is normalized by the loop itself: DDP only has to average gradients.
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
+        )
+        handlers = [options, InitProcessGroupKwargs(timeout=timeout)]
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+        self.size: int = self._accelerator.num_processes
+        self.rank: int = self._accelerator.process_index
+        self.device: torch.device = self._accelerator.device
+        self.find_unused_parameters = find_unused_parameters
+        self._host = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def wrap(self, learner: Learner, strategy: Strategy) -> nn.Module:
+        """What of `learner` (as `llm.training.fsdp.spread` left it) averages gradients over the group after a backward pass.
+
+        RuntimeError if that is not `strategy`: no other one is ever run in its place.
+        """
+        wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner)
+        found = "fsdp" if is_spread(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+        if found != strategy or (found == "single") != (self.size == 1):
+            raise RuntimeError(f"{self.size} processes were to train by {strategy!r}; found {found!r}")
+        return wrapped
+
+    @contextlib.contextmanager
+    def averaging(self, wrapped: nn.Module, wanted: bool) -> Iterator[None]:
+        """Whether backward passes inside average gradients; where not, they add up in each process alone."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(wanted)
+        if isinstance(wrapped, DistributedDataParallel) and not wanted:
+            with wrapped.no_sync():
+                yield
+        else:
+            yield
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over the group, in fp64."""
+        if self._host is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._host)
+        return tensor.tolist()
+
+    def least(self, *values: float) -> list[float]:
+        """The least of each value over the group."""
+        if self._host is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._host)
+        return tensor.tolist()
+
+    def stop_if(self, asked: bool) -> None:
+        """Raise Interrupted in every process once it is asked of one; all call this equally often."""
+        if any(self.sum(asked)):
+            raise Interrupted("asked to stop")
+
+    def from_main(self, value: Any) -> Any:
+        """What the main process passed."""
+        if self._host is None:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, group=self._host)
+        return holder[0]

@@ -1,0 +1,72 @@
+"""Seconds before hours: whether a fresh model has the right output shape, starts near chance, and can learn a batch by heart.
+
+It works on a copy and draws no random numbers, so the training that follows is the same with and without it.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.data.batch import Batch
+from llm.device import Precision
+from llm.errors import InputError
+from llm.training.loss import Learner, Objective
+
+ROWS, LENGTH = 8, 128  # of the batch, at most: a large model, too, is to be done in seconds
+NEAR = 1.0  # nats between the first loss and ln(vocabulary)
+OVERFITS_BELOW = 5.0  # nats per target
+TRIES = 60  # steps to get there
+
+
+def self_check(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    *,
+    precision: Precision,
+    placed: Callable[[Learner], Learner] = lambda learner: learner,  # where training would have it
+) -> dict[str, float]:
+    """What was found on (a corner of) `batch`, or InputError with what is wrong."""
+    learner = placed(Learner(copy.deepcopy(model), objective, precision=precision)).eval()  # without dropout
+    copied: Any = learner.model
+    device = next(copied.parameters()).device
+    corner = {name: getattr(batch, name)[:ROWS, :LENGTH] for name in ("tokens", "targets", "documents", "positions")}
+    batch = replace(batch, rows=batch.rows[:ROWS], **corner).to(device)
+    learner.objective = _logits
+    with torch.no_grad():
+        shape = tuple(learner(batch)[0].shape)
+    learner.objective = objective
+    wanted = (*batch.tokens.shape, copied.vocab_size)
+    if shape != wanted:
+        raise InputError(f"self-check: logits want the shape {wanted}, found {shape}")
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3, weight_decay=0.0)
+    chance = math.log(copied.vocab_size)
+    first = loss = math.inf
+    for step in range(TRIES + 1):
+        total, count = learner(batch)
+        mean = total / count
+        loss = mean.item()
+        if step == 0:
+            first = loss
+            if not abs(first - chance) <= NEAR:
+                raise InputError(
+                    f"self-check: the first loss wants to be near ln(vocabulary) = {chance:.2f}, found {first:.2f}: "
+                    "the initialization does not suit this architecture"
+                )
+        if loss < OVERFITS_BELOW:
+            return {"chance": chance, "first_loss": first, "overfit_loss": loss, "overfit_steps": step}
+        mean.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    raise InputError(
+        f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, found {loss:.2f}"
+    )
+
+
+def _logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    return model(batch.tokens, documents=batch.documents, positions=batch.positions), batch.rows

@@ -1,0 +1,267 @@
+"""The steps of one training: forward and backward passes, the update, and what is reported of them."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.data.batch import Batch
+from llm.device import is_out_of_memory
+from llm.errors import InputError, MemoryShortageError, Paused
+from llm.layers.dropout import set_counters
+from llm.training.alerts import Finding, Judge, Memory, RollBack, weightiest
+from llm.training.config import Optimizer, Schedule
+from llm.training.dry_run import smaller
+from llm.training.fsdp import whole
+from llm.training.loss import Learner
+from llm.training.mfu import peak_flops
+from llm.training.optimizer import build_optimizers, set_learning_rate
+from llm.training.process_group import Group
+from llm.training.runtime import Choices
+from llm.training.validation import Validation, measure
+
+LOG_EVERY = 10  # steps between two reports
+
+
+@dataclass
+class Progress:
+    """How far a training has come; JSON values only, because it is part of every checkpoint."""
+
+    steps: int
+    step: int = 0  # finished
+    tokens: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)  # losses of the steps since the last report
+    loss: float | None = None  # mean over the steps of the last report
+    validation: dict[str, float] = field(default_factory=dict)  # the last one
+    best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
+    self_check: dict[str, float] = field(default_factory=dict)
+    reported: int = 0  # step of the last report
+    first_step: int = 0  # where it began: another training had taken the steps before
+    first_tokens: int = 0  # positions that the other had computed
+    alerts: Memory = field(default_factory=Memory)
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Progress":
+        """The progress that a checkpoint keeps."""
+        return cls(**(facts | {"alerts": Memory(**facts["alerts"])}))
+
+
+class Loop:
+    """One training's modules and optimizers, and what its steps have left to report."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: Optimizer,
+        *,
+        schedule: Schedule,
+        seed: int,
+        group: Group,
+        choices: Choices,
+        auto: bool,  # whether the micro-batch may shrink
+        judge: Judge,
+        flops_per_token: float,  # forward and backward
+        report: Callable[..., None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        model = learner.model
+        self.model, self.group, self.choices, self.auto = model, group, choices, auto
+        self.report, self.should_stop = report, should_stop
+        self.schedule, self.seed = schedule, seed
+        self.judge = judge
+        self.flops_per_token = flops_per_token
+        self.clip = optimizer.gradient_clip or math.inf
+        self.learner = learner
+        self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
+        self.wrapped = group.wrap(learner, choices.strategy)
+        # Whether a process may only compute when all do: to gather weights, or to tell each other which were used.
+        self.together = choices.strategy == "fsdp" or (choices.strategy == "ddp" and group.find_unused_parameters)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
+        self._norms: list[Tensor] = []
+        self._found: list[Finding] = []  # about steps, not yet acted upon
+        self._norm = 0.0  # of the last step collected
+        self._since = time.monotonic()
+        self._tokens = 0  # of this process, since then
+        self._peak: dict[str, float] | None = None  # what goes into the next report, once
+
+    def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
+        """One optimizer step over this process's micro-batches; `targets` is the number over all processes.
+
+        No process has more micro-batches than `rounds`. Who has fewer begins later, so that all do their last one, which
+        sums the gradients, together; before each round they may agree to stop.
+        """
+        self.wrapped.train()
+        if self.group.size == 1:
+            parts = [piece for part in parts for piece in part.split(self.choices.micro_batch)]
+            rounds = len(parts)
+        try:
+            loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            loss = None
+        if loss is None:  # out here nothing holds what the failed attempt had computed
+            self.learner.zero_grad()
+            micro_batch = smaller(self.choices.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
+            if self.group.size > 1:  # the others wait amid a step: they can only all begin again
+                raise MemoryShortageError(
+                    f"memory ran out at step {progress.step} with micro_batch = {self.choices.micro_batch} in process "
+                    f"{self.group.rank} of {self.group.size}; micro_batch = {micro_batch} is next",
+                    micro_batch=micro_batch,
+                )
+            self.choices = replace(self.choices, micro_batch=micro_batch)
+            self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
+            self.step(progress, parts, targets=targets, rounds=rounds)
+            return
+        norm = whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
+        nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
+        loss = loss / max(1.0, targets)
+        self._tokens += sum(part.tokens.numel() for part in parts)
+        if not self.judge.each_step:
+            self._losses.append(loss)
+            self._norms.append(norm)
+        elif self._is_left_out(progress, loss, norm):
+            self.learner.zero_grad()
+            return
+        set_learning_rate(self.optimizers, self.schedule.factor(progress.step, steps=progress.steps))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _is_left_out(self, progress: Progress, loss: Tensor, norm: Tensor) -> bool:
+        """Judges a step before its update, in every process alike; true if there is to be none."""
+        values = self.group.sum(loss.item(), norm.item() / self.group.size)
+        self._judge(progress, progress.step, *values)
+        return progress.alerts.skipped[-1:] == [progress.step]
+
+    def _judge(self, progress: Progress, step: int, loss: float, norm: float) -> None:
+        rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
+        finding = self.judge.step(progress.alerts, step, loss=loss, norm=norm, rate=rate)
+        if finding is not None:
+            self._found.append(finding)
+        if finding is None or finding.action != "skip":
+            progress.recent.append(loss)
+            self._norm = norm
+
+    def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
+        """Forward and backward passes of a step; returns this process's share of the sum of losses."""
+        # Whatever draws numbers besides our own dropout starts afresh, so nothing of a generator has to be kept.
+        torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
+        loss = torch.zeros((), device=self.group.device)
+        # DDP averages gradients over processes, where the sum is wanted: hence the factor.
+        scale = self.group.size / max(1.0, targets)
+        late = rounds - len(parts)
+        for index in range(rounds):
+            if index > 0:
+                self.group.stop_if(self.should_stop())
+            if index < late and not self.together:
+                continue
+            # Who is only there for the others computes a row that counts nothing.
+            batch = parts[index - late] if index >= late else parts[0].split(1)[0]
+            counts = float(index >= late)
+            set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
+            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that DDP
+            # must not be called at all, if possible: it talks to the other processes even where it is told not to sum.
+            last = index == rounds - 1
+            with self.group.averaging(self.wrapped, last):
+                total, *_ = (self.wrapped if last or self.together else self.learner)(batch)
+                (total * (scale * counts)).backward()
+            loss += total.detach() * counts
+        return loss
+
+    def collect(self, progress: Progress) -> None:
+        """Wait for the steps taken so far, keep their losses and judge them; raises what an alert asks for."""
+        if self._losses:
+            number, size = len(self._losses), self.group.size
+            norms = [norm / size for norm in torch.stack(self._norms).tolist()]
+            values = self.group.sum(*torch.stack(self._losses).tolist(), *norms)
+            self._losses, self._norms = [], []
+            for index, (loss, norm) in enumerate(zip(values[:number], values[number:], strict=True)):
+                self._judge(progress, progress.step - number + index, loss, norm)
+        found, self._found = self._found, []
+        self.act(found)
+
+    def act(self, findings: Iterable[Finding]) -> None:
+        """Tell what was found, and raise what the weightiest of it asks for: RollBack, InputError or Paused."""
+        findings = list(findings)
+        decisive = weightiest(findings)
+        if decisive is not None and decisive.action in ("rollback", "stop"):  # the rest follows from it
+            findings = [one for one in findings if one.steps.stop < decisive.steps.stop] + [decisive]
+        for finding in findings:
+            advised = f"{finding.text}. {finding.advice}"
+            note = {"skip": f"{finding.text}: it is skipped", "warn": f"warning: {advised}"}.get(finding.action)
+            said = {"note": note} if note else {"text": finding.text if finding.action == "rollback" else advised}
+            self.report(alert=finding.alert, action=finding.action, **said)
+        match decisive:
+            case Finding(action="rollback"):
+                raise RollBack(decisive)
+            case Finding(action="stop", alert=alert, text=text, advice=advice):
+                raise InputError(f'{text}. {advice}. alerts.{alert}.action is "stop"; checkpoints of earlier steps are kept')
+            case Finding(action="pause", alert=alert, text=text, advice=advice):
+                raise Paused(f"paused by the alert {alert!r}: {text}. {advice}")
+
+    def forget(self) -> None:
+        """Drop what is known of steps that never were."""
+        self.learner.zero_grad()
+        self._losses, self._norms, self._found = [], [], []
+        self._tokens, self._since = 0, time.monotonic()
+
+    def report_steps(self, progress: Progress) -> None:
+        """Report the steps since the last report; only at fixed steps, so that a record does not depend on the clock."""
+        self.collect(progress)
+        now = time.monotonic()
+        tokens, seconds = self.group.sum(self._tokens, (now - self._since) / self.group.size)
+        loss = sum(progress.recent) / len(progress.recent) if progress.recent else None
+        progress.loss = progress.loss if loss is None else loss
+        steps = range(progress.reported, progress.step)
+        progress.recent, progress.reported = [], progress.step
+        speed = tokens / max(seconds, 1e-9)
+        self.report(
+            step=progress.step,
+            steps=progress.steps,
+            tokens=progress.tokens,
+            loss=progress.loss,
+            learning_rate=self.schedule.learning_rate * self.schedule.factor(progress.step - 1, steps=progress.steps),
+            gradient_norm=self._norm,
+            tokens_per_second=speed,
+            **(self._peak or {}),
+        )
+        self._tokens, self._since = 0, now
+        self._peak = {} if self._peak is not None else self._look_up_peak(progress, seconds=seconds / max(1, len(steps)))
+        self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
+
+    def _look_up_peak(self, progress: Progress, *, seconds: float) -> dict[str, float]:
+        """What the hardware could do, for the share of it that people are shown; `seconds` is what a step takes."""
+        if not self.group.is_main:
+            return {}
+        began = time.monotonic()
+        found = peak_flops(
+            self.choices.precision,
+            device=self.group.device,
+            threads=self.choices.threads,
+            seconds_left=seconds * (progress.steps - progress.step),
+        )
+        self._since += time.monotonic() - began  # the speed that is reported is of training
+        return {} if found is None else {"flops_per_token": self.flops_per_token, "peak_flops": found * self.group.size}
+
+    def validate(self, progress: Progress, validation: Validation) -> None:
+        """Measure the loss on held-out text; training goes on as if it had not happened."""
+        began = time.monotonic()
+        found: dict[str, float] = {"step": progress.step}
+        found |= measure(
+            self.learner, validation, group=self.group, micro_batch=self.choices.micro_batch, should_stop=self.should_stop
+        )
+        self.report(**found)
+        progress.validation = found
+        if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
+            progress.best = found
+        self._since += time.monotonic() - began  # the speed that is reported is of training
+        loss = found["validation_loss"]
+        self.act(self.judge.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))

@@ -1,0 +1,71 @@
+"""The loss on held-out rows: measured, never learned from."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llm.data.batch import RowSource
+from llm.training.fsdp import is_spread, reshard
+from llm.training.loader import batches, most_batches
+from llm.training.loss import Learner, next_token_loss
+from llm.training.process_group import Group
+from llm.training.runtime import Choices
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Text held out, in a fixed order."""
+
+    rows: RowSource
+    bytes_per_token: float | None = None  # of the whole text; None where bits per byte mean nothing
+    tokens: int = 262_144  # positions to compute at most
+    watched: Sequence[str] = ()  # what the objective adds up besides the loss; a mean over what it counts is reported
+
+
+@torch.no_grad()
+def measure(
+    learner: nn.Module, validation: Validation, *, group: Group, micro_batch: int, should_stop: Callable[[], bool]
+) -> dict[str, float]:
+    """Mean loss per target, shared by the processes; Interrupted once `should_stop` is true in one of them."""
+    source = validation.rows
+    count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
+    mine = batches(source, range(group.rank, count, group.size), micro_batch)
+    learner.eval()
+    together = is_spread(learner)
+    total = targets = positions = torch.zeros((), dtype=torch.float64, device=group.device)
+    sums = [total] * len(validation.watched)
+    for _ in range(most_batches(count, group, micro_batch)):
+        group.stop_if(should_stop())
+        batch = next(mine, None)
+        if batch is None:  # another process has one row more
+            if together:
+                learner(next(batches(source, range(1), 1)).to(group.device))  # so that it can gather weights
+            continue
+        batch = batch.to(group.device)
+        loss, number, *others = learner(batch)
+        total, targets, positions = total + loss, targets + number, positions + (batch.documents >= 0).sum()
+        sums = [before + other for before, other in zip(sums, others, strict=True)]
+    reshard(learner)
+    nats, number, tokens, *seen = group.sum(total.item(), targets.item(), positions.item(), *(one.item() for one in sums))
+    loss_per_target = nats / max(1.0, number)
+    found = {"validation_loss": loss_per_target}
+    if validation.watched:
+        found |= {f"validation_{name}": one / max(1.0, number) for name, one in zip(validation.watched, seen, strict=True)}
+    else:
+        found["validation_perplexity"] = math.exp(min(loss_per_target, 700.0))  # beyond lies infinity, which JSON cannot say
+    if validation.bytes_per_token is not None:
+        found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
+    return found
+
+
+def measure_model(
+    model: nn.Module, validation: Validation, *, choices: Choices, should_stop: Callable[[], bool]
+) -> dict[str, float]:
+    """The same of a model that is not being trained, computed as a training with `choices` does."""
+    group = Group()
+    model.fused_attention = choices.fused_attention  # type: ignore[assignment]  # every registered model has it
+    learner = Learner(model.to(group.device), next_token_loss, precision=choices.precision)
+    return measure(learner, validation, group=group, micro_batch=choices.micro_batch, should_stop=should_stop)

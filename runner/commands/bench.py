@@ -1,0 +1,46 @@
+"""`run bench [RECIPE]`: speed and memory on this machine."""
+
+import argparse
+import json
+import signal
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="whose first pretrain stage to measure; else a 28.8M model"
+    )
+    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10), at least three rounds")
+    sub.add_argument(
+        "--only",
+        metavar="WHAT",
+        help="some of matmul,train,decode,memory,machinery,processes,lora; or learning, which trains twice for --seconds",
+    )
+    sub.add_argument("--no-compile", action="store_true", help="compile nothing, neither ours nor Transformers")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measures speed and memory on this machine, ours beside stock Transformers'."""
+    from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job, show
+
+    settings = {"seconds": options.seconds, "compiled": not options.no_compile, "only": chosen(options.only)}
+    if options.recipe is not None:
+        job = recipe_job(recipe_of(options), store_of(options), **settings)
+    elif options.overrides:
+        raise RecipeError("--set: wants a RECIPE to change, found none")
+    else:
+        job = reference_job(**settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker ends and its folder goes then, too
+    result = measure(job)
+    if options.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        show(result)
+    return 0

@@ -1,0 +1,100 @@
+"""`run chat RECIPE [STAGE]`: talking to a model in the terminal."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.errors import RecipeError
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_sampling_options,
+    add_stage_argument,
+    recipe_of,
+    stage_named,
+    store_of,
+)
+from runner.planning.plan import Plan
+from runner.serving.models import talkers
+
+if TYPE_CHECKING:
+    from llm.inference.chat_session import Speaker
+    from llm.inference.sampling import Sampling
+
+HELP = "/new forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub, nargs="?", help="whose model; the last finished one by default")
+    sub.add_argument("--system", metavar="TEXT", help="a turn of the system to begin with")
+    add_sampling_options(sub)
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Talks with a finished model; one line each way, streamed. In a pipe, each line of the input is a turn."""
+    recipe = recipe_of(options)
+    if options.stage:
+        stage_named(recipe, options.stage)
+    store = store_of(options)
+    (talker,) = talkers(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
+    from llm.errors import InputError
+    from llm.inference.sampling import Sampling
+
+    if sys.stdin.isatty():
+        print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
+    try:
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+        speaker = talker.open(compiled=store.compiled if options.compile else None)
+    except InputError as error:
+        raise RecipeError(f"{talker.name}: {error}") from error
+    if sys.stdin.isatty():
+        print(f"{talker.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
+    _talk(speaker, system=options.system, sampling=sampling, max_new_tokens=options.max_new_tokens)
+    return 0
+
+
+def _talk(speaker: "Speaker", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
+    from llm.errors import InputError
+
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages = list(beginning)
+            continue
+        if sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
+            print(HELP, file=sys.stderr)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        said: list[str] = []
+        try:
+            answer = speaker.answer(messages, max_new_tokens=max_new_tokens, sampling=sampling)
+            if answer.forgotten:
+                print(f"(the first {answer.forgotten} turns no longer fit and are forgotten)", file=sys.stderr)
+            for piece in answer.pieces:
+                said.append(piece)
+                print(piece, end="", flush=True)
+            print(" …" if answer.is_cut else "", flush=True)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            messages.pop()
+            continue
+        except KeyboardInterrupt:
+            print(" …", flush=True)
+            if not said:
+                messages.pop()
+                continue
+        messages.append({"role": "assistant", "content": "".join(said)})

@@ -1,0 +1,68 @@
+"""`run gc [RECIPE]...`: makes room in the cache."""
+
+import argparse
+import re
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="whose results are kept in any case")
+    sub.add_argument(
+        "--keep-size",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="remove by time of last use until this much is left: 20GB",
+    )
+    sub.add_argument("--only", action="store_true", help="do not keep what recent runs reached, only what RECIPEs reach")
+    sub.add_argument("--dry-run", action="store_true", help="say what would go and how much, and remove nothing")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Removes what no recipe or recent run reaches, or what was used longest ago; records stay."""
+    from runner.cache.garbage_collection import collect
+    from runner.cache.run_log import noted_runs
+    from runner.planning.plan import Plan
+
+    store = store_of(options, options.recipes[0] if options.recipes else None)
+    plans = [Plan(recipe_of(options, path), store) for path in options.recipes]
+    named = {f"{entry.stage.kind}-{entry.key}" for plan in plans for entry in plan if entry.key}
+    if not named and options.keep_size is None and any((store.root / "stages").glob("*")):
+        if options.only:
+            raise RecipeError("--only: wants RECIPEs whose results are kept, found none")
+        if not noted_runs(store.root):
+            raise RecipeError(f"{store.root}: no run is noted there; wants RECIPEs whose results are kept, or --keep-size")
+    outcome = collect(store, named=named, forget_runs=options.only, keep_size=options.keep_size, dry_run=options.dry_run)
+    for item, size in outcome.removed:
+        done = "would remove" if options.dry_run else "removed"
+        print(f"{done}  {readable(size):>8}  {item.path.relative_to(store.root)}  ({item.reason})")
+    for item in outcome.in_use:
+        print(f"stays, in use:  {item.path.relative_to(store.root)}")
+    done = "would free" if options.dry_run else "freed"
+    print(f"{done} {readable(outcome.freed)}; {readable(outcome.left)} stay in {store.root}")
+    if options.keep_size is not None and outcome.left > options.keep_size:
+        print(f"more than {readable(options.keep_size)} stay, since what is left is in use or reached by a recipe given")
+    return 0
+
+
+def readable(size: int) -> str:
+    """Bytes as 999 B, 1.2 kB, 3.4 GB."""
+    number = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def size_in_bytes(text: str) -> int:
+    """20GB, 1.5 TB, 500MiB or a plain number as bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"wants a size such as 20GB, found {text!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))

@@ -1,0 +1,36 @@
+"""`run path RECIPE STAGE`: where an artifact is."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub)
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the folder of a finished artifact."""
+    from runner.planning.plan import Plan
+
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    plan = Plan(recipe, store_of(options))
+    entry = plan.named(options.stage)
+    if options.stage != entry.name and not plan.stands(entry.name):
+        if plan.family_of(entry.name) is recipe.sweep:
+            print(f"{options.stage}: no setting is the best yet; {entry.name} is {entry.state}", file=sys.stderr)
+        else:
+            print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
+        return 1
+    if entry.path is None:
+        print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)
+        return 1
+    print(entry.path)
+    return 0

@@ -1,0 +1,113 @@
+"""`run plan RECIPE`: the state of each stage, why, and what it will cost."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.planning import outcomes
+from runner.planning.cost import Cost, costs, spare, total
+from runner.planning.plan import Plan, as_json
+from runner.recipe.first_rows import check_first_rows
+from runner.reporting.progress import duration
+
+COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
+    sub.add_argument(
+        "--measure", action="store_true", help="try the first pretraining for some seconds, for a better guess of time"
+    )
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Shows the state of each stage, why, and what those that run will cost."""
+    recipe, store = recipe_of(options), store_of(options)
+    if options.until:
+        stage_named(recipe, options.until)
+    check_first_rows(recipe)
+    plan = Plan(recipe, store, until=options.until)
+    measured = None
+    if options.measure:
+        from runner.diagnostics.bench import measured_speed
+
+        print("measuring ...", file=sys.stderr)
+        measured = measured_speed(recipe, store)
+    found = costs(recipe, plan, store.records(), measured=measured)
+    if options.json:
+        shown = as_json(recipe, plan)
+        for stage in shown["stages"]:
+            stage["cost"] = asdict(found[stage["name"]]) if stage["name"] in found else None
+        shown["cost"] = asdict(total(_needed(plan, found)))
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        return 0
+    for line in table(plan, found):
+        print(line)
+    for line in [*outcomes.attempts(plan), *(["", *compared] if (compared := outcomes.sweep_table(plan)) else [])]:
+        print(line)
+    return 0
+
+
+def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
+    """A line per stage; columns of cost only where there is something to run."""
+    head = ["stage", "kind", "state", *COLUMNS] if found else ["stage", "kind", "state"]
+    rows = [head]
+    for entry in plan:
+        cost = found.get(entry.name)
+        rows.append([entry.name, entry.stage.kind, entry.state, *(_cells(cost) if found else ())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    reasons = ["why", *(entry.reason for entry in plan)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), reason]).rstrip()
+        for row, reason in zip(rows, reasons, strict=True)
+    ]
+    return [*lines, *_sums(plan, found)] if found else lines[1:]
+
+
+def _cells(cost: Cost | None) -> Sequence[str]:
+    if cost is None:
+        return [""] * len(COLUMNS)
+    memory = f"{cost.memory / 2**30:.1f} GiB" if cost.memory else ""
+    return [_short(cost.parameters), _short(cost.tokens), _short(cost.flops), memory, _time(cost)]
+
+
+def _time(cost: Cost) -> str:
+    if cost.seconds is None or cost.low is None or cost.high is None:
+        return "?"
+    spread = f" ({duration(cost.low)} to {duration(cost.high)})" if cost.high > 1.1 * cost.low else ""
+    return f"{duration(cost.seconds)}{spread}"
+
+
+def _needed(plan: Plan, found: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Without the attempts that only run if one before them fails."""
+    needless = spare(plan)
+    return {name: cost for name, cost in found.items() if name not in needless}
+
+
+def _sums(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
+    needed = _needed(plan, found)
+    unknown = [name for name, cost in needed.items() if cost.seconds is None]
+    if unknown:
+        return [f"time: no record of this machine tells how long {', '.join(unknown)} will take; --measure tries"]
+    further = ", if the first attempts pass" if len(needed) < len(found) else ""
+    return [f"time together: about {_time(total(needed))}{further}, by the records of this machine"]
+
+
+def _short(number: float | None) -> str:
+    """1234567 as 1.2M."""
+    if number is None:
+        return ""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}Z"

@@ -1,0 +1,63 @@
+"""`run prove-resume RECIPE STAGE`: a training that is killed ends as one that is not."""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+
+DIFFERENT = 3  # exit code
+STEPS = 16  # by default
+SHOWN = 5  # names of what differs
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub)
+    sub.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"to train, three times over (default: {STEPS})")
+    sub.add_argument("--processes", metavar="N", help="of the training, instead of [parallel]")
+    sub.add_argument("--json", action="store_true", help="for programs")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Trains a few steps of a stage with and without a kill in between, and compares all that is left."""
+    from runner.diagnostics.resume_check import prove, sentence
+
+    if options.steps < 1:
+        raise RecipeError(f"--steps: wants at least 1, found {options.steps}")
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end and their folder goes then, too
+    proof = prove(
+        recipe, store_of(options), options.stage, steps=options.steps, tell=lambda text: print(text, file=sys.stderr)
+    )
+    if options.json:
+        print(json.dumps(proof, indent=2, ensure_ascii=False))
+    else:
+        _show(proof)
+        print(f"{options.stage}: {sentence(proof)}")
+    return 0 if proof["equal"] else DIFFERENT
+
+
+def _show(proof: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{proof['stage']} ({proof['kind']}), {proof['steps']} steps", title_justify="left")
+    for heading in ("compared", "what there is", "with and without a kill"):
+        table.add_column(heading)
+    for check in proof["checks"]:
+        different = check["different"]
+        more = f" and {len(different) - SHOWN:,} more" if len(different) > SHOWN else ""
+        table.add_row(
+            check["name"], check["what"], f"different: {', '.join(different[:SHOWN])}{more}" if different else "equal"
+        )
+    Console(markup=False).print(table)

@@ -1,0 +1,50 @@
+"""`run publish RECIPE`: the push of what is finished, and nothing else."""
+
+import argparse
+from pathlib import Path
+
+from runner.errors import DamageError, GateError, RecipeError, StageError
+from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("--overwrite", action="store_true", help="push also over what somebody else changed on the Hub")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Pushes finished releases to the Hub, also those that were rolled back; runs no stage."""
+    from runner.cache.store import Waiting
+    from runner.hub.receipts import Journal
+    from runner.planning.plan import Plan
+    from runner.stage import Acting
+    from runner.stages.publish import Publish
+
+    recipe, store = recipe_of(options), store_of(options)
+    entries = [(entry, entry.stage) for entry in Plan(recipe, store) if isinstance(entry.stage, Publish) and entry.stage.repo]
+    if not entries:
+        raise RecipeError(f"{recipe.path}: wants a stage of the kind publish with a repo, found none")
+    for entry, _ in entries:
+        if entry.state == "skipped":
+            raise GateError(f"{entry.name}: {entry.reason}, so it is not published")
+        if entry.record is None or entry.path is None:
+            reason = f" ({entry.reason})" if entry.reason else ""
+            raise StageError(
+                f"{entry.name}: wants a finished release, found the state {entry.state}{reason}; run the recipe first"
+            )
+    receipts = store.root / "receipts"
+    acting = Acting(overwrite=options.overwrite, note=lambda sentence: print(sentence, flush=True))
+    for entry, stage in entries:
+        assert entry.record is not None and entry.path is not None and stage.target is not None
+        last = Journal.read(receipts, stage.target).last
+        if last is not None and last.digest == entry.record.digest and stage.tag in (None, last.tag):
+            print(f"{entry.name}: is there already: {last.url}")
+            continue
+        with store.reading([entry.record], waiting=Waiting()):
+            if not store.has_artifact(entry.record, reread=True):
+                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` tells more")
+            print(f"{entry.name}: {stage.push(entry.path, entry.record.digest, receipts, acting)}", flush=True)
+    return 0

@@ -1,0 +1,50 @@
+"""`run pull RECIPE`: from a cache elsewhere."""
+
+import argparse
+from pathlib import Path
+
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_remote_option,
+    add_stage_argument,
+    open_remote_of,
+    recipe_of,
+    stage_named,
+    store_of,
+)
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
+    add_recipe_options(sub)
+    add_remote_option(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Fetches the artifacts of a recipe from a cache elsewhere, those that are not here."""
+    from runner.cache.store import Waiting
+    from runner.planning.plan import Plan
+
+    recipe = recipe_of(options)
+    if options.until:
+        stage_named(recipe, options.until)
+    store, remote = store_of(options), open_remote_of(options, recipe)
+    asked: set[str] = set()
+    while unknown := [
+        entry
+        for entry in Plan(recipe, store, until=options.until)
+        if entry.key is not None and entry.path is None and entry.key not in asked
+    ]:
+        for entry in unknown:
+            key = str(entry.key)
+            asked.add(key)
+            with store.lock(entry.stage, key, waiting=Waiting()):
+                record = remote.record(entry.stage.kind, key)
+                if record is not None:
+                    remote.fetch(record, store)
+            print(f"{entry.name}: {'fetched' if record else 'is not there'}", flush=True)
+    return 0

@@ -1,0 +1,46 @@
+"""`run push RECIPE`: to a cache elsewhere."""
+
+import argparse
+from pathlib import Path
+
+from runner.errors import DamageError
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_remote_option,
+    add_stage_argument,
+    open_remote_of,
+    recipe_of,
+    stage_named,
+    store_of,
+)
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub, "--until", help="only this stage and what it needs")
+    add_recipe_options(sub)
+    add_remote_option(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Uploads the finished artifacts of a recipe to a cache elsewhere, those that it lacks."""
+    from runner.cache.store import Waiting
+    from runner.planning.plan import Plan
+
+    recipe = recipe_of(options)
+    if options.until:
+        stage_named(recipe, options.until)
+    store, remote = store_of(options), open_remote_of(options, recipe)
+    for entry in Plan(recipe, store, until=options.until):
+        if entry.record is None or entry.path is None:
+            print(f"{entry.name}: {entry.state}, not uploaded")
+            continue
+        with store.reading([entry.record], waiting=Waiting()):
+            if not store.has_artifact(entry.record, reread=True):
+                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` tells more")
+            uploaded = remote.offer(entry.record, entry.path)
+        print(f"{entry.name}: {'uploaded' if uploaded else 'is there already'}", flush=True)
+    return 0

@@ -1,0 +1,32 @@
+"""`run report RECIPE`: everything that is known of a recipe, on one page."""
+
+import argparse
+import datetime
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+from runner.planning.plan import Plan
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="a page .html or text .md; NAME-report.html by default")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Writes a page that stands alone: graph, scores and gates, curves, data, answers, cost."""
+    from runner.reporting.report import as_html, as_markdown, collect
+
+    recipe = recipe_of(options)
+    out = options.out or Path(f"{recipe.head.name}-report.html")
+    forms = {".html": as_html, ".md": as_markdown}
+    if out.suffix not in forms:
+        raise RecipeError(f"--out: wants a name that ends in {' or '.join(forms)}, found {str(out)!r}")
+    found = collect(recipe, Plan(recipe, store_of(options)), now=datetime.datetime.now(datetime.UTC))
+    out.write_text(forms[out.suffix](found), encoding="utf-8")
+    print(out)
+    return 0

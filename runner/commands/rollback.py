@@ -1,0 +1,48 @@
+"""`run rollback RECIPE`: the Hub goes back to an earlier release."""
+
+import argparse
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("--to", metavar="REVISION", help="a tag or a commit; by default the release before the present one")
+    sub.add_argument("--stage", metavar="STAGE", help="the stage that publishes, where there are several")
+    sub.add_argument("--overwrite", action="store_true", help="go back also over what somebody else changed on the Hub")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Puts the content of an earlier release on the Hub again, as a new commit; `run publish` goes forward."""
+    from runner.hub.retries import Retries
+    from runner.hub.rollback import roll_back
+    from runner.stages.publish import Publish
+
+    recipe, store = recipe_of(options), store_of(options)
+    if options.stage:
+        stage_named(recipe, options.stage)
+    found = {
+        name: stage.target
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, Publish) and stage.target and options.stage in (None, name)
+    }
+    if len(found) != 1:
+        names = ", ".join(found) or "none"
+        raise RecipeError(f"{recipe.path}: wants one stage of the kind publish with a repo, found {names}; see --stage")
+    ((name, target),) = found.items()
+    if target.pull_request:
+        raise RecipeError(f"stage.{name}: publishes by pull requests, which are closed or reverted on the Hub")
+    receipt = roll_back(
+        target,
+        to=options.to,
+        receipts=store.root / "receipts",
+        overwrite=options.overwrite,
+        retries=Retries(note=lambda sentence: print(sentence, flush=True)),
+    )
+    print(f"{name}: {target} holds what {str(receipt.restores)[:12]} held: {receipt.url}")
+    return 0

@@ -1,0 +1,22 @@
+"""`run schema`: the JSON Schema of recipes, or their reference as a page."""
+
+import argparse
+import json
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What follows the verb."""
+    sub.add_argument("--markdown", action="store_true", help="the reference as a page for people: types, defaults, meanings")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the JSON Schema of recipes."""
+    if options.markdown:
+        from runner.recipe.reference import recipe_reference
+
+        print(recipe_reference(), end="")
+        return 0
+    from runner.recipe.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    return 0

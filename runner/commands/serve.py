@@ -1,0 +1,81 @@
+"""`run serve RECIPE [STAGE]...`: a web page and an OpenAI-compatible endpoint for finished models."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.options import (
+    add_cache_option,
+    add_recipe_options,
+    add_sampling_options,
+    add_stage_argument,
+    recipe_of,
+    stage_named,
+    store_of,
+)
+from runner.planning.plan import Plan
+from runner.serving.models import talkers
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(
+        sub, "stages", nargs="*", help="whose models, side by side on the page; the last finished one by default"
+    )
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; another than loopback lets others in")
+    sub.add_argument("--port", type=int, default=8000, help="(default: 8000; 0 takes one that is free)")
+    sub.add_argument("--queue", type=int, default=16, metavar="N", help="answers that may wait for their turn (default: 16)")
+    add_sampling_options(sub)
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Serves finished models: a page to talk on, and /v1/chat/completions, /v1/completions, /v1/models."""
+    recipe = recipe_of(options)
+    for name in options.stages:
+        stage_named(recipe, name)
+    store = store_of(options)
+    found = talkers(recipe, Plan(recipe, store), options.stages)
+    if options.queue < 0:
+        raise RecipeError(f"--queue: wants at least 0, found {options.queue}")
+    import socket
+
+    import uvicorn
+
+    from llm.errors import InputError
+    from llm.inference.sampling import Sampling
+    from runner.serving.server import Server, Settings
+
+    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((options.host, options.port))  # before the models are loaded
+    except OSError as error:
+        raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
+    try:
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+        models = {talker.name: talker.open(compiled=store.compiled if options.compile else None) for talker in found}
+    except InputError as error:
+        raise RecipeError(str(error)) from error
+    settings = Settings(
+        sampling=sampling,
+        max_new_tokens=options.max_new_tokens,
+        queue=options.queue,
+        api_key=os.environ.get("STOCKPOT_API_KEY") or None,
+        **({} if options.host in LOOPBACK else {"hosts": ("*",)}),
+    )
+    address = f"[{options.host}]" if ":" in options.host else options.host
+    print(
+        f"{', '.join(models)} at http://{address}:{listening.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr, flush=True
+    )
+    server = uvicorn.Server(uvicorn.Config(Server(models, settings).app(), log_level="warning", lifespan="off"))
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+        server.run(sockets=[listening])
+    return 0

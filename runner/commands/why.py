@@ -1,0 +1,34 @@
+"""`run why RECIPE STAGE`: the state of one stage."""
+
+import argparse
+from pathlib import Path
+
+from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """What may follow the verb."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub)
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Explains the state of one stage."""
+    from runner.diagnostics.resume_check import proof_of, sentence
+    from runner.planning.plan import Plan
+
+    recipe, store = recipe_of(options), store_of(options)
+    stage_named(recipe, options.stage)
+    entry = Plan(recipe, store).named(options.stage)
+    print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
+    for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
+        print(f"  {line}")
+    if entry.key:
+        print(f"  key {entry.key}")
+    if entry.record:
+        print(f"  made {entry.record.data['finished']} in {entry.record.data['seconds']:.0f} s")
+    if entry.key and (proof := proof_of(store, entry.key)):
+        print(f"  proved {proof['time']}: {sentence(proof)}")
+    return 0

@@ -1,0 +1,287 @@
+"""Runs a recipe: takes each stage in order from the cache or launches it, until nothing is left to do.
+
+After each stage the plan is made anew from the cache, so that a result equal to an older one leaves what is below it cached.
+"""
+
+import datetime
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from typing import IO
+
+from runner import resources
+from runner.cache.leases import LeaseLostError
+from runner.cache.record import Record
+from runner.cache.remote import Mirror
+from runner.cache.run_log import note_run
+from runner.cache.store import Store, Waiting
+from runner.errors import GateError, StageError
+from runner.execution import launch
+from runner.execution.fork_server import ForkServer
+from runner.execution.node_layout import ALONE
+from runner.execution.notifications import Notices
+from runner.execution.stage_run import StageRun, StopRequest
+from runner.graph import input_files
+from runner.multi_node.coordinator import Team
+from runner.planning import outcomes
+from runner.planning.code_digest import code_digest
+from runner.planning.plan import RUNNABLE, Entry, Plan
+from runner.recipe.recipe import Recipe
+from runner.reporting.progress import Progress, duration
+from runner.resources import available_cores
+from runner.stage import Acting
+from runner.tracking.tracker_process import Tracker
+
+
+class Execution:
+    """One run of one recipe on one cache."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        progress: Progress,
+        stop: StopRequest,
+        *,
+        remote: str | None = None,
+        overwrite: bool = False,
+        team: Team | None = None,  # the other machines that train
+    ) -> None:
+        self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
+        upload = recipe.head.cache.upload
+        self._acting = Acting(overwrite=overwrite, note=progress.note, sleep=self._sleep)
+        self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
+        self._tracker = Tracker(store.root, recipe.head.tracking.to)
+        self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
+        self._team = team
+        self._names: set[str] = set()  # <kind>-<key> of all stages so far
+        self._fork_server: ForkServer | None = None
+
+    def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
+        """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
+        forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
+        plan = self._plan(until, forced)
+        self._progress.planned(plan)
+        try:
+            self._fork_server = self._fork_server_for(plan)
+            while (entry := plan.next()) or not self._are_sound(_acted_on(plan)):
+                self._raise_if_stopped()
+                if entry and entry.key in made:
+                    raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; is the disk sound?")
+                if entry and self._run_stage(entry, plan):
+                    made.add(str(entry.key))
+                plan = self._plan(until, forced)
+            self._raise_if_stopped()
+            self._noted(plan, until, complete=True)
+            self._act(plan)
+        finally:
+            if self._fork_server:
+                self._fork_server.close()
+            if warning := self._tracker.close():
+                self._progress.note(warning)
+        self._judge(plan)
+
+    def _fork_server_for(self, plan: Plan) -> ForkServer | None:
+        """What forks the workers of the stages that are left, if anything is slow to import for those that run alone."""
+        machines = self._team.layout.machines if self._team else 1
+        trains_alone = machines * resources.process_count(self._recipe.head.parallel) == 1
+        pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        left = (stage for stage in pending if trains_alone or not stage.trains)
+        modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
+        if not modules or not launch.can_fork():
+            return None
+        environment = launch.environment_of(available_cores(), compiled=self._store.compiled)
+        return ForkServer(modules, place=self._store.root, environment=environment)
+
+    def _patience(self, entry: Entry) -> "_Patience":
+        return _Patience(entry.name, self._progress, self._stop)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.requested:
+            raise KeyboardInterrupt
+
+    def _sleep(self, seconds: float) -> None:
+        """Waits, unless the user asks to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._raise_if_stopped()
+            time.sleep(min(left, 0.1))
+
+    def _plan(self, until: str | None, forced: set[str]) -> Plan:
+        """The plan, after setting aside the artifacts of forced stages whose keys are known by now, and after asking the
+        remote for what would run: first for records alone, then for the artifacts that are still needed.
+        """
+        while True:
+            plan = self._noted(Plan(self._recipe, self._store, until=until), until)
+            waiting = {entry.name for entry in plan if forced and plan.above(entry.name) & forced}  # their keys may change yet
+            ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
+            for entry in ready:
+                self._force(entry)
+                forced.discard(entry.name)
+            if not ready and not self._learned(plan) and not self._fetched(plan):
+                return plan
+
+    def _force(self, entry: Entry) -> None:
+        """Puts the artifact and the record of a stage out of use."""
+        stage, key = entry.stage, str(entry.key)
+        self._mirror.without(key)
+        with self._store.lock(stage, key, waiting=self._patience(entry)):
+            self._store.discard_work(stage, key)
+            self._store.forget(key)
+            if place := self._store.set_aside(stage, key):
+                self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
+
+    def _learned(self, plan: Plan) -> bool:
+        """Whether the remote had records that the plan did not know."""
+        wanted = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
+        records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in wanted]
+        for record in filter(None, records):
+            self._store.remember(record)
+        return any(records)
+
+    def _fetched(self, plan: Plan) -> bool:
+        """Whether the remote had an artifact that is missing here; the last first, since those before it may not be needed."""
+        for entry in reversed(list(plan)):
+            if entry.state in RUNNABLE and entry.record and self._mirror.has(entry.record):
+                with self._store.lock(entry.stage, entry.record.key, waiting=self._patience(entry)):
+                    if self._store.has_artifact(entry.record) or self._mirror.fetch(self._store, entry.record):
+                        self._progress.finished(entry, "fetched from the remote")
+                        return True
+        return False
+
+    def _noted(self, plan: Plan, until: str | None, *, complete: bool = False) -> Plan:
+        """The plan, after noting the keys in it for `run gc`."""
+        names = {f"{entry.stage.kind}-{entry.key}" for entry in plan if entry.key}
+        if complete or names - self._names:
+            self._names |= names
+            note_run(self._store.root, self._recipe, names if complete else self._names, until=until, complete=complete)
+        return plan
+
+    def _act(self, plan: Plan) -> None:
+        """What is left to do in the world: pushes."""
+        for entry in plan:
+            if entry.effect:
+                self._progress.note(f"{entry.name}: {entry.effect.sentence}")
+                if entry.effect.act:
+                    self._progress.note(f"{entry.name}: {entry.effect.act(self._acting)}")
+
+    def _judge(self, plan: Plan) -> None:
+        for line in outcomes.passed(plan):
+            self._progress.note(line)
+        if failed := outcomes.failed(plan):
+            skipped = [entry.name for entry in plan if entry.state == "skipped"]
+            consequence = f"\nnot run because of it: {', '.join(skipped)}" if skipped else ""
+            raise GateError("\n".join(failed) + consequence)
+
+    def _run_stage(self, entry: Entry, plan: Plan) -> bool:
+        """Runs one stage under its lock; false if another run made it or took it over, or an input is
+        damaged: then the plan is read again.
+        """
+        try:
+            return self._run_locked(entry, plan)
+        except LeaseLostError as error:
+            self._progress.note(f"{entry.name}: {error}")
+            return False
+
+    def _run_locked(self, entry: Entry, plan: Plan) -> bool:
+        stage, key = entry.stage, str(entry.key)
+        if absent := [f"{field}: {file}" for field, file in input_files(stage) if not (file.hub or file.matches())]:
+            raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
+        with self._store.lock(stage, key, waiting=self._patience(entry)) as log:
+            record = self._store.record(stage, key)
+            if record and self._store.has_artifact(record):
+                self._progress.finished(entry, "made by another run")
+                return False
+            sources = {source: plan.record(source) for source in plan.inputs(entry.name)}
+            if entry.beginning:
+                sources |= {f"{entry.name}, in its beginning": entry.beginning}
+            with self._store.reading(sources.values(), waiting=self._patience(entry)):
+                if not self._are_sound(sources) or not plan.still_holds(entry):
+                    return False
+                seconds = self._make(entry, plan, log)
+        self._progress.finished(entry, f"done in {duration(seconds)}")
+        record = self._store.record(stage, key)
+        if record is not None:
+            with self._store.reading([record], waiting=self._patience(entry)):
+                self._offer(entry.name, record)
+        return True
+
+    def _offer(self, name: str, record: Record) -> None:
+        """Uploads an artifact whose lock is held, if the recipe or the user names a remote for it."""
+        if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
+            self._progress.note(f"{name}: uploaded to the remote")
+
+    def _offer_inputs(self, entry: Entry, plan: Plan) -> None:
+        """Uploads what a stage reads, where machines that train it have caches of their own."""
+        for source in [] if self._team is None or self._team.shares_cache else plan.inputs(entry.name):
+            self._offer(source, plan.record(source))
+
+    def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
+        """Makes the artifact of a stage, whose locks are held; returns how many seconds that took."""
+        stage, key = entry.stage, str(entry.key)
+        self._progress.started(entry)
+        begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        layout = self._team.layout if self._team else ALONE
+        offer = functools.partial(self._offer_inputs, entry, plan)
+        work = StageRun(
+            entry,
+            plan,
+            self._recipe,
+            self._store,
+            log,
+            layout=layout,
+            team=self._team,
+            offer=offer,
+            fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
+        )
+        result = work.work(self._progress, self._stop, self._tracker, self._notices)
+        seconds = time.monotonic() - clock
+        if not plan.still_holds(entry):
+            self._store.discard_work(stage, key)
+            raise StageError(f"stage {entry.name!r}: an input file changed while it ran, so its result is dropped; run again")
+        self._store.finish(
+            stage,
+            key,
+            {
+                "stage": entry.name,
+                "recipe": self._recipe.head.name,
+                "identity": entry.identity,
+                "inputs": {plan.written(source): plan.record(source).summary() for source in plan.inputs(entry.name)},
+                **({"beginning": entry.beginning.summary()} if entry.beginning else {}),
+                "code": code_digest(type(stage)),
+                "started": begun.isoformat(timespec="seconds"),
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 2),
+                **result,
+            },
+        )
+        return seconds
+
+    def _are_sound(self, records: Mapping[str, Record]) -> bool:
+        """Rehashes artifacts that are about to be used; one that is damaged is set aside, and the next plan rebuilds it."""
+        for name, record in records.items():
+            if not self._store.has_artifact(record, reread=True):
+                place = self._store.set_aside(record.kind, record.key)
+                where = f"; set aside in {place}" if place else ""
+                self._progress.note(f"{name}: its artifact does not match its record{where}; it will be rebuilt")
+                return False
+        return True
+
+
+def _acted_on(plan: Plan) -> dict[str, Record]:
+    """The records of the artifacts that leave the cache when the run ends: those of releases to push."""
+    return {entry.name: entry.record for entry in plan if entry.record and entry.effect and entry.effect.act}
+
+
+class _Patience(Waiting):
+    """Tells once who holds a lock, and gives up waiting when the user asks to stop."""
+
+    def __init__(self, name: str, progress: Progress, stop: StopRequest) -> None:
+        self._name, self._progress, self._stop = name, progress, stop
+
+    def started(self, holder: str) -> None:
+        self._progress.note(f"{self._name}: waiting for {holder}, which works on it or on what it needs")
+
+    def tick(self) -> None:
+        if self._stop.requested:
+            raise KeyboardInterrupt

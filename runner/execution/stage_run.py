@@ -1,0 +1,360 @@
+"""The work of one stage, from job file to result: its processes are launched, followed and, where they fail,
+explained and launched again.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import tomli_w
+
+from runner import resources
+from runner.artifacts import METRICS, PAUSED, SCRATCH
+from runner.cache.store import Store
+from runner.credentials import redact
+from runner.errors import MachineLostError, PausedError, PeerFailedError, StageError
+from runner.execution import launch, liveness
+from runner.execution.fork_server import Forked
+from runner.execution.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
+from runner.execution.node_layout import ALONE, Layout
+from runner.execution.notifications import Notices
+from runner.execution.retry_policy import Recovery
+from runner.execution.watchdog import Watchdog
+from runner.graph import input_files, plain
+from runner.multi_node.coordinator import Team
+from runner.planning.outcomes import sweep_rows
+from runner.planning.plan import Entry, Plan
+from runner.recipe.recipe import Recipe
+from runner.reporting.progress import Progress, duration
+from runner.resources import available_cores
+from runner.stage import Stage
+from runner.tracking.metrics_file import Follower
+from runner.tracking.tracker_process import Tracker
+
+MACHINE_FIELDS = frozenset({"machines", "machine_rank", "main_address"})
+TROUBLE_SECONDS = 5.0  # for processes to end after those of another machine have
+FULL_BYTES = 2**20  # where less is free, a worker may fail without being able to say why
+LOG_LINES = 12  # shown of a worker that died without a word
+
+
+class StopRequest:
+    """Whether the user asked the run to end. The first signal asks; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Takes over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class StageRun:
+    """The work of one stage, from job file to result, under its lock."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        plan: Plan,
+        recipe: Recipe,
+        store: Store,
+        log: IO[bytes],
+        *,
+        layout: Layout = ALONE,  # of the machines that train
+        team: Team | None = None,  # the other machines, as that of rank 0 sees them
+        offer: Callable[[], None] = lambda: None,  # hands what the stage reads to those who do not see the cache
+        owns_scratch: bool = True,  # no other machine works in the same folder
+        fork: Callable[..., Forked] | None = None,  # makes a worker alone
+    ) -> None:
+        self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
+        self._layout = layout if entry.stage.trains else ALONE
+        self._team = team if entry.stage.trains else None
+        self._offer, self._owns_scratch, self._fork = offer, owns_scratch, fork
+        self._work = store.work(entry.stage, str(entry.key))
+        self._scratch = self._work / SCRATCH
+        self._cores = available_cores()
+
+    def work(self, progress: Progress, stop: StopRequest, tracker: Tracker, notices: Notices) -> dict[str, Any]:
+        """Launches the stage's processes and waits for them; returns what the workers left as result.
+
+        A training begins again after faults, as [parallel] says. Raises StageError, or PausedError for an alert.
+        """
+        stage, parallel = self._entry.stage, self._recipe.head.parallel
+        self._view = _View(Follower(self._work / METRICS), progress, notices, self._entry.name)
+        if stage.trains:
+            tracker.follow(self._view.metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
+        self._prepare(stop)
+        if not stage.trains:
+            self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
+            return {"processes": 1, **self._result()}
+        recovery = Recovery(self._scratch, parallel, processes=self._local * self._layout.machines)
+        if self._team and self._team.is_broken:
+            recovery.processes = 1
+        while True:
+            processes = recovery.processes
+            layout, team = (self._layout, self._team) if processes > 1 else (ALONE, None)
+            watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
+            try:
+                if team:
+                    self._meet(team)
+                self._train(processes, layout, stop, watchdog=watchdog, tick=team.check if team else None)
+            except MachineError as fault:
+                cause = "; ".join([*(team.causes() if team else []), fault.cause])
+                then = recovery.after(cause, step=self._view.step)
+                if then is None:
+                    raise MachineError(self._entry.name, cause, fault.details) from fault
+                text = f"{self._entry.name}: {cause}; it {then}"
+                progress.note(text)
+                notices.send(text)
+                if team:
+                    team.tell(text)
+                    if recovery.processes == 1:
+                        team.give_up()
+            else:
+                machines = {"machines": layout.machines} if layout.machines > 1 else {}
+                faults = {"faults": recovery.faults} if recovery.faults else {}
+                return {"processes": processes, **machines, **faults, **self._result()}
+
+    def join(self, progress: Progress, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
+        """This machine's part of one attempt at a training whose result is that of the machine of rank 0: prepares, calls
+        `ready`, launches its processes and waits for their end.
+        """
+        self._view = _View(Follower(self._work / METRICS), progress, None, self._entry.name)
+        if self._owns_scratch:
+            self._prepare(stop)
+        ready()
+        self._train(self._local * self._layout.machines, self._layout, stop, tick=tick)
+
+    def _meet(self, team: Team) -> None:
+        """Returns when all machines are about to begin."""
+        try:
+            team.assemble()
+            self._offer()
+            team.begin(self._entry.name, self._announcement())
+        except MachineLostError as lost:
+            self._raise(lost)
+
+    @cached_property
+    def _local(self) -> int:
+        """Processes of a training on this machine."""
+        return resources.process_count(self._recipe.head.parallel)
+
+    def _prepare(self, stop: StopRequest) -> None:
+        """Clears what the run before has left, and does the work that comes before a training group is formed."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        for name in (STOP, PAUSED):
+            (self._scratch / name).unlink(missing_ok=True)
+        if type(self._entry.stage).prepare is not Stage.prepare and not (self._scratch / PREPARED).exists():
+            self._launch(launch.plain_command(self._job(1), "--prepare"), stop, threads=self._cores)
+            (self._scratch / PREPARED).touch()
+
+    def _train(
+        self,
+        processes: int,  # of all machines
+        layout: Layout,
+        stop: StopRequest,
+        *,
+        watchdog: Watchdog | None = None,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        local = processes // layout.machines
+        command = launch.training_command(self._job(processes, layout), local, layout)
+        self._launch(command, stop, threads=max(1, self._cores // local), watchdog=watchdog, tick=tick)
+
+    def _announcement(self) -> dict[str, Any]:
+        """What the other machines have to know of a training to agree and to take part."""
+        above = [entry for entry in self._plan if entry.name in self._plan.above(self._entry.name)]
+        return {
+            "processes": self._local,
+            "identities": {entry.name: entry.identity for entry in (*above, self._entry) if entry.identity is not None},
+            "records": [entry.record.sealed.decode() for entry in above if entry.record is not None],
+        }
+
+    def _result(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads((self._scratch / RESULT).read_text(encoding="utf-8"))
+        return result
+
+    def _launch(
+        self,
+        command: list[str],
+        stop: StopRequest,
+        *,
+        threads: int,
+        watchdog: Watchdog | None = None,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
+        """Runs a command to its end. Raises MachineError where trying again may help, KeyboardInterrupt if asked to stop."""
+        log_start = os.fstat(self._log.fileno()).st_size
+        for name in (RESULT, ERROR) if self._owns_scratch else ():
+            (self._scratch / name).unlink(missing_ok=True)
+        environment = launch.environment_of(threads, compiled=self._store.compiled)
+        trouble: list[tuple[float, StageError]] = []  # of another machine: the processes here end by themselves then
+
+        def look() -> None:
+            self._store.raise_if_lost(self._entry.stage, str(self._entry.key))
+            if stop.requested:
+                (self._scratch / STOP).touch()
+            self._view.look()
+            if tick and not trouble:
+                try:
+                    tick()
+                except StageError as error:
+                    trouble.append((time.monotonic(), error))
+            if trouble and time.monotonic() - trouble[0][0] > TROUBLE_SECONDS:
+                self._raise(trouble[0][1])
+            if watchdog and watchdog.is_too_quiet():
+                liveness.show_stacks(self._scratch)
+                raise MachineError(
+                    self._entry.name,
+                    f"a step has not ended for {duration(watchdog.quiet)}, so its processes are ended",
+                    f"(where they were is at the end of {self._log.name})",
+                )
+
+        try:
+            with launch.started(command, log=self._log, environment=environment, fork=self._fork) as process:
+                code = launch.wait(process, tick=look, stopping=lambda: stop.requested)
+        finally:
+            liveness.end(self._scratch)
+        self._view.look()
+        if code == 0:
+            return
+        if (self._scratch / PAUSED).exists():
+            message = json.loads((self._scratch / PAUSED).read_text(encoding="utf-8"))["message"]
+            raise PausedError(f"stage {self._entry.name!r}: {message}; the same command goes on from there")
+        if stop.requested and not (self._scratch / ERROR).exists():
+            raise KeyboardInterrupt
+        if trouble:
+            self._raise(trouble[0][1])
+        raise self._failure(code, log_start)
+
+    def _raise(self, trouble: StageError) -> NoReturn:
+        """Raises what happened on another machine, as one of the kinds of fault that are known here."""
+        if isinstance(trouble, MachineLostError) or (isinstance(trouble, PeerFailedError) and trouble.again):
+            raise MachineError(self._entry.name, str(trouble), "") from trouble
+        raise trouble
+
+    def _failure(self, code: int | None, log_start: int) -> StageError:
+        """Why the workers failed: their own sentence, else how they died and the end of their log."""
+        log, name = Path(self._log.name), self._entry.name
+        with log.open("rb") as file:
+            file.seek(log_start)
+            last = file.read().decode(errors="replace").splitlines()
+        number = -code if code is not None and code < 0 else _signal_in("\n".join(last))
+        if (self._scratch / ERROR).exists():
+            error = json.loads((self._scratch / ERROR).read_text(encoding="utf-8"))
+            message = redact(error["message"])
+            if not error["again"]:
+                return StageError(f"stage {name!r}: {message}\n(log: {log})")
+            if not number:
+                return MachineError(name, message, f"(log: {log})")
+        died = f"was killed by signal {number}" if number else f"ended with exit code {code}"
+        hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
+        if shutil.disk_usage(self._work).free < FULL_BYTES:
+            hint = " (the disk of the cache is full)"
+        end = [f"What it had finished is kept; the end of {log}:", *map(redact, last[-LOG_LINES:])]
+        return MachineError(name, f"its worker {died}{hint}", "\n".join(end))
+
+    def _job(self, processes: int, layout: Layout = ALONE) -> Path:
+        """Writes what the workers need to know, each machine for itself, since paths may differ; returns where it is."""
+        path = self._scratch / (JOB if self._layout.is_main else f"job-{self._layout.rank}.json")
+        cores = self._cores * layout.machines
+        job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores).write(
+            path
+        )
+        return path
+
+    def _facts(self) -> dict[str, Any]:
+        """What the trackers show of a stage beside its curves."""
+        entry = self._entry
+        return {
+            "recipe": self._recipe.head.name,
+            "stage": entry.name,
+            "kind": entry.stage.kind,
+            "key": entry.key,
+            "hparams": plain(entry.stage),
+        }
+
+
+class MachineError(StageError):
+    """A fault of machines: what is lost is time, and beginning again may help."""
+
+    def __init__(self, stage: str, cause: str, details: str) -> None:
+        super().__init__(f"stage {stage!r}: {cause}. {details}")
+        self.cause, self.details = cause, details
+
+
+class _View:
+    """What a running stage reports, on its way to whom it concerns."""
+
+    def __init__(self, metrics: Follower, progress: Progress, notices: Notices | None, name: str) -> None:
+        self.metrics, self._progress, self._notices, self._name = metrics, progress, notices, name
+        self.step = 0  # the furthest that was reported
+
+    def look(self) -> None:
+        """Passes new lines on."""
+        for line in self.metrics.new_lines():
+            self._progress.reported(line)
+            self.step = max(self.step, int(line.get("step", 0)))
+            if "alert" in line and self._notices:
+                self._notices.send(f"{self._name}: {line['action']}: {line.get('note') or line.get('text')}")
+
+
+def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
+    """What the workers of a stage that can run, in the folder `work`, have to know; stages by their names in the recipe."""
+    name, folder = entry.name, recipe.path.parent.resolve()
+    records = plan.sources_read(name)
+    read = [other for other in plan if other.name == name or plan.written(other.name) in records]
+    data = {plan.written(other.name): store.digests.named_contents(input_files(other.stage), folder) for other in read}
+    return Job(
+        name=name,
+        kind=entry.stage.kind,
+        fields=plain(entry.stage, ref=plan.written, file=lambda file: file.pattern),
+        work=str(work),
+        inputs={
+            plan.written(source): str(store.folder(record.kind, record.key))
+            for source in plan.inputs(name)
+            for record in [plan.record(source)]
+        },
+        records={source: record.data for source, record in records.items()},
+        recipe=tomli_w.dumps(_published(recipe.resolved(plan.standing))),
+        parallel=plain(recipe.head.parallel),
+        processes=processes,
+        cores=cores,
+        data={other: named for other, named in data.items() if named},
+        settings=_settings_behind(plan, name),
+        beginning=str(store.folder(entry.beginning.kind, entry.beginning.key)) if entry.beginning else None,
+    )
+
+
+def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
+    """The settings of a sweep of which a stage reads the best, as a table."""
+    sweep = plan.recipe.sweep
+    if sweep is None or plan.taken[sweep.stage] is None or plan.family_of(name) is sweep:
+        return []
+    return sweep_rows(plan, sweep) if plan.above(name) & {*sweep.all_judges} else []
+
+
+def _published(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe as a release may show it: without the cache and the machines that it was run on."""
+    parallel = {name: value for name, value in recipe["parallel"].items() if name not in MACHINE_FIELDS}
+    return {name: value for name, value in recipe.items() if name != "cache"} | {"parallel": parallel}
+
+
+def _signal_in(log: str) -> int | None:
+    """The signal that ended a worker, as accelerate and torch's launcher tell it at the end of their logs."""
+    if found := re.search(r"died with <Signals\.(SIG\w+)", log):
+        return int(signal.Signals[found[1]])
+    found = re.search(r"exitcode\s*: -(\d+)", log)
+    return int(found[1]) if found else None

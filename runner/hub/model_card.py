@@ -1,0 +1,333 @@
+"""The model card of a release: what the model is, what it was made of, what it scores, how to use it and how to make it again.
+
+It is written from the records of the stages and from scores alone, and says nothing of where it will be pushed, because that
+may change without the release being made anew.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.hub.model_card_usage import usage
+from runner.input_files import SCHEME, HubFiles
+from runner.stage import Verdict
+
+Record = Mapping[str, Any]
+
+# Score names of `evaluate` -> metric names of the Hub.
+HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "perplexity": "perplexity", "bleu": "bleu", "chrf": "chrf"}
+MANY = 12  # sources of one stage that are listed one by one
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a card is written from."""
+
+    recipe: Mapping[str, Any]  # resolved
+    records: Mapping[str, Record]  # by stage, in the order of the recipe
+    scores: Mapping[str, Mapping[str, float]]  # by evaluation, the last one being the released model's
+    license: str  # an identifier of the Hub, such as "apache-2.0"; "other" where there is none
+    languages: Sequence[str]  # ISO 639 codes
+    version: str  # of stockpot; "" where it is not installed as a package
+    publish: Mapping[str, Any] = field(default_factory=dict)  # fields of the stage that releases
+    verdicts: Mapping[str, Sequence[Verdict]] = field(default_factory=dict)  # by evaluation
+    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best this is: a head and a row of each
+
+
+def model_card(model: Model) -> str:
+    """The whole README.md: YAML metadata, then Markdown."""
+    sections = [
+        f"---\n{_metadata(model)}\n---\n",
+        f"# {model.recipe['name']}\n",
+        f"{model.recipe['description']}\n" if model.recipe.get("description") else "",
+        _summary(model),
+        _scores(model),
+        _settings(model.settings),
+        usage(model.recipe, model.records, model.publish),
+        _parity(model),
+        _data(model),
+        _curves(model.records),
+        _making(model.records),
+        _again(model.version),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def languages_of(records: Iterable[Record]) -> list[str]:
+    """The languages that the corpora of a model name, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for source in _sources(records):
+        counts.update(source.get("languages", {}))
+    return [language for language, _ in counts.most_common()]
+
+
+def _sources(records: Iterable[Record]) -> Iterator[Mapping[str, Any]]:
+    for record in records:
+        yield from record.get("metrics", {}).get("sources", {}).values()
+
+
+def _metadata(model: Model) -> str:
+    from huggingface_hub import EvalResult, ModelCardData  # 0.1 s, and only where a card is written
+
+    final = list(model.scores.values())[-1] if model.scores else {}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.partition(".")[0],
+            dataset_name=score.partition(".")[0],
+            metric_type=HUB_METRICS.get(metric := score.rpartition(".")[2], metric),
+            metric_name=score,
+            metric_value=value,
+        )
+        for score, value in final.items()
+    ]
+    data = ModelCardData(
+        language=list(model.languages) or None,
+        license=model.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "stockpot",
+            *(["gguf"] if model.publish.get("gguf") else []),
+            *(["lora"] if model.publish.get("adapter") else []),
+        ],
+        base_model=[record["metrics"]["repo"] for record in _adopted(model.records) if "repo" in record["metrics"]] or None,
+        datasets=sorted(_datasets(model)) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        model_name=model.recipe["name"] if results else None,
+    )
+    return data.to_yaml()
+
+
+def _datasets(model: Model) -> set[str]:
+    """The datasets on the Hub that it learned from."""
+    corpora = {source["hub"] for source in _sources(model.records.values()) if "hub" in source}
+    tables = [
+        table
+        for stage in model.records
+        for name in ("sources", "data", "mix")
+        for table in model.recipe["stage"].get(stage, {}).get(name, ())
+    ]
+    addresses = [str(table.get("files", "")) for table in tables]
+    return corpora | {HubFiles.parse(address).repo for address in addresses if address.startswith(SCHEME)}
+
+
+def _place(files: str) -> str:
+    """Files as a recipe names them, with a link to those on the Hub."""
+    if not files.startswith(SCHEME):
+        return files
+    on_hub = HubFiles.parse(files)
+    page = f"https://huggingface.co/datasets/{on_hub.repo}/tree/{on_hub.commit}"
+    return f"[{on_hub.repo}]({page}): {on_hub.path}, commit `{on_hub.commit[:12]}`"
+
+
+def _adopted(records: Mapping[str, Record]) -> list[Record]:
+    """The records of models that were made elsewhere."""
+    return [record for record in records.values() if record["kind"] == "checkpoint"]
+
+
+def _summary(model: Model) -> str:
+    """What it was adapted from, or the size of the network where it was trained from nothing."""
+    if adopted := _adopted(model.records):
+        metrics = adopted[-1]["metrics"]
+        if "repo" not in metrics:
+            return "Adapted from a model that was made elsewhere.\n"
+        return (
+            f"Adapted from [{metrics['repo']}](https://huggingface.co/{metrics['repo']}), commit `{metrics['commit'][:12]}`.\n"
+        )
+    bases = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
+    if not bases:
+        return ""
+    fields, metrics = model.recipe["stage"][bases[-1]], model.records[bases[-1]].get("metrics", {})
+    shape = fields.get("architecture", {})
+    context = shape.get("context") or model.recipe["stage"].get(fields.get("tokens"), {}).get("context")
+    vocabularies = [record["metrics"]["vocab_size"] for record in model.records.values() if record["kind"] == "tokenizer"]
+    facts = [
+        f"{metrics['parameters']:,} parameters" if "parameters" in metrics else "",
+        f"{shape['layers']} layers" if "layers" in shape else "",
+        f"hidden size {shape['hidden_size']:,}" if "hidden_size" in shape else "",
+        f"a vocabulary of {vocabularies[-1]:,} tokens" if vocabularies else "",
+        f"a context of {context:,} tokens" if context else "",
+    ]
+    told = ", ".join(fact for fact in facts if fact)
+    return f"A LLaMA decoder trained from nothing{': ' if told else ''}{told}.\n"
+
+
+def _scores(model: Model) -> str:
+    scores = model.scores
+    if not scores:
+        return ""
+    names = list(dict.fromkeys(score for of_one in scores.values() for score in of_one))
+    rows = [[score, *(_score(model, name, score) for name in scores)] for score in names]
+    return f"""## Scores
+
+{_table(["score", *scores], rows)}
+Perplexity and bits per byte are better when lower, everything else when higher. In brackets: the 95% interval of a bootstrap
+over the examples.
+{_tasks(model)}{_gates(model)}"""
+
+
+def _score(model: Model, evaluation: str, score: str) -> str:
+    interval = model.records[evaluation].get("metrics", {}).get("intervals", {}).get(score)
+    ends = f" [{', '.join(map(number, interval))}]" if interval else ""
+    return number(model.scores[evaluation].get(score)) + ends
+
+
+def _gates(model: Model) -> str:
+    """What the recipe asks of the scores, and what came of it."""
+    rows = [
+        [evaluation, verdict.gate, verdict.found, {True: "passed", False: "failed", None: ""}[verdict.passed]]
+        for evaluation, verdicts in model.verdicts.items()
+        for verdict in verdicts
+    ]
+    return f"\nThe gates of this release:\n\n{_table(['scores', 'wanted', 'found', 'outcome'], rows)}" if rows else ""
+
+
+def _settings(settings: Sequence[Sequence[str]]) -> str:
+    """What it was compared with, and by which score it is the best."""
+    if not settings:
+        return ""
+    head, *rows = settings
+    return f"## Settings that were compared\n\nThe one marked as best was released.\n\n{_table(head, rows)}"
+
+
+def _tasks(model: Model) -> str:
+    """Which models were scored, and on what (of which the last evaluation is told)."""
+    stages, last = model.recipe["stage"], list(model.scores)[-1]
+    counts = model.records[last].get("metrics", {}).get("tasks", {})
+    rows = [
+        [task["name"], task["task"], _place(task["files"]), f"{counts[task['name']]['rows']:,}"]
+        for task in stages[last].get("tasks", ())
+    ]
+    scored = [
+        f"`{name}` scores what the stage `{stages[name]['model']}` made." for name in model.scores if "model" in stages[name]
+    ]
+    return f"{' '.join(scored)}\n\n{_table(['scores', 'task', 'data', 'rows'], rows)}" if rows else ""
+
+
+def _parity(model: Model) -> str:
+    """What came of opening it elsewhere; what could not be checked is told like the rest."""
+    stage = model.publish.get("parity")
+    checks = model.records[stage]["metrics"]["checks"] if stage else ()
+    rows = [
+        [
+            check["name"],
+            "not checked" if check["passed"] is None else "equal" if check["passed"] else "not equal",
+            check["told"],
+        ]
+        for check in checks
+    ]
+    if not rows:
+        return ""
+    return f"""## The same everywhere
+
+Before it was released, the model was opened in other systems and compared with the model as it was trained, in fp32:
+
+{_table(["compared", "outcome", "found"], rows)}"""
+
+
+def _curves(records: Mapping[str, Record]) -> str:
+    drawn = any(record.get("curves") for record in records.values())
+    return "## Curves\n\n![Loss of each training by step](curves.png)\n" if drawn else ""
+
+
+def _data(model: Model) -> str:
+    rows = [
+        row
+        for stage, record in model.records.items()
+        for row in learned_from(stage, record, model.recipe["stage"].get(stage, {}))
+    ]
+    if not rows:
+        return ""
+    before = "What its base had learned is for the base's own card to tell; nobody"
+    beyond = before if _adopted(model.records) else "It knows nothing but this, and nobody"
+    return (
+        "## Data\n\nWhat the model learned from, by stage, with the number of rows of each licence and origin:\n\n"
+        + _table(["stage", "data", "rows", "licences", "origins"], rows)
+        + f"\n{beyond} has checked its answers: what it says may be wrong.\n"
+    )
+
+
+def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A line per source of a corpus, and per table of rows of a fine-tuning."""
+    metrics = record.get("metrics", {})
+    for number, spec in enumerate(fields.get("sources", ()), start=1):
+        name = spec.get("name") or spec.get("hub") or f"source-{number}"
+        source = metrics["sources"][name]
+        place = (
+            f"[{name}](https://huggingface.co/datasets/{source['hub']})"
+            if "hub" in source
+            else f"{name}: {_place(spec['files'])}"
+        )
+        used = f"{source['train']:,}" + (f" + {source['validation']:,} held out" if source["validation"] else "")
+        yield [stage, place, used, _listed(source["licenses"]), _listed(source["origins"])]
+    for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
+        used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
+        yield [stage, _place(spec["files"]), used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
+    for mixed, spec in zip(metrics.get("mix", ()), fields.get("mix", ()), strict=False):
+        if table := mixed.get("table"):  # of tokens, the corpus tells
+            used = f"{table['rows'] - table['bad'] - table['dropped']:,}"
+            yield [stage, _place(spec["files"]), used, _listed(table["licenses"]), _listed(table["origins"])]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """Names with counts, the most frequent first; the tail of a long list only as a number."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ({count:,})" for name, count in ordered[:MANY]]
+    if ordered[MANY:]:
+        shown.append(f"{len(ordered) - MANY} more ({sum(count for _, count in ordered[MANY:]):,})")
+    return ", ".join(shown) or "not stated"
+
+
+def _making(records: Mapping[str, Record]) -> str:
+    rows = [
+        [
+            stage,
+            str(record["kind"]),
+            _work(record.get("metrics", {})),
+            _seconds(float(record.get("seconds", 0))),
+            f"`{str(record['digest'])[:12]}`",
+        ]
+        for stage, record in records.items()
+    ]
+    return "## How it was made\n\n" + _table(["stage", "kind", "work", "time", "result"], rows)
+
+
+def _work(metrics: Mapping[str, Any]) -> str:
+    """How much was learned, where something was."""
+    if "trained_parameters" not in metrics:
+        return ""
+    return (
+        f"{metrics['trained_parameters']:,} parameters learned from {metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
+    )
+
+
+def _again(version: str) -> str:
+    return f"""## Make it again
+
+`recipe.toml` is the whole recipe, with every default written out, and `recipe.lock.json` holds the digests, versions and
+hardware of this run. Put `recipe.toml` where the data files are that it names, and with {f"Stockpot {version}".strip()}:
+
+```
+run recipe.toml
+```
+"""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(
+        f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def number(value: float | None) -> str:
+    """A score for a table; empty where there is none."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

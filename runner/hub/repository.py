@@ -1,0 +1,101 @@
+"""What a branch of a repository on the Hub holds, and whether somebody else has changed it since it was left from here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.artifacts import digest_file
+from runner.errors import StageError
+from runner.hub.target import Target
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MADE_WITH_A_REPOSITORY = frozenset({".gitattributes"})
+SHOWN = 12  # characters of a commit
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a commit."""
+
+    size: int
+    oid: str  # sha256 of a large file, else the id of the git blob
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is stored beside git, by its sha256."""
+        return len(self.oid) == 64
+
+
+Files = Mapping[str, RemoteFile]
+
+
+class LocalFiles:
+    """The files of a release, by their paths in the repository; what is read of them is read once."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = dict(sorted(paths.items()))
+        self._oids: dict[tuple[str, bool], str] = {}
+
+    def are_in(self, there: Files, *, without: frozenset[str] = frozenset()) -> bool:
+        """Whether a commit holds every one of them as it is here, and none of those in `without`."""
+        return not without & there.keys() and all(name in there and self._is(name, there[name]) for name in self.paths)
+
+    def _is(self, name: str, found: RemoteFile) -> bool:
+        if self.paths[name].stat().st_size != found.size:
+            return False
+        known = (name, found.is_large)
+        if known not in self._oids:
+            self._oids[known] = digest_file(self.paths[name]) if found.is_large else _git_oid(self.paths[name])
+        return self._oids[known] == found.oid
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The head of a branch."""
+
+    repo: str  # "owner/name"
+    commit: str
+    files: Files
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is there but what the Hub puts into every new repository."""
+        return not self.files.keys() - MADE_WITH_A_REPOSITORY
+
+
+def files_at(api: "HfApi", repo: str, commit: str) -> Files:
+    """The files of a commit, those in folders included."""
+    from huggingface_hub.hf_api import RepoFile
+
+    found: dict[str, RemoteFile] = {}
+    for entry in api.list_repo_tree(repo, recursive=True, revision=commit):
+        if isinstance(entry, RepoFile):
+            found[entry.path] = RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    return found
+
+
+def full_name(api: "HfApi", repo: str) -> str:
+    """The repository with its owner, who is the owner of the token where none is named."""
+    return repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
+
+
+def refuse_if_changed(api: "HfApi", branch: Branch, target: Target, *, known: set[str], last: str | None) -> None:
+    """StageError if the branch stands at a commit that was not made from here, saying which; an empty one is free to use."""
+    if branch.commit in known or branch.is_empty:
+        return
+    newest = api.list_repo_commits(branch.repo, revision=branch.commit)[0]
+    authors = f" by {', '.join(newest.authors)}" if newest.authors else ""
+    since = f"since {last[:SHOWN]} was pushed from here" if last else "and nothing was pushed there from this cache"
+    raise StageError(
+        f"{target} was changed by somebody else: it is at {branch.commit[:SHOWN]} of {newest.created_at:%Y-%m-%d %H:%M %Z}"
+        f"{authors}, {newest.title!r}, {since}. Nothing was pushed; look at it, and pass --overwrite to push over it"
+    )
+
+
+def _git_oid(path: Path) -> str:
+    from huggingface_hub.utils.sha import git_hash
+
+    return git_hash(path.read_bytes())

@@ -1,1 +1,0 @@
-"""What a recipe demands of scores, and the verdicts."""

@@ -1,0 +1,1 @@
+"""Recipes that somebody published: fetched, pinned and confirmed before they run."""

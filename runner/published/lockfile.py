@@ -1,0 +1,104 @@
+"""The lock file of a release, read back: what was made of what, with which versions and on what, and how that differs here."""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from runner.cache.digests import FileContent
+from runner.errors import RecipeError
+from runner.planning.plan import RUNNABLE, Plan
+from runner.resources import gpu_count, hardware, versions
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class LockedFile(BaseModel):
+    """An input file."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    file: Annotated[str, Field(min_length=1, max_length=4096)]
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0)]
+
+    @property
+    def content(self) -> FileContent:
+        """What it holds."""
+        return FileContent(self.file, self.sha256, self.bytes)
+
+
+class LockedStage(BaseModel):
+    """A stage as it was run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    key: Sha256
+    digest: Sha256
+    data: Mapping[str, list[LockedFile]] = Field(default_factory=dict)  # by field
+    versions: Mapping[str, str] = Field(default_factory=dict)
+    hardware: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class Lock(BaseModel):
+    """All stages that a release came from."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    stages: Mapping[str, LockedStage]
+
+
+def read_lock(text: str, place: str) -> Lock:
+    """The lock that a file holds; RecipeError if it is none. It comes from a stranger."""
+    try:
+        return Lock.model_validate(json.loads(text))
+    except (ValidationError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__} at {error.errors()[0]['loc']}" if isinstance(error, ValidationError) else error
+        raise RecipeError(f"{place}: wants the lock file of a release, found something else ({reason})") from None
+
+
+def differences(lock: Lock) -> Iterator[str]:
+    """How this machine differs from those that the lock names, a line each: versions, then hardware."""
+    here = versions()
+    for package in dict.fromkeys(name for stage in lock.stages.values() for name in stage.versions):
+        there = sorted({stage.versions[package] for stage in lock.stages.values() if package in stage.versions})
+        if there != [here.get(package) or _installed(package)]:
+            yield f"{package}: {', '.join(there)} there, {here.get(package) or _installed(package) or 'none'} here"
+    mine = hardware() | {"gpus": gpu_count()}
+    theirs = [{**stage.hardware, "gpus": len(stage.hardware.get("gpus", ()))} for stage in lock.stages.values()]
+    for what in ("machine", "system", "cores", "gpus"):
+        there = sorted({str(one[what]) for one in theirs if one.get(what)})
+        if there and there != [str(mine[what])]:
+            yield f"{what}: {', '.join(there)} there, {mine[what]} here"
+
+
+def compared(lock: Lock, plan: Plan) -> dict[str, str]:
+    """For each stage of a plan how it compares to what was published."""
+    return {entry.name: _compared(lock.stages.get(entry.name), entry.key, entry.record, entry.state) for entry in plan}
+
+
+def _compared(locked: LockedStage | None, key: str | None, record: Any, state: str) -> str:
+    if locked is None:  # the release itself, or a stage that came later
+        return "reused" if record is not None and state not in RUNNABLE else ""
+    if record is not None and state not in RUNNABLE:
+        return "reused, as published" if record.digest == locked.digest else "reused; its content is not the published one"
+    if key is not None and key != locked.key:
+        return "made here, and of something else: its fields, inputs or version are not the published ones"
+    return "made here"
+
+
+def results(lock: Lock, plan: Plan) -> str:
+    """One sentence on which results of a finished plan are those published, by their digests."""
+    known = {entry.name: entry.record.digest for entry in plan if entry.record and entry.name in lock.stages}
+    other = [name for name, digest in known.items() if digest != lock.stages[name].digest]
+    told = f"; not byte for byte: {', '.join(other)}" if other else ""
+    return f"{len(known) - len(other)} of {len(known)} results are those published{told}"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None

@@ -1,0 +1,241 @@
+"""A published model as a recipe to run: `run hf://owner/name`.
+
+    published/<owner>--<name>-<commit>/    in the cache
+      published/    recipe.toml and recipe.lock.json as they were published
+      data/         its input files, where they were found
+      recipe.toml   the recipe that is run
+
+Both files come from a stranger. The recipe is run from a folder of its own, which bounds what it may read; where its files
+lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache, trackers and notices to
+use: those are for whoever runs it to say.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import tomli
+import tomli_w
+
+from llm.errors import InputError
+from runner.artifacts import Release, digest_file
+from runner.cache.digests import DigestMemo, FileContent
+from runner.cache.store import Store
+from runner.errors import RecipeError, RemoteError
+from runner.files import link_or_copy, write_whole
+from runner.hub import download
+from runner.published.lockfile import Lock, read_lock
+
+SCHEME = "hf://"
+ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LARGEST = 16 * 2**20  # bytes of a recipe or a lock file
+FOR_THE_USER_TO_SAY = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
+STEP = re.compile(r"(\w+)|\[(\d{1,6})\]")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A published model."""
+
+    repo: str  # "owner/name"
+    revision: str = "main"  # branch, tag or commit
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """hf://owner/name[@revision]; RecipeError if it is not of that form."""
+        match = ADDRESS.fullmatch(text)
+        if match is None:
+            raise RecipeError(f"found {text!r}, wants hf://OWNER/NAME[@REVISION]")
+        return cls(match["repo"], match["revision"] or "main")
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.repo}" + ("" if self.revision == "main" else f"@{self.revision}")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model that was brought here."""
+
+    name: str  # "owner/name@commit"
+    recipe: Path  # the recipe that is run
+    lock: Lock
+    absent: Mapping[str, Sequence[FileContent]] = field(default_factory=dict)  # place -> what it should hold
+
+
+def bring(address: Address, store: Store, *, data: Sequence[Path]) -> Published:
+    """Fetches recipe and lock, and puts the input files in place that are found: among those that were read before, in the
+    folders `data`, and in the repository itself, by their digests.
+
+    What is not found is promised to the digest memo of `store`, so that results that were made of it can be reused.
+    RemoteError if the Hub does not give the files, RecipeError if they are not those of a release.
+    """
+    for folder in data:
+        if not folder.is_dir():
+            raise RecipeError(f"--data {folder}: wants a folder")
+    try:
+        snapshot = _snapshot(address, store.root / "published")
+        place = store.root / "published" / f"{address.repo.replace('/', '--')}-{snapshot.commit[:12]}"
+        recipe_text, lock_text = (_text(snapshot, name, place / "published") for name in _names())
+        lock = read_lock(lock_text, f"{snapshot}: recipe.lock.json")
+        finder = _Finder(store.digests, data, snapshot, place / "downloads")
+        table = _own_decisions(recipe_text, f"{snapshot}: recipe.toml")
+        absent = dict(_place_inputs(table, lock, place.resolve(), finder))
+    except InputError as error:
+        raise RemoteError(str(error)) from error
+    write_whole(place / "recipe.toml", tomli_w.dumps(table))
+    store.digests.promised = absent
+    return Published(str(snapshot), place / "recipe.toml", lock, absent)
+
+
+def _snapshot(address: Address, root: Path) -> download.Snapshot:
+    """The commit; asked for anew unless the address names one."""
+    kept = root / "snapshots" / f"{address.repo.replace('/', '--')}-{address.revision.replace('/', '--')}.json"
+    if not COMMIT.fullmatch(address.revision):
+        kept.unlink(missing_ok=True)
+    return download.find(address.repo, address.revision, kept=kept)
+
+
+def _names() -> tuple[str, str]:
+    release = Release(Path())
+    return release.recipe.name, release.lock.name
+
+
+def _text(snapshot: download.Snapshot, name: str, folder: Path) -> str:
+    if name not in snapshot.files:
+        raise RecipeError(f"{snapshot}: has no {name}; wants a model that was published by this program")
+    if snapshot.files[name].size > LARGEST:
+        raise RecipeError(f"{snapshot}: {name} wants at most {LARGEST:,} bytes, found {snapshot.files[name].size:,}")
+    try:
+        return download.fetch(snapshot, name, folder).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{snapshot}: {name} wants UTF-8 text") from None
+
+
+def _own_decisions(text: str, place: str) -> dict[str, Any]:
+    """The table of a recipe without what its author decided for himself: where results, curves and the release go."""
+    try:
+        table = tomli.loads(text)
+    except (tomli.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{place}: is not TOML: {error}") from error
+    stages = table.get("stage")
+    if "extends" in table or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise RecipeError(f"{place}: wants a resolved recipe, as `run show` prints it")
+    for name in ("cache", "tracking"):
+        table.pop(name, None)
+    for alerts in (table.get("alerts"), *(stage.get("alerts") for stage in stages.values())):
+        if isinstance(alerts, dict):
+            alerts.pop("notify", None)
+    for stage in stages.values():
+        if stage.get("kind") == "publish":
+            for name in FOR_THE_USER_TO_SAY:
+                stage.pop(name, None)
+    return table
+
+
+# Input files
+
+
+def _place_inputs(
+    table: dict[str, Any], lock: Lock, folder: Path, finder: "_Finder"
+) -> Iterator[tuple[str, Sequence[FileContent]]]:
+    """Names a place in `folder` in every field of the recipe that names input files, and puts there what is found.
+
+    Yields the places where files are missing, with all that they should hold: there nothing is put.
+    """
+    places: dict[tuple[LockedFiles, bool], str] = {}
+    for stage, locked in lock.stages.items():
+        for dotted, files in locked.data.items():
+            fields = table["stage"].get(stage, {})
+            written = _get(fields, dotted)
+            if not isinstance(written, str) or not files:
+                raise RecipeError(f"recipe.lock.json: names input files of stage.{stage}.{dotted}, which the recipe does not")
+            contents = tuple(file.content for file in files)
+            is_folder = all(str(PurePosixPath(content.file).parent) == str(PurePosixPath(written)) for content in contents)
+            place = places.setdefault((contents, is_folder), f"data/{len(places)}")
+            names = _names_of(contents, is_folder)
+            value = place if is_folder else f"{place}/{names[0] if len(names) == 1 else '*'}"
+            _set(fields, dotted, value)
+            if not _filled(folder / place, dict(zip(names, contents, strict=True)), finder):
+                yield str(folder / value), contents
+
+
+LockedFiles = tuple[FileContent, ...]
+
+
+def _names_of(contents: Sequence[FileContent], is_folder: bool) -> list[str]:
+    """What the files are called here: in a folder that is read by name as there, else by their order."""
+    if not is_folder:
+        return [f"{number:05d}{content.format}" for number, content in enumerate(contents)]
+    names = [PurePosixPath(content.file).name for content in contents]
+    if strange := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
+        raise RecipeError(f"recipe.lock.json: wants names of files, found {strange[0]!r}")
+    return names
+
+
+def _filled(folder: Path, wanted: Mapping[str, FileContent], finder: "_Finder") -> bool:
+    """Whether all files are in the folder now, which holds nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in wanted or digest_file(path) != wanted[path.name].sha256:
+            path.unlink()
+    found = {name: folder / name if (folder / name).exists() else finder.find(content) for name, content in wanted.items()}
+    if not all(found.values()):
+        for path in folder.iterdir():
+            path.unlink()
+        return False
+    for name, source in found.items():
+        if source is not None and source != folder / name:
+            link_or_copy(source, folder / name)
+    return True
+
+
+class _Finder:
+    """Looks for files by what they hold."""
+
+    def __init__(self, memo: DigestMemo, folders: Sequence[Path], snapshot: download.Snapshot, downloads: Path) -> None:
+        self._memo, self._snapshot, self._downloads = memo, snapshot, downloads
+        self._by_size: dict[int, list[Path]] = {}
+        for folder in folders:
+            for place, _, files in os.walk(folder):
+                for name in files:
+                    path = Path(place, name)
+                    if path.is_file():
+                        self._by_size.setdefault(path.stat().st_size, []).append(path)
+
+    def find(self, content: FileContent) -> Path | None:
+        """A file that holds this, None if there is none."""
+        if known := self._memo.paths_of(content.sha256):
+            return known[0].resolve()
+        for path in self._by_size.get(content.bytes, ()):
+            if self._memo.of(path) == content.sha256:
+                return path.resolve()
+        for name, file in self._snapshot.files.items():
+            is_it = file.sha256 == content.sha256 or (name == content.file and file.size == content.bytes)
+            if is_it and all(map(PLAIN_NAME.fullmatch, name.split("/"))):
+                fetched = download.fetch(self._snapshot, name, self._downloads)
+                if digest_file(fetched) == content.sha256:
+                    return fetched
+        return None
+
+
+def _get(value: Any, dotted: str) -> Any:
+    """What stands in a table at a dotted field such as `sources[0].files`; None if nothing does."""
+    for name, index in STEP.findall(dotted):
+        if name:
+            value = value.get(name) if isinstance(value, dict) else None
+        else:
+            value = value[int(index)] if isinstance(value, list) and int(index) < len(value) else None
+    return value
+
+
+def _set(value: Any, dotted: str, new: str) -> None:
+    """Puts `new` where `_get` found something."""
+    *above, (name, index) = STEP.findall(dotted)
+    for step, number in above:
+        value = value[step] if step else value[int(number)]
+    value[name or int(index)] = new

@@ -1,0 +1,142 @@
+"""The reference of recipes as Markdown: every table and field, from the classes that validate and from their docstrings."""
+
+import inspect
+import json
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from runner.input_files import InputFile
+from runner.recipe.head import Head
+from runner.recipe.schema import docstrings
+from runner.recipe.validation import models_in
+from runner.stage import Identity, Ref
+from runner.stages import stage_kinds
+
+INTRODUCTION = """# Reference of recipes
+
+Every table and field that a recipe may have. This page is made from the classes that validate recipes, by
+
+```sh
+run schema --markdown > recipes/reference.md
+```
+
+**Key** tells whether a field decides the result and is part of the stage's key: another value of a field with *yes* makes the
+stage run again, one with *no* never does. *As its table*: as the field that holds the table. A field without a default has to
+be there. "Stage: X" is the name of a stage that makes an X.
+"""
+
+BOUNDS = {Ge: "at least {ge}", Gt: "above {gt}", Le: "at most {le}", Lt: "below {lt}"}
+PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): ""}
+
+
+def recipe_reference() -> str:
+    """The whole page."""
+    kinds = sorted(stage_kinds().items())
+    inner = _inner([Head, *(model for _, model in kinds)])
+    contents = ", ".join(f"[{kind}](#{kind})" for kind, _ in kinds)
+    lines = [INTRODUCTION, f"Kinds of stages: {contents}.\n", "## The head of a recipe\n", *_fields(Head)]
+    lines += [
+        "`extends` (text) names the recipe over which this one is merged. Each `[stage.NAME]` has the field `kind`, and those "
+        "of that kind.\n"
+    ]
+    for kind, model in kinds:
+        lines += [f"## {kind}\n", f"{_on_one_line(inspect.getdoc(model))} Makes: {model.makes.__name__}.\n", *_fields(model)]
+    lines += ["## Tables inside of others\n"]
+    for table in inner:
+        lines += [f"### {table.__name__}\n", f"{_on_one_line(inspect.getdoc(table))}\n", *_fields(table)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """The tables that stand in the fields of `tables`, and in theirs, by name."""
+    found: dict[type[BaseModel], None] = {}
+    waiting = list(tables)
+    while waiting:
+        for field in waiting.pop().model_fields.values():
+            new = [model for model in models_in(field.annotation) if model not in found]
+            found |= dict.fromkeys(new)
+            waiting += new
+    return sorted(found, key=lambda model: model.__name__)
+
+
+def _fields(model: type[BaseModel]) -> Iterator[str]:
+    texts = docstrings(model)
+    yield "| field | type | default | key | meaning |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, field in model.model_fields.items():
+        cells = (f"`{name}`", _type_of(field), _default(field), _key(field), _on_one_line(texts.get(name, "")))
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    yield ""
+
+
+def _key(field: FieldInfo) -> str:
+    marks = [mark for mark in field.metadata if isinstance(mark, Identity)]
+    if not marks:
+        return "as its table"
+    return "yes" if marks[0] is Identity.SEMANTIC else "no"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is PydanticUndefined:
+        return "**needed**"
+    if value is None:
+        return "none"
+    if isinstance(value, BaseModel):
+        own = value.model_dump(exclude_defaults=True)
+        return f"that of {_link(type(value))}" + (f", with `{json.dumps(own)}`" if own else "")
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def _type_of(field: FieldInfo) -> str:
+    return _with_limits(_named(field.annotation), field.metadata)
+
+
+def _named(annotation: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _with_limits(_named(arguments[0]), annotation.__metadata__)
+    if origin is Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(name for argument in arguments if (name := _named(argument))))
+    if origin is Ref:
+        return f"stage: {arguments[0].__name__}"
+    if origin in (list, tuple):
+        return f"list of: {_named(arguments[0])}"
+    if origin is dict:
+        return f"table of: {_named(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, InputFile):
+        return "path or glob"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _link(annotation)
+    return PLAIN.get(annotation, "anything")
+
+
+def _with_limits(name: str, metadata: Any) -> str:
+    limits = [text.format(**_bound(limit)) for limit in metadata for kind, text in BOUNDS.items() if isinstance(limit, kind)]
+    limits += [f"at least {limit.min_length} long" for limit in metadata if isinstance(limit, MinLen)]
+    limits += [f"at most {limit.max_length} long" for limit in metadata if isinstance(limit, MaxLen)]
+    limits += [f"like `{limit.pattern}`" for limit in metadata if getattr(limit, "pattern", None)]
+    return f"{name}, {', '.join(limits)}" if limits else name
+
+
+def _bound(limit: Any) -> dict[str, Any]:
+    """The one bound that a limit holds, by its name."""
+    return {name: getattr(limit, name) for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+
+
+def _link(model: type[BaseModel]) -> str:
+    anchor = model.__name__.lower()
+    return f"[{model.__name__}](#{anchor})"
+
+
+def _on_one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("<", "&lt;")

@@ -1,0 +1,97 @@
+"""TOML files to one table: a recipe merged over those it extends, with `--set` applied; nothing is validated yet.
+
+Every string remembers the folder of the file it was written in.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from runner.errors import RecipeError
+from runner.input_files import Bounds, Located
+from runner.recipe.validation import shown
+
+ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
+
+
+def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) -> dict[str, Any]:
+    """The table of a file merged over the one it extends; every string remembers the folder it was written in."""
+    path = path.resolve()
+    if path in children:
+        chain = " -> ".join(child.name for child in (*children, path))
+        raise RecipeError(f"{children[-1]}: extends: wants a file that does not extend this one, found {chain}")
+    try:
+        with path.open("rb") as file:
+            table = tomli.load(file)
+    except FileNotFoundError as error:
+        by = f", which {children[-1].name} extends" if children else ""
+        raise RecipeError(f"{path}: no such recipe{by}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: wants UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+    except (tomli.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: is not TOML: {error}") from error
+    located: dict[str, Any] = _spread(_locate(table, path.parent))
+    parent = located.pop("extends", None)
+    if parent is None:
+        return located
+    if not isinstance(parent, Located) or not parent or "\0" in parent:
+        raise RecipeError(f"{path}: extends: wants the path of a recipe, found {shown(parent)}")
+    if not bounds.hold(parent.folder / parent):
+        raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
+    return merged(read_with_parents(parent.folder / parent, (*children, path), bounds), located)
+
+
+def _locate(value: Any, folder: Path) -> Any:
+    match value:
+        case str():
+            return Located(value, folder)
+        case dict():
+            return {key: _locate(item, folder) for key, item in value.items()}
+        case list():
+            return [_locate(item, folder) for item in value]
+    return value
+
+
+def _spread(table: dict[str, Any]) -> dict[str, Any]:
+    """With "stage.NAME.FIELD" of [sweep] as tables in tables, so that they merge and `--set` reaches them."""
+    sweep = table.get("sweep")
+    if not isinstance(sweep, dict):
+        return table
+    spread: dict[str, Any] = {}
+    for key, value in sweep.items():
+        first, *rest = key.split(".")
+        nested = value
+        for part in reversed(rest):
+            nested = {part: nested}
+        is_dotted = first == "stage" and len(rest) > 1 and all(rest)
+        spread = merged(spread, {first: nested} if is_dotted else {key: value})
+    return {**table, "sweep": spread}
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables merge deeply, `above` wins; lists, plain values and tables of alternatives replace."""
+    both = {**below, **above}
+    for key in (below.keys() & above.keys()) - ALTERNATIVES:
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = merged(below[key], above[key])
+    return both
+
+
+def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
+    """`key.path=value` from the command line: the value is read as TOML, else as a string."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override}: wants KEY=VALUE with a dotted key, such as stage.base.seed=1")
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except (tomli.TOMLDecodeError, RecursionError):
+        value = text.strip()
+    for depth, part in enumerate(parts[:-1]):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a table")
+    table[parts[-1]] = _locate(value, path.resolve().parent)

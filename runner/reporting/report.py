@@ -1,0 +1,242 @@
+"""The report on a recipe: everything that its records, scores and curves tell, on one page that stands alone, or as Markdown.
+
+It is made from the cache alone, whatever state the recipe is in; what is not there yet is left out. The page loads nothing
+from elsewhere, and all text of data and models is escaped.
+"""
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.artifacts import METRICS, Scores
+from runner.hub.model_card import learned_from, number
+from runner.planning import outcomes
+from runner.planning.outcomes import attempts
+from runner.planning.plan import Entry, Plan
+from runner.recipe.recipe import Recipe
+from runner.reporting.graph_drawing import as_svg as graph_svg
+from runner.reporting.progress import duration
+from runner.tracking.curves import as_svg, read_curves
+
+PAGES = Path(__file__).parents[1] / "pages"
+SAMPLES, WRONG = 8, 12  # of each task
+LONGEST = 500  # characters of a text that is quoted
+# What is drawn of a training: title, names of metrics, and whether the axis is logarithmic.
+PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("loss, nats per token", ("loss", "validation_loss"), False),
+    ("learning rate", ("learning_rate",), False),
+    ("gradient norm", ("gradient_norm",), True),
+    ("tokens/s", ("tokens_per_second",), False),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a line of names, and rows of text."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example: what was asked, what was wanted, and what each evaluated model said."""
+
+    prompt: str
+    wanted: str
+    said: Mapping[str, str]  # by stage
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curves of one training, as pictures."""
+
+    stage: str
+    pictures: Sequence[str]  # SVG
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows, in its order."""
+
+    name: str
+    description: str
+    made: str
+    state: str
+    graph: str  # SVG
+    verdicts: Sequence[tuple[bool | None, str]]
+    scores: Table | None
+    trainings: Sequence[Training]
+    samples: Mapping[str, Sequence[Sample]]  # by task
+    wrong: Mapping[str, Sequence[Sample]]
+    attempts: Sequence[str] = ()  # lines of text in columns
+    settings: Table | None = None
+    tables: Sequence[Table] = field(default_factory=list)  # tokenizers, data, cost
+
+
+def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
+    """Everything that the cache knows of a recipe."""
+    finished = [entry for entry in plan if entry.record is not None]
+    evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
+    verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
+    missing = [entry.name for entry in plan if entry.record is None and not plan.is_needless(entry.name)]
+    return Report(
+        name=recipe.head.name,
+        description=recipe.head.description,
+        made=now.strftime("%Y-%m-%d %H:%M UTC"),
+        state=f"not finished: {', '.join(missing)}" if missing else "finished",
+        graph=graph_svg(plan),
+        verdicts=verdicts,
+        scores=_scores(evaluations),
+        trainings=list(_trainings(finished)),
+        samples=_examples(evaluations, wrong=False),
+        wrong=_examples(evaluations, wrong=True),
+        attempts=attempts(plan),
+        settings=_settings(plan),
+        tables=[table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows],
+    )
+
+
+def as_html(report: Report) -> str:
+    """One page, complete in itself."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(report=report)
+
+
+def as_markdown(report: Report) -> str:
+    """The same without pictures."""
+    parts = [f"# {report.name}", report.description, f"{report.state}; {report.made}"]
+    parts += [f"* {text}" for _, text in report.verdicts]
+    if report.attempts:
+        parts += ["## Attempts", "```\n" + "\n".join(report.attempts).strip() + "\n```"]
+    for table in [*filter(None, [report.settings, report.scores]), *report.tables]:
+        parts += [f"## {table.title}", _markdown(table)]
+    for title, groups in (("Answers", report.samples), ("Wrong", report.wrong)):
+        for task, samples in groups.items():
+            rows = [[sample.prompt, sample.wanted, *sample.said.values()] for sample in samples]
+            names = list(samples[0].said) if samples else []
+            parts += [f"## {title}: {task}", _markdown(Table(task, ["prompt", "wanted", *names], rows))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _settings(plan: Plan) -> Table | None:
+    sweep = plan.recipe.sweep
+    if sweep is None:
+        return None
+    head, *rows = outcomes.sweep_rows(plan, sweep)
+    return Table(f"Settings, {sweep.wanted}", head, rows)
+
+
+def _scores(evaluations: Sequence[Entry]) -> Table | None:
+    found = {entry.name: entry.record.data["metrics"] for entry in evaluations if entry.record}
+    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics.get("scores", {})))
+    if not names:
+        return None
+    rows = [[name, *(_with_interval(metrics, name) for metrics in found.values())] for name in names]
+    return Table("Scores", ["score", *found], rows)
+
+
+def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
+    ends = metrics.get("intervals", {}).get(name)
+    return number(metrics["scores"].get(name)) + (f" [{', '.join(map(number, ends))}]" if ends else "")
+
+
+def _trainings(finished: Sequence[Entry]) -> Iterator[Training]:
+    wanted = {name for _, names, _ in PANELS for name in names}
+    for entry in finished:
+        if not entry.stage.trains or entry.path is None or not (entry.path / METRICS).exists():
+            continue
+        curves = read_curves(entry.path / METRICS, wanted)
+        pictures = [
+            as_svg({name: curves[name] for name in names if name in curves}, title=title, logarithmic=logarithmic)
+            for title, names, logarithmic in PANELS
+            if any(name in curves for name in names)
+        ]
+        if pictures:
+            yield Training(entry.name, pictures)
+
+
+def _examples(evaluations: Sequence[Entry], *, wrong: bool) -> dict[str, list[Sample]]:
+    """By task: what the models answered to the same prompts, or what the last model got wrong."""
+    asked: dict[str, dict[Any, Sample]] = {}
+    chosen = evaluations[-1:] if wrong else evaluations
+    for entry in chosen:
+        if entry.path is None:
+            continue
+        for line in Scores(entry.path).errors.read_text(encoding="utf-8").splitlines():
+            example = json.loads(line)
+            if ("nats_behind" in example) != wrong or "found" not in example:
+                continue
+            of_task = asked.setdefault(str(example["task"]), {})
+            if example["row"] not in of_task and len(of_task) >= (WRONG if wrong else SAMPLES):
+                continue
+            empty = Sample(_short(example["prompt"]), _short(example["wanted"]), {})
+            before = of_task.get(example["row"], empty)
+            of_task[example["row"]] = Sample(
+                before.prompt, before.wanted, {**before.said, entry.name: _short(example["found"])}
+            )
+    return {task: list(samples.values()) for task, samples in asked.items()}
+
+
+def _tokenizers(finished: Sequence[Entry]) -> Table:
+    rows = []
+    for entry in finished:
+        if entry.stage.kind == "tokenizer" and entry.record is not None:
+            metrics = entry.record.data["metrics"]
+            per_token = ", ".join(f"{name} {value:.2f}" for name, value in metrics["bytes_per_token"].items())
+            trips = metrics["round_trip"]
+            rows.append(
+                [entry.name, f"{metrics['vocab_size']:,}", per_token, f"{trips['failures']} of {trips['sentences']:,}"]
+            )
+    return Table("Tokenizer", ["stage", "tokens", "bytes per token", "sentences that do not come back"], rows)
+
+
+def _data(recipe: Recipe, finished: Sequence[Entry]) -> Table:
+    stages = recipe.resolved()["stage"]
+    rows = [
+        line
+        for entry in finished
+        if entry.record is not None
+        for line in learned_from(entry.name, entry.record.data, stages.get(entry.name, {}))
+    ]
+    return Table("Data", ["stage", "data", "rows", "licences", "origins"], rows)
+
+
+def _cost(finished: Sequence[Entry]) -> Table:
+    rows = []
+    for entry in finished:
+        assert entry.record is not None  # as chosen
+        metrics = entry.record.data["metrics"]
+        memory = metrics.get("peak_memory_bytes")
+        rows.append(
+            [
+                entry.name,
+                entry.stage.kind,
+                duration(float(entry.record.data["seconds"])),
+                f"{metrics['tokens']:,}" if isinstance(metrics.get("tokens"), int) and entry.stage.trains else "",
+                f"{metrics['flops']:.2e}" if metrics.get("flops") else "",
+                f"{memory / 2**30:.2f} GiB" if memory else "",
+            ]
+        )
+    together = sum(float(entry.record.data["seconds"]) for entry in finished if entry.record)
+    rows.append(["all", "", duration(together), "", "", ""])
+    return Table("Cost", ["stage", "kind", "time", "tokens", "operations", "peak memory"], rows if finished else [])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+
+
+def _markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)])

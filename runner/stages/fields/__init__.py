@@ -1,0 +1,1 @@
+"""Tables and fields that several kinds of stages share."""

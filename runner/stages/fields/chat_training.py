@@ -1,0 +1,144 @@
+"""What the kinds that train on tables of rows share: packing, packed rows while training, and what is mixed into them."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, field_validator
+
+from runner.artifacts import Checkpoint
+from runner.stage import Context, Metrics, Semantic
+from runner.stages.fields.data_mix import MixTable
+from runner.stages.fields.data_tables import PreferenceTable, TrainingTable, pack_tables
+from runner.stages.fields.training import TrainingStage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llm.data.batch import RowSource
+    from llm.training.loss import Objective
+    from llm.training.validation import Validation
+
+ROWS, VALIDATION_ROWS = "rows", "validation-rows"  # in scratch
+LEAST_ROWS = 4  # in a step, if rows are made longer than a chat
+
+
+class PackedTraining(TrainingStage):
+    """A training on packed rows, from a checkpoint; what the tables hold is the subclass's business."""
+
+    context: Semantic[Annotated[int, Field(gt=0)] | None] = None
+    """Positions of a chat; by default as many as the model has. Longer chats are cut to it."""
+
+    def tables(self) -> tuple[Sequence[TrainingTable | PreferenceTable], Sequence[TrainingTable | PreferenceTable]]:
+        """What is learned from, and what is held out."""
+        raise NotImplementedError
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether its record tells the loss on held-out rows."""
+        return bool(self.tables()[1])
+
+    def positions(self, base: Checkpoint) -> int:
+        """Most positions of a chat for `base`; InputError where the model has fewer."""
+        from llm.errors import InputError
+
+        most: int = json.loads(base.config.read_text(encoding="utf-8"))["max_position_embeddings"]
+        if self.context is not None and self.context > most:
+            raise InputError(f"context wants at most {most}, the positions of the model; found {self.context}")
+        return self.context or most
+
+    def pack(self, context: Context, base: Checkpoint) -> None:
+        """Tokenize and pack the tables for `base`, in one process and without torch; what a run before this did is kept."""
+        from llm.tokenizer.tokenizer import TextTokenizer
+
+        positions = self.positions(base)
+        tokenizer = TextTokenizer.load(base.tokenizer.folder)
+        for name, tables in zip((ROWS, VALIDATION_ROWS), self.tables(), strict=True):
+            if tables:
+                longest = max(positions, self.batch_tokens // LEAST_ROWS)
+                pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, longest_row=longest)
+
+    def held_out(self, context: Context, *, watched: Sequence[str] = ()) -> "Validation | None":
+        """The rows held out, as `pack` made them."""
+        from llm.data.packing import PackedRows
+        from llm.training.validation import Validation
+
+        if not self.tables()[1]:
+            return None
+        rows = PackedRows(context.scratch / VALIDATION_ROWS, seed=None)
+        return Validation(rows, tokens=self.validation_tokens, watched=watched)
+
+    def learn_rows(
+        self,
+        context: Context,
+        model: "nn.Module",
+        *,
+        mixture: "Sequence[tuple[RowSource, float]]" = (),  # with the share of each in all rows
+        objective: "Objective | None" = None,
+        watched: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """Train `model` in place on what `pack` made; returns the metrics for the record, those of the rows among them."""
+        from llm.data.mixture import mixed
+        from llm.data.packing import STATISTICS, PackedRows
+
+        def read(name: str) -> Metrics:
+            statistics: Metrics = json.loads((context.scratch / name / STATISTICS).read_text(encoding="utf-8"))
+            return statistics
+
+        rows = mixed(PackedRows(context.scratch / ROWS, seed=self.seed), mixture)
+        held_out = self.held_out(context, watched=watched)
+        metrics = self.learn(context, model, rows=rows, validation=held_out, objective=objective) | {"data": read(ROWS)}
+        return metrics | ({"validation_data": read(VALIDATION_ROWS)} if held_out else {})
+
+
+class RowTraining(PackedTraining):
+    """A training on prompts and responses, or on chats; a kind of its own only where a subclass gives one."""
+
+    data: Semantic[Annotated[list[TrainingTable], Field(min_length=1)]]
+    """What to learn from. Loss is on the assistant's text and the end of its turns."""
+    validation: Semantic[list[TrainingTable]] = Field(default_factory=list)
+    """Rows held out, to look at while training; nothing is learned from them."""
+    mix: Semantic[list[MixTable]] = Field(default_factory=list)
+    """What else to learn from meanwhile, against forgetting: each has a share of the rows of every step."""
+
+    @field_validator("mix")
+    @classmethod
+    def _leave_room(cls, mix: list[MixTable]) -> list[MixTable]:
+        if (total := sum(table.share for table in mix)) >= 1:
+            raise ValueError(f"wants shares that sum to less than 1, and leave the rest to data; found {total:g}")
+        return mix
+
+    def tables(self) -> tuple[list[TrainingTable], list[TrainingTable]]:
+        """What is learned from, and what is held out."""
+        return self.data, self.validation
+
+    def prepare_rows(self, context: Context, base: Checkpoint) -> None:
+        """Pack the tables, and then what is mixed into them, whose rows are as long."""
+        from llm.data.packing import PackedRows
+
+        self.pack(context, base)
+        if self.mix:
+            row_length = PackedRows(context.scratch / ROWS, seed=None).context
+            positions = self.positions(base)
+            for number, table in enumerate(self.mix):
+                table.prepare(context, base, f"mix-{number}", positions=positions, row_length=row_length)
+
+    def learn_mixed(self, context: Context, model: "nn.Module", base: Checkpoint) -> dict[str, Any]:
+        """`learn_rows` with what is mixed in; the metrics tell of that too."""
+        metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
+        if self.mix:
+            metrics["mix"] = [table.facts(context, f"mix-{number}") for number, table in enumerate(self.mix)]
+        return metrics
+
+    def mixture(self, context: Context, base: Checkpoint) -> "list[tuple[RowSource, float]]":
+        """The rows of `mix`, each with its share."""
+        from llm.data.packing import PackedRows
+
+        if not self.mix:
+            return []
+        row_length = PackedRows(context.scratch / ROWS, seed=None).context
+        positions = self.positions(base)
+        return [
+            (table.rows(context, f"mix-{number}", positions=positions, row_length=row_length, seed=self.seed), table.share)
+            for number, table in enumerate(self.mix)
+        ]

@@ -1,0 +1,124 @@
+"""What is mixed into the rows of a fine-tuning, so that a model learns a domain and keeps what it knew.
+
+mix = [
+  { tokens = "tokens", share = 0.2 },                                     # what a pack stage made for this tokenizer
+  { files = "data/general.jsonl.gz", text = "text", share = 0.1 },        # plain text: loss on all of it
+  { files = "data/chat.jsonl.gz", share = 0.1 },                          # prompts and responses, or messages
+]
+"""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm.data.conversations import Template, TextTemplate
+from llm.text.templates import split_template, split_text, with_field
+from runner.artifacts import Checkpoint, Tokens
+from runner.input_files import InputFile
+from runner.stage import Context, Ref, Semantic, Spec
+from runner.stages.fields.data_tables import RowTable, pack_tables
+
+if TYPE_CHECKING:
+    from llm.data.batch import RowSource
+
+
+class MixTable(Spec):
+    """Tokens, text or chats that have a share of the rows of a training."""
+
+    share: Semantic[Annotated[float, Field(gt=0, lt=1)]]
+    """Share of the positions of a training that are of this: so many of its rows, evenly spread over its steps."""
+    tokens: Semantic[Ref[Tokens] | None] = None
+    """Text that a `pack` stage made with the model's own tokenizer. Loss is on all of it."""
+    files: Semantic[InputFile | None] = None
+    """Instead of tokens: path or glob, .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    text: Semantic[str | None] = None
+    """Of files with plain text: the field that holds it, or a template over fields. Loss is on all of it."""
+    prompt: Semantic[str] = "{prompt}"
+    """Of files with chats: what the user says, as in `data`."""
+    response: Semantic[str] = "{response}"
+    """Of files with chats: what the assistant answers; loss is on this alone."""
+    messages: Semantic[str | None] = None
+    """Of files with chats, instead of prompt and response: the field that holds a list of {role, content}."""
+    on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
+    """What to do with a row that cannot be used: stop with its file and line, or go on."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.tokens is None) == (self.files is None):
+            raise ValueError("wants either tokens or files" + ("" if self.tokens is None else ", found both"))
+        split_template(self.prompt)
+        with_field(self.response)
+        chat = self.messages is not None or (self.prompt, self.response) != ("{prompt}", "{response}")
+        if self.tokens is not None and (self.text is not None or chat):
+            raise ValueError("text, prompt, response and messages belong to files; found tokens")
+        if self.text is not None:
+            split_text(self.text)
+            if chat:
+                raise ValueError("wants either text or the fields of a chat, found both")
+        if self.messages is not None and (self.prompt, self.response) != ("{prompt}", "{response}"):
+            raise ValueError("wants either messages or prompt and response, found both")
+        return self
+
+    @property
+    def template(self) -> Template | TextTemplate:
+        """How a row of `files` becomes a chat or a document."""
+        return Template(self.prompt, self.response, self.messages) if self.text is None else TextTemplate(self.text)
+
+    def prepare(self, context: Context, base: Checkpoint, name: str, *, positions: int, row_length: int) -> None:
+        """Tokenize into the folder `name` of scratch, unless that is done or not needed."""
+        from llm.data.mixture import write_texts
+        from llm.errors import InputError
+        from llm.tokenizer.tokenizer import TextTokenizer
+
+        if self.tokens is not None:
+            made = context.open(self.tokens).tokenizer
+            if made.model.read_bytes() != base.tokenizer.model.read_bytes():
+                raise InputError(
+                    f"mix: {str(self.tokens)!r} wants to be packed with the tokenizer of the model; found another. Name its "
+                    "files instead, and they are tokenized here"
+                )
+        elif self.text is not None and not (context.scratch / name).exists():
+            assert self.files is not None and isinstance(self.template, TextTemplate)
+            write_texts(
+                context.scratch / name,
+                self.files.fetched(),
+                self.template,
+                tokenizer=TextTokenizer.load(base.tokenizer.folder),
+                context=positions,
+                skip_bad=self.on_bad_row == "skip",
+                report=context.report,
+                should_stop=context.should_stop,
+            )
+        elif self.text is None:
+            assert self.files is not None
+            table = RowTable(
+                files=self.files,
+                prompt=self.prompt,
+                response=self.response,
+                messages=self.messages,
+                on_bad_row=self.on_bad_row,
+            )
+            tokenizer = TextTokenizer.load(base.tokenizer.folder)
+            pack_tables(context, name, [table], tokenizer=tokenizer, positions=positions, row_length=row_length)
+
+    def facts(self, context: Context, name: str) -> dict[str, Any]:
+        """For the record: its share, and of files what became of their rows."""
+        from llm.data.packing import STATISTICS
+
+        if self.tokens is not None:
+            return {"share": self.share}
+        statistics = json.loads((context.scratch / name / STATISTICS).read_text(encoding="utf-8"))
+        return {"share": self.share, "table": statistics["tables"][0]}
+
+    def rows(self, context: Context, name: str, *, positions: int, row_length: int, seed: int) -> "RowSource":
+        """What `prepare` made, as rows of `row_length`; no document has more than `positions`."""
+        from llm.data.mixture import JoinedRows
+        from llm.data.packing import PackedRows
+        from llm.data.token_shards import TokenRows
+
+        if self.tokens is None and self.text is None:
+            return PackedRows(context.scratch / name, seed=seed)
+        folder = context.scratch / name if self.tokens is None else context.open(self.tokens).train
+        rows = TokenRows(folder, seed=seed, context=positions)
+        return rows if row_length == positions else JoinedRows(rows, row_length // positions)

@@ -1,0 +1,134 @@
+"""What the stages that train share: fields for batch, budget, schedule and optimizer, and the way into `llm.training.trainer`.
+
+A kind of its own only where a subclass gives one. What to learn from and which weights learn is the subclass's business.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llm.training.alert_config import Alerts
+from llm.training.config import Budget, Optimizer, Schedule
+from runner.stage import Context, Execution, Semantic, Stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from llm.data.batch import RowSource
+    from llm.training.loss import Objective
+    from llm.training.validation import Validation
+
+
+class TrainingStage(Stage):
+    """A stage that runs the training loop, in as many processes as [parallel] says."""
+
+    imports: ClassVar[tuple[str, ...]] = ("llm.training.trainer",)
+    trains: ClassVar[bool] = True
+
+    batch_tokens: Semantic[int] = Field(8192, gt=0)
+    """Positions per optimizer step, over all processes and accumulation; whole rows, so rounded down to a multiple of them."""
+    budget: Semantic[Budget] = Budget(epochs=1)
+    """How long to train: exactly one of tokens, steps and epochs."""
+    schedule: Semantic[Schedule] = Schedule()
+    """The learning rate over the training."""
+    optimizer: Semantic[Optimizer] = Optimizer()
+    """How gradients become updates."""
+    seed: Semantic[int] = Field(0, ge=0, lt=2**63)
+    """Of initialization, data order and dropout; the recipe's seed by default."""
+    micro_batch: Execution[Annotated[int, Field(gt=0)] | Literal["auto"]] = "auto"
+    """Rows per forward pass of a process; the rest of its share of a step is accumulated."""
+    recompute: Execution[bool] = False
+    """Recompute layers in the backward pass: less memory, more time."""
+    validate_every: Execution[int | None] = Field(None, gt=0)
+    """Steps between two looks at held-out text; it is always looked at in the end."""
+    validation_tokens: Execution[int] = Field(262_144, gt=0)
+    """Held-out positions to look at, at most."""
+    checkpoint_every: Execution[int | None] = Field(None, gt=0)
+    """Steps between two training checkpoints."""
+    checkpoint_minutes: Execution[float | None] = Field(5.0, gt=0)
+    """Minutes between two training checkpoints."""
+    keep_checkpoints: Execution[int] = Field(2, gt=0)
+    """Training checkpoints to keep: the last ones. An alert that may roll back keeps up to two more."""
+    alerts: Execution[Alerts] = Alerts()
+    """What is watched while training; fields that are not set here are those of [alerts]. An alert whose action is `skip` or
+    `rollback` decides what is learned, and is part of the key."""
+
+    def decided(self) -> dict[str, Any]:
+        """The alerts that change what is learned."""
+        learned = self.alerts.learned()
+        return {"alerts": learned} if learned else {}
+
+    attempts: Execution[list[dict[str, Any]]] = Field(default_factory=list)
+    """Tables over this stage, as [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]: each attempt runs, up to the evaluations whose
+    gates judge it, once the one before it has failed; the first that passes is the one that everything behind them takes."""
+
+    @property
+    def tries(self) -> Sequence[Mapping[str, Any]]:
+        """The attempts."""
+        return self.attempts
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether its record tells the loss on held-out rows."""
+        return True
+
+    def learn(
+        self,
+        context: Context,
+        model: "nn.Module",
+        *,
+        rows: "RowSource",
+        validation: "Validation | None" = None,
+        objective: "Objective | None" = None,  # default: cross-entropy of the next token
+        check: bool = False,  # a fresh model: see before a long run that it can learn at all
+        beginning: "Path | None" = None,  # a TrainingState to go on from
+        goes_on: bool = False,  # the artifact is one itself
+    ) -> dict[str, Any]:
+        """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
+        from llm.training.loss import next_token_loss
+        from llm.training.row_log import RowLog
+        from llm.training.trainer import train
+
+        model.recompute = self.recompute  # type: ignore[assignment]  # every registered model has it
+        return train(
+            model,
+            objective or next_token_loss,
+            rows=rows,
+            validation=validation,
+            budget=self.budget,
+            batch_tokens=self.batch_tokens,
+            schedule=self.schedule,
+            optimizer=self.optimizer,
+            seed=self.seed,
+            check=check,
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+            checkpoint_minutes=self.checkpoint_minutes,
+            keep_checkpoints=self.keep_checkpoints,
+            alerts=self.alerts,
+            micro_batch=self.micro_batch,
+            precision=context.parallel.precision,
+            compiled=context.parallel.compile,
+            fused_attention=context.parallel.fused_attention,
+            strategy=context.parallel.strategy,
+            find_unused_parameters=context.parallel.find_unused_parameters,
+            cores=context.cores,
+            timeout_minutes=context.parallel.timeout_minutes,
+            scratch=context.scratch,
+            report=context.report,
+            should_stop=context.should_stop,
+            row_log=RowLog(context.row_log) if context.row_log else None,
+            beginning=beginning,
+            left_in=context.work if goes_on else None,
+        )
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes the artifact."""
+    from accelerate import PartialState
+
+    main: bool = PartialState().is_main_process
+    return main

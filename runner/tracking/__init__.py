@@ -1,0 +1,1 @@
+"""Metrics of a running stage: written to a file, followed by trackers."""

@@ -1,0 +1,156 @@
+"""The tracker: a process of its own that follows metrics.jsonl files and mirrors them to aim and whatever else a recipe names.
+
+One writer per cache, since concurrent writers damage an aim repository. A tracker that fails is a warning, never a failed run,
+and the others go on.
+"""
+
+import contextlib
+import fcntl
+import json
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from runner.tracking.metrics_file import Follower
+from runner.tracking.trackers import Machine, Mirror, TrackerName, chosen, open_mirror, subsets
+
+CLOSE_SECONDS = 20.0  # for what is left to mirror when a run ends
+POLL_SECONDS = 0.5
+EXIT_INCOMPLETE = 1
+
+
+class Tracker:
+    """The run's end of the tracker process, which starts with the first stage that is tracked."""
+
+    def __init__(self, cache: Path, to: Sequence[TrackerName] | Literal["auto"] = "auto") -> None:
+        self._cache, self._to = cache, chosen(to)
+        self._process: subprocess.Popen[str] | None = None
+
+    def follow(self, metrics: Follower, finished: Path, facts: Mapping[str, Any]) -> None:
+        """Mirrors a metrics file from where `metrics` stands; it will move to `finished` when its stage is done."""
+        if not self._to:
+            return
+        if self._process is None:
+            with self._log().open("a") as log:
+                command = [sys.executable, "-m", "runner.tracking.tracker_process", str(self._cache)]
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
+                )
+        places = {"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished)}
+        self._tell({**places, "facts": facts, "to": self._to})
+
+    def close(self) -> str | None:
+        """Waits until everything is mirrored; a sentence if that did not succeed."""
+        if self._process is None:
+            return None
+        try:
+            self._process.communicate(timeout=CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.returncode == 0:
+            return None
+        return (
+            f"warning: not everything reached {', '.join(self._to)} (see {self._log()}); metrics.jsonl has the curves complete"
+        )
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; close() says so
+
+    def _log(self) -> Path:
+        path = self._cache / "logs" / "track.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class _Stage:
+    """One stage in all its mirrors; one that fails is left out from then on."""
+
+    def __init__(self, cache: Path, message: Mapping[str, Any]) -> None:
+        self.complete = True
+        self._mirrors: dict[TrackerName, Mirror] = {}
+        self._paths = [Path(message["metrics"]), Path(message["finished"])]
+        self._follower = Follower(self._paths[0], offset=message["offset"])
+        self._machine, self._step = Machine(), 0
+        for name in message["to"]:
+            with self._guarded(name):
+                self._mirrors[name] = open_mirror(name, cache, message["facts"])
+
+    def copy(self) -> bool:
+        """Mirrors new lines; true once the stage is finished and everything is copied."""
+        moved = self._paths[1].exists()
+        if moved:
+            self._follower.moved_to(self._paths[1])
+        for line in self._follower.new_lines():
+            self._step = line.get("step", self._step)
+            for subset, values in subsets(line).items():
+                self._track(values, step=line.get("step"), subset=subset)
+        if self._mirrors and (seen := self._machine.look()):
+            self._track(seen, step=self._step, subset="system")
+        return moved
+
+    def close(self) -> None:
+        """Ends all mirrors."""
+        for name, mirror in list(self._mirrors.items()):
+            with self._guarded(name):
+                mirror.close()
+
+    def _track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
+        for name, mirror in list(self._mirrors.items()):
+            with self._guarded(name):
+                mirror.track(values, step=step, subset=subset)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: TrackerName) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # whatever a tracker's client raises, the others go on
+            traceback.print_exc()
+            self.complete = False
+            self._mirrors.pop(name, None)
+
+
+def main() -> int:
+    """Follows what standard input names, one JSON object a line, until it closes."""
+    cache = Path(sys.argv[1])
+    arriving: list[dict[str, Any]] = []
+    closed = threading.Event()
+
+    def read() -> None:
+        for line in sys.stdin:
+            arriving.append(json.loads(line))
+        closed.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    place = cache / "aim" / "writer.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_stages: list[_Stage] = []
+        complete = True
+        while True:
+            last_round = closed.is_set()
+            while arriving:
+                open_stages.append(_Stage(cache, arriving.pop(0)))
+            for stage in list(open_stages):
+                if stage.copy() or last_round:
+                    stage.close()
+                    open_stages.remove(stage)
+                    complete = complete and stage.complete
+            if last_round and not arriving:
+                return 0 if complete else EXIT_INCOMPLETE
+            time.sleep(POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

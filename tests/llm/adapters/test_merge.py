@@ -1,0 +1,107 @@
+"""Merging: the merged model computes what base and adapters computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm.adapters import lora
+from llm.adapters.merge import merge_adapters, mix_adapters
+from llm.errors import InputError
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+
+
+def model_of(hidden_size: int = 32, tied: bool = True) -> Llama:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32, tied=tied)
+    return Llama(config, vocab_size=50).eval()
+
+
+def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
+    """An adapter on `model` that changes it a good deal; its weights are drawn, not learned."""
+    lora.attach(model, lora.Settings(r=3, alpha=5, **kind), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+        elif name == "model.norm.weight" and weight.requires_grad:
+            weight.data.add_(0.5)
+        elif "magnitude" in name:
+            weight.data.mul_(1 + 0.2 * torch.rand(weight.shape, generator=generator))
+    lora.save_adapter(folder, model)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Llama) -> Tensor:
+    found: Tensor = model(torch.arange(20)[None])
+    return found
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["v_proj"]}])
+def test_merged_equals_base_plus_adapter(kind: dict[str, Any], tmp_path: Path) -> None:
+    adapted = model_of()
+    folder = adapter(tmp_path / "adapter", adapted, seed=1, **kind)
+    merged = model_of()
+    plain = logits(merged)
+    merge_adapters(merged, [folder])
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert (logits(merged) - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_of_a_head_is_merged_into_the_head_and_nothing_else(dora: bool, tmp_path: Path) -> None:
+    adapted, merged, plain = (model_of(tied=False) for _ in range(3))
+    folder = adapter(tmp_path, adapted, seed=1, target_modules=["lm_head"], dora=dora)
+    merge_adapters(merged, [folder])
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert type(merged.lm_head) is torch.nn.Linear
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    changed = [name for name, weight in merged.state_dict().items() if not torch.equal(weight, plain.state_dict()[name])]
+    assert changed == ["lm_head.weight"]
+
+
+def test_merging_leaves_an_ordinary_model(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, model_of(), seed=1)
+    merged = model_of()
+    names = list(merged.state_dict())
+    merge_adapters(merged, [folder])
+    assert list(merged.state_dict()) == names
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_a_chain_is_merged_in_order_each_on_the_result_of_those_before(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "first", model_of(), seed=1)
+    middle = model_of()
+    merge_adapters(middle, [first])
+    second = adapter(tmp_path / "second", middle, seed=2, dora=True)  # now `middle` carries the second
+    merged = model_of()
+    merge_adapters(merged, [first, second])
+    torch.testing.assert_close(logits(merged), logits(middle), atol=1e-4, rtol=0)
+
+
+def test_a_mix_changes_the_base_by_the_weighted_sum_of_what_each_adapter_changes(tmp_path: Path) -> None:
+    first = adapter(tmp_path / "first", model_of(), seed=1, modules_to_save=["norm"])
+    second = adapter(tmp_path / "second", model_of(), seed=2, dora=True, target_modules=["v_proj", "up_proj"])
+    alone = []
+    for folder in (first, second):
+        alone.append(model_of())
+        merge_adapters(alone[-1], [folder])
+    mixed, base = model_of(), model_of().state_dict()
+    mix_adapters(mixed, [first, second], [0.7, -0.3])
+    one, two = (model.state_dict() for model in alone)
+    for name, weight in mixed.state_dict().items():
+        expected = base[name] + 0.7 * (one[name] - base[name]) - 0.3 * (two[name] - base[name])
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
+    assert (logits(mixed) - logits(model_of())).abs().max() > 0.05
+    assert mixed.lm_head.weight is mixed.model.embed_tokens.weight
+
+
+def test_an_adapter_of_a_base_of_other_sizes_is_refused_by_name_and_shape(tmp_path: Path) -> None:
+    folder = adapter(tmp_path, model_of(hidden_size=64), seed=1)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: .*another base: .* wants shape \(3, .*, found \(3, "):
+        merge_adapters(model_of(hidden_size=32), [folder])

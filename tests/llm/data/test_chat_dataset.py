@@ -1,0 +1,255 @@
+"""Chats as packed rows: what is learned, what is cut, what is on disk."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.data.batch import IGNORE, Row
+from llm.data.chat_dataset import Table, write_rows
+from llm.data.conversations import Template, Turn
+from llm.data.packing import PackedRows
+from llm.data.truncation import fit
+from llm.errors import InputError, Interrupted
+from llm.tokenizer.tokenizer import TextTokenizer
+from llm.tokenizer.train_bpe import train_bpe
+
+WORDS = "a chat about the heart, the lungs and the liver; 心脏和肺以及肝脏。 "
+TOKENIZER = train_bpe([WORDS * 50], 320, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Callable[..., tuple[PackedRows, dict[str, Any]]]:
+    """Packs rows, given as a list or as the lines of a file, and opens what was packed."""
+
+    def make(*tables: list[dict[str, Any]] | str, context: int = 64, seed: int | None = None, **options: Any) -> Any:
+        files = []
+        for number, rows in enumerate(tables):
+            text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+            files.append(tmp_path / f"rows-{number}.jsonl")
+            files[-1].write_text(text, encoding="utf-8")
+        template = options.pop("template", Template())
+        folder = tmp_path / options.pop("name", "packed")
+        longest_row = options.pop("longest_row", None)
+        statistics = write_rows(
+            folder,
+            [Table((file,), template, **options) for file in files],
+            tokenizer=TOKENIZER,
+            context=context,
+            longest_row=longest_row,
+            report=lambda **values: None,
+            should_stop=lambda: False,
+        )
+        return PackedRows(folder, seed=seed), statistics
+
+    return make
+
+
+def pair(prompt: str, response: str) -> dict[str, str]:
+    return {"prompt": prompt, "response": response}
+
+
+def learned_text(row: Row, document: int) -> str:
+    chosen = (row.documents == document) & (row.targets != IGNORE)
+    return TOKENIZER.decode(row.targets[chosen].tolist(), special=True)
+
+
+def test_what_is_learned_is_exactly_the_answers_and_their_end(pack: Any) -> None:
+    turns = [("user", "the heart?"), ("assistant", "a heart"), ("user", "肺"), ("assistant", "the 肺。")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows, statistics = pack([{"chat": messages}], template=Template(messages="chat"))
+    row = rows.row(0)
+    assert learned_text(row, 0) == "a heart<|end|>the 肺。<|end|>"
+    assert statistics["learned_tokens"] == (row.targets != IGNORE).sum()
+
+
+def test_a_target_is_the_token_after_in_the_same_chat_and_padding_teaches_nothing(pack: Any) -> None:
+    rows, _ = pack([pair("the heart", "a"), pair("the lungs and the liver", "chat")])
+    row = rows.row(0)
+    real = row.documents >= 0
+    assert set(row.documents[real].tolist()) == {0, 1}
+    for document in (0, 1):
+        tokens, targets = row.tokens[row.documents == document], row.targets[row.documents == document]
+        assert tokens[0] == TOKENIZER.begin
+        assert targets[-1] == TOKENIZER.end
+        taught = targets[:-1] != IGNORE
+        assert np.array_equal(targets[:-1][taught], tokens[1:][taught])
+    assert (row.targets[~real] == IGNORE).all()
+    assert (row.tokens[~real] == TOKENIZER.padding).all()
+    assert len(row.tokens) == rows.context == 64
+
+
+def test_rows_come_in_another_order_each_epoch_and_are_a_function_of_their_index(pack: Any, tmp_path: Path) -> None:
+    rows, _ = pack([pair("the heart " * 3, f"the liver {n}") for n in range(40)], context=32, seed=5)
+    count = rows.rows_per_epoch
+    epochs = [[rows.row(epoch * count + place).tokens.tobytes() for place in range(count)] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    again = PackedRows(tmp_path / "packed", seed=5)
+    assert again.row(count + 2).tokens.tobytes() == epochs[1][2]  # without having asked for those before
+    other = PackedRows(tmp_path / "packed", seed=6)
+    assert [other.row(place).tokens.tobytes() for place in range(count)] != epochs[0]
+
+
+def test_a_prompt_too_long_loses_the_end_of_what_was_substituted_and_nothing_else() -> None:
+    turns = Template("Which organ?\n{text}\nSay it.", "the liver").turns({"text": "heart lungs " * 100})
+    stream = fit(turns, TOKENIZER, positions=48)
+    prompt, response = (message["content"] for message in stream.messages)
+    assert prompt.startswith("Which organ?\nheart lungs heart")
+    assert prompt.endswith("\nSay it.")
+    assert response == "the liver"
+    assert 46 <= len(stream.ids) <= 49  # the room is used
+    assert stream.ids[-1] == TOKENIZER.end
+    assert (stream.cut_prompt, stream.cut_response) == (True, False)
+    assert TOKENIZER.encode_chat(stream.messages)[0] == stream.ids  # inference would see the same
+
+
+def test_of_several_substituted_texts_the_longest_is_cut_first() -> None:
+    turns = Template("{title}: {text}", "liver").turns({"title": "the lungs", "text": "heart " * 100})
+    prompt = fit(turns, TOKENIZER, positions=40).messages[0]["content"]
+    assert prompt.startswith("the lungs: heart heart")
+
+
+def test_a_response_too_long_by_itself_keeps_part_of_its_prompt_and_lacks_the_end() -> None:
+    turns = Template().turns(pair("heart " * 40, "liver " * 100))
+    stream = fit(turns, TOKENIZER, positions=48)
+    assert len(stream.ids) == 49
+    assert TOKENIZER.end not in stream.ids
+    assert stream.messages[0]["content"].startswith("heart heart")
+    assert 49 // 3 < sum(stream.learned) < 49 * 2 // 3
+    assert (stream.cut_prompt, stream.cut_response) == (True, True)
+
+
+TEXTS = st.text(alphabet=st.sampled_from("the heart,肺心🫀é\n"), min_size=1, max_size=80)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(min_value=8, max_value=60))
+@settings(deadline=None)
+def test_whatever_is_fitted_fits_and_loses_answers_only_if_they_alone_are_too_long(
+    exchanges: list[tuple[str, str]], positions: int
+) -> None:
+    turns = [turn for asked, said in exchanges for turn in (Turn("user", ("", asked, "")), Turn("assistant", (said,)))]
+    stream = fit(turns, TOKENIZER, positions=positions)
+    assert len(stream.ids) == len(stream.learned) <= positions + 1
+    for turn, message in zip(turns, stream.messages, strict=True):
+        assert turn.content.startswith(message["content"])
+    alone = [turn.with_substituted(iter([""])) for turn in turns]
+    fits_alone = len(TOKENIZER.encode_chat([turn.message for turn in alone])[0]) <= positions + 1
+    assert stream.cut_response == (not fits_alone)
+
+
+def test_cut_rows_are_counted_and_rows_with_nothing_left_to_learn_are_dropped(pack: Any) -> None:
+    table = [pair("heart " * 50, "liver"), pair("q", "liver " * 50), pair("q", "a")]
+    _, statistics = pack(table, context=24)
+    assert statistics["cut_prompts"] == 1
+    assert statistics["cut_responses"] == 1
+    assert statistics["dropped"] == 0
+    long_question = Template("the heart and the liver " * 20 + "{prompt}")
+    with pytest.raises(InputError, match=r'found none: .*"dropped": 3'):
+        pack(table, context=24, template=long_question)
+
+
+def test_a_weight_is_passes_per_epoch_and_a_fraction_chooses_rows_by_their_text(pack: Any) -> None:
+    table = [pair("q", f"the heart {n}") for n in range(200)]
+
+    def seen(weight: float, rows: list[dict[str, str]]) -> list[str]:
+        packed, _ = pack(rows, weight=weight, name=f"{weight}-{len(rows)}")
+        in_order = map(packed.row, range(packed.rows_per_epoch))
+        return sorted(learned_text(row, document) for row in in_order for document in range(row.documents.max() + 1))
+
+    once = seen(1.0, table)
+    assert len(once) == 200
+    assert seen(3.0, table) == sorted(once * 3)
+    some = seen(0.3, table)
+    assert 35 <= len(some) <= 85  # 60 are expected; 4 standard deviations
+    assert set(some) <= set(once)
+    first = seen(1.0, table[:150])
+    assert seen(0.3, table[:150]) == sorted(set(some) & set(first))  # whatever other rows there are
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{not json", r"rows-0.jsonl:2: is not JSON"),
+        ("[1]", r"rows-0.jsonl:2: .*wants an object"),
+        ('{"prompt": "q"}', r"rows-0.jsonl:2: wants the field 'response'"),
+        ('{"prompt": "q", "response": "a <|end|> b"}', r"rows-0.jsonl:2: .*<\|end\|>"),
+        ('{"prompt": "q", "response": "\\ud83d"}', r"rows-0.jsonl:2: .*half of a surrogate pair"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line_or_counted(pack: Any, line: str, complaint: str) -> None:
+    good = json.dumps(pair("q", "a"))
+    with pytest.raises(InputError, match=complaint):
+        pack(f"{good}\n{line}\n{good}\n")
+    _, statistics = pack(f"{good}\n{line}\n{good}\n", skip_bad=True)
+    assert (statistics["rows"], statistics["bad"], statistics["chats"]) == (3, 1, 2)
+
+
+def test_whom_to_credit_is_counted_over_the_rows_that_are_learned_from(pack: Any) -> None:
+    credit = {"license": "MIT", "source": "faq"}
+    table = [pair("q", "a") | credit, pair("q", "b") | credit | {"source": 7}, pair("q", "c"), pair("q", " ") | credit]
+    _, statistics = pack(table, [pair("q", "d") | {"license": "CC0-1.0"}], skip_bad=True, weight=2.0)
+    found = [(of_one["licenses"], of_one["origins"]) for of_one in statistics["tables"]]
+    assert found == [({"MIT": 2}, {"faq": 1}), ({"CC0-1.0": 1}, {})]
+
+
+def test_the_field_of_messages_may_have_any_name(pack: Any) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a heart"}]
+    rows, _ = pack([{"my-messages": messages}], template=Template(messages="my-messages"))
+    assert learned_text(rows.row(0), 0) == "a heart<|end|>"
+
+
+def test_rows_of_several_tables_and_compressed_files_mix_within_rows(tmp_path: Path, pack: Any) -> None:
+    first, second = tmp_path / "a.jsonl.gz", tmp_path / "b.csv"
+    with gzip.open(first, "wt") as file:
+        file.writelines(json.dumps(pair("q", "the heart")) + "\n" for _ in range(100))
+    second.write_text("prompt,response\n" + "q,the liver\n" * 100)
+    write_rows(
+        tmp_path / "mixed",
+        [Table((first,), Template()), Table((second,), Template())],
+        tokenizer=TOKENIZER,
+        context=64,
+        report=lambda **values: None,
+        should_stop=lambda: False,
+    )
+    rows = PackedRows(tmp_path / "mixed", seed=None)
+    kinds = [
+        {learned_text(row, n) for n in range(row.documents.max() + 1)} for row in map(rows.row, range(rows.rows_per_epoch))
+    ]
+    assert sum(len(kind) == 2 for kind in kinds) > len(kinds) / 2
+
+
+def test_an_interrupted_packing_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(pair("q", "a")) + "\n")
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "context": 16, "report": lambda **values: None}
+    with pytest.raises(Interrupted):
+        write_rows(tmp_path / "packed", [Table((file,), Template())], should_stop=lambda: True, **options)
+    assert not (tmp_path / "packed").exists()
+    write_rows(tmp_path / "packed", [Table((file,), Template())], should_stop=lambda: False, **options)
+    assert PackedRows(tmp_path / "packed", seed=0).rows_per_epoch == 1
+
+
+def test_the_tokenizer_that_packs_is_the_one_that_is_loaded_from_a_folder(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    turns = Template().turns(pair("the heart", "a liver"))
+    assert fit(turns, TextTokenizer.load(tmp_path), positions=30) == fit(turns, TOKENIZER, positions=30)
+
+
+def test_rows_are_longer_than_a_chat_may_be_where_they_would_stay_empty_and_chats_are_cut_as_before(
+    tmp_path: Path, pack: Any
+) -> None:
+    pairs = [pair("q", "x" * (14 + number % 8)) for number in range(600)] + [pair("q", "heart " * 90)]
+    _, short = pack(pairs, context=32, name="short")
+    rows, wide = pack(pairs, context=32, longest_row=140, name="wide")
+    assert rows.context == 128 and len(rows.row(0).tokens) == 128
+    assert wide["real_share"] > 0.9 and short["real_share"] < 0.8  # two of them do not fit into 32
+    assert wide["cut_responses"] == short["cut_responses"] == 1
+    longest = max(np.bincount(row.documents[row.documents >= 0]).max() for row in map(rows.row, range(rows.rows_per_epoch)))
+    assert longest == 32

@@ -1,0 +1,75 @@
+"""Templates: rows of data as turns of a chat."""
+
+from typing import Any
+
+import pytest
+
+from llm.data.conversations import Template, TextTemplate
+from llm.errors import InputError
+
+
+def test_a_row_fills_the_fields_of_prompt_and_response() -> None:
+    template = Template("Which section?\n{text}", "{label}")
+    turns = template.turns({"text": "It is inherited.", "label": 3, "other": None})
+    assert [turn.message for turn in turns] == [
+        {"role": "user", "content": "Which section?\nIt is inherited."},
+        {"role": "assistant", "content": "3"},
+    ]
+    assert template.fields == {"text", "label"}
+
+
+def test_only_what_came_from_the_row_outside_the_response_can_be_cut() -> None:
+    user, assistant = Template("Q: {a}, {b}?", "{c}").turns({"a": "one", "b": "two", "c": "three"})
+    assert user.substituted() == ("one", "two")
+    assert assistant.substituted() == ()
+    assert user.with_substituted(iter(["o", ""])).content == "Q: o, ?"
+
+
+def test_a_document_is_a_field_by_its_name_or_a_template() -> None:
+    row = {"body-text": "It beats.", "title": "Heart"}
+    for text, wanted in [("body-text", "It beats."), ("{title}!", "Heart!")]:
+        (turn,) = TextTemplate(text).turns(row)
+        assert turn.message == {"role": "assistant", "content": wanted}
+    assert TextTemplate("body-text").fields == {"body-text"}
+
+
+def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    turns = Template(messages="chat").turns({"chat": messages})
+    assert [turn.message for turn in turns] == messages
+    assert [turn.substituted() for turn in turns] == [("s",), ("u",), ()]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": "q"}, "wants the field 'response', found only 'prompt'"),
+        ({"prompt": None, "response": "a"}, "wants a text or a number in 'prompt', found null"),
+        ({"prompt": ["q"], "response": "a"}, "found a list"),
+        ({"prompt": True, "response": "a"}, "found true or false"),
+        ({"prompt": "q", "response": " \n"}, "the response is empty"),
+        ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', found '\\ud83d', half of a surrogate pair"),
+    ],
+)
+def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Template().turns(row)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (None, "wants a list of messages in 'chat', found null"),
+        ([], "an empty list"),
+        ("hello", "found a text"),
+        ([{"role": "user", "content": "q"}], "at least one turn of the assistant"),
+        ([{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}], "found 'human'"),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "as content of chat.0., found null"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "turn chat.1. is empty"),
+        (["q", {"role": "assistant", "content": "a"}], "found None"),
+        ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], found '\\udca9', half of a surrogate pair"),
+    ],
+)
+def test_messages_that_are_no_chat_say_what_they_lack(messages: Any, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Template(messages="chat").turns({"chat": messages})

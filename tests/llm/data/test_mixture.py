@@ -1,0 +1,78 @@
+"""Rows of several sources as one: how many of each, in which order, and nothing else."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm.data.batch import IGNORE, Row
+from llm.data.conversations import TextTemplate
+from llm.data.mixture import JoinedRows, mixed, write_texts
+from llm.data.token_shards import TokenRows
+from llm.errors import InputError
+from llm.tokenizer.train_bpe import train_bpe
+
+
+class Named:
+    """Rows that tell whose they are and which."""
+
+    context = 4
+
+    def __init__(self, name: int, rows_per_epoch: int = 10) -> None:
+        self.name, self.rows_per_epoch = name, rows_per_epoch
+
+    def row(self, index: int) -> Row:
+        return Row(np.array([self.name, index, 0, 0]), np.full(4, IGNORE), np.zeros(4, dtype=np.int32))
+
+
+@pytest.mark.parametrize("shares", [[0.2], [0.3, 0.05], [0.5, 0.25, 0.1], [0.999]])
+def test_after_any_number_of_rows_each_source_has_its_share_and_gives_its_rows_in_order(shares: list[float]) -> None:
+    rows = mixed(Named(0), [(Named(number), share) for number, share in enumerate(shares, start=1)])
+    wanted = [1 - sum(shares), *shares]
+    counts: Counter[int] = Counter()
+    for index in range(2000):
+        source, place, *_ = rows.row(index).tokens.tolist()
+        assert place == counts[source]  # none is left out and none comes twice
+        counts[source] += 1
+        for name, share in enumerate(wanted):
+            assert abs(counts[name] - share * (index + 1)) <= len(shares)
+
+
+def test_a_row_depends_on_its_index_alone_and_an_epoch_is_one_of_the_main_source() -> None:
+    rows = mixed(Named(0, rows_per_epoch=80), [(Named(1), 0.2)])
+    backwards = [rows.row(index).tokens.tolist() for index in reversed(range(50))]
+    assert backwards[::-1] == [rows.row(index).tokens.tolist() for index in range(50)]
+    assert rows.rows_per_epoch == 100
+
+
+def test_texts_become_rows_whose_documents_stay_apart_and_are_learned_whole(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"body": "the heart"}\n{"body": ""}\n{"body": "pumps"}\n{"body": "blood"}\n' * 20)
+    tokenizer = train_bpe(["the heart pumps blood"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+
+    def write(*, skip_bad: bool) -> None:
+        write_texts(
+            tmp_path / "texts",
+            [tmp_path / "text.jsonl"],
+            TextTemplate("body"),
+            tokenizer=tokenizer,
+            context=8,
+            skip_bad=skip_bad,
+            report=lambda **_: None,
+            should_stop=lambda: False,
+        )
+
+    with pytest.raises(InputError, match=r"text\.jsonl:2: the text is empty"):
+        write(skip_bad=False)
+    write(skip_bad=True)
+    short = TokenRows(tmp_path / "texts", seed=1, context=8)
+    long = JoinedRows(short, 4)
+    assert (long.context, long.rows_per_epoch) == (32, short.rows_per_epoch // 4)
+    row = long.row(1)
+    parts = [short.row(index) for index in range(4, 8)]
+    assert row.tokens.tolist() == [token for part in parts for token in part.tokens.tolist()]
+    assert row.targets.tolist() == [token for part in parts for token in part.targets.tolist()]
+    borders = np.flatnonzero(np.diff(row.documents)) + 1
+    assert {8, 16, 24} <= set(borders.tolist())  # parts never share a document
+    assert sorted(set(row.documents.tolist())) == list(range(row.documents.max() + 1))
+    assert (row.targets != IGNORE).sum() > 16

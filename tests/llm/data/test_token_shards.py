@@ -1,0 +1,168 @@
+"""Shards of token ids, and rows of them."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.data.batch import IGNORE, Row
+from llm.data.token_shards import TokenRows, TokenShards, TokenWriter, is_complete
+
+PADDING = 2
+
+
+def write(
+    folder: Path, lengths: list[int], *, passes: list[int] | None = None, shard_tokens: int = 20, vocab_size: int = 100_000
+) -> list[list[int]]:
+    """Documents whose ids are all different, so that a token tells which it is."""
+    ids = iter(range(10, vocab_size))
+    documents = [[next(ids) for _ in range(length)] for length in lengths]
+    with TokenWriter(folder, vocab_size=vocab_size, context=8, padding=PADDING, shard_tokens=shard_tokens) as writer:
+        for number, document in enumerate(documents):
+            writer.append(document, passes=passes[number] if passes else 1, text_bytes=3 * len(document))
+        writer.finish()
+    return documents
+
+
+def learned_pairs(rows: list[Row]) -> list[tuple[int, int]]:
+    """(token, target) wherever something is learned."""
+    return [
+        (int(token), int(target))
+        for row in rows
+        for token, target in zip(row.tokens, row.targets, strict=True)
+        if target != IGNORE
+    ]
+
+
+def equal(one: Row, other: Row) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "targets", "documents"))
+
+
+corpora = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 3)), min_size=1, max_size=12)
+
+
+@given(corpora, st.integers(2, 24), st.integers(0, 3), st.integers(5, 60))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_every_token_as_often_as_its_document_has_passes(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[tuple[int, int]], context: int, epoch: int, shard_tokens: int
+) -> None:
+    folder = tmp_path_factory.mktemp("tokens")
+    passes = [document_passes for _, document_passes in corpus]
+    documents = write(folder, [length for length, _ in corpus], passes=passes, shard_tokens=shard_tokens)
+    rows = TokenRows(folder, context=context, seed=5)
+    wanted = sorted(token for document, times in zip(documents, passes, strict=True) for token in document * times)
+    found = [rows.row(epoch * rows.rows_per_epoch + place) for place in range(rows.rows_per_epoch)]
+    seen = sorted(int(token) for row in found for token in row.tokens[row.documents >= 0])
+    total = len(wanted)
+    assert rows.rows_per_epoch == max(total // context, 1)
+    for token in seen:
+        wanted.remove(token)
+    assert len(wanted) == (total % context if total >= context else 0)  # what is left out is less than a row
+
+
+@given(corpora, st.integers(2, 24), st.sampled_from([None, 0, 7]))
+@settings(max_examples=60, deadline=None)
+def test_a_target_is_the_next_token_of_the_same_document(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[tuple[int, int]], context: int, seed: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("tokens")
+    documents = write(folder, [length for length, _ in corpus], passes=[times for _, times in corpus])
+    successor = {token: following for document in documents for token, following in pairwise(document)}
+    owner = {token: number for number, document in enumerate(documents) for token in document}
+    rows = TokenRows(folder, context=context, seed=seed)
+    for row in map(rows.row, range(2 * rows.rows_per_epoch)):
+        real = row.documents >= 0
+        assert (row.tokens[~real] == PADDING).all()
+        assert (row.targets[~real] == IGNORE).all()
+        for token, target in zip(row.tokens[real].tolist(), row.targets[real].tolist(), strict=True):
+            assert target == successor.get(token, IGNORE)
+        for number in set(row.documents[real].tolist()):
+            assert len({owner[token] for token in row.tokens[row.documents == number].tolist()}) == 1
+
+
+def test_a_row_depends_on_its_index_alone(tmp_path: Path) -> None:
+    write(tmp_path, [5, 9, 2, 14, 3, 7, 11], passes=[1, 2, 1, 3, 1, 1, 2])
+    forwards, backwards = TokenRows(tmp_path, context=6, seed=3), TokenRows(tmp_path, context=6, seed=3)
+    indices = range(4 * forwards.rows_per_epoch)
+    first = {index: forwards.row(index) for index in indices}
+    second = {index: backwards.row(index) for index in reversed(indices)}
+    assert all(equal(first[index], second[index]) for index in indices)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, [4] * 30)
+    rows, other = TokenRows(tmp_path, context=120, seed=3), TokenRows(tmp_path, context=120, seed=4)
+    orders = [tuple(rows.row(0).tokens), tuple(rows.row(1).tokens), tuple(other.row(0).tokens)]
+    assert len(set(orders)) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_validation_covers_every_document_once_in_source_order(tmp_path: Path) -> None:
+    documents = write(tmp_path, [5, 9, 2, 14], passes=[1, 2, 1, 3])
+    rows = TokenRows(tmp_path, context=7, seed=None)
+    found = [rows.row(index) for index in range(rows.rows_per_epoch)]
+    tokens = [int(token) for row in found for token in row.tokens[row.documents >= 0]]
+    assert tokens == [token for document in documents for token in document]
+    assert learned_pairs(found) == [pair for document in documents for pair in pairwise(document)]
+    assert equal(rows.row(0), rows.row(rows.rows_per_epoch))
+
+
+def test_a_document_that_goes_on_in_the_next_row_is_learned_across_the_cut(tmp_path: Path) -> None:
+    (document,) = write(tmp_path, [9])
+    rows = TokenRows(tmp_path, context=4, seed=None)
+    assert rows.row(0).targets.tolist() == document[1:5]
+    assert rows.row(2).targets.tolist() == [IGNORE] * 4
+    assert rows.row(2).documents.tolist() == [0, -1, -1, -1]
+
+
+def test_training_on_less_than_a_row_pads_it(tmp_path: Path) -> None:
+    write(tmp_path, [3])
+    rows = TokenRows(tmp_path, seed=1)
+    assert (rows.rows_per_epoch, rows.context) == (1, 8)  # the context is the one it was packed for
+    assert rows.row(0).documents.tolist() == [0, 0, 0, -1, -1, -1, -1, -1]
+
+
+def test_a_split_without_documents_has_no_rows(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    assert len(TokenShards(tmp_path)) == 0
+    assert TokenRows(tmp_path, seed=None).rows_per_epoch == 0
+
+
+def test_documents_come_back_from_shards_that_end_between_documents(tmp_path: Path) -> None:
+    documents = write(tmp_path, [8, 8, 8, 50, 3, 1], shard_tokens=20)
+    shards = TokenShards(tmp_path)
+    assert [shards.document(index).tolist() for index in range(len(shards))] == documents
+    assert [path.stat().st_size // 4 for path in sorted(tmp_path.glob("*.bin"))] == [16, 8, 50, 4]
+    assert (shards.tokens, shards.bytes) == (78, 234)
+    assert shards.text_bytes.tolist() == [24, 24, 24, 150, 9, 3]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_ids_take_two_bytes_where_the_vocabulary_fits(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    with TokenWriter(tmp_path, vocab_size=vocab_size, context=4, padding=PADDING) as writer:
+        writer.append([0, vocab_size - 1], passes=1, text_bytes=1)
+        writer.finish()
+    assert json.loads((tmp_path / "meta.json").read_text())["dtype"] == dtype
+    assert TokenShards(tmp_path).document(0).tolist() == [0, vocab_size - 1]
+
+
+def test_a_writer_that_was_killed_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    documents = write(tmp_path / "whole", [8, 8, 8, 50, 3, 1, 19], shard_tokens=20)
+    options = {"vocab_size": 100_000, "context": 8, "padding": PADDING, "shard_tokens": 20}
+    for killed_after in (0, 2, 4, 5, 7):
+        folder = tmp_path / f"killed-{killed_after}"
+        with TokenWriter(folder, **options) as killed:
+            for document in documents[:killed_after]:
+                killed.append(document, passes=1, text_bytes=3 * len(document))
+        assert not is_complete(folder)
+        with TokenWriter(folder, **options) as writer:
+            assert writer.documents <= killed_after
+            for document in documents[writer.documents :]:
+                writer.append(document, passes=1, text_bytes=3 * len(document))
+            writer.finish()
+        whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole

@@ -1,0 +1,135 @@
+"""The hand-written decoders' configurations and fresh weights, and attention however it is computed.
+
+That they compute what Transformers does, and see what they may, is in `test_architectures`.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from llm.layers.attention import Visibility, attend, visibility
+from llm.models import architectures
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+
+VOCABULARY = 61
+
+
+def small(**changes: object) -> Llama:
+    sizes = {"hidden_size": 48, "layers": 2, "heads": 4, "intermediate_size": 40, "context": 512}
+    torch.manual_seed(0)
+    return architectures()["llama"].build(LlamaConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
+
+
+def test_fresh_weights_are_xavier_uniform_and_norms_are_one() -> None:
+    model = small(tied=False)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all()
+        else:
+            bound = math.sqrt(6 / sum(weight.shape))  # Glorot and Bengio 2010, equation 16
+            assert weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+
+
+def test_scaled_initialization_shrinks_only_what_writes_into_the_residual_stream() -> None:
+    plain, scaled = dict(small().named_parameters()), dict(small(init="scaled").named_parameters())
+    for name, weight in scaled.items():
+        factor = 1 / math.sqrt(2 * 2) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        torch.testing.assert_close(weight, plain[name] * factor)
+
+
+def test_happy_llms_preset_has_215_million_parameters() -> None:
+    config = LlamaConfig.model_validate({"preset": "happy-llm-215m"})
+    with torch.device("meta"):
+        model = architectures()["llama"].build(config, vocab_size=6144)
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(215e6, rel=0.005)
+
+
+def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:
+    written = LlamaConfig.model_validate({"hidden_size": 192, "layers": 4, "heads": 6, "kv_heads": 6, "head_size": 32})
+    assert LlamaConfig.model_validate({"preset": "2m"}) == written
+    assert LlamaConfig.model_validate({"preset": "2m", "layers": 5}).layers == 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_size": 100, "heads": 3}, "hidden_size wants a multiple of heads; found hidden_size 100 and heads 3"),
+        ({"heads": 6, "kv_heads": 4}, "kv_heads wants a divisor of heads; found heads 6 and kv_heads 4"),
+        ({"head_size": 7}, "head_size wants an even number"),
+        ({"preset": "big"}, "preset wants one of .*happy-llm-215m; found 'big'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.model_validate({"hidden_size": 48, "layers": 1, "heads": 4} | wrong)
+
+
+# Document lengths of rows, as long as each other: alone, inside and across the 128 queries of a block.
+DOCUMENTS = [
+    [[1]],
+    [[7], [7]],
+    [[20, 13], [33], [1, 32]],
+    [[129]],
+    [[128, 1], [1, 128], [129]],
+    [[100, 130, 27], [257], [1, 255, 1], [128, 128, 1]],
+]
+
+
+def documents_of(lengths: list[list[int]]) -> Tensor:
+    return torch.tensor([[document for document, n in enumerate(row) for _ in range(n)] for row in lengths])
+
+
+@pytest.mark.parametrize("shared_by", [1, 2, 4])
+@pytest.mark.parametrize("head_size", [32, 64, 96, 128])
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+@pytest.mark.parametrize("told", [True, False])
+def test_attention_by_blocks_equals_that_of_sdpa_in_values_and_gradients(
+    shared_by: int, head_size: int, lengths: list[list[int]], told: bool
+) -> None:
+    torch.manual_seed(0)
+    documents = documents_of(lengths) if told else None
+    rows, length = documents_of(lengths).shape
+    shapes = [(rows, 4, length, head_size), *2 * [(rows, 4 // shared_by, length, head_size)]]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    same = None if documents is None else (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    blocks = visibility(length, documents=documents, dtype=q.dtype, device=q.device)
+    assert blocks.blocks is not None
+    grad = torch.randn(shapes[0])
+    found = []
+    for visible in (blocks, Visibility(None, same)):  # the second as on a GPU
+        out = attend(q, k, v, visible=visible)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    for ours, sdpa in zip(*found, strict=True):
+        torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_blocks: bool) -> None:
+    torch.manual_seed(0)
+    documents = documents_of(DOCUMENTS[-1])
+    rows, length = documents.shape
+    same = (documents[:, :, None] == documents[:, None, :]).tril()
+    visible = Visibility(None, same[:, None])
+    if by_blocks:
+        visible = visibility(length, documents=documents, dtype=torch.float32, device=torch.device("cpu"))
+    q = torch.randn(rows, 4, length, 32)
+    k, v = (torch.randn(rows, 2, length, 32, requires_grad=True) for _ in range(2))
+    out = attend(q, k, v, visible=visible)
+    for position in (0, 1, 99, 100, 127, 128, 129, 230, 256):
+        reached = torch.autograd.grad(out[:, :, position].square().sum(), (k, v), retain_graph=True)
+        assert torch.equal((reached[1] != 0).any(3).any(1), same[:, position])
+        assert not ((reached[0] != 0).any(3).any(1) & ~same[:, position]).any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"preset": ["2m"]}, {"preset": 3}, {"preset": "3m"}, {"preset": "2m", "rope_base": math.inf}]
+)
+def test_a_wrong_preset_or_number_is_a_fault_of_the_recipe(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"preset wants one of 2m, .*found|rope_base\n.*finite"):
+        LlamaConfig.model_validate(wrong)

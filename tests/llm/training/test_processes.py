@@ -1,0 +1,200 @@
+"""Many processes: real groups over gloo, started as a run starts them, learn what one process does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import run_case, tiny_model, tiny_preferences, tiny_training
+
+from llm.adapters import lora
+from llm.errors import InputError
+from llm.training.fsdp import spread
+from llm.training.loss import Learner, next_token_loss
+from llm.training.process_group import Group
+
+SUPPORT = Path(__file__).parents[2] / "support"
+
+STEPS = 12
+ENOUGH = 1e-3  # between losses of the same training in fp32
+
+
+def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, dies: bool = False) -> dict[str, list[Any]]:
+    """What each process of a group left, by case."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+    # Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
+    command += ["--multi_gpu", "--main_process_port", "0", str(SUPPORT / "tiny_training.py")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder), json.dumps(cases)], env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == dies, done.stderr[-4000:]
+    left = {name: [folder / f"{name}.{rank}.json" for rank in range(processes)] for name in cases}
+    return {name: [json.loads(path.read_text()) for path in paths] for name, paths in left.items() if paths[0].exists()}
+
+
+def assert_same_curve(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    curves = [[line for line in lines if "note" not in line] for lines in (first, second)]
+    for one, other in zip(*curves, strict=True):
+        for name in ("loss", "validation_loss", "gradient_norm"):
+            assert one.get(name) == pytest.approx(other.get(name), abs=ENOUGH), (name, one["step"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+MUON = {"steps": STEPS, "strategy": "fsdp", "optimizer": "muon"}
+KILLED = MUON | {"scratch": "killed", "checkpoint_every": 5, "objective": "killed"}
+LEARNING = {  # alerts that change what is learned, of a training whose gradient spikes at step 25
+    action: {"steps": 32, "checkpoint_every": 10, "alerts": {"gradient_norm": {"action": action, "back": 4}}}
+    for action in ("skip", "rollback")
+}
+SPARE = {"steps": STEPS, "strategy": "ddp", "objective": "spare", "find_unused_parameters": True}
+
+STABLE = MUON | {"schedule": {"kind": "constant", "learning_rate": 1e-2, "warmup_steps": 3}}
+TRUNK = STABLE | {"steps": 5, "left_in": "trunk"}
+REST = STABLE | {"strategy": "ddp", "beginning": "trunk"}
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE, "stable": STABLE, **LEARNING}
+    return {name: run_case(folder, case | {"scratch": f"one-{name}"}) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, list[Any]]:
+    cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
+    cases |= {"shares-adamw": {"shares": "adamw"}, "shares-muon": {"shares": "muon"}, "spare": SPARE, "muon": MUON}
+    cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
+    cases |= {f"{action}-{how}": case | {"strategy": how} for action, case in LEARNING.items() for how in ("ddp", "fsdp")}
+    (folder / "trunk").mkdir()
+    return launch(folder, 2, cases | {"stable": TRUNK, "rest": REST, "killed": KILLED}, dies=True)
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Besides the same trainings, one goes on from where the two were killed."""
+    shutil.copytree(folder / "killed", folder / "four")
+    cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
+    return launch(folder, 4, cases | {"four": MUON | {"strategy": "ddp"}})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_and_four_processes_learn_what_one_does(
+    one: dict[str, Any], two: dict[str, list[Any]], four: dict[str, list[Any]], strategy: str
+) -> None:
+    """Dropout is on, and rows do not go evenly into processes and micro-batches."""
+    assert one["plain"]["metrics"]["choices"]["strategy"] == "single"
+    for count, group in ((2, two), (4, four)):
+        metrics = group[strategy][0]["metrics"]
+        assert (metrics["choices"]["processes"], metrics["choices"]["strategy"]) == (count, strategy)
+        assert metrics["targets"] == one["plain"]["metrics"]["targets"]
+        assert_same_curve(one["plain"]["lines"], group[strategy][0]["lines"])
+        assert len({found["digest"] for found in group[strategy]}) == 1  # the whole model, in every process
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_preferences_are_learned_as_by_one_process(two: dict[str, list[Any]], strategy: str, tmp_path: Path) -> None:
+    _, alone = tiny_preferences(tmp_path / "pairs", tmp_path / "alone", micro_batch=3)
+    metrics = two[f"pairs-{strategy}"][0]["metrics"]
+    assert metrics["targets"] == alone["targets"]  # pairs, which stay together
+    for name in ("validation_loss", "validation_reward_margin", "validation_reward_accuracy"):
+        assert metrics[name] == pytest.approx(alone[name], abs=ENOUGH)
+
+
+def test_muon_with_spread_weights_learns_what_one_process_does(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
+    assert_same_curve(one["muon"]["lines"], two["muon"][0]["lines"])
+
+
+def test_weights_that_only_one_process_uses_are_learned_as_by_one(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
+    assert_same_curve(one["spare"]["lines"], two["spare"][0]["lines"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [("skip", {"skipped_steps": [25]}), ("rollback", {"passed_over": [[21, 26]], "rollbacks": [25]})],
+)
+def test_what_an_alert_leaves_out_is_left_out_by_all_processes(
+    one: dict[str, Any], two: dict[str, list[Any]], action: str, found: dict[str, Any], strategy: str
+) -> None:
+    alone, together = one[action], two[f"{action}-{strategy}"]
+    for metrics in (alone["metrics"], *(process["metrics"] for process in together)):
+        assert {name: metrics["alerts"][name] for name in found} == found
+    assert_same_curve(alone["lines"], together[0]["lines"])
+    assert together[0]["digest"] == together[1]["digest"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_process_holds_its_share_of_weights_gradients_and_optimizer(two: dict[str, list[Any]], kind: str) -> None:
+    for found in two[f"shares-{kind}"]:
+        assert found.pop("shell") == 0
+        assert found == {name: pytest.approx(1 / 2, rel=0.02) for name in ("weights", "gradients", "optimizer")}
+
+
+def test_killed_amid_training_it_ends_bit_for_bit_where_an_unkilled_one_does(folder: Path, two: dict[str, list[Any]]) -> None:
+    assert "killed" not in two
+    shutil.copytree(folder / "killed", folder / "resumed")
+    resumed = launch(folder, 2, {"resumed": MUON})["resumed"][0]
+    assert any(line.get("note", "").startswith("continues from step") for line in resumed["lines"])
+    assert resumed["digest"] == two["muon"][0]["digest"]
+    for name in ("loss", "validation_loss", "targets"):
+        assert resumed["metrics"][name] == two["muon"][0]["metrics"][name]
+
+
+def test_it_goes_on_with_other_processes_and_strategy(folder: Path, one: dict[str, Any], four: dict[str, list[Any]]) -> None:
+    shutil.copytree(folder / "killed", folder / "alone")
+    alone = run_case(folder, MUON | {"scratch": "alone"})
+    for found, now in ((four["four"][0], "4 processes (ddp)"), (alone, "1 process")):
+        notes = [line["note"] for line in found["lines"] if "note" in line]
+        assert f"began with 2 processes (fsdp) on cpu, goes on with {now} on cpu: " in notes[0]
+        assert notes[1].startswith("continues from step")
+        assert found["metrics"]["validation_loss"] == pytest.approx(one["muon"]["metrics"]["validation_loss"], abs=ENOUGH)
+
+
+def test_another_strategy_than_the_one_named_is_never_run() -> None:
+    learner = Learner(tiny_model(), next_token_loss, precision="fp32")
+    with pytest.raises(RuntimeError, match="were to train by 'fsdp'; found 'single'"):
+        Group().wrap(learner, "fsdp")
+
+
+def test_a_base_in_four_bits_is_not_spread() -> None:
+    model = tiny_model()
+    lora.quantize(model, double=True)
+    with pytest.raises(InputError, match=r'parallel\.strategy wants "ddp" .* found "fsdp", and .* of uint8'):
+        spread(Learner(model, next_token_loss, precision="fp32"), "fsdp", device=torch.device("cpu"), processes=2)
+
+
+def test_one_process_alone_shares_with_nobody_whatever_the_strategy(tmp_path: Path) -> None:
+    found = [tiny_training(tiny_model(), tmp_path / name, strategy=name, validation=None) for name in ("ddp", "fsdp")]
+    assert [metrics["choices"]["strategy"] for metrics in found] == ["single", "single"]
+    assert found[0]["loss"] == found[1]["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [{"dropout": 0.0}, {"dropout": 0.1}, {"model": {"tied": False}, "adapter": True}])
+def test_two_hundred_steps_are_the_same_in_every_layout(tmp_path: Path, changes: dict[str, Any]) -> None:
+    alone = run_case(tmp_path, {"steps": 200, "scratch": "one"} | changes)
+    for processes in (2, 4):
+        cases = {f"{strategy}-{processes}": {"steps": 200, "strategy": strategy} | changes for strategy in ("ddp", "fsdp")}
+        for found in launch(tmp_path, processes, cases).values():
+            assert_same_curve(alone["lines"], found[0]["lines"])
+
+
+def test_what_spread_processes_left_is_gone_on_from_by_others_and_by_one(
+    folder: Path, one: dict[str, Any], two: dict[str, list[Any]]
+) -> None:
+    """Two that spread the weights leave a trunk; two that share them go on from it, and so does one alone."""
+    alone = run_case(folder, REST | {"scratch": "rest-alone"})
+    for found in (two["rest"][0], alone):
+        assert found["metrics"]["first_step"] == 5 and found["metrics"]["steps"] == STEPS
+        assert found["metrics"]["loss"] == pytest.approx(one["stable"]["metrics"]["loss"], abs=ENOUGH)
+        assert found["metrics"]["validation_loss"] == pytest.approx(one["stable"]["metrics"]["validation_loss"], abs=ENOUGH)
+    assert any("2 processes (fsdp) on cpu, goes on with 1 process" in line.get("note", "") for line in alone["lines"])

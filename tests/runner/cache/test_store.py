@@ -1,0 +1,172 @@
+"""The cache folder: finished means there, changed means not used, one holder per key."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.artifacts import SCRATCH
+from runner.cache.heartbeat import this_machine
+from runner.cache.store import Store, Waiting, default_cache
+from runner.stages import stage_kinds
+
+KEY = "0" * 64
+FACTS = {"identity": {}, "finished": "2026-01-01T00:00:00+00:00"}
+
+
+@pytest.fixture
+def stage() -> Any:
+    return stage_kinds()["tokenizer"].model_validate({"corpus": "corpus", "vocab_size": 300})
+
+
+def finish(store: Store, stage: Any, content: str = "{}") -> Path:
+    work = store.work(stage, KEY)
+    (work / SCRATCH).mkdir(parents=True)
+    (work / SCRATCH / "half").write_text("x")
+    (work / "tokenizer.json").write_text(content)
+    store.finish(stage, KEY, FACTS)
+    return store.folder(stage, KEY)
+
+
+def test_finishing_moves_the_folder_whole_and_leaves_the_scratch_behind(tmp_path: Path, stage: Any) -> None:
+    store = Store(tmp_path)
+    folder = finish(store, stage)
+    assert sorted(path.name for path in folder.iterdir()) == ["record.json", "tokenizer.json"]
+    assert not store.work(stage, KEY).exists()
+    record = store.record(stage, KEY)
+    assert record is not None
+    assert list(record.files) == ["tokenizer.json"]
+
+
+def test_the_digest_is_of_content_and_not_of_records(tmp_path: Path, stage: Any) -> None:
+    one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
+    finish(one, stage)
+    work = other.work(stage, KEY)
+    (work / SCRATCH).mkdir(parents=True)
+    (work / "tokenizer.json").write_text("{}")
+    (work / "metrics.jsonl").write_text("{}\n")
+    other.finish(stage, KEY, FACTS | {"seconds": 5})
+    records = [store.record(stage, KEY) for store in (one, other)]
+    assert records[0] is not None and records[1] is not None
+    assert records[0].digest == records[1].digest
+
+
+def test_a_record_outlives_its_artifact_and_an_artifact_its_record(tmp_path: Path, stage: Any) -> None:
+    store = Store(tmp_path)
+    finish(store, stage)
+    store.forget(KEY)
+    record = store.record(stage, KEY)
+    assert record is not None and store.has_artifact(record)
+    store = Store(tmp_path / "other")
+    finish(store, stage)
+    assert store.set_aside(stage, KEY) is not None
+    record = store.record(stage, KEY)
+    assert record is not None and not store.has_artifact(record)
+
+
+def test_an_edited_artifact_is_not_one(tmp_path: Path, stage: Any) -> None:
+    store = Store(tmp_path)
+    file = finish(store, stage) / "tokenizer.json"
+    record = store.record(stage, KEY)
+    assert record is not None and store.has_artifact(record)
+    file.write_text("[]")
+    assert not store.has_artifact(record)
+
+
+def test_an_edit_that_keeps_size_and_time_is_seen_when_the_artifact_is_reread(tmp_path: Path, stage: Any) -> None:
+    store = Store(tmp_path)
+    file = finish(store, stage) / "tokenizer.json"
+    past = time.time_ns() - 10**10
+    os.utime(file, ns=(past, past))
+    record = store.record(stage, KEY)
+    assert record is not None and store.has_artifact(record)
+    with file.open("r+") as opened:  # the same inode
+        opened.write("[]")
+    os.utime(file, ns=(past, past))
+    assert store.has_artifact(record), "a listing checks sizes and times"
+    assert not store.has_artifact(record, reread=True)
+
+
+def test_digests_are_remembered_across_runs_and_a_change_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "input"
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    store = Store(tmp_path / "cache")
+    first = store.digests.of(file)
+    store.digests.save()
+    assert Store(tmp_path / "cache").digests.of(file) == first
+    file.write_text("two")
+    assert Store(tmp_path / "cache").digests.of(file) != first
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_planning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "cache")
+    os.utime(tmp_path / "file", (1, 1))
+    store.digests.of(tmp_path / "file")
+    store.digests.save()
+
+
+class Told(Waiting):
+    def __init__(self) -> None:
+        self.holders: list[str] = []
+
+    def started(self, holder: str) -> None:
+        self.holders.append(holder)
+
+
+def hold(root: Path, held: Any, release: Any) -> None:
+    stage = stage_kinds()["tokenizer"].model_validate({"corpus": "corpus", "vocab_size": 300})
+    with Store(root).lock(stage, KEY, waiting=Waiting()):
+        held.set()
+        release.wait()
+
+
+def test_a_second_run_of_a_key_waits_and_is_told_for_whom(tmp_path: Path, stage: Any) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    holder = spawn.Process(target=hold, args=(tmp_path, held, release))
+    holder.start()
+    held.wait()
+    told = Told()
+    told.tick = release.set  # type: ignore[method-assign]  # the first tick lets the holder go
+    with Store(tmp_path).lock(stage, KEY, waiting=told):
+        assert told.holders == [f"process {holder.pid} on {this_machine().host}"]
+    holder.join()
+
+
+def test_a_lock_lives_as_long_as_a_child_that_inherited_its_file(tmp_path: Path, stage: Any) -> None:
+    """A run that is killed leaves its lock to its workers, until they end too."""
+    store = Store(tmp_path)
+    with store.lock(stage, KEY, waiting=Waiting()) as log:
+        worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    class RefusedError(Exception):
+        pass
+
+    class Impatient(Waiting):
+        def tick(self) -> None:
+            raise RefusedError
+
+    with pytest.raises(RefusedError), store.lock(stage, KEY, waiting=Impatient()):
+        pass
+    worker.communicate(b"\n")
+    with store.lock(stage, KEY, waiting=Impatient()):
+        pass
+
+
+def test_the_cache_is_where_it_is_asked_for_else_beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "project" / "recipes" / "x.toml"
+    recipe.parent.mkdir(parents=True)
+    monkeypatch.delenv("STOCKPOT_CACHE", raising=False)
+    assert default_cache(recipe, None) == Path("cache")
+    (tmp_path / "project" / "pyproject.toml").touch()
+    assert default_cache(recipe, None) == tmp_path / "project" / "cache"
+    monkeypatch.setenv("STOCKPOT_CACHE", "/elsewhere")
+    assert default_cache(recipe, None) == Path("/elsewhere")
+    assert default_cache(recipe, Path("here")) == Path("here")

@@ -1,0 +1,91 @@
+"""The verbs that only read: diff, graph, list."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from runner.cli import main
+from runner.commands.list import header
+
+SHIPPED = Path(__file__).parents[3] / "recipes"
+QUICKSTART = SHIPPED / "quickstart.toml"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize(("word", "meant"), [("plann", "'plan'"), ("zzz", None)])
+def test_a_word_that_is_neither_a_verb_nor_a_file_is_told(
+    word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word, str(QUICKSTART)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"run {word}: found no such verb; wants a recipe or one of bench, ")
+    assert told.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
+
+
+def test_a_recipe_may_be_called_by_any_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe").write_text('name = "x"\n[stage.a]\nkind = "no"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe"]) == 2
+    assert "stage.a.kind" in capsys.readouterr().err
+
+
+def test_a_recipe_does_not_differ_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_difference_is_told_by_its_dotted_name_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.r=5"]) == 1
+    assert capsys.readouterr().out == "stage.medical.r: 8 -> 5\n"
+
+
+def test_a_default_that_is_written_out_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.rslora=false"]) == 0
+
+
+@pytest.mark.parametrize("form", ["text", "mermaid", "svg"])
+def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", str(QUICKSTART), "--form", form, "--cache", str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out
+    for name in (
+        "corpus",
+        "tokenizer",
+        "tokens",
+        "base-trunk",
+        "base",
+        "chat",
+        "medical",
+        "release",
+        "before",
+        "after",
+        "gguf",
+        "parity",
+        "publish",
+    ):
+        assert name in drawn
+    if form == "text":
+        assert "medical (lora, waiting)  <- chat\n" in drawn
+        assert "publish (publish, waiting)  <- release, before, after, gguf, parity" in drawn
+    if form == "mermaid":
+        assert drawn.count("-->") == 20
+    if form == "svg":
+        picture = ElementTree.fromstring(drawn)
+        boxes = [(group.get("transform"), len(group.findall(f"{SVG}rect"))) for group in picture.iter(f"{SVG}g")][1:]
+        assert len(boxes) == 13 and len({place for place, _ in boxes}) == 13, "no box lies on another"
+        assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 20
+
+
+def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    told = capsys.readouterr().out
+    for path in SHIPPED.glob("*.toml"):
+        assert path.name in told
+        assert set(header(path.read_text(encoding="utf-8"))) == {"Hardware", "Time", "Result"}, path.name
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", str(tmp_path / "none")]) == 2
+    assert "wants a folder of recipes" in capsys.readouterr().err

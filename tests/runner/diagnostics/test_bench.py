@@ -1,0 +1,208 @@
+"""`run bench` as a user calls it, on a recipe of which nothing has run; with so little time, only relations are tested."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cache.store import Store
+from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job, show
+from runner.errors import RecipeError, StageError
+from runner.recipe.recipe import load_recipe
+
+RECIPE = """
+name = "small"
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.jsonl", name = "text" }]
+[stage.tokenizer]
+kind = "tokenizer"
+corpus = "corpus"
+vocab_size = 300
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = 32
+"""
+PRETRAIN = """
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { hidden_size = 32, layers = 2, heads = 2 }
+batch_tokens = 128
+micro_batch = 2
+optimizer = { kind = "muon" }
+checkpoint_minutes = 2.0
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.jsonl").write_text('{"text": "The heart pumps blood."}\n')
+    (folder / "recipe.toml").write_text(RECIPE + PRETRAIN)
+    (folder / "base.toml").write_text(RECIPE)
+    return folder / "recipe.toml"
+
+
+def run(recipe: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runner.cli", "bench", *words, "--cache", str(recipe.parent / "cache")]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def result(recipe: Path) -> dict[str, Any]:
+    only = "matmul,train,decode,memory,machinery,lora"
+    done = run(recipe, str(recipe), "--json", "--seconds", "0.1", "--no-compile", "--only", only)
+    assert done.returncode == 0, done.stderr
+    assert "peak memory" in done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)  # nothing else is on it
+    return found
+
+
+def test_it_measures_the_model_and_step_of_the_recipe(result: dict[str, Any]) -> None:
+    model = result["model"]
+    assert (model["recipe"], model["stage"]) == ("small", "base")
+    assert (model["vocab_size"], model["context"], model["rows"], model["micro_batch"]) == (300, 32, 4, 2)
+    assert model["architecture"]["context"] == 32  # of the tokens
+    assert result["machine"]["threads"] >= 1 and "torch" in result["machine"]["versions"]
+
+
+def test_every_figure_is_there_and_agrees_with_its_neighbours(result: dict[str, Any]) -> None:
+    assert min(result["matmul"][precision]["gflops"] for precision in ("fp32", "bf16")) > 0
+    steps = result["train"]["candidates"]
+    assert set(steps) == {"ours", "ours_muon", "transformers_fp32", "transformers_bf16"}
+    for one in steps.values():
+        assert 0 < one["share_of_peak"] < 1
+        assert one["tokens_per_second"] == pytest.approx(128 / one["seconds_per_step"])
+    for name in ("transformers_fp32", "transformers_bf16"):
+        quotients = [a / b for a, b in zip(steps[name]["rounds"], steps["ours"]["rounds"], strict=True)]
+        assert min(quotients) <= steps[name]["ours_times_as_fast"] <= max(quotients)
+    losses = result["train"]["first_loss"]
+    assert losses["ours"] == pytest.approx(losses["transformers"], rel=0.01)
+
+    assert set(result["decode"]["batch"]) == {"1", "8"}
+    for batch, one in result["decode"]["batch"].items():
+        assert one["ours_same_prompts"] == int(batch)
+        assert one["ours"] > 0 and one["transformers"] > 0
+
+    memory = result["memory"]
+    assert memory["share"] == pytest.approx(memory["ours"] / memory["transformers_fp32"])
+    assert 0 < memory["ours"] < 2**30  # the model is small, and importing torch is not counted
+
+    machinery = result["machinery"]
+    assert machinery["total"] == pytest.approx(sum(machinery[name] for name in ("data", "tracking", "checkpoints")))
+    assert min(machinery[name] for name in ("data", "tracking", "checkpoints")) > 0
+    assert machinery["rows"] == "made up"  # no tokens are in the cache
+
+
+def test_people_get_a_table_of_each_measurement(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    show(result)
+    printed = capsys.readouterr().out
+    for text in (
+        "Matrix products",
+        "ours, Muon",
+        "Transformers, fp32 eager",
+        "Decoding",
+        "Peak memory",
+        "LoRA, r = 8",
+        "nf4 of bf16",
+    ):
+        assert text in printed
+    assert f"{result['train']['candidates']['ours']['tokens_per_second']:,.0f}" in printed
+    assert "None" not in printed and "nan" not in printed
+
+
+def test_adapting_is_measured_beside_training_all_weights(result: dict[str, Any]) -> None:
+    ways = result["lora"]["ways"]
+    assert list(ways) == ["full", "lora", "qlora"]
+    assert ways["full"]["trained_share"] == ways["full"]["time_of_full"] == ways["full"]["memory_of_full"] == 1
+    for name in ("lora", "qlora"):
+        # q, k, v, o: 32 + 32; gate, up, down: 32 + 128; each times the rank of 8, in 2 layers
+        assert ways[name]["trained_parameters"] == 2 * 8 * (4 * 64 + 3 * 160)
+        assert 0 < ways[name]["trained_share"] < 1 and ways[name]["peak_memory_bytes"] > 0
+    model = result["model"]["parameters"]
+    embedded = 300 * 32 * 4
+    linear = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    assert result["lora"]["base"]["bf16_bytes"] == 2 * model
+    assert linear / 2 + embedded < result["lora"]["base"]["nf4_bytes"] < linear * 0.75 + embedded + 200_000
+
+
+def test_a_recipe_without_pretraining_is_refused(recipe: Path) -> None:
+    done = run(recipe, str(recipe.with_name("base.toml")))
+    assert done.returncode == 2
+    assert "found no stage of kind 'pretrain'" in done.stderr and not done.stdout
+
+
+def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
+    done = run(recipe, "--set", "stage.base.seed=1")
+    assert done.returncode == 2 and "wants a RECIPE" in done.stderr
+
+
+def test_an_unknown_measurement_is_refused_with_the_right_names() -> None:
+    assert chosen(None) == ["matmul", "train", "decode", "memory", "machinery"]
+    assert chosen("decode,train") == ["train", "decode"]
+    assert chosen("processes,train") == ["train", "processes"]
+    with pytest.raises(RecipeError, match=r"found 'speed', wants some of matmul,train,decode,memory,machinery"):
+        chosen("train,speed")
+
+
+def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> None:
+    assert chosen("learning") == ["learning"]
+    with pytest.raises(RecipeError, match="learning: wants a recipe"):
+        reference_job(seconds=1.0, compiled=False, only=["learning"])
+    done = run(recipe, str(recipe), "--only", "learning")
+    assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
+
+
+def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job = recipe_job(load_recipe(recipe), Store(recipe.parent / "cache"), seconds=0.1, compiled=False, only=["processes"])
+    found = measure(replace(job, subject={**job.subject, "cores": 2}))
+    candidates = found["processes"]["candidates"]
+    assert {name: one["processes"] for name, one in candidates.items()} == {"one": 1, "ddp": 2, "fsdp": 2}
+    for one in candidates.values():
+        quotients = [a / b for a, b in zip(candidates["one"]["rounds"], one["rounds"], strict=True)]
+        assert min(quotients) <= one["share_of_one"] <= max(quotients)
+    assert candidates["one"]["share_of_one"] == 1
+    show(found)
+    printed = capfd.readouterr().out
+    assert "2 processes, fsdp" in printed and f"{candidates['ddp']['tokens_per_second']:,.0f}" in printed
+    with pytest.raises(StageError):
+        measure(replace(job, subject={**job.subject, "cores": 1}))
+
+
+def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:
+    small = load_recipe(recipe, ["stage.base.batch_tokens=31"])
+    with pytest.raises(RecipeError, match=r"stage\.base\.batch_tokens: found 31, wants at least one row of 32 tokens"):
+        recipe_job(small, Store(recipe.parent / "cache"), seconds=1.0, compiled=False, only=["train"])
+
+
+def test_a_worker_that_fails_is_told_and_its_words_stand_above(capfd: pytest.CaptureFixture[str]) -> None:
+    job = replace(reference_job(seconds=1.0, compiled=False, only=["train"]), subject={"vocab_size": "many"})
+    with pytest.raises(StageError, match="its worker ended with exit code 1"):
+        measure(job)
+    assert "vocab_size" in capfd.readouterr().err
+
+
+def test_ended_in_the_middle_it_leaves_no_folder_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner.cli", "bench", "--only", "matmul", "--json"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert any("matrix products" in line for line in process.stderr)
+        assert list(tmp_path.glob("stockpot-bench-*"))
+        process.terminate()
+        assert process.wait() == 130
+        assert process.stdout.read() == ""
+    assert not list(tmp_path.glob("stockpot-bench-*"))
+
+
+def test_the_process_that_shows_the_table_imports_no_torch() -> None:
+    code = "import sys, runner.diagnostics.bench; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

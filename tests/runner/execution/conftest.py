@@ -1,0 +1,40 @@
+"""Fixtures of the tests that disturb a training: one that ran undisturbed, and copies of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_recipe import RECIPE, Folder
+
+TRAINING = """
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { hidden_size = 32, layers = 1, heads = 2 }
+batch_tokens = 64
+budget = { steps = 240 }
+schedule = { learning_rate = 1e-3 }
+checkpoint_every = 20
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A folder whose recipe ends with a training that nothing disturbed."""
+    folder = Folder(tmp_path_factory.mktemp("trained"))
+    folder.write(RECIPE + TRAINING)
+    done = folder.run()
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def fresh(trained: Folder, tmp_path: Path) -> Folder:
+    """The same with all but the training in its cache."""
+    shutil.copytree(trained.root, tmp_path / "copy")
+    folder = Folder.__new__(Folder)
+    folder.root, folder.recipe, folder.cache = tmp_path / "copy", tmp_path / "copy/recipe.toml", tmp_path / "copy/cache"
+    key = folder.artifact("base").name.partition("-")[2]
+    shutil.rmtree(folder.artifact("base"))
+    (folder.cache / "records" / f"{key}.json").unlink()
+    return folder

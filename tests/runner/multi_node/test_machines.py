@@ -1,0 +1,340 @@
+"""Several machines: which one this is, and two runs on loopback that train together."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_recipe import RECIPE, Folder
+from watched_processes import wait_for
+
+from runner.errors import MachineLostError, RecipeError
+from runner.execution.node_layout import ALONE, Asked, Layout, hosts_of, layout_of, split_address, without_launcher
+from runner.execution.stage_run import StopRequest
+from runner.multi_node.connection import Wire
+from runner.multi_node.coordinator import Team, opened
+from runner.stage import Parallel
+
+SLURM = {"SLURM_NNODES": "3", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[08-10]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+TORCHRUN = {
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "1",
+    "RANK": "1",
+    "LOCAL_RANK": "0",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "node-a",
+    "MASTER_PORT": "6000",
+}
+
+
+def test_one_machine_is_the_default_whatever_else_is_around() -> None:
+    assert layout_of(Parallel(), environment={}) == ALONE
+    assert layout_of(Parallel(), environment={"WORLD_SIZE": "1", "SLURM_NNODES": "1"}) == ALONE
+    assert layout_of(Parallel(machines=1), environment=SLURM) == ALONE
+    assert layout_of(Parallel(), Asked(machines=1), environment=TORCHRUN) == ALONE
+
+
+def test_slurm_and_torchrun_tell_who_this_is() -> None:
+    assert layout_of(Parallel(), environment=SLURM) == Layout(3, 1, "gpu08", 29500)
+    step = SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[09-10]"}
+    assert layout_of(Parallel(), environment=step) == Layout(2, 1, "gpu09", 29500)
+    unlisted = {name: value for name, value in SLURM.items() if "LIST" not in name}
+    assert layout_of(Parallel(), environment=unlisted).host == "10.0.0.1"
+    assert layout_of(Parallel(), environment=TORCHRUN) == Layout(2, 1, "node-a", 6001)
+    by_hand = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "NODE_RANK": "0", "MASTER_ADDR": "node-a"}
+    assert layout_of(Parallel(), environment=by_hand) == Layout(2, 0, "node-a", 29500)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environment() -> None:
+    recipe = Parallel(machines=4, main_address="recipe:1000")
+    assert layout_of(recipe, Asked(rank=3), environment=SLURM) == Layout(4, 3, "recipe", 1000)
+    assert layout_of(recipe, Asked(machines=5, rank=4, address="[fe80::1]:7"), environment=SLURM) == Layout(5, 4, "fe80::1", 7)
+    assert layout_of(Parallel(machine_rank=2), environment=SLURM) == Layout(3, 2, "gpu08", 29500)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "asked", "environment", "message"),
+    [
+        (Parallel(machines=2), Asked(), {}, "machine_rank: is missing; wants this machine's, 0 to 1"),
+        (Parallel(machines=2), Asked(rank=2), {}, "machine_rank: found 2, wants 0 to 1, since there are 2 machines"),
+        (Parallel(machines=2), Asked(rank=-1), {}, "machine_rank: found -1, wants 0 to 1"),
+        (Parallel(), Asked(rank=1), {}, "machine_rank: found 1 of one machine"),
+        (Parallel(machines=2), Asked(rank=1), {}, "main_address: is missing; 2 machines want HOST or HOST:PORT"),
+        (Parallel(), Asked(2, 1, "a:b"), {}, "main_address: found 'a:b', wants HOST or HOST:PORT"),
+        (Parallel(), Asked(2, 1, "a:65535"), {}, "main_address: found 'a:65535'"),
+        (
+            Parallel(machines=2, machine_rank=1, main_address="evil"),
+            Asked(),
+            {},
+            "say on the command line that this is wanted",
+        ),
+        (Parallel(), Asked(), SLURM | {"SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
+        (Parallel(), Asked(), TORCHRUN | {"LOCAL_RANK": "1"}, "--nproc-per-node 1"),
+        (Parallel(), Asked(), {"WORLD_SIZE": "two"}, "WORLD_SIZE: wants a number, found 'two'"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said(parallel: Parallel, asked: Asked, environment: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        layout_of(parallel, asked, environment=environment)
+    assert message in str(error.value)
+
+
+def test_node_lists_of_slurm_are_read() -> None:
+    assert list(hosts_of("node[01-03,7],login")) == ["node01", "node02", "node03", "node7", "login"]
+    assert list(hosts_of("a[1-2]-b[08-10]")) == ["a1-b08", "a1-b09", "a1-b10", "a2-b08", "a2-b09", "a2-b10"]
+    assert list(hosts_of("one")) == ["one"]
+
+
+def test_an_address_has_a_port_of_its_own_or_the_usual_one() -> None:
+    assert split_address("node-1.example.org") == ("node-1.example.org", 29500)
+    assert split_address("[::1]") == ("::1", 29500)
+
+
+def test_what_a_launcher_says_of_this_run_does_not_reach_the_processes_of_a_training() -> None:
+    kept = {"PATH": "/bin", "SLURM_NNODES": "2", "MY_RANK": "3", "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_LOG_LEVEL": "info"}
+    told = {
+        "TORCHELASTIC_RUN_ID": "x",
+        "NODE_RANK": "0",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_FSDP": "true",
+    }
+    assert without_launcher(TORCHRUN | told | kept) == kept
+
+
+RUNNING: list[subprocess.Popen[str]] = []
+TRAINING = """
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { hidden_size = 16, layers = 1, heads = 1 }
+batch_tokens = 128
+budget = { steps = 6 }
+schedule = { kind = "constant", learning_rate = 1e-2 }
+checkpoint_every = 2
+[stage.again]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { hidden_size = 16, layers = 1, heads = 1 }
+batch_tokens = 128
+budget = { steps = 4 }
+schedule = { kind = "constant", learning_rate = 1e-2 }
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A folder in which everything up to the training is finished. Tests take a copy."""
+    folder = Folder(tmp_path_factory.mktemp("packed"))
+    folder.write(RECIPE + TRAINING)
+    done = folder.run("--until", "tokens")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(packed: Folder, tmp_path: Path) -> Folder:
+    shutil.copytree(packed.root, tmp_path / "here")
+    return Folder(tmp_path / "here")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """Whatever a test that failed left running ends."""
+    yield
+    while RUNNING:
+        process = RUNNING.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the run that a launcher has started
+        process.communicate()
+
+
+def begun(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    """A run of the recipe on a machine of its own."""
+    command = [*folder.command("run", str(folder.recipe)), "--machines", "2", "--machine-rank", str(rank)]
+    return launched([*command, "--main-address", f"127.0.0.1:{port}", "--cache", str(folder.cache), *words], rank)
+
+
+def launched(command: list[str], rank: int, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "STOCKPOT_MACHINE": f"host{rank}", **variables}
+    RUNNING.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True))
+    return RUNNING[-1]
+
+
+def ended(*runs: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    told = [run.communicate()[1] for run in runs]
+    RUNNING.clear()
+    return [(run.returncode, text) for run, text in zip(runs, told, strict=True)]
+
+
+def losses(folder: Folder, stage: str) -> list[float]:
+    lines = (folder.artifact(stage) / "metrics.jsonl").read_text().splitlines()
+    return [line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line]
+
+
+def test_two_machines_train_together_in_one_cache_and_learn_what_one_learns(folder: Folder) -> None:
+    port = free_port()
+    (first, told), (second, heard) = ended(*(begun(folder, rank, port) for rank in (0, 1)))
+    assert (first, second) == (0, 0), f"{told}\n{heard}"
+    assert "machine 0 has finished" in heard
+    record = json.loads((folder.artifact("base") / "record.json").read_text())
+    assert (record["processes"], record["machines"]) == (2, 2)
+    again = ended(begun(folder, 1, port))
+    assert again[0][0] == 0 and "everything is cached" in again[0][1]
+    alone = Folder(shutil.copytree(folder.root, folder.root.parent / "alone"))
+    assert alone.run("--until", "base", "--force", "base").returncode == 0
+    assert losses(alone, "base") == pytest.approx(losses(folder, "base"), rel=1e-4)
+
+
+def as_torchrun_starts_it(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port - 1), "--no-python"]
+    command = [*torchrun, *folder.command("run", str(folder.recipe)), "--cache", str(folder.cache), *words]
+    return launched(command, rank)
+
+
+def as_slurm_starts_it(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
+    command = [*folder.command("run", str(folder.recipe)), "--cache", str(folder.cache), *words]
+    variables = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0", "SLURM_PROCID": str(rank)}
+    return launched([*command, "--main-address", f"localhost:{port}"], rank, **variables)  # the usual port may be taken here
+
+
+@pytest.mark.parametrize("start", [as_torchrun_starts_it, pytest.param(as_slurm_starts_it, marks=pytest.mark.long)])
+def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, start: Any) -> None:
+    port = free_port()
+    results = ended(*(start(folder, rank, port, "--until", "again") for rank in (0, 1)))
+    assert [code for code, _ in results] == [0, 0], results
+    record = json.loads((folder.artifact("again") / "record.json").read_text())
+    assert (record["processes"], record["machines"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("killed", "retries"), [(1, 1), pytest.param(0, 0, marks=pytest.mark.long)])
+def test_when_a_worker_of_one_machine_dies_all_begin_again_or_the_first_goes_on_alone(
+    folder: Folder, killed: int, retries: int
+) -> None:
+    recipe = ("--until", "base", "--set", "stage.base.budget={steps=120}", "--set", f"parallel.retries={retries}")
+    port = free_port()
+    runs = [begun(folder, rank, port, *recipe) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    (worker,) = folder.cache.glob(f"work/*/.work/workers/host{killed}-{killed}")
+    os.kill(int(worker.read_text()), signal.SIGKILL)
+    (first, told), (second, heard) = ended(*runs)
+    assert (first, second) == (0, 0), f"{told}\n{heard}"
+    assert "machine 0 has finished" in heard and "Traceback" not in told + heard
+    record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
+    (fault,) = record["faults"]
+    assert fault["processes"] == 2 and "signal 9" in fault["cause"]
+    if retries:
+        assert (record["processes"], record["machines"]) == (2, 2)
+        assert "begins again from the last checkpoint (0 more retries left)" in told
+    else:
+        assert record["processes"] == 1 and "machines" not in record
+        assert "goes on with one process and the same batch from the last checkpoint" in told
+
+
+def test_machines_with_caches_of_their_own_meet_at_a_remote(folder: Folder) -> None:
+    ignored, port = shutil.ignore_patterns("cache"), free_port()
+    other = Folder(shutil.copytree(folder.root, folder.root.parent / "there", ignore=ignored))
+    remote = ("--until", "base", "--remote", str(folder.root.parent / "team"))
+    results = ended(begun(folder, 0, port, *remote), begun(other, 1, port, *remote))
+    assert [code for code, _ in results] == [0, 0], results
+    done = other.run("--until", "base", "--remote", remote[-1], "--cache", str(other.cache))
+    assert "fetched from the remote" in done.stderr
+    assert other.digest("base") == folder.digest("base")
+
+
+def test_machines_that_share_neither_cache_nor_remote_are_refused(folder: Folder) -> None:
+    other, port = Folder(shutil.copytree(folder.root, folder.root.parent / "there")), free_port()
+    for code, text in ended(begun(folder, 0, port), begun(other, 1, port)):
+        assert code == 2, text
+        assert "machine 1" in text and "sees neither the cache of this machine" in text and "Traceback" not in text
+
+
+def test_machines_whose_recipes_differ_are_refused_with_what_differs(folder: Folder) -> None:
+    port = free_port()
+    for code, text in ended(begun(folder, 0, port), begun(folder, 1, port, "--set", "stage.base.budget={steps=7}")):
+        assert code == 2, text
+        assert "stage 'base' differs from that of machine 0: budget.steps: 6 -> 7" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_can_go_on(folder: Folder, killed: int) -> None:
+    impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=0", "--set", "parallel.fallback='none'")
+    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}", *impatient)
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    runs[killed].send_signal(signal.SIGKILL)
+    left = ended(*runs)[1 - killed]
+    assert left[0] == 3, left[1]
+    assert f"machine {killed}" in left[1] and "is gone" in left[1] and "Traceback" not in left[1]
+    plan = json.loads(folder.call("plan", str(folder.recipe), "--json", *long).stdout)
+    assert plan["stages"][-1]["state"] == "resume"
+
+
+def test_a_machine_that_is_gone_after_a_training_failed_here_is_its_cause_and_not_the_end(tmp_path: Path) -> None:
+    port = free_port()
+    team = Team(Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, note=print, stop=StopRequest(), rejoin_seconds=0.2)
+    with opened(team):
+        other = Wire(socket.create_connection(("127.0.0.1", port)))
+        other.send(do="hello", rank=1, machines=2, who="process 7 on there", shares=True)
+        team.assemble()
+        other.close()
+        assert team.causes() == ["machine 1 (process 7 on there) is gone; what was checkpointed is kept"]
+        with pytest.raises(MachineLostError, match="machine 1 of 2 did not come back within 0 s"):
+            team.assemble()
+        team.give_up()
+        assert team.is_broken
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folder, killed: int) -> None:
+    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=120}")
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    os.killpg(runs[killed].pid, signal.SIGKILL)
+    runs[killed].communicate()
+    (lived, told), (back, heard) = ended(runs[1 - killed], begun(folder, killed, port, *long))
+    assert (lived, back) == (0, 0), f"{told}\n{heard}"
+    assert f"machine {killed}" in told and "is gone" in told and "Traceback" not in told + heard
+    record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
+    assert (record["processes"], record["machines"]) == (2, 2)
+
+
+@pytest.mark.long
+def test_when_a_machine_does_not_come_back_the_first_trains_alone_from_then_on(folder: Folder) -> None:
+    impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=1")
+    port, long = free_port(), ("--set", "stage.base.budget={steps=120}", *impatient)
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    os.killpg(runs[1].pid, signal.SIGKILL)
+    (code, told), _ = ended(*runs)
+    assert code == 0, told
+    assert "is gone" in told and "machine 1 of 2 did not come back within 1 s" in told and "Traceback" not in told
+    assert "goes on with one process and the same batch from the last checkpoint" in told
+    records = [json.loads(path.read_text()) for path in folder.cache.glob("stages/pretrain-*/record.json")]
+    assert [record["processes"] for record in records] == [1, 1], "the second training waits for nobody"
+    assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]
+
+
+def test_a_machine_that_is_asked_to_stop_stops_all_of_them_after_a_checkpoint(folder: Folder) -> None:
+    port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}")
+    runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
+    wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
+    runs[1].send_signal(signal.SIGTERM)
+    for code, text in ended(*runs):
+        assert code == 130, text
+        assert "interrupted" in text

@@ -1,0 +1,303 @@
+"""Recipes: what is accepted, and that every fault is told at once with its place, what was found and what was wanted."""
+
+from pathlib import Path
+
+import pytest
+import tomli
+import tomli_w
+
+from runner.errors import RecipeError
+from runner.graph import input_files
+from runner.recipe.first_rows import check_first_rows
+from runner.recipe.recipe import load_recipe
+from runner.recipe.schema import docstrings, recipe_schema
+from runner.stage import Identity, Spec
+from runner.stages import stage_kinds
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+SHIPPED = sorted(RECIPES.glob("*.toml"))
+
+
+def write(folder: Path, text: str, name: str = "recipe.toml") -> Path:
+    (folder / "text.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value).splitlines()
+
+
+GOOD = """
+name = "good"
+seed = 7
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.jsonl" }]
+[stage.tokenizer]
+kind = "tokenizer"
+corpus = "corpus"
+vocab_size = 300
+"""
+
+
+def test_every_fault_is_told_at_once_with_its_dotted_path(tmp_path: Path) -> None:
+    lines = faults(
+        tmp_path,
+        """
+name = "bad"
+sede = 3
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "missing-*.jsonl", wieght = 2.0 }]
+[stage.tokenizer]
+kind = "tokenizr"
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = "long"
+""",
+    )
+    text = "\n".join(lines)
+    assert "sede: is not known here" in text
+    assert "did you mean 'seed'?" in text
+    assert "stage.corpus.sources[0].wieght: is not known here" in text
+    assert "did you mean 'weight'?" in text
+    assert "stage.tokenizer.kind: found 'tokenizr', wants one of" in text
+    assert "did you mean 'tokenizer'?" in text
+    assert "stage.tokens.context: found 'long', wants a valid integer" in text
+    assert all(line.startswith(str(tmp_path / "recipe.toml")) for line in lines)
+
+
+def test_a_file_that_does_not_exist_is_a_fault(tmp_path: Path) -> None:
+    (line,) = faults(tmp_path, GOOD.replace("text.jsonl", "nothing/*.jsonl"))
+    assert f"stage.corpus.sources[0].files: wants a file, found nothing at {tmp_path}/nothing/*.jsonl" in line
+
+
+def test_a_dangling_reference_names_the_nearest_stage(tmp_path: Path) -> None:
+    (line,) = faults(tmp_path, GOOD.replace('corpus = "corpus"', 'corpus = "corpsu"'))
+    assert "stage.tokenizer.corpus: found 'corpsu', wants the name of a stage; did you mean 'corpus'?" in line
+
+
+def test_a_reference_to_the_wrong_artifact_tells_both_types(tmp_path: Path) -> None:
+    tokens = '[stage.tokens]\nkind = "pack"\ncorpus = "tokenizer"\ntokenizer = "tokenizer"\ncontext = 8\n'
+    (line,) = faults(tmp_path, GOOD + tokens)
+    assert "stage.tokens.corpus: wants Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
+
+
+def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
+    merge = '[stage.{0}]\nkind = "sft"\nmodel = "{1}"\ndata = [{{ files = "text.jsonl" }}]\nbudget = {{ steps = 1 }}\n'
+    text = "\n".join(faults(tmp_path, 'name = "x"\n' + merge.format("a", "b") + merge.format("b", "a")))
+    assert "wants stages without a cycle, found a -> b -> a" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "is not TOML"),
+        ('name = "x"', "stage: wants at least one [stage.NAME] table"),
+        ('[stage]\na = 1\n[stage.b]\nkind = "corpus"', "stage.a: wants a table, found 1"),
+        ('stage = 3\nname = "x"', "stage: wants at least one"),
+        ('name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]', "name: found 'a b'"),
+        ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; wants one of"),
+        (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
+        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: found 3, wants one of"),
+        ('name = "x"\n[stage.c]\nkind = "corpus"\n', "stage.c.sources: is missing"),
+        ("extends = 3", "extends: wants the path of a recipe"),
+        ('extends = "gone.toml"', "gone.toml: no such recipe, which recipe.toml extends"),
+        ('extends = "recipe.toml"', "extends: wants a file that does not extend this one"),
+    ],
+)
+def test_malformed_recipes_get_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
+    assert message in "\n".join(faults(tmp_path, text))
+
+
+TAUGHT = (
+    GOOD
+    + """
+[stage.tokens]
+kind = "pack"
+corpus = "corpus"
+tokenizer = "tokenizer"
+context = 32
+[stage.base]
+kind = "pretrain"
+tokens = "tokens"
+architecture = { preset = "2m" }
+[stage.chat]
+kind = "sft"
+model = "base"
+data = [{ files = "rows.*", prompt = "{question}", response = "{answer}", on_bad_row = "BAD" }]
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.jsonl", '{"queston": 1, "answer": 2}\n'), ("rows.csv", "queston,answer\n1,2\n")]
+)
+def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
+    told = str(caught.value)
+    assert f"stage.chat.data[0]: wants the field 'question' in the rows of {tmp_path / name}, found only 'queston'" in told
+    assert told.endswith("did you mean 'queston'?") and len(told.splitlines()) == 1
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip"))))
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}"))))
+
+
+@pytest.mark.parametrize(("name", "content"), [("rows.jsonl", b"no JSON\n"), ("rows.jsonl", b""), ("rows.parquet", b"PAR1")])
+def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(RecipeError, match="wants UTF-8 text, found byte 0xff"):
+        load_recipe(tmp_path / "recipe.toml")
+
+
+def test_the_recipes_seed_is_the_default_of_every_stage_that_draws(tmp_path: Path) -> None:
+    recipe = load_recipe(SHIPPED[0], ["seed=11"])
+    seeds = {getattr(stage, "seed", 11) for stage in recipe.stages.values()}
+    assert seeds == {11}
+
+
+def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    write(below, GOOD)
+    child = write(
+        tmp_path, 'extends = "below/recipe.toml"\nname = "child"\n[stage.tokenizer]\nvocab_size = 400\n', "child.toml"
+    )
+    recipe = load_recipe(child)
+    assert recipe.head.name == "child"
+    assert recipe.head.seed == 7
+    assert recipe.stages["tokenizer"].model_dump()["vocab_size"] == 400
+    assert recipe.resolved()["stage"]["corpus"]["sources"][0]["files"] == "below/text.jsonl"
+
+
+def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tmp_path: Path) -> None:
+    parent = RECIPES / "medical-lora.toml"
+    child = write(
+        tmp_path, f'extends = "{parent}"\n[stage.base]\nschedule = {{ kind = "cosine" }}\nbudget = {{ steps = 3 }}\n'
+    )
+    old = load_recipe(parent).resolved()["stage"]["base"]
+    new = load_recipe(child, allowed=[RECIPES]).resolved()["stage"]["base"]
+    assert new["schedule"] == {**old["schedule"], "kind": "cosine"}
+    assert new["budget"] == {"steps": 3}, "a budget names one of several things: the child's replaces its parent's"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.processes=0", "parallel.processes: found 0, wants greater than or equal to 1"),
+        (
+            "parallel={strategy='fsdp',find_unused_parameters=true}",
+            'parallel.find_unused_parameters: found true beside strategy = "fsdp"; wants strategy = "ddp"',
+        ),
+        ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: found inf, wants a finite number"),
+        ("stage.base.architecture={preset=[1]}", "stage.base.architecture"),
+        ("stage.base.architecture.heads=5", "hidden_size wants a multiple of heads; found hidden_size 192 and heads 5"),
+        ("stage.after.gates=[{score='section.f1',at_least=0.9}]", "a gate names the score 'section.f1'"),
+        (
+            "stage.after.tasks=[{name='t',task='text',files='data/section_dev.jsonl.gz',text='{text}',limt=3}]",
+            "tasks[0].limt: is not",
+        ),
+        (
+            "stages.x.kind=corpus",
+            "stages: is not known here; wants one of alerts, cache, description, extends, name, parallel, seed, stage",
+        ),
+    ],
+)
+def test_values_that_cannot_be_meant_are_told_with_their_place(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(RECIPES / "medical-lora.toml", [override])
+    assert message in str(caught.value)
+
+
+def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
+    overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(RECIPES / "medical-lora.toml", overrides)
+    found = 'stage.medical.quantize: found "nf4" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
+    assert found in str(caught.value)
+    load_recipe(RECIPES / "medical-lora.toml", [*overrides, "parallel.processes=1"])
+
+
+def test_a_folder_and_a_file_with_glob_characters_in_their_names_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "d[1] 数据"
+    folder.mkdir()
+    (folder / "b[1].jsonl").write_text('{"text": "a"}\n')
+    recipe = load_recipe(write(folder, GOOD.replace("text.jsonl", "b[1].jsonl")))
+    ((_, file),) = input_files(recipe.stages["corpus"])
+    assert [path.name for path in file.matches()] == ["b[1].jsonl"]
+    load_recipe(write(folder, GOOD.replace("text.jsonl", "t*.jsonl")))
+
+
+def test_overrides_are_toml_else_strings(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD), ["stage.tokenizer.vocab_size=500", "name=other", "stage.corpus.validation=0.5"]
+    )
+    assert recipe.stages["tokenizer"].model_dump()["vocab_size"] == 500
+    assert recipe.head.name == "other"
+    assert faults(tmp_path, GOOD, ("stage.tokenizer.vocab_sise=1",))[0].count("did you mean 'vocab_size'?") == 1
+    with pytest.raises(RecipeError, match="wants KEY=VALUE"):
+        load_recipe(write(tmp_path, GOOD), ["seed"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_resolves_to_a_recipe_that_means_the_same(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    text = tomli_w.dumps(recipe.resolved())
+    written = path.parent / ".resolved.toml"
+    try:
+        written.write_text(text, encoding="utf-8")
+        again = load_recipe(written)
+    finally:
+        written.unlink()
+    assert again.resolved() == recipe.resolved()
+    assert again.stages == recipe.stages
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_points_at_the_schema_and_explains_itself(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#:schema recipe.schema.json\n")
+    for word in ("Hardware:", "Time:", "Result:"):
+        assert word in text.split("name =")[0]
+
+
+def test_the_schema_beside_the_recipes_is_the_present_one() -> None:
+    import json
+
+    written = json.loads((RECIPES / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(recipe_schema())), "write it again: run schema > recipes/recipe.schema.json"
+
+
+def specs() -> list[type[Spec]]:
+    stage_kinds()
+    found, open_classes = [], [Spec]
+    while open_classes:
+        for child in open_classes.pop().__subclasses__():
+            found.append(child)
+            open_classes.append(child)
+    return [spec for spec in found if spec.__module__.startswith("runner.")]
+
+
+@pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.__name__)
+def test_every_field_is_marked_and_described(spec: type[Spec]) -> None:
+    for name, field in spec.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Identity)]
+        assert len(marks) == 1, f"{spec.__name__}.{name} wants exactly one of Semantic[...] and Execution[...]"
+        assert docstrings(spec).get(name), f"{spec.__name__}.{name} has no docstring"
+
+
+def test_the_resolved_recipe_is_toml(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert tomli.loads(tomli_w.dumps(recipe.resolved()))["stage"]["tokenizer"]["corpus"] == "corpus"

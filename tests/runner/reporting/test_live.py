@@ -1,0 +1,189 @@
+"""What is told while a recipe runs: the view of a terminal, JSON for programs, and a run that is watched from outside."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from runner.cache.store import Store
+from runner.planning.plan import Plan
+from runner.recipe.recipe import load_recipe
+from runner.reporting.live import LiveProgress, share_of_peak, sparkline
+from runner.reporting.progress import JsonProgress
+
+RECIPE = """
+name = "tiny"
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.jsonl" }]
+near_duplicates = false
+[stage.tokenizer]
+kind = "tokenizer"
+corpus = "corpus"
+vocab_size = 270
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    lines = [
+        json.dumps({"text": f"The heart pumps blood through the whole body, day {day} and night {day}."}) for day in range(30)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "tiny.toml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path / "tiny.toml"
+
+
+@pytest.fixture
+def plan(recipe: Path, tmp_path: Path) -> Plan:
+    return Plan(load_recipe(recipe), Store(tmp_path / "cache"))
+
+
+def seen(view: LiveProgress, *, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as capture:
+        console.print(view.render())
+    return capture.get()
+
+
+def make_view(expected: dict[str, float]) -> LiveProgress:
+    return LiveProgress(expected, console=Console(file=io.StringIO(), force_terminal=True, width=120))
+
+
+def test_a_view_shows_states_curve_speed_and_what_is_left(plan: Plan) -> None:
+    view = make_view({"corpus": 10.0, "tokenizer": 100.0})
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    view.reported({"flops_per_token": 1e6, "peak_flops": 1e10})
+    for step, loss in ((10, 8.0), (20, 4.0), (30, 1.0)):
+        view.reported({"step": step, "steps": 100, "loss": loss, "tokens_per_second": 5000.0})
+    told = seen(view)
+    assert "step 30/100" in told and "5,000 tokens/s" in told and "50% of peak" in told and "█▄▁" in told
+    assert "tokenizer" in told and "about 1:40" in told
+    view.finished(plan.entries["corpus"], "done in 7s")
+    assert "✓  corpus     done in 7s" in seen(view)
+    view.close()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_running_stage_takes_two_lines_however_narrow_the_terminal(plan: Plan, width: int) -> None:
+    view = make_view({"corpus": 10.0, "tokenizer": 0.0})
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    for step in range(10, 900, 10):
+        values = {"loss": 3.613, "learning_rate": 2e-2, "tokens_per_second": 19617.0}
+        view.reported({"step": step, "steps": 1954, "flops_per_token": 1.65e7, "peak_flops": 9e11, **values})
+    lines = seen(view, width=width).splitlines()
+    assert len(lines) == 4, "two of them, the tokenizer and what is left"
+    assert "step 890/1954" in lines[0] and "loss 3.613  19,617 tokens/s" in lines[1]
+    assert ("learning rate 2.00e-02" in lines[1]) == (width == 120) and "36% of peak" in lines[1]
+    assert "only if it is needed" in lines[2]
+    view.close()
+
+
+def test_notes_stay_in_view(plan: Plan) -> None:
+    view = make_view({})
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    view.reported({"note": "memory ran out"})
+    for done in range(100):
+        view.reported({"done": done, "total": 100, "unit": "rows"})
+    assert "• corpus: memory ran out" in seen(view)
+    view.close()
+
+
+def test_what_is_left_is_not_guessed_where_nothing_is_known(plan: Plan) -> None:
+    view = make_view({"corpus": 10.0})
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    assert view.seconds_left() is None
+    view.close()
+
+
+def test_a_view_of_many_stages_stays_on_one_screen(tmp_path: Path, recipe: Path) -> None:
+    more = "".join(f'[stage.t{n}]\nkind = "tokenizer"\ncorpus = "corpus"\nvocab_size = {270 + n}\n' for n in range(100))
+    recipe.write_text(RECIPE + more, encoding="utf-8")
+    plan = Plan(load_recipe(recipe), Store(tmp_path / "cache"))
+    view = make_view({})
+    view.planned(plan)
+    view.started(plan.entries["t50"])
+    told = seen(view)
+    assert len(told.splitlines()) < 30 and "t50" in told and "before" in told and "more" in told
+    view.close()
+
+
+def test_a_sparkline_reaches_from_lowest_to_highest() -> None:
+    assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert sparkline([2.0, 2.0]) == "▁▁" and sparkline([]) == ""
+    assert share_of_peak({"tokens_per_second": 1.0}) is None
+
+
+def test_every_event_for_programs_is_one_json_object(plan: Plan) -> None:
+    stream = io.StringIO()
+    told = JsonProgress(stream)
+    told.planned(plan)
+    told.started(plan.entries["corpus"])
+    told.reported({"step": 1, "loss": 2.5})
+    told.finished(plan.entries["corpus"], "done in 1s")
+    told.note("名")
+    told.close()
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["planned", "started", "reported", "finished", "note", "closed"]
+    assert events[2] == {"event": "reported", "stage": "corpus", "step": 1, "loss": 2.5}
+
+
+@pytest.fixture
+def run(recipe: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts a verb; what still runs in the end is ended."""
+    started = []
+
+    def start(*words: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "runner.cli", *words, "--cache", str(recipe.parent / "cache")]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def events_of(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_a_run_elsewhere_is_watched_until_it_is_done(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+    watching = run("watch", str(recipe), "--json", "--patience", "60")
+    assert watching.stdout is not None
+    assert json.loads(watching.stdout.readline())["event"] == "planned"
+    working = run(str(recipe), "--json")
+    told, _ = working.communicate(timeout=120)
+    assert working.returncode == 0
+    assert [event["stage"] for event in events_of(told) if event["event"] == "finished"] == ["corpus", "tokenizer"]
+    seen_there, faults = watching.communicate(timeout=60)
+    assert watching.returncode == 0, faults
+    finished = [event["stage"] for event in events_of(seen_there) if event["event"] == "finished"]
+    assert finished == ["corpus", "tokenizer"]
+
+
+def test_watching_where_nothing_runs_ends_with_patience(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+    watching = run("watch", str(recipe), "--patience", "0.1")
+    assert watching.communicate(timeout=60) is not None
+    assert watching.returncode == 1
+    assert not (recipe.parent / "cache" / "logs").exists(), "watching writes nothing"
+
+
+def test_watching_ends_at_ctrl_c(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+    watching = run("watch", str(recipe), "--json")
+    assert watching.stdout is not None
+    watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=60)
+    assert watching.returncode == 130

@@ -1,0 +1,106 @@
+"""Which models of a recipe one can talk to, and `run chat` in a pipe, with a real model."""
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm.models.checkpoint import save_checkpoint
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer.train_bpe import train_bpe
+from runner.serving.models import Talker
+
+RECIPE = """
+name = "talks"
+[stage.base]
+kind = "checkpoint"
+folder = "model"
+[stage.corpus]
+kind = "corpus"
+sources = [{ files = "text.txt" }]
+[stage.medical]
+kind = "lora"
+base = "base"
+data = [{ files = "rows.jsonl" }]
+"""
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """`run` in a folder with a recipe of which only `base` is finished."""
+    folder = tmp_path_factory.mktemp("talks")
+    tokenizer = train_bpe(["what is it? 是什么"] * 9, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
+    tokenizer.save(folder / "model")
+    save_checkpoint(folder / "model", model, folder / "model")
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    (folder / "text.txt").write_text("text", encoding="utf-8")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+
+    def run(*words: str, said: str = "", terminal: int | None = None) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "runner.cli", *words, *([] if "--cache" in words else ["--cache", "cache"])]
+        source: dict[str, Any] = {"input": said} if terminal is None else {"stdin": terminal}
+        return subprocess.run(command, cwd=folder, **source, capture_output=True, text=True, timeout=120, check=False)
+
+    nothing = run("chat", "recipe.toml")
+    assert nothing.returncode == 2 and "found none" in nothing.stderr
+    assert run("recipe.toml", "--until", "base").returncode == 0
+    return run
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("2", "2")])
+def test_it_talks_with_the_cores_that_a_run_may_use_unless_threads_are_named(
+    said: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("llm.inference.chat_session.Speaker", lambda *paths, compiled: None)
+    monkeypatch.setenv("STOCKPOT_CORES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    Talker("base", tmp_path).open()
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "5")
+    once = ask(*words, said="what is it?\n")
+    assert once.returncode == 0, once.stderr
+    again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
+    assert again.stdout == once.stdout * 2, "/new forgets, and greedy answers repeat"
+
+
+def test_a_word_behind_a_slash_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, b"/help\n/exit\n")
+    told = ask("chat", "recipe.toml", terminal=terminal)
+    assert told.returncode == 0 and told.stderr.count("/new forgets the conversation") == 2
+    assert told.stdout.split() == [">", ">"]
+
+
+def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
+    ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it has compiled
+    words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "12", "--cache", str(tmp_path))
+    ask("recipe.toml", "--until", "base", "--cache", str(tmp_path))
+    plain, compiled = ask(*words, said="what is it?\n"), ask(*words, "--compile", said="what is it?\n")
+    assert (compiled.returncode, compiled.stdout) == (0, plain.stdout), compiled.stderr
+    assert any((tmp_path / "compiled").rglob("*.so"))
+
+
+def test_only_finished_models_talk(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    for stage, told in (
+        ("corpus", "makes Corpus; these are: base"),
+        ("medical", "its state is 'run'"),
+        ("bas", "did you mean 'base'"),
+    ):
+        refused = ask("chat", "recipe.toml", stage)
+        assert refused.returncode == 2 and told in refused.stderr, refused.stderr

@@ -1,0 +1,218 @@
+"""The server, asked by the client that its users have: real sockets on loopback, a tiny real model with random weights."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from llm.inference.chat_session import Speaker
+from llm.inference.sampling import Sampling
+from llm.models.checkpoint import save_checkpoint
+from llm.models.llama.compiled_decode import CompiledRow
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer.train_bpe import train_bpe
+from runner.serving.server import MOST_BYTES, Server, Settings
+
+TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
+KEY = "not-a-secret"
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, Speaker]:
+    """Two models, of which `tuned` writes with a compiled step."""
+    folder = tmp_path_factory.mktemp("speakers")
+    tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    tokenizer.save(folder / "tokenizer")
+    found = {}
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=96)
+        save_checkpoint(folder / name, Llama(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
+        found[name] = Speaker(folder / name, compiled=name == "tuned")
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(speakers: dict[str, Speaker]) -> Iterator[str]:
+    """Where a server with both models and a queue of two listens."""
+    settings = Settings(sampling=Sampling(temperature=0.0), max_new_tokens=16, queue=2, api_key=KEY)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(Server(speakers, settings).app(), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=20)
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def asked(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def test_the_client_lists_the_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "tuned"]
+
+
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[str, Speaker], name: str) -> None:
+    answer = client.chat.completions.create(model=name, messages=asked("什么是高血压？"), max_tokens=12)
+    expected = speakers[name].answer(asked("什么是高血压？"), max_new_tokens=12)
+    assert answer.choices[0].message.content == "".join(expected.pieces)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.prompt_tokens, expected.new_tokens)
+    assert answer.choices[0].finish_reason == ("length" if expected.is_cut else "stop")
+
+
+def test_a_compiled_step_writes_in_the_thread_of_the_server_and_is_not_compiled_again(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    logits = CompiledRow.logits
+
+    def noted(self: CompiledRow, *given: Any) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return logits(self, *given)
+
+    monkeypatch.setattr(CompiledRow, "logits", noted)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    base, tuned = (
+        client.chat.completions.create(model=name, messages=asked("asthma"), max_tokens=12).usage for name in ("base", "tuned")
+    )
+    assert base and tuned and min(base.completion_tokens, tuned.completion_tokens) > 2
+    assert len(threads) == tuned.completion_tokens - 1, "the first token comes from reading"
+    assert threading.current_thread().name not in threads
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+
+
+def test_a_stream_gives_the_same_in_pieces_and_never_half_a_character(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="base", messages=asked("asthma"), max_tokens=24).choices[0].message.content
+    stream = client.chat.completions.create(
+        model="base", messages=asked("asthma"), max_tokens=24, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == whole and len(pieces) > 2
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 24
+    assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_text_goes_on_without_a_template(client: openai.OpenAI, speakers: dict[str, Speaker]) -> None:
+    found = client.completions.create(model="tuned", prompt="Asthma is", max_tokens=8)
+    assert found.choices[0].text == "".join(speakers["tuned"].continuation("Asthma is", max_new_tokens=8).pieces)
+
+
+def test_a_seed_reproduces_and_another_differs(client: openai.OpenAI) -> None:
+    def say(seed: int) -> str | None:
+        made = client.chat.completions.create(model="base", messages=asked("why"), temperature=1.5, seed=seed, max_tokens=16)
+        return made.choices[0].message.content
+
+    assert say(1) == say(1) != say(2)
+
+
+def test_a_stop_text_ends_the_answer(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="base", prompt="a", max_tokens=16).choices[0].text
+    stop = whole[3:5]
+    assert (
+        client.completions.create(model="base", prompt="a", max_tokens=16, stop=[stop]).choices[0].text
+        == whole[: whole.find(stop)]
+    )
+
+
+def test_a_long_conversation_forgets_its_beginning(speakers: dict[str, Speaker]) -> None:
+    turns = [{"role": role, "content": "asthma is a disease"} for _ in range(8) for role in ("user", "assistant")]
+    answer = speakers["base"].answer([*turns, *asked("why")], max_new_tokens=8)
+    assert answer.forgotten > 0 and answer.forgotten % 2 == 0, "a question goes with its answer"
+    assert answer.prompt_tokens + 8 <= 96
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "told"),
+    [
+        ({"model": "other"}, 404, "there are: base, tuned"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "user's turn last"),
+        ({"messages": [{"role": "user", "content": "asthma " * 200}]}, 400, "context of 96"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"n": 2}, 400, "n:"),
+        ({"tools": [{}]}, 400, "tools"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * (MOST_BYTES + 1)}]}, 413, "at most"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(client: openai.OpenAI, change: dict[str, Any], status: int, told: str) -> None:
+    request: dict[str, Any] = {"model": "base", "messages": asked("hello"), "max_tokens": 4} | change
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=request, cast_to=dict)
+    assert caught.value.status_code == status
+    assert told in caught.value.message
+
+
+def test_a_wrong_key_and_another_host_are_refused(address: str) -> None:
+    stranger = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    rebound = urllib.request.Request(f"{address}/v1/models", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(rebound)
+    assert caught.value.code == 400
+    caught.value.close()
+
+
+def test_a_reader_who_leaves_gives_the_turn_to_the_next(address: str, client: openai.OpenAI) -> None:
+    for _ in range(4):  # more than the queue holds
+        stream = client.chat.completions.create(model="base", messages=asked("why"), max_tokens=80, stream=True)
+        next(iter(stream))
+        stream.close()
+    assert client.chat.completions.create(model="base", messages=asked("why"), max_tokens=2).choices
+
+
+def test_too_many_at_once_are_told_to_come_later(client: openai.OpenAI) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        try:
+            client.chat.completions.create(model="base", messages=asked("why"), max_tokens=80)
+            statuses.append(200)
+        except openai.APIStatusError as error:
+            statuses.append(error.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert set(statuses) == {200, 429}, statuses
+
+
+def test_the_page_stands_alone(address: str) -> None:
+    with urllib.request.urlopen(f"{address}/") as response:
+        page = response.read().decode()
+        assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "http" not in page.replace("http-equiv", ""), "nothing is loaded from elsewhere"
+    with urllib.request.urlopen(f"{address}/health") as response:
+        deadline = time.monotonic() + 20
+        health = json.load(response)
+        while health["answers"] and time.monotonic() < deadline:
+            with urllib.request.urlopen(f"{address}/health") as again:
+                health = json.load(again)
+        assert health == {"status": "ok", "answers": 0}

@@ -1,0 +1,223 @@
+"""The tasks of an evaluation beyond text, labels and answers: multiple choice, pairs of texts, and lm-eval."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from llm.errors import InputError
+from llm.evaluation.lm_eval_harness import local_task
+from llm.evaluation.multiple_choice import ChoiceTemplate
+from llm.inference.likelihood import label_likelihoods
+from llm.models.checkpoint import load_checkpoint, save_checkpoint
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.tokenizer.tokenizer import TextTokenizer
+from llm.tokenizer.train_bpe import train_bpe
+from runner.graph import input_files
+from runner.input_files import InputFile
+from runner.stage import Context
+from runner.stages.evaluate import Evaluate
+from runner.stages.fields.eval_tasks import TaskFolder
+
+CHOICES = [
+    {"question": "What pumps?", "choices": ["the heart", "a liver"], "answer": 0},
+    {"question": "What filters?", "choices": ["a heart that beats", "the liver", "blood"], "answer": "B"},
+    {"question": "What is red?", "choices": {"text": ["blood", "bone"], "label": ["1", "2"]}, "answer": "1"},
+    {"question": "What is hard?", "choices": ["blood", "bone"], "answer": "bone"},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_bpe(
+        ["the heart pumps blood, the liver filters it"], 290, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True
+    )
+    tokenizer.save(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(hidden_size=16, layers=1, heads=2, context=64)
+    save_checkpoint(folder, Llama(config, vocab_size=tokenizer.vocab_size), folder)
+    return folder
+
+
+@pytest.fixture
+def score(checkpoint: Path, make_context: Callable[..., Context]) -> Callable[..., tuple[dict[str, float], dict[str, Any]]]:
+    """Runs an evaluation of one task; its scores and its facts."""
+
+    def run(task: dict[str, Any] | str, **fields: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        context = make_context(inputs={"base": checkpoint})
+        stage = Evaluate.model_validate({"model": "base", "tasks": [task], **fields})
+        metrics = stage.run(context)
+        assert json.loads((context.work / "scores.json").read_text())["scores"] == metrics["scores"]
+        (facts,) = metrics["tasks"].values()
+        return metrics["scores"], facts
+
+    return run
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_likeliest_choice_is_taken_as_a_whole_and_per_byte(
+    checkpoint: Path, score: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = lines(tmp_path / "rows.jsonl", CHOICES)
+    scores, facts = score({"name": "exam", "task": "multiple_choice", "files": files})
+    assert facts["chance"] == pytest.approx((0.5 + 1 / 3 + 0.5 + 0.5) / 4, abs=1e-4)
+
+    model, tokenizer = load_checkpoint(checkpoint), TextTokenizer.load(checkpoint)
+    right = {"accuracy": 0, "accuracy_per_byte": 0}
+    for row, answer in zip(CHOICES, [0, 1, 0, 1], strict=True):
+        choices: Any = row["choices"]
+        texts = choices["text"] if isinstance(choices, dict) else choices
+        prompt = tokenizer.encode_prompt([{"role": "user", "content": str(row["question"])}])
+        spelled = [[*tokenizer.encode(text), tokenizer.end] for text in texts]
+        found = label_likelihoods(model, [prompt], spelled)[0]
+        right["accuracy"] += int(found.argmax()) == answer
+        right["accuracy_per_byte"] += int((found / torch.tensor([len(text) for text in texts])).argmax()) == answer
+    assert scores == {f"exam.{name}": count / 4 for name, count in right.items()}
+
+
+def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
+    score: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = [{"q": "What?", "A": "blood", "B": "bone", "right": number} for number in (1, 2)]
+    task = {"name": "exam", "task": "multiple_choice", "files": lines(tmp_path / "rows.jsonl", rows), "prompt": "{q}"}
+    task |= {"choices": ["{A}", "It is {B}"], "answer": "right", "first": 1}
+    scores, _ = score(task)
+    assert scores["exam.accuracy"] == 0.5  # the same question twice, with either answer
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: wants in 'right' .* a number from 0 to 1; found 2"):
+        score(task | {"name": "again", "first": 0})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two choices, found 1"),
+        ({"question": "q", "choices": "ab", "answer": 0}, "wants a list of texts in 'choices'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "found 'c'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "found True"),
+        ({"question": "q", "choices": ["a", "b"]}, "wants the field 'answer'"),
+    ],
+)
+def test_a_row_without_a_right_answer_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ChoiceTemplate("{question}", "choices", "answer").read(row)
+
+
+def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text(
+        'index\tsentence1\tsentence2\tlabel\n0\tThe "heart pumps.\tIt pumps.\t1\n1\tBlood.\tBone\'s "hard\t0\n2\tA\tA\t1\n'
+    )
+    task = {"name": "mrpc", "task": "pairs", "files": str(tmp_path / "dev.tsv"), "question": "Do {both} say the same?"}
+    scores, facts = score(task | {"words": {"0": "no", "1": "yes"}})
+    assert set(scores) == {"mrpc.accuracy", "mrpc.macro_f1"}
+    assert facts["rows"] == 3 and facts["labels"] == ["no", "yes"]
+    with pytest.raises(InputError, match=r"dev\.tsv:2: wants a label of words, '0'; found '1'"):
+        score(task | {"name": "other", "words": {"0": "no"}})
+
+
+def test_a_table_separated_by_tabs_names_the_column_that_it_lacks(score: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text("question\tsentence\tlabel\na\tb\t1\n")
+    with pytest.raises(InputError, match=r"dev\.tsv:1: has no column 'sentence1'; the first line names: question, sentence"):
+        score({"name": "qnli", "task": "pairs", "files": str(tmp_path / "dev.tsv")})
+
+
+# lm-eval
+
+TASK = """
+task: organs
+dataset_path: json
+dataset_kwargs: { data_files: { test: organs.jsonl } }
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{ metric: acc }, { metric: acc_norm }]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "organs.yaml").write_text(TASK)
+    rows = [{"question": f"What {number}?", "choices": ["heart", "liver"], "answer": number % 2} for number in range(6)]
+    lines(folder / "organs.jsonl", rows)
+    return folder
+
+
+def lm_eval(tasks: Path, **fields: Any) -> dict[str, Any]:
+    return {"name": "o", "task": "lm_eval", "benchmark": "organs", "include_path": str(tasks), **fields}
+
+
+@pytest.mark.filterwarnings("default")  # lm-eval's own
+def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], tasks: Path) -> None:
+    scores, facts = score(lm_eval(tasks), gates=[{"score": "o.acc", "at_least": 0.0}])
+    assert set(scores) == {"o.acc", "o.acc_norm"}
+    assert 0 <= scores["o.acc"] <= 1
+    assert facts["rows"] == 6
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    (tasks / "organs.yaml").write_text(TASK.replace("{{question}}", escape))
+    with pytest.raises(Exception, match="__class__"):  # jinja's SecurityError, through lm-eval
+        score(lm_eval(tasks, name="again"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("process_docs: !function evil.run", "is not plain YAML, without tags such as !function"),
+        ("other: !!python/object/apply:os.system [id]", "is not plain YAML"),
+        ("process_docs: evil.run", "process_docs is not taken from a task file"),
+        ("unsafe_code: true", "unsafe_code is not taken"),
+        ("include: other.yaml", "include is not taken"),
+        ("dataset_path: owner/name", "dataset_path wants one of json, csv"),
+        ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, found '\.\./secret\.jsonl'"),
+        ("dataset_kwargs: { data_files: 'https://x/y.jsonl' }", "in the folder of the task file"),
+        ("dataset_kwargs: { data_files: link.jsonl }", "found 'link.jsonl'"),
+        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "wants data_files and nothing else"),
+        ("doc_to_text: [1]", "doc_to_text wants a text"),
+    ],
+)
+def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: Path) -> None:
+    (tasks.parent / "secret.jsonl").write_text("{}")
+    (tasks / "link.jsonl").symlink_to(tasks.parent / "secret.jsonl")
+    field = change.partition(":")[0]
+    kept = [line for line in TASK.strip().splitlines() if not line.startswith(f"{field}:")]
+    (tasks / "organs.yaml").write_text("\n".join([*kept, change]))
+    with pytest.raises(InputError, match=message):
+        local_task(tasks, "organs")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("metrics", ["[{ metric: owner/evil }]", "[{ metric: acc, hf_evaluate: true }]"])
+def test_a_metric_that_would_be_fetched_as_code_is_refused(metrics: str, tasks: Path, score: Callable[..., Any]) -> None:
+    (tasks / "organs.yaml").write_text(TASK[: TASK.index("metric_list")] + f"metric_list: {metrics}\n")
+    with pytest.raises(InputError, match=r"lm_eval:organs: (metric wants one that lm-eval has|hf_evaluate fetches code)"):
+        score(lm_eval(tasks))
+
+
+def test_the_files_of_a_task_folder_are_identity(tasks: Path) -> None:
+    stage = Evaluate.model_validate({"model": "base", "tasks": [lm_eval(tasks)]})
+    (found,) = [file for _, file in input_files(stage) if isinstance(file, TaskFolder)]
+    assert [path.name for path in found.matches()] == ["organs.jsonl", "organs.yaml"]
+    assert isinstance(found, InputFile)
+
+
+def test_a_text_names_a_benchmark_and_its_scores_can_be_asked_for() -> None:
+    gates = [{"score": "arc_easy.acc", "at_least": 0.3}]
+    stage = Evaluate.model_validate({"model": "base", "tasks": ["lm_eval:arc_easy"], "gates": gates})
+    assert stage.tasks[0].name == "arc_easy"
+    again = Evaluate.model_validate({"model": "base", **stage.model_dump(include={"tasks"})})
+    assert again.tasks == stage.tasks
+    for wrong in ("arc_easy", "lm_eval:", "helm:arc"):
+        with pytest.raises(ValidationError, match="lm_eval:arc_easy"):
+            Evaluate.model_validate({"model": "base", "tasks": [wrong]})

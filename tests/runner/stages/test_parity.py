@@ -1,0 +1,260 @@
+"""The kind `parity`: what is compared, what it leaves, and that nothing is released past a difference."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign_models
+import pytest
+import torch
+from tiny_release import TEXTS, tiny_checkpoint
+
+from llm.adapters import lora
+from llm.models.checkpoint import load_checkpoint
+from llm.models.import_checkpoint import adopt, examine
+from llm.models.llama import gguf as llama
+from runner.artifacts import Gguf, Parity
+from runner.recipe.recipe import load_recipe
+from runner.stage import Context, Lineage
+from runner.stages.gguf import WriteGguf
+from runner.stages.parity import CheckParity
+
+WORDS = ["tokens", "chats"]
+
+ALONE = Lineage({}, {})  # what is compared needs no other record
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Rows of text, prompts and responses in both languages; the last is longer than the model."""
+    long = {"text": "The heart. " * 90, "prompt": "The heart. " * 90, "response": "yes"}
+    pairs = [{"text": text, "prompt": text[:25], "response": text[25:60]} for text in TEXTS]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*pairs, long]))
+    return path
+
+
+def written(checkpoint: Path, make_context: Callable[..., Context], *precisions: str) -> Path:
+    context = make_context("gguf", inputs={"release": checkpoint})
+    WriteGguf.model_validate({"model": "release", "precisions": list(precisions)}).run(context)
+    return context.work
+
+
+def parity(rows: Path, **fields: Any) -> CheckParity:
+    table = {"files": str(rows)}
+    return CheckParity.model_validate(
+        {"model": "release", "text": [table], "prompts": [table], "max_new_tokens": 16, **fields}
+    )
+
+
+def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
+    checkpoint: Path, rows: Path, make_context: Callable[..., Context]
+) -> None:
+    files = written(checkpoint, make_context, "f32", "q8_0")
+    context = make_context(inputs={"release": checkpoint, "gguf": files})
+    stage = parity(rows, gguf="gguf")
+    metrics = stage.run(context)
+    told = json.loads(Parity(context.work).results.read_text())["checks"]
+    assert [check["name"] for check in told] == [
+        *(f"Transformers: {what}" for what in [*WORDS, "likelihoods", "answers"]),
+        *(f"llama.cpp f32: {what}" for what in [*WORDS, "likelihoods", "answers"]),
+        *(f"llama.cpp q8_0: {what}" for what in [*WORDS, "likelihoods"]),
+    ]
+    assert all(check["passed"] and check["compared"] for check in told)
+    assert metrics["prompts"] == 5  # the last was cut
+    assert set(metrics["sentences"]) == {"en", "zh"}
+    assert metrics["checks"][2]["measured"]["largest_difference"] < 1e-4
+    (verdict,) = stage.verdicts(metrics, ALONE)
+    assert verdict.passed
+    assert str(verdict) == "11 comparisons equal, in Transformers, llama.cpp f32, llama.cpp q8_0"
+
+
+def test_without_llama_cpp_its_files_are_told_as_not_checked(
+    checkpoint: Path, rows: Path, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = written(checkpoint, make_context, "f32")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else found(name))
+    context = make_context(inputs={"release": checkpoint, "gguf": files})
+    stage = parity(rows, gguf="gguf")
+    metrics = stage.run(context)
+    verdict = stage.verdicts(metrics, ALONE)[-1]
+    assert verdict.passed
+    assert str(verdict).startswith("llama.cpp f32: not checked: it is not installed here")
+    last = json.loads(Parity(context.work).results.read_text())["checks"][-1]
+    assert last == {"name": "llama.cpp f32", "passed": None, "compared": 0}
+
+
+def test_a_fault_in_one_file_fails_its_verdicts_alone(
+    checkpoint: Path, rows: Path, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "interleaved", lambda weight, heads: weight)
+    files = written(checkpoint, make_context, "f32")
+    (files / "model-BF16.gguf").write_bytes(b"GGUF" + bytes(64))
+    context = make_context(inputs={"release": checkpoint, "gguf": files})
+    stage = parity(rows, gguf="gguf")
+    failed = [str(verdict) for verdict in stage.verdicts(stage.run(context), ALONE) if not verdict.passed]
+    assert [sentence.split(": not equal: ")[0] for sentence in failed] == [
+        "llama.cpp bf16",
+        "llama.cpp f32: likelihoods",
+        "llama.cpp f32: answers",
+    ]
+    assert "llama.cpp does not open it" in failed[0]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_adapter_alone_is_compared_in_peft_on_the_stock_base(
+    checkpoint: Path, rows: Path, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    model = load_checkpoint(checkpoint)
+    lora.attach(model, lora.Settings(r=2, alpha=4), seed=0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    lora.save_adapter(tmp_path / "adapter", model)
+    context = make_context(inputs={"release": checkpoint, "adapter": tmp_path / "adapter"})
+    metrics = parity(rows, base="release", adapter="adapter").run(context)
+    assert metrics["checks"][-1]["name"] == "PEFT: likelihoods"
+    assert metrics["checks"][-1]["passed"]
+    with pytest.raises(ValueError, match="wants base and adapter together, found adapter alone"):
+        parity(rows, adapter="adapter")
+
+
+def test_a_model_without_held_out_text_is_compared_by_the_texts_that_are_always_there(
+    checkpoint: Path, make_context: Callable[..., Context]
+) -> None:
+    context = make_context(inputs={"release": checkpoint})
+    metrics = CheckParity.model_validate({"model": "release", "max_new_tokens": 8}).run(context)
+    assert metrics["sentences"] == {}
+    assert [check["passed"] for check in metrics["checks"]] == [True] * 4
+
+
+@pytest.mark.parametrize("family", foreign_models.FAMILIES)
+def test_models_that_others_made_are_the_same_everywhere(
+    family: str, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    adopt(examine(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
+    files = written(tmp_path / "model", make_context, "f32")
+    context = make_context(inputs={"release": tmp_path / "model", "gguf": files})
+    metrics = CheckParity.model_validate({"model": "release", "gguf": "gguf", "max_new_tokens": 8}).run(context)
+    assert [check["told"] for check in metrics["checks"] if not check["passed"]] == []
+
+
+RECIPE = """
+name = "small"
+
+[stage.base]
+kind = "checkpoint"
+folder = "model"
+
+[stage.chat]
+kind = "sft"
+model = "base"
+data = [{ files = "rows.jsonl" }]
+
+[stage.after]
+kind = "evaluate"
+model = "chat"
+tasks = [{ name = "answers", task = "answers", files = "rows.jsonl", prompt = "Say {prompt}" }]
+
+[stage.gguf]
+kind = "gguf"
+model = "chat"
+
+[stage.publish]
+kind = "publish"
+model = "chat"
+gguf = "gguf"
+"""
+
+
+def test_a_recipe_that_publishes_compares_before_whether_or_not_it_says_so(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").symlink_to(checkpoint)
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    stages = load_recipe(path, allowed=[checkpoint]).stages
+    made = stages["publish-parity"]
+    assert isinstance(made, CheckParity)
+    assert (made.model, made.gguf) == ("chat", "gguf")
+    assert [table.prompt for table in made.prompts] == ["{prompt}"]  # of the training, since no evaluation is published
+    assert stages["publish"].parity == "publish-parity"  # type: ignore[attr-defined]  # it is a Publish
+
+    path.write_text(RECIPE + 'scores = ["after"]\n')
+    scored = load_recipe(path, allowed=[checkpoint])
+    (table,) = scored.stages["publish-parity"].prompts  # type: ignore[attr-defined]
+    assert table.prompt == "Say {prompt}"
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(scored.resolved()))
+    assert load_recipe(path, allowed=[checkpoint]).stages == scored.stages
+
+    path.write_text(RECIPE + '[stage.publish-parity]\nkind = "parity"\nmodel = "base"\n')
+    assert load_recipe(path, allowed=[checkpoint]).stages["publish"].parity == "publish-parity-2"  # type: ignore[attr-defined]
+
+    path.write_text(RECIPE + 'parity = "mine"\n[stage.mine]\nkind = "parity"\nmodel = "chat"\n')
+    assert list(load_recipe(path, allowed=[checkpoint]).stages) == ["base", "chat", "after", "gguf", "publish", "mine"]
+
+
+def test_a_difference_in_llama_cpp_stops_the_release_with_exit_code_4(tmp_path: Path) -> None:
+    """A word that no merges lead to: tokenizers may take it whole, and llama.cpp does not where a name says otherwise."""
+    tiny_checkpoint(tmp_path / "model", pre_tokenizer="gpt-2")
+    path = tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["ignore_merges"] = True
+    stored["model"]["merges"] = [merge for merge in stored["model"]["merges"] if "".join(merge) != "Ġblood"]
+    path.write_text(json.dumps(stored))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "It pumps blood."}))
+    (tmp_path / "recipe.toml").write_text(
+        """
+        name = "small"
+        [stage.base]
+        kind = "checkpoint"
+        folder = "model"
+        [stage.gguf]
+        kind = "gguf"
+        model = "base"
+        [stage.parity]
+        kind = "parity"
+        model = "base"
+        gguf = "gguf"
+        text = [{ files = "text.jsonl" }]
+        max_new_tokens = 4
+        [stage.publish]
+        kind = "publish"
+        model = "base"
+        gguf = "gguf"
+        parity = "parity"
+        """
+    )
+    command = [sys.executable, "-m", "runner.cli", str(tmp_path / "recipe.toml"), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert "parity: llama.cpp f32: tokens: not equal: 12 of 13 texts; the first: 'It pumps blood.' is [" in done.stderr
+    assert "not run because of it: publish" in done.stderr
+    assert not list((tmp_path / "cache" / "stages").glob("publish-*"))
+
+
+def test_files_are_named_by_precision_and_the_modelfile_takes_the_smallest(
+    checkpoint: Path, make_context: Callable[..., Context]
+) -> None:
+    made = Gguf(written(checkpoint, make_context, "f32", "bf16", "q8_0", "f16"))
+    assert {precision: path.name for precision, path in made.files().items()} == {
+        "f32": "model-F32.gguf",
+        "f16": "model-F16.gguf",
+        "bf16": "model-BF16.gguf",
+        "q8_0": "model-Q8_0.gguf",
+    }
+    assert made.modelfile.read_text().startswith("FROM ./model-Q8_0.gguf\n")
+    with pytest.raises(ValueError, match="each precision once"):
+        WriteGguf.model_validate({"model": "release", "precisions": ["f32", "f32"]})

@@ -1,0 +1,250 @@
+"""A training of seconds on made-up rows: run by tests in their own process, or by `accelerate launch` in several."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llm.bench.implementations import Ours
+from llm.bench.workload import Subject
+from llm.data.batch import IGNORE, Batch, Row
+from llm.data.packing import PackedRows, StreamWriter
+from llm.files import write_tensors
+from llm.models.checkpoint import WEIGHTS
+from llm.models.llama.config import LlamaConfig
+from llm.models.llama.model import Llama
+from llm.training.alert_config import Alerts
+from llm.training.config import Budget, Optimizer, Schedule
+from llm.training.dpo import PreferenceLoss, write_reference
+from llm.training.loss import next_token_loss
+from llm.training.process_group import Group
+from llm.training.trainer import CHECKPOINTS, train
+from llm.training.validation import Validation
+
+VOCABULARY = 40
+ROWS = 5  # of a step
+POISONED = 25  # the step that learns from rows whose loss counts a thousandfold
+POSITIONS = 24  # of an answer with its prompt
+
+
+@dataclass(frozen=True)
+class MadeUpRows:
+    """Counting modulo a number, in documents of changing length, with a changing share of targets."""
+
+    context: int = 24
+    rows_per_epoch: int = 64
+    seed: int = 0
+
+    def row(self, index: int) -> Row:
+        random = np.random.default_rng([self.seed, index])
+        border = int(random.integers(4, self.context - 4))
+        documents = (np.arange(self.context) >= border).astype(np.int32)
+        stride = random.integers(1, 4, size=2)[documents]
+        tokens = (np.arange(self.context) * stride + random.integers(VOCABULARY)) % VOCABULARY
+        targets = np.append(tokens[1:], IGNORE)
+        targets[border - 1] = IGNORE
+        targets[: int(random.integers(self.context - 3))] = IGNORE  # as in a chat: the prompt is not learned
+        return Row(tokens.astype(np.int64), targets.astype(np.int64), documents)
+
+
+@dataclass(frozen=True)
+class PoisonedRows(MadeUpRows):
+    """Rows of which those of some steps are marked, by a first token that is no other row's."""
+
+    steps: tuple[int, ...] = (POISONED,)
+    rows_per_epoch: int = 1000
+
+    def row(self, index: int) -> Row:
+        row = super().row(index)
+        marked = index // ROWS in self.steps
+        tokens = np.where(np.arange(self.context) == 0, 39 if marked else 0, row.tokens)
+        return Row(tokens, row.targets, row.documents)
+
+
+def tiny_model(**changes: Any) -> Llama:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context": 24}
+    return Llama(LlamaConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
+
+
+def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+    """Train `model`; what is reported goes to `lines`."""
+    reported: list[dict[str, Any]] = [] if lines is None else lines
+    settings: dict[str, Any] = {
+        "objective": next_token_loss,
+        "rows": MadeUpRows(),
+        "validation": Validation(MadeUpRows(rows_per_epoch=6, seed=9), bytes_per_token=3.0),
+        "budget": Budget(steps=20),
+        "batch_tokens": 5 * 24,
+        "schedule": Schedule(learning_rate=1e-2, warmup_steps=3),
+        "optimizer": Optimizer(),
+        "seed": 7,
+        "check": False,
+        "validate_every": 8,
+        "checkpoint_every": None,
+        "checkpoint_minutes": None,
+        "keep_checkpoints": 2,
+        "alerts": Alerts(),
+        "micro_batch": "auto",
+        "precision": "fp32",
+        "compiled": False,
+        "fused_attention": False,
+        "strategy": "ddp",
+        "find_unused_parameters": False,
+        "cores": 1,
+        "timeout_minutes": 1.0,
+        "scratch": scratch,
+        "report": lambda **values: reported.append(values),
+        "should_stop": lambda: False,
+    } | changes
+    return train(model, settings.pop("objective"), **settings)
+
+
+def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
+    """The ordinary loss, but `times` it for marked rows."""
+
+    def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        total, count = next_token_loss(model, batch)
+        return total * (times if bool((batch.tokens[:, 0] == 39).all()) else 1.0), count
+
+    return objective
+
+
+def spare_weight(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss, to which one weight adds something in the first row of a step alone."""
+    total, count = next_token_loss(model, batch)
+    return total + model.spare.square().sum() if 0 in batch.rows else total, count
+
+
+def killed(scratch: Path) -> Any:
+    """The loss, until there is a checkpoint: then the second process is gone, as at a power cut."""
+
+    def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        if os.environ.get("RANK") == "1" and list((scratch / CHECKPOINTS).glob("step-*[0-9]")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return next_token_loss(model, batch)
+
+    return objective
+
+
+def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Train as `case` says; metrics, what was reported, and a digest of the weights."""
+    lines: list[dict[str, Any]] = []
+    scratch = folder / case.get("scratch", "unnamed")
+    model = tiny_model(dropout=case.get("dropout", 0.1), **case.get("model", {}))
+    changes: dict[str, Any] = {"micro_batch": 1, "budget": Budget(steps=case["steps"])}
+    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "checkpoint_every") if name in case}
+    changes["optimizer"] = Optimizer.model_validate({"kind": case.get("optimizer", "adamw")})
+    changes |= {name: folder / case[name] for name in ("beginning", "left_in") if name in case}
+    if "schedule" in case:
+        changes["schedule"] = Schedule.model_validate(case["schedule"])
+    if case.get("adapter"):
+        from llm.adapters import lora
+
+        lora.attach(model, lora.Settings(r=2, alpha=4, dropout=0.1), seed=3)
+    if case.get("objective") == "spare":
+        model.spare = nn.Parameter(torch.ones(3))
+        changes["objective"] = spare_weight
+    if "alerts" in case:
+        changes |= {"alerts": Alerts.model_validate(case["alerts"]), "rows": PoisonedRows(), "objective": poisoned(1000.0)}
+        changes["optimizer"] = Optimizer(gradient_clip=0.0)
+    if case.get("objective") == "killed":
+        changes["objective"] = killed(scratch)
+    metrics = tiny_training(model, scratch, lines=lines, **changes)
+    if "left_in" in case and os.environ.get("RANK", "0") == "0":
+        left = {name: weight.detach() for name, weight in model.named_parameters()}
+        write_tensors(folder / case["left_in"] / WEIGHTS, left)
+    digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())).hexdigest()
+    return {"metrics": metrics, "lines": lines, "digest": digest}
+
+
+def shares(kind: str) -> dict[str, float]:
+    """What this process holds of weights, gradients and optimizer state under "fsdp", as shares of all."""
+    sizes = {"architecture": {"hidden_size": 32, "layers": 2, "heads": 4, "context": 24, "tied": False}}
+    sizes |= {"vocab_size": VOCABULARY, "context": 24, "rows": 4, "optimizer": {"kind": kind}, "compiled": False, "cores": 1}
+    subject = Subject.model_validate(sizes)
+    model = tiny_model(tied=False, kv_heads=4)
+    training = Ours(subject, model, optimizer=subject.optimizer, group=Group(), strategy="fsdp")
+    training.step()
+    loss, _ = training.loop.wrapped(training.prepared[0][0][0])
+    loss.backward()
+    weights: list[Any] = [*training.loop.wrapped.parameters()]
+    states = [
+        value for optimizer in training.loop.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    found = {"weights": weights, "gradients": [weight.grad for weight in weights], "optimizer": states}
+    return {name: _held(tensors) / sum(tensor.numel() for tensor in tensors) for name, tensors in found.items()} | {
+        "shell": sum(weight.numel() for weight in model.parameters())
+    }
+
+
+def _held(tensors: list[Tensor]) -> int:
+    """Numbers in the memory behind `tensors` of fp32, here."""
+    memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in map(_here, tensors)}
+    return sum(memory.values()) // 4
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def packed_pairs(folder: Path, pairs: int = 24, seed: int = 0) -> Path:
+    """Pairs of random tokens, 3 of prompt; chosen answers are of even tokens and rejected ones of odd."""
+    random = np.random.default_rng(seed)
+    with StreamWriter(folder) as writer:
+        for _ in range(pairs):
+            prompt = random.integers(VOCABULARY, size=3).tolist()
+            for odd in (0, 1):
+                answer = (2 * random.integers(VOCABULARY // 2, size=int(random.integers(2, 8))) + odd).tolist()
+                learned = [False] * 3 + [True] * len(answer)
+                writer.append(prompt + answer, learned, full_length=3 + len(answer))
+            writer.end_group(1)
+    writer.pack(row_lengths=[2 * POSITIONS], padding=0)
+    return folder
+
+
+def with_reference(folder: Path, model: Llama) -> Path:
+    write_reference(folder, model, precision="fp32", report=lambda **_: None, should_stop=lambda: False)
+    return folder
+
+
+def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama, dict[str, Any]]:
+    """A model that learns pairs, which are written into `folder`, and the metrics of its training."""
+    rows = with_reference(packed_pairs(folder), tiny_model())
+    model = tiny_model()
+    settings = {
+        "objective": PreferenceLoss(0.5),
+        "rows": PackedRows(rows, seed=3),
+        "validation": Validation(PackedRows(rows, seed=None), watched=PreferenceLoss.watched),
+        "budget": Budget(steps=8),
+        "batch_tokens": 3 * 2 * POSITIONS,
+        "micro_batch": 1,
+    }
+    return model, tiny_training(model, scratch, **settings | changes)
+
+
+def main() -> None:
+    """Train in this group of processes, case after case; each leaves its results in the folder, by rank."""
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    rank = os.environ.get("RANK", "0")
+    for name, case in cases.items():
+        if case.get("objective") == "preferences":
+            _, metrics = tiny_preferences(folder / f"{name}-pairs-{rank}", folder / name, strategy=case["strategy"])
+            found: dict[str, Any] = {"metrics": metrics}
+        else:
+            found = shares(case["shares"]) if "shares" in case else run_case(folder, {"scratch": name} | case)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

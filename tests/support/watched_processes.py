@@ -1,0 +1,26 @@
+"""Processes that tests wait for and look for."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from small_recipe import Folder
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def workers_of(folder: Folder) -> list[int]:
+    """Living processes that work in the folder's cache."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(folder.cache))]
+
+
+def _mentions(path: Path, text: str) -> bool:
+    try:
+        return text.encode() in path.read_bytes()
+    except OSError:
+        return False

@@ -1,0 +1,189 @@
+"""The pages: what they show parses, validates, exists and runs."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli
+from printed_messages import ROOT
+
+from runner import cli
+from runner.recipe.head import Head
+from runner.recipe.reference import recipe_reference
+from runner.recipe.schema import recipe_schema
+from runner.recipe.toml import _spread
+from runner.recipe.validation import validated
+from runner.stages import stage_kinds
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
+EXTENDING = ROOT / "recipes" / "extending.md"
+PLACEHOLDERS = {"N": "1", "K": "0", "text|mermaid|svg": "text", "TAG|COMMIT": "v1", "20GB": "20GB"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for told, text in fenced if told == language]
+
+
+def shown() -> list[tuple[str, str]]:
+    """Each command line of `run` in a code block of a page, comments and what is not `run` left out."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.splitlines():
+                command = re.sub(r"\s+#\s.*| > .*", "", line)
+                if begin := re.search(r"(?:^|&& \.venv/bin/|\s)run (?!-)(.*)", command):
+                    found.append((page.name, begin[1]))
+        for block in blocks(page, ""):
+            joined = re.sub(r"\n {4,}(?=\[)", " ", block)
+            for line in joined.splitlines():
+                command = re.split(r"\s{3,}(?!\[)|  (?=\S*[a-z\u4e00-\u9fff])", line)[0]
+                found += [(page.name, part) for part in re.split(r"(?:, )?\brun ", command) if part.strip()]
+    return found
+
+
+def forms(synopsis: str) -> Iterator[list[str]]:
+    """The shortest and the longest command line that a synopsis stands for."""
+    inner = re.sub(r"\[[@:]\w+\]", "", synopsis).replace("...", "")
+    for text in (re.sub(r"\[[^\]]*\]", "", inner), inner.replace("[", " ").replace("]", " ")):
+        yield [PLACEHOLDERS.get(word, word) for word in shlex.split(text)]
+
+
+@pytest.mark.parametrize(("page", "command"), shown())
+def test_a_command_line_on_a_page_is_one_that_run_takes(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in forms(command):
+        if words[0] not in cli.VERBS:
+            words.insert(0, "run")
+        try:
+            cli._parser(words[:1]).parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{page}: run {' '.join(words)}: {capsys.readouterr().err}")
+
+
+def test_every_verb_is_in_both_lists_of_commands() -> None:
+    for page in (ROOT / "README.md", ROOT / "recipes" / "README.zh.md"):
+        told = {command.split()[0] for name, command in shown() if name == page.name}
+        assert {*cli.VERBS} - told <= {"run"}, page
+
+
+@pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "toml")])
+def test_toml_on_a_page_is_of_a_recipe(page: str, text: str) -> None:
+    table = _spread(tomli.loads(text))
+    faults: list[str] = []
+    for name, fields in table.pop("stage", {}).items():
+        kind = fields.pop("kind")
+        if kind not in stage_kinds() and page == EXTENDING.name:
+            continue
+        attempts = fields.pop("attempts", [])
+        for attempt in [{}, *attempts]:
+            merged = {**fields, **{key: value for key, value in attempt.items() if key in stage_kinds()[kind].model_fields}}
+            validated(stage_kinds()[kind], merged, f"stage.{name}.", faults)
+    head = {key: table.pop(key) for key in list(table) if key in recipe_schema()["properties"]}
+    validated(Head, {key: value for key, value in head.items() if key in Head.model_fields}, "", faults)
+    if table:  # fields of one stage, without its table
+        (kind,) = (kind for kind in stage_kinds().values() if set(table) <= {*kind.model_fields})
+        validated(kind, table, "", faults)
+    assert not [fault for fault in faults if not fault.endswith(": is missing")], page
+
+
+def house() -> str:
+    return next(block for block in blocks(ROOT / "README.md", "") if block.startswith("recipes/"))
+
+
+def test_every_file_of_the_two_packages_is_in_the_house() -> None:
+    files = {path for folder in ("runner", "llm") for path in (ROOT / folder).rglob("*.py")}
+    named = {path.name for path in files if path.parent.name != "verbs" and path.name != "__init__.py"}
+    assert not sorted(name for name in named if not re.search(rf"(?<![\w]){re.escape(name)}", house()))
+
+
+def test_every_file_in_the_house_exists() -> None:
+    there = {path.name for folder in ("recipes", "runner", "llm") for path in (ROOT / folder).rglob("*")}
+    assert not sorted(set(re.findall(r"[\w.]+\.(?:py|md)\b", house())) - there)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into the page may name, as GitHub makes it of the headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (page.parent / file).resolve() if file else page
+        assert other.exists(), target
+        if anchor:
+            assert anchor in anchors(other), target
+
+
+def test_the_reference_is_the_present_one() -> None:
+    written = (ROOT / "recipes" / "reference.md").read_text(encoding="utf-8")
+    assert written == recipe_reference(), "write it again: run schema --markdown > recipes/reference.md"
+
+
+def test_the_chinese_page_has_the_figures_of_the_english_one() -> None:
+    english = (ROOT / "README.md").read_text(encoding="utf-8")
+    chinese = (ROOT / "recipes" / "README.zh.md").read_text(encoding="utf-8")
+    figure = re.compile(r"\d+\.\d{2,}|\d,\d{3}")
+    figures = set(figure.findall(chinese.split("## 数据与速度")[1]))
+    assert len(figures) > 15 and not sorted(figures - set(figure.findall(english)))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages with the examples of the page in it, each under the name in its first line."""
+    root = tmp_path_factory.mktemp("extended")
+    for name in ("runner", "llm", "tests/llm", "tests/support"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", root)
+    for text in [*blocks(EXTENDING, "python"), *blocks(EXTENDING, "toml")]:
+        path = root / text.splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+def python(root: Path, *words: str) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "STOCKPOT_CACHE": str(root / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_example_of_a_kind_runs(extended: Path) -> None:
+    rows = [{"text": f"Document {number} tells of the number {number}" + " again" * number} for number in range(20)]
+    (extended / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    python(extended, "runner.cli", "lengths.toml")
+    folder = Path(python(extended, "runner.cli", "path", "lengths.toml", "measured").strip())
+    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert 0.8 < found["scores"]["lengths.long"] <= 1.0 and found["counts"]["lengths"] > 10
+    stages = json.loads(python(extended, "runner.cli", "plan", "lengths.toml", "--json"))["stages"]
+    assert [stage["state"] for stage in stages] == ["cached", "cached"]
+
+
+def test_the_example_of_an_architecture_passes_the_contract(extended: Path) -> None:
+    chosen = "mistral and (opens_as_it_was or different_lengths or every_linear_layer)"
+    said = python(
+        extended, "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/llm/models/test_architectures.py", "-k", chosen
+    )
+    assert re.search(r"[3-9] passed|\d\d passed", said), said
