@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] not in (*VERBS, "-h", "--help"):
         if WORD.fullmatch(words[0]) and not Path(words[0]).exists():
             print(
-                f"run {words[0]}: found no such verb; wants a recipe or one of {listed(VERBS)}{nearest(words[0], VERBS)}",
+                f"run {words[0]}: found no such verb; expected a recipe or one of {listed(VERBS)}{nearest(words[0], VERBS)}",
                 file=sys.stderr,
             )
             return RecipeError.exit_code

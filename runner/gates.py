@@ -48,7 +48,7 @@ class Gate(Spec):
     def _one_bound(self) -> Self:
         bounds = [name for name in ("at_least", "at_most") if getattr(self, name) is not None]
         if len(bounds) != 1:
-            raise ValueError(f"wants exactly one of at_least and at_most, found {' and '.join(bounds) or 'neither'}")
+            raise ValueError(f"expected exactly one of at_least and at_most, got {' and '.join(bounds) or 'neither'}")
         for name in ("above", "confidence"):
             if self.score == TRAIN_GAP and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for scores of examples; {TRAIN_GAP!r} has none")

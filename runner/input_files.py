@@ -36,16 +36,16 @@ class HubFiles:
         """What an address stands for; ValueError where it is not of the form, or leaves the commit open."""
         match = ADDRESS.fullmatch(text)
         if match is None:
-            raise ValueError(f"wants {FORM}, found {text!r}")
+            raise ValueError(f"expected {FORM}, got {text!r}")
         repo, revision, path = match["repo"], match["revision"], match["path"]
         if not COMMIT.fullmatch(revision or ""):
             raise ValueError(
-                f"wants the commit of {repo} in full (40 hexadecimal digits), so that its rows cannot change behind a result; "
-                f"found {repr(revision) if revision else 'none'}. To pin it, take the COMMIT of its branch from "
+                f"expected the commit of {repo} in full (40 hexadecimal digits), so that its rows cannot change behind a result, "
+                f"got {repr(revision) if revision else 'none'}. To pin it, take the COMMIT of its branch from "
                 f"`git ls-remote https://huggingface.co/datasets/{repo}`, and write hf://datasets/{repo}@COMMIT/{path}"
             )
         if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in path.split("/")):
-            raise ValueError(f"wants the path of a file in {repo}, found {path!r}")
+            raise ValueError(f"expected the path of a file in {repo}, got {path!r}")
         return cls(repo, revision, path)
 
     def __str__(self) -> str:
@@ -215,12 +215,12 @@ class InputFile(Located):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def keep_folder(value: Any) -> "InputFile":
             if not isinstance(value, str):
-                raise ValueError(f"wants the path of a file, found {type(value).__name__}")
+                raise ValueError(f"expected the path of a file, got {type(value).__name__}")
             if not value or "\0" in value:
-                raise ValueError(f"wants the path of a file, found {value!r}")
+                raise ValueError(f"expected the path of a file, got {value!r}")
             if value.startswith(SCHEME):
                 if not cls.takes_hub:
-                    raise ValueError(f"wants a folder here, found {value!r}")
+                    raise ValueError(f"expected a folder here, got {value!r}")
                 HubFiles.parse(value)
             return cls(value, getattr(value, "folder", Path.cwd()))
 

@@ -96,7 +96,7 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 
     address = remote_of(options, recipe)
     if address is None:
-        raise RecipeError(f"{recipe.path}: names no [cache] remote; wants one there, in STOCKPOT_REMOTE, or with --remote")
+        raise RecipeError(f"{recipe.path}: names no [cache] remote; expected one there, in STOCKPOT_REMOTE, or with --remote")
     return open_remote(address)
 
 
@@ -113,7 +113,7 @@ def stage_named(recipe: Recipe, name: str) -> None:
 
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"{recipe.path}: found no stage {name!r}; wants one of {', '.join(known)}{hint}")
+        raise RecipeError(f"{recipe.path}: found no stage {name!r}; expected one of {', '.join(known)}{hint}")
 
 
 def make_progress(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> Progress:

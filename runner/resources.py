@@ -21,7 +21,7 @@ def available_cores() -> int:
     """Cores for the threads of all processes of a stage; raises RecipeError for a setting that is no such number."""
     if wanted := os.environ.get(VARIABLE):
         if not (wanted.isascii() and wanted.isdigit() and int(wanted)):
-            raise RecipeError(f"{VARIABLE}: found {wanted!r}, wants a number of cores, 1 or more")
+            raise RecipeError(f"{VARIABLE}: expected a number of cores, 1 or more, got {wanted!r}")
         return int(wanted)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return int(min(allowed, _quota()))

@@ -125,7 +125,7 @@ class Parallel(Spec):
     @classmethod
     def _of_ddp(cls, wanted: bool, info: ValidationInfo) -> bool:
         if wanted and info.data.get("strategy") == "fsdp":
-            raise ValueError('found true beside strategy = "fsdp"; wants strategy = "ddp", which alone knows it')
+            raise ValueError('expected strategy = "ddp" beside true, got "fsdp"')
         return wanted
 
 

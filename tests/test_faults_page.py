@@ -27,7 +27,7 @@ VALUES = "What validation says of one value"
 def test_every_message_has_an_entry() -> None:
     known = entries()
     without = [str(message) for message in messages() if not any(message.pattern().search(entry) for entry in known)]
-    assert not without, "recipes/faults.md wants an entry for each of:\n" + "\n".join(without)
+    assert not without, "recipes/faults.md: expected an entry for each of:\n" + "\n".join(without)
 
 
 def test_every_entry_has_a_message() -> None:
@@ -59,4 +59,4 @@ def test_what_is_said_of_a_wrong_value_is_on_the_page() -> None:
                 told |= {re.sub(r"^stage\.NAME[\w.\[\]]*: |(?<=found ).*(?=, wants)", "", fault) for fault in faults}
     assert len(told) > 40
     known = re.compile("|".join(map(pattern_of, entries())), re.DOTALL)
-    assert not [said for said in told if not known.fullmatch(said)], "recipes/faults.md wants entries for these"
+    assert not [said for said in told if not known.fullmatch(said)], "recipes/faults.md: expected entries for these"

@@ -71,15 +71,15 @@ def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list
     for name in wanted:
         if name == HEAD and tied:
             raise InputError(
-                f"target_modules wants a head of its own where it names {HEAD!r}; found a tied one: its weights are the input "
+                f"target_modules: expected a head of its own where it names {HEAD!r}, got a tied one: its weights are the input "
                 "embedding, and an adapter merged into them would change what the model reads. Leave it out, or take a base "
                 "with tied = false"
             )
         if name not in possible:
             near = get_close_matches(name, possible, n=1)
             raise InputError(
-                f"target_modules wants names of {', '.join(short if tied else [*short, HEAD])} (or longer ones, as "
-                f'{".".join(layers[0].split(".")[-2:])} and {layers[0]}), or "all-linear"; found {name!r}'
+                f"target_modules: expected names of {', '.join(short if tied else [*short, HEAD])} (or longer ones, as "
+                f'{".".join(layers[0].split(".")[-2:])} and {layers[0]}), or "all-linear", got {name!r}'
                 + (f", nearest is {near[0]!r}" if near else "")
             )
     return sorted(set(wanted))
@@ -109,13 +109,13 @@ def modules_in_full(model: Llama, wanted: Sequence[str], *, adapted: Sequence[st
             short = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
             aside = f"; {HEAD!r} is tied and learns with 'embed_tokens'" if tied and name == HEAD else ""
             raise InputError(
-                f"modules_to_save wants names of {short} (or longer ones, as {modules[-1]}); found {name!r}"
+                f"modules_to_save: expected names of {short} (or longer ones, as {modules[-1]}), got {name!r}"
                 + (aside or (f", nearest is {near[0]!r}" if near else ""))
             )
         found |= set(possible[name])
     if both := sorted(name for name in found if set(_ends(name)) & set(adapted)):
         raise InputError(
-            f"modules_to_save wants modules without an adapter; found {both[0]!r}, which target_modules names too: it learns "
+            f"modules_to_save: expected modules without an adapter, got {both[0]!r}, which target_modules names too: it learns "
             "either in full or by an adapter"
         )
     return sorted(found)
@@ -169,7 +169,7 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
     names = targets(model, settings.target_modules)
     if HEAD in names and settings.dropout > 0:
         raise InputError(
-            f"dropout wants 0 where target_modules names {HEAD!r}, found {settings.dropout}: a mask follows from row and "
+            f"dropout: expected 0 where target_modules names {HEAD!r}, got {settings.dropout}: a mask follows from row and "
             "position, and the head is given positions that are learned, without their places"
         )
     full = modules_in_full(model, settings.modules_to_save, adapted=names)
@@ -260,7 +260,7 @@ def _check_tied(config: Any, weights: dict[str, Tensor], full: dict[str, Tensor]
     if not (alike and together) or any(name.startswith((f"{HEAD}.", f"{EMBEDDING}.")) for name in weights):
         raise InputError(
             f"{folder / WEIGHTS}: it adapts the head or the embedding, which are one in this base and would change together; "
-            "wants an adapter of other layers, or a base with tied = false"
+            "expected an adapter of other layers, or a base with tied = false"
         )
 
 
@@ -317,6 +317,6 @@ def _check_fit(wanted: dict[str, Tensor], found: dict[str, Tensor], folder: Path
         shapes = [tuple(one[name].shape) if name in one else None for one in (wanted, found)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"{folder / WEIGHTS}: the adapter was made for another base: {name} wants shape "
-                f"{shapes[0] or 'none, there is no such layer here'}, found {shapes[1] or 'no such weight'}"
+                f"{folder / WEIGHTS}: the adapter was made for another base: {name}: expected shape "
+                f"{shapes[0] or 'none, there is no such layer here'}, got {shapes[1] or 'no such weight'}"
             )

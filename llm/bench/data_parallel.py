@@ -32,7 +32,7 @@ CANDIDATES: dict[str, tuple[int, Literal["ddp", "fsdp"]]] = {
 def measure(subject: Subject, *, seconds: float) -> dict[str, Any]:
     """Speeds by candidate, and each one's as a share of that of one process."""
     if subject.cores < TOGETHER:
-        raise InputError(f"processes: wants at least {TOGETHER} cores, found {subject.cores}")
+        raise InputError(f"processes: expected at least {TOGETHER} cores, got {subject.cores}")
     with contextlib.ExitStack() as stack:
         steps = {name: stack.enter_context(_training(subject, *layout)) for name, layout in CANDIDATES.items()}
         timings = interleaved(steps, seconds=seconds, device=torch.device("cpu"))

@@ -120,7 +120,7 @@ def write_rows(
     totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
     if not len(writer):
         names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
-        raise InputError(f"{names}: wants rows to learn from; found none: {json.dumps(totals)}")
+        raise InputError(f"{names}: expected rows to learn from, got none: {json.dumps(totals)}")
     row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
     while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
         row_lengths.append(2 * row_lengths[-1])

@@ -70,7 +70,7 @@ class Template:
     def _in_words(self, answer: Turn) -> Turn:
         words = dict(self.words)
         if answer.content not in words:
-            raise InputError(f"wants a label of words, {', '.join(map(repr, words))}; found {answer.content!r}")
+            raise InputError(f"expected a label of words, {', '.join(map(repr, words))}, got {answer.content!r}")
         return Turn(answer.role, (words[answer.content],))
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
@@ -96,12 +96,12 @@ class PreferenceTemplate:
         """The chosen and the rejected chat of `row`; errors as of `Template.turns`."""
         chosen, rejected = (template.turns(row) for template in self._templates())
         if [turn.message for turn in chosen[:-1]] != [turn.message for turn in rejected[:-1]]:
-            raise InputError("wants the same turns before the chosen and the rejected answer; found others")
+            raise InputError("expected the same turns before the chosen and the rejected answer, got others")
         for name, turns in (("chosen", chosen), ("rejected", rejected)):
             if turns[-1].role != "assistant":
-                raise InputError(f"wants the assistant's turn last in the {name} chat, found the {turns[-1].role}'s")
+                raise InputError(f"expected the assistant's turn last in the {name} chat, got the {turns[-1].role}'s")
         if chosen[-1].content == rejected[-1].content:
-            raise InputError("wants two different answers; the chosen and the rejected one are the same")
+            raise InputError("expected two different answers; the chosen and the rejected one are the same")
         return [chosen, rejected]
 
     def _templates(self) -> tuple[Template, Template]:
@@ -139,10 +139,10 @@ def _filled(row: Mapping[str, Any], parts: tuple[str, ...], *, purpose: str) -> 
 
 def _text(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
-        raise InputError(f"wants the field {field!r}, found only {', '.join(map(repr, row)) or 'no field at all'}")
+        raise InputError(f"expected the field {field!r}, got only {', '.join(map(repr, row)) or 'no field at all'}")
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"wants a text or a number in {field!r}, found {_name_of_type(value)}")
+        raise InputError(f"expected a text or a number in {field!r}, got {_name_of_type(value)}")
     return _encodable(str(value), repr(field))
 
 
@@ -152,25 +152,25 @@ def _encodable(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"wants a text of whole characters in {where}, found {text[error.start]!r}, half of a surrogate pair"
+            f"expected a text of whole characters in {where}, got {text[error.start]!r}, half of a surrogate pair"
         ) from error
     return text
 
 
 def _turns_of_messages(row: Mapping[str, Any], field: str) -> Iterator[Turn]:
     if field not in row:
-        raise InputError(f"wants the field {field!r}, found only {', '.join(map(repr, row)) or 'no field at all'}")
+        raise InputError(f"expected the field {field!r}, got only {', '.join(map(repr, row)) or 'no field at all'}")
     messages = row[field]
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(f"wants a list of messages in {field!r}, found {_name_of_type(messages)}")
+        raise InputError(f"expected a list of messages in {field!r}, got {_name_of_type(messages)}")
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if "assistant" not in roles:
-        raise InputError(f"wants at least one turn of the assistant in {field!r}, found none to learn from")
+        raise InputError(f"expected at least one turn of the assistant in {field!r}, got none to learn from")
     for number, message in enumerate(messages):
         if roles[number] not in ROLES:
-            raise InputError(f"wants a role of {', '.join(ROLES)} in {field}[{number}], found {roles[number]!r}")
+            raise InputError(f"expected a role of {', '.join(ROLES)} in {field}[{number}], got {roles[number]!r}")
         if not isinstance(content := message.get("content"), str):
-            raise InputError(f"wants a text as content of {field}[{number}], found {_name_of_type(content)}")
+            raise InputError(f"expected a text as content of {field}[{number}], got {_name_of_type(content)}")
         _encodable(content, f"{field}[{number}]")
         if roles[number] == "assistant":
             if not content.strip():

@@ -118,7 +118,7 @@ def write_texts(
                 flush()
         flush()
         if not writer.tokens:
-            raise InputError(f"{', '.join(map(str, files))}: wants texts to mix in; found none")
+            raise InputError(f"{', '.join(map(str, files))}: expected texts to mix in, got none")
         count.learned_tokens = writer.tokens
         writer.finish()
     (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")

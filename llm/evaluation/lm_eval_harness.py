@@ -46,7 +46,7 @@ def evaluate_folder(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f"lm_eval:{benchmark} wants the package lm-eval: pip install 'stockpot[lm-eval]' ({error})"
+            f"lm_eval:{benchmark}: expected the package lm-eval: pip install 'stockpot[lm-eval]' ({error})"
         ) from error
     import torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -107,7 +107,7 @@ def local_task(folder: Path, name: str) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise InputError(f"{path}: is not plain YAML, without tags such as !function, which name code: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-            raise InputError(f"{path}: wants a table with the name of a task in 'task'")
+            raise InputError(f"{path}: expected a table with the name of a task in 'task'")
         configs[config["task"]] = (path, config)
     if name not in configs:
         raise InputError(f"{folder}: has no task {name!r}; its files name {', '.join(sorted(configs)) or 'none'}")
@@ -116,12 +116,12 @@ def local_task(folder: Path, name: str) -> dict[str, Any]:
         if field not in TEXTS | OTHERS:
             raise InputError(f"{path}: {field} is not taken from a task file; these are: {', '.join(sorted(TEXTS | OTHERS))}")
         if field in TEXTS and not isinstance(value, str | int):
-            raise InputError(f"{path}: {field} wants a text, found {value!r}")
+            raise InputError(f"{path}: {field}: expected a text, got {value!r}")
     if config.get("dataset_path") not in FORMATS:
-        raise InputError(f"{path}: dataset_path wants one of {', '.join(FORMATS)}, found {config.get('dataset_path')!r}")
+        raise InputError(f"{path}: dataset_path: expected one of {', '.join(FORMATS)}, got {config.get('dataset_path')!r}")
     kwargs = config.get("dataset_kwargs")
     if not isinstance(kwargs, dict) or set(kwargs) != {"data_files"}:
-        raise InputError(f"{path}: dataset_kwargs wants data_files and nothing else, found {kwargs!r}")
+        raise InputError(f"{path}: dataset_kwargs: expected data_files and nothing else, got {kwargs!r}")
     return config | {"dataset_kwargs": {"data_files": _located(kwargs["data_files"], path)}}
 
 
@@ -136,7 +136,7 @@ def _located(files: Any, path: Path) -> Any:
             found = (path.parent / files).resolve()
             if found.is_relative_to(path.parent.resolve()) and found.is_file():
                 return str(found)
-    raise InputError(f"{path}: data_files wants names of files in the folder of the task file, found {files!r}")
+    raise InputError(f"{path}: data_files: expected names of files in the folder of the task file, got {files!r}")
 
 
 def _check_names(config: Mapping[str, Any], benchmark: str) -> None:
@@ -158,7 +158,7 @@ def _check_names(config: Mapping[str, Any], benchmark: str) -> None:
     ]
     for field, value, known in wanted:
         if not isinstance(value, str) or value not in known or value == "custom":
-            raise InputError(f"lm_eval:{benchmark}: {field} wants one that lm-eval has, found {value!r}")
+            raise InputError(f"lm_eval:{benchmark}: {field}: expected one that lm-eval has, got {value!r}")
     for one in config.get("metric_list", ()):
         if one.get("hf_evaluate"):
             raise InputError(f"lm_eval:{benchmark}: hf_evaluate fetches code from the Hub, so it is refused")

@@ -54,12 +54,12 @@ class ChoiceTemplate:
             if isinstance(texts, Mapping):
                 labels, texts = texts.get("label", ()), texts.get("text")
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise InputError(f"wants a list of texts in {self.choices!r}, found {str(texts)[:80]!r}")
+                raise InputError(f"expected a list of texts in {self.choices!r}, got {str(texts)[:80]!r}")
             templates = ["{choice}"] * len(texts)
         else:
             texts, templates = [None] * len(self.choices), list(self.choices)
         if len(texts) < 2:
-            raise InputError(f"wants at least two choices, found {len(texts)}")
+            raise InputError(f"expected at least two choices, got {len(texts)}")
         chats = [
             Template(self.prompt, template).turns(row if text is None else {**row, "choice": text})
             for text, template in zip(texts, templates, strict=True)
@@ -68,7 +68,7 @@ class ChoiceTemplate:
 
     def _right(self, row: Mapping[str, Any], texts: Sequence[str], labels: Sequence[Any]) -> int:
         if self.answer not in row:
-            raise InputError(f"wants the field {self.answer!r}, found only {', '.join(map(repr, row))}")
+            raise InputError(f"expected the field {self.answer!r}, got only {', '.join(map(repr, row))}")
         answer = row[self.answer]
         said = str(answer).strip()
         if isinstance(answer, str):
@@ -79,8 +79,8 @@ class ChoiceTemplate:
         if 0 <= number < len(texts):
             return number
         raise InputError(
-            f"wants in {self.answer!r} the text or letter of one of {len(texts)} choices, or a number from {self.first} to "
-            f"{self.first + len(texts) - 1}; found {answer!r}"
+            f"expected in {self.answer!r} the text or letter of one of {len(texts)} choices, or a number from {self.first} to "
+            f"{self.first + len(texts) - 1}, got {answer!r}"
         )
 
 

@@ -129,10 +129,10 @@ def classify(
     names = sorted(set(wanted)) if labels is None else list(labels)
     for question, label in zip(questions, wanted, strict=True):
         if label not in names:
-            raise InputError(f"{question.place}: wants one of the labels {', '.join(map(repr, names))}; found {label!r}")
+            raise InputError(f"{question.place}: expected one of the labels {', '.join(map(repr, names))}, got {label!r}")
     if len(set(names)) < 2:
         raise InputError(
-            f"{questions[0].place}: wants rows of at least two distinct labels to choose from; found {names[0]!r} alone in "
+            f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "
             f"{len(questions):,} rows"
         )
     spelled = [_learned(tokenizer, name) for name in names]
@@ -284,7 +284,7 @@ def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_resp
 def _prompt(question: Question, tokenizer: TextTokenizer, room: int) -> list[int]:
     """What is said before the answer, as at most `room` tokens."""
     if room < 1:
-        raise InputError(f"max_new_tokens wants less than the model's context; it leaves {room:,} tokens for the prompt")
+        raise InputError(f"max_new_tokens: expected less than the model's context; it leaves {room:,} tokens for the prompt")
     stream = _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", ("",))]), tokenizer, room)
     return stream.ids[: len(stream.ids) - len(_last_run(stream.learned))]
 

@@ -94,8 +94,8 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     pre_tokenizer = "default" if pieces else name_of(stored)
     if pre_tokenizer is None:
         raise InputError(
-            f"{folder / TOKENIZER_FILE}: wants a byte-level BPE whose pre-tokenizer is one of those in llm/tokenizer/pretokenizers.py, "
-            "which llama.cpp has too, or pieces as sentencepiece has them; found another, and llama.cpp would cut text into "
+            f"{folder / TOKENIZER_FILE}: expected a byte-level BPE whose pre-tokenizer is one of those in llm/tokenizer/pretokenizers.py, "
+            "which llama.cpp has too, or pieces as sentencepiece has them, got another, and llama.cpp would cut text into "
             "other tokens"
         )
     tokenizer = TextTokenizer.load(folder)
@@ -130,7 +130,9 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), tokenizer.ends[1:], strict=False):
         add(token)
     if tokenizer.ends[3:]:
-        raise InputError(f"{folder}: wants at most 3 tokens that end an answer, as llama.cpp has; found {len(tokenizer.ends)}")
+        raise InputError(
+            f"{folder}: expected at most 3 tokens that end an answer, as llama.cpp has, got {len(tokenizer.ends)}"
+        )
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
     return pre_tokenizer

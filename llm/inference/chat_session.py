@@ -78,7 +78,7 @@ class Speaker:
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if not turns:
-            raise InputError("messages wants at least one turn of the user; found none")
+            raise InputError("messages: expected at least one turn of the user, got none")
         room = max(1, min(max_new_tokens, self.context // ROOM))
         for first in range(len(turns)):
             if first and turns[first]["role"] == "assistant":
@@ -89,7 +89,7 @@ class Speaker:
         if len(prompt) < self.context:
             return self._go_on(prompt, max_new_tokens, sampling, stop, forgotten=first)
         raise InputError(
-            f"messages wants a last turn that fits the model's context of {self.context} tokens; found {len(prompt)} tokens"
+            f"messages: expected a last turn that fits the model's context of {self.context} tokens, got {len(prompt)} tokens"
         )
 
     def continuation(
@@ -98,7 +98,7 @@ class Speaker:
         """How the model goes on with plain text; InputError where it fills the context."""
         prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)]
         if len(prompt) >= self.context:
-            raise InputError(f"prompt wants fewer than the model's context of {self.context} tokens; found {len(prompt)}")
+            raise InputError(f"prompt: expected fewer than the model's context of {self.context} tokens, got {len(prompt)}")
         return self._go_on(prompt, max_new_tokens, sampling, stop, forgotten=0)
 
     def _go_on(

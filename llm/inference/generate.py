@@ -147,5 +147,5 @@ def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, pl
     context = decoding.model.config.context
     assert context is not None  # every checkpoint says it
     if not 0 < len(prompt) <= context:
-        raise InputError(f"prompt {place} wants from 1 token to the model's context of {context:,}; found {len(prompt):,}")
+        raise InputError(f"prompt {place}: expected from 1 token to the model's context of {context:,}, got {len(prompt):,}")
     return min(max_new_tokens, context - len(prompt))

@@ -37,7 +37,7 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
         ):
             if not fits:
-                raise InputError(f"{name} wants {wanted}; found {getattr(self, name)!r}")
+                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
 
 
 class Draws:

@@ -34,7 +34,7 @@ def stream(
     after `max_new_tokens`. Closing the iterator ends the work. InputError as for `generate`.
     """
     if "" in stop:
-        raise InputError("stop wants texts of at least one character; found an empty one")
+        raise InputError("stop: expected texts of at least one character, got an empty one")
     end = tokenizer.ends if end is None else end
     tokens = generate_one(model, prompt, max_new_tokens=max_new_tokens, end=end, sampling=sampling, clock=clock)
     return until(pieces(tokens, decode=tokenizer.decode), stop)

@@ -76,16 +76,16 @@ def read_config(path: Path, *, dropout: float = 0.0) -> tuple["LlamaConfig", int
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: is not there; wants a model folder as Transformers writes it") from None
+        raise InputError(f"{path}: is not there; expected a model folder as Transformers writes it") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON: {error}") from error
     by_type = {architecture.model_type: architecture for architecture in architectures().values()}
     model_type = found.get("model_type")
     if model_type not in by_type:
         wanted = " or ".join(map(repr, by_type))
-        raise InputError(f"{path}: model_type wants {wanted}, found {model_type!r}: this architecture is not supported")
+        raise InputError(f"{path}: model_type: expected {wanted}, got {model_type!r}: this architecture is not supported")
     if not isinstance(vocab_size := found.get("vocab_size"), int):
-        raise InputError(f"{path}: vocab_size wants a whole number above 0, found {vocab_size!r}")
+        raise InputError(f"{path}: vocab_size: expected a whole number above 0, got {vocab_size!r}")
     try:
         return by_type[model_type].from_transformers(found, dropout=dropout), vocab_size
     except InputError as error:
@@ -102,9 +102,9 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index}: wants a table weight_map of names of files, found something else") from error
+        raise InputError(f"{index}: expected a table weight_map of names of files, got something else") from error
     if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise InputError(f"{index}: weight_map wants names of *.safetensors files beside it, found {outside[0]!r}")
+        raise InputError(f"{index}: weight_map: expected names of *.safetensors files beside it, got {outside[0]!r}")
     return [folder / name for name in names]
 
 
@@ -112,7 +112,7 @@ def no_weights(names: Iterable[str]) -> str:
     """Why a model with files of these names is refused, which has no weights that can be read."""
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     other = f"only {pickles[0]}, a pickle, which can run code when it is opened" if pickles else "no such file"
-    return f"wants weights in {WEIGHTS}, or in shards that {INDEX} names; found {other}"
+    return f"expected weights in {WEIGHTS}, or in shards that {INDEX} names, got {other}"
 
 
 def read_weights(
@@ -131,7 +131,7 @@ def read_weights(
     if config.tied and head is not None:
         if embedding is not None and not torch.equal(head, embedding):
             raise InputError(
-                f"{folder / CONFIG}: tie_word_embeddings wants false, found true: lm_head.weight is not the embedding"
+                f"{folder / CONFIG}: tie_word_embeddings: expected false, got true: lm_head.weight is not the embedding"
             )
         del weights["lm_head.weight"]
     wanted = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
@@ -141,8 +141,8 @@ def read_weights(
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise InputError(
-                f"{folder}: the weights are not those of its config.json: {name} wants "
-                f"{_shape(wanted.get(name))}, found {_shape(found.get(name))}"
+                f"{folder}: the weights are not those of its config.json: {name}: expected "
+                f"{_shape(wanted.get(name))}, got {_shape(found.get(name))}"
             )
     return weights
 

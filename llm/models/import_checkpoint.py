@@ -47,8 +47,8 @@ def examine(folder: Path, *, chat_template: str | None = None) -> Candidate:
     tokenizer = TextTokenizer.load(folder)
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
-            f"{folder / CONFIG}: vocab_size wants room for all {tokenizer.vocab_size:,} tokens of tokenizer.json; "
-            f"found {vocab_size:,}"
+            f"{folder / CONFIG}: vocab_size: expected room for all {tokenizer.vocab_size:,} tokens of tokenizer.json, "
+            f"got {vocab_size:,}"
         )
     template = with_fixed_day(chat_template or tokenizer.template or PLAIN_TEMPLATE)
     return Candidate(folder, config, vocab_size, _answering(tokenizer.with_template(template), folder))
@@ -61,7 +61,7 @@ def adopt(candidate: Candidate, target: Path) -> dict[str, object]:
     for name, tensor in weights.items():
         if tensor.dtype not in PRECISIONS:
             wanted = ", ".join(map(_name, PRECISIONS))
-            raise InputError(f"{candidate.folder}: {name} wants one of {wanted}; found {_name(tensor.dtype)}")
+            raise InputError(f"{candidate.folder}: {name}: expected one of {wanted}, got {_name(tensor.dtype)}")
     candidate.tokenizer.save(target)
     write_model(target, config, weights, tokenizer=candidate.tokenizer)
     return {
@@ -83,8 +83,8 @@ def _answering(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:
     if len(ends) != 1 or not ends <= {tokenizer.token_id(token) for token in tokenizer.special_tokens}:
         found = ", ".join(repr(tokenizer.decode([token], special=True)) for token in sorted(ends)) or "nothing"
         raise InputError(
-            f"{folder}: what the chat template marks as learned wants to end with one special token after every answer, "
-            f"by which the model learns to stop; found {found}"
+            f"{folder}: what the chat template marks as learned: expected to end with one special token after every answer, "
+            f"by which the model learns to stop, got {found}"
         )
     return tokenizer.with_template(tokenizer.template or "", ends=sorted(ends))
 

@@ -42,9 +42,9 @@ class Row(NamedTuple):
         except UnicodeDecodeError as error:
             raise InputError(f"is not UTF-8 (byte {error.start + 1}: {error.reason})") from error
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"is not JSON ({error}); wants one object a line") from error
+            raise InputError(f"is not JSON ({error}); expected one object a line") from error
         if not isinstance(fields, dict):
-            raise InputError(f"is a JSON {type(fields).__name__}; wants an object")
+            raise InputError(f"is a JSON {type(fields).__name__}; expected an object")
         return fields
 
 
@@ -70,14 +70,14 @@ def field_names(path: Path) -> list[str]:
         return ["text"]
     for row in read_rows([path], set()):
         return list(row.fields())
-    raise InputError(f"{path}: wants at least one row; found none")
+    raise InputError(f"{path}: expected at least one row, got none")
 
 
 def _format(path: Path) -> str:
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
     found = suffixes[-1] if suffixes else ""
     if found not in _FORMATS or (found == ".parquet" and path.suffix != ".parquet"):
-        raise InputError(f"{path}: wants a file named *.jsonl, *.txt, *.csv or *.tsv (also with .gz or .zst), or *.parquet")
+        raise InputError(f"{path}: expected a file named *.jsonl, *.txt, *.csv or *.tsv (also with .gz or .zst), or *.parquet")
     return found
 
 

@@ -172,7 +172,7 @@ def _value(fields: Mapping[str, Any], name: str) -> str:
         raise InputError(f"has no field {name!r}; its fields are: {', '.join(fields) or 'none'}")
     if not isinstance(value := fields[name], str):
         found = json.dumps(value, ensure_ascii=False, default=str)
-        raise InputError(f"field {name!r} wants a string, found {found[:80]}")
+        raise InputError(f"field {name!r}: expected a string, got {found[:80]}")
     return value
 
 

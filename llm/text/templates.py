@@ -20,7 +20,7 @@ def split_template(template: str) -> tuple[str, ...]:
             if field is None:
                 continue
             if not field.isidentifier() or form or conversion:
-                raise ValueError("between braces it wants the name of a field, and nothing else")
+                raise ValueError("between braces it: expected the name of a field, and nothing else")
             parts += [field, ""]
     except ValueError as error:
         raise ValueError(f"{template!r} is not a template: {error} (a brace that is meant literally is doubled)") from None
@@ -37,5 +37,5 @@ def with_field(template: str) -> tuple[str, ...]:
     """`split_template`, and a ValueError where no field is named: every row would say the same."""
     parts = split_template(template)
     if len(parts) == 1:
-        raise ValueError(f"{template!r} says the same for every row; wants the name of a field in braces, such as {{text}}")
+        raise ValueError(f"{template!r} says the same for every row; expected the name of a field in braces, such as {{text}}")
     return parts

@@ -105,7 +105,7 @@ def _spans(text: str, chat: Chat, before: Iterator[str], any_special: re.Pattern
 
 def _unmarked(why: str) -> InputError:
     return InputError(
-        f"the chat template does not mark what the assistant says, and it cannot be told apart: {why}; wants a template "
+        f"the chat template does not mark what the assistant says, and it cannot be told apart: {why}; expected a template "
         "that puts the assistant's text and the end token after it between {% generation %} and {% endgeneration %}"
     )
 

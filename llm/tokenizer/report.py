@@ -73,7 +73,7 @@ def load_other(path: Path) -> Tokenizer:
     try:
         other = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for whatever it cannot read
-        raise InputError(f"{path}: wants a tokenizer.json as the tokenizers library writes it: {error}") from error
+        raise InputError(f"{path}: expected a tokenizer.json as the tokenizers library writes it: {error}") from error
     other.no_truncation()
     other.no_padding()
     return other

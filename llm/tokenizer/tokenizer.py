@@ -69,16 +69,16 @@ class TextTokenizer:
         """The tokenizer in `folder`, which may be a checkpoint's; InputError where a file there cannot be used."""
         path = folder / TOKENIZER_FILE
         if not path.exists():
-            raise InputError(f"{path}: is not there; wants a tokenizer as the tokenizers library writes it")
+            raise InputError(f"{path}: is not there; expected a tokenizer as the tokenizers library writes it")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for whatever it cannot read
-            raise InputError(f"{path}: wants a tokenizer as the tokenizers library writes it: {error}") from error
+            raise InputError(f"{path}: expected a tokenizer as the tokenizers library writes it: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         named = _named_tokens(folder)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
-            raise InputError(f"{folder / CONFIG_FILE}: eos_token wants a token of {path}, found {named.get('eos_token')!r}")
+            raise InputError(f"{folder / CONFIG_FILE}: eos_token: expected a token of {path}, got {named.get('eos_token')!r}")
         named = {name: token for name, token in named.items() if tokenizer.token_to_id(token) is not None}
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         if unmarked := [token for token in dict.fromkeys(named.values()) if token not in special]:
@@ -178,7 +178,7 @@ class TextTokenizer:
     @property
     def _chat_template(self) -> str:
         if self._template is None:
-            raise InputError("the tokenizer has no chat template; wants one in its tokenizer_config.json")
+            raise InputError("the tokenizer has no chat template; expected one in its tokenizer_config.json")
         return self._template
 
     def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
@@ -186,7 +186,7 @@ class TextTokenizer:
             if found := self._any_special.search(message["content"]):
                 raise InputError(
                     f"the {message['role']}'s turn holds {found.group()!r}, a special token of this tokenizer, which "
-                    "would end or begin a turn; wants text without it"
+                    "would end or begin a turn; expected text without it"
                 )
 
     def save(self, folder: Path) -> None:
@@ -249,7 +249,7 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: wants a table, found {type(found).__name__}")
+        raise InputError(f"{path}: expected a table, got {type(found).__name__}")
     return found
 
 

@@ -44,7 +44,7 @@ def train_bpe(
     if (found := tokenizer.get_vocab_size()) < vocab_size and not allow_smaller:
         raise InputError(
             f"a vocabulary of {vocab_size:,} is larger than the text supports: found {found:,} tokens, and after them no pair "
-            f"that occurs {min_frequency} times; wants a smaller vocab_size or more text"
+            f"that occurs {min_frequency} times; expected a smaller vocab_size or more text"
         )
     named = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
     return TextTokenizer(tokenizer, named, CHAT_TEMPLATE)

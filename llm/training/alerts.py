@@ -109,7 +109,7 @@ class Judge:
         wrong = not (math.isfinite(loss) and math.isfinite(norm))
         if wrong:
             text = (
-                f"training wants a finite loss and gradient; found at step {step}: loss {loss:g}, gradient norm {norm:g}, "
+                f"training: expected a finite loss and gradient, got at step {step}: loss {loss:g}, gradient norm {norm:g}, "
                 f"learning rate {rate:g}"
             )
             alert = self.alerts.not_finite

@@ -30,7 +30,7 @@ class Budget(Settings):
         named = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
         if len(named) != 1:
             found = " and ".join(named) if named else "none of them"
-            raise ValueError(f"wants exactly one of tokens, steps and epochs; found {found}")
+            raise ValueError(f"expected exactly one of tokens, steps and epochs, got {found}")
         return self
 
     def in_steps(self, *, batch_tokens: int, rows_per_step: int, rows_per_epoch: int) -> int:
@@ -63,7 +63,7 @@ class Schedule(Settings):
     def _ordered(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"min_learning_rate wants at most learning_rate; found {self.min_learning_rate} above {self.learning_rate}"
+                f"min_learning_rate: expected at most learning_rate, got {self.min_learning_rate} above {self.learning_rate}"
             )
         return self
 

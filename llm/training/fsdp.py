@@ -33,7 +33,7 @@ def spread(learner: Learner, strategy: Strategy, *, device: torch.device, proces
     for name, weight in learner.model.named_parameters():
         if not weight.is_floating_point() or weight.dim() == 0:
             raise InputError(
-                f'parallel.strategy wants "ddp" where a base is held in four bits; found "fsdp", and {name} of '
+                f'parallel.strategy: expected "ddp" where a base is held in four bits, got "fsdp", and {name} of '
                 f"{str(weight.dtype).removeprefix('torch.')}, which cannot be spread over processes"
             )
     same: dict[int, Any] = {id(tensor): tensor for tensor in (*learner.model.parameters(), *learner.model.buffers())}

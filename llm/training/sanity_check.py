@@ -43,7 +43,7 @@ def self_check(
     learner.objective = objective
     wanted = (*batch.tokens.shape, copied.vocab_size)
     if shape != wanted:
-        raise InputError(f"self-check: logits want the shape {wanted}, found {shape}")
+        raise InputError(f"self-check: logits: expected the shape {wanted}, got {shape}")
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3, weight_decay=0.0)
     chance = math.log(copied.vocab_size)
     first = loss = math.inf
@@ -55,7 +55,7 @@ def self_check(
             first = loss
             if not abs(first - chance) <= NEAR:
                 raise InputError(
-                    f"self-check: the first loss wants to be near ln(vocabulary) = {chance:.2f}, found {first:.2f}: "
+                    f"self-check: the first loss: expected to be near ln(vocabulary) = {chance:.2f}, got {first:.2f}: "
                     "the initialization does not suit this architecture"
                 )
         if loss < OVERFITS_BELOW:
@@ -64,7 +64,7 @@ def self_check(
         optimizer.step()
         optimizer.zero_grad()
     raise InputError(
-        f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, found {loss:.2f}"
+        f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, got {loss:.2f}"
     )
 
 

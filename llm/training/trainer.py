@@ -83,12 +83,12 @@ def train(
     """
     group = Group(find_unused_parameters=find_unused_parameters, timeout_minutes=timeout_minutes)
     if not rows.rows_per_epoch:
-        raise InputError("training wants at least one row to learn from; found none")
+        raise InputError("training: expected at least one row to learn from, got none")
     rows_per_step = batch_tokens // rows.context
     if rows_per_step < group.size:
         raise InputError(
-            f"batch_tokens wants at least one row of {rows.context} tokens for each of {group.size} processes; "
-            f"found {batch_tokens}"
+            f"batch_tokens: expected at least one row of {rows.context} tokens for each of {group.size} processes, "
+            f"got {batch_tokens}"
         )
     tokens_per_step = rows_per_step * rows.context
     steps = budget.in_steps(batch_tokens=tokens_per_step, rows_per_step=rows_per_step, rows_per_epoch=rows.rows_per_epoch)
@@ -299,11 +299,11 @@ def _check_fit(progress: Progress, optimizer: Optimizer, kind: str) -> None:
     """That a training can go on from where another ended."""
     if progress.steps <= progress.step:
         raise InputError(
-            f"budget wants more than the {progress.step} steps that it goes on from, which are part of it; "
-            f"found {progress.steps}"
+            f"budget: expected more than the {progress.step} steps that it goes on from, which are part of it, "
+            f"got {progress.steps}"
         )
     if kind != optimizer.kind:
-        raise InputError(f"optimizer.kind wants {kind!r}, as in the training that it goes on from; found {optimizer.kind!r}")
+        raise InputError(f"optimizer.kind: expected {kind!r}, as in the training that it goes on from, got {optimizer.kind!r}")
 
 
 def _metrics(

@@ -51,11 +51,11 @@ def address_fault(address: str) -> str | None:
     """What is wrong with the form of an address; None if nothing is."""
     scheme, separator, rest = address.partition("://")
     if "::" in address or (separator and scheme not in PACKAGES) or "\0" in address or not address.strip():
-        return f"found {redact(address)!r}, wants {WANTED}"
+        return f"expected {WANTED}, got {redact(address)!r}"
     if "@" in rest.partition("/")[0]:
-        return "holds a user or a password; wants an address without, since recipes are shared: put them in the environment"
+        return "holds a user or a password; expected an address without, since recipes are shared: put them in the environment"
     if separator and not rest and scheme != "memory":
-        return f"found {address!r}, wants {WANTED}"
+        return f"expected {WANTED}, got {address!r}"
     return None
 
 
@@ -68,7 +68,7 @@ def open_remote(address: str, *, tick: Callable[[], None] = lambda: None) -> "Re
     scheme, _, root = address.partition("://")
     package = PACKAGES[scheme]
     if find_spec(package) is None:
-        raise RemoteError(f"remote {address}: wants the package {package}, which is not installed: pip install {package}")
+        raise RemoteError(f"remote {address}: expected the package {package}, which is not installed: pip install {package}")
     import fsspec
 
     options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}

@@ -34,7 +34,7 @@ def main(options: argparse.Namespace) -> int:
     if options.recipe is not None:
         job = recipe_job(recipe_of(options), store_of(options), **settings)
     elif options.overrides:
-        raise RecipeError("--set: wants a RECIPE to change, found none")
+        raise RecipeError("--set: expected a RECIPE to change, got none")
     else:
         job = reference_job(**settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker ends and its folder goes then, too

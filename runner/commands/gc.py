@@ -34,9 +34,9 @@ def main(options: argparse.Namespace) -> int:
     named = {f"{entry.stage.kind}-{entry.key}" for plan in plans for entry in plan if entry.key}
     if not named and options.keep_size is None and any((store.root / "stages").glob("*")):
         if options.only:
-            raise RecipeError("--only: wants RECIPEs whose results are kept, found none")
+            raise RecipeError("--only: expected RECIPEs whose results are kept, got none")
         if not noted_runs(store.root):
-            raise RecipeError(f"{store.root}: no run is noted there; wants RECIPEs whose results are kept, or --keep-size")
+            raise RecipeError(f"{store.root}: no run is noted there; expected RECIPEs whose results are kept, or --keep-size")
     outcome = collect(store, named=named, forget_runs=options.only, keep_size=options.keep_size, dry_run=options.dry_run)
     for item, size in outcome.removed:
         done = "would remove" if options.dry_run else "removed"
@@ -64,5 +64,5 @@ def size_in_bytes(text: str) -> int:
     """20GB, 1.5 TB, 500MiB or a plain number as bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"wants a size such as 20GB, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 20GB, got {text!r}")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))

@@ -46,13 +46,13 @@ def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
             yield from _chats(stage, _tokenizer_above(plan, name), count)
         case stage:
             kinds = "corpus, tokenizer, pack, pretrain, trunk, sft, lora, dpo"
-            raise RecipeError(f"{name}: wants a stage that learns or prepares ({kinds}), but its kind is {stage.kind!r}")
+            raise RecipeError(f"{name}: expected a stage that learns or prepares ({kinds}), but its kind is {stage.kind!r}")
 
 
 def _folder(plan: Plan, name: str) -> Path:
     entry = plan.entries[name]
     if entry.path is None:
-        raise RecipeError(f"{name}: wants to be finished before it can be looked at, but its state is {entry.state!r}")
+        raise RecipeError(f"{name}: expected to be finished before it can be looked at, but its state is {entry.state!r}")
     return entry.path
 
 
@@ -69,7 +69,7 @@ def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
                 return TextTokenizer.load(artifact.tokenizer.folder)
             case Adapter():
                 continue
-    raise RecipeError(f"{name}: wants a finished tokenizer above it to show rows as they are learned; found none")
+    raise RecipeError(f"{name}: expected a finished tokenizer above it to show rows as they are learned, got none")
 
 
 def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
@@ -244,7 +244,7 @@ def main(options: argparse.Namespace) -> int:
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
     if options.count < 1:
-        raise RecipeError(f"--count: wants at least 1, found {options.count}")
+        raise RecipeError(f"--count: expected at least 1, got {options.count}")
     console = Console(highlight=False, soft_wrap=True)
     try:
         for line in inspect(Plan(recipe, store_of(options)), options.stage, count=options.count):

@@ -22,7 +22,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Lists recipes with what they make, on which hardware and in what time."""
     if not options.folder.is_dir():
-        raise RecipeError(f"{options.folder}: wants a folder of recipes, found none")
+        raise RecipeError(f"{options.folder}: expected a folder of recipes, got none")
     for path in sorted(options.folder.glob("*.toml")):
         text = path.read_text(encoding="utf-8", errors="replace")
         try:

@@ -181,9 +181,9 @@ def main(options: argparse.Namespace) -> int:
     path: Path = options.recipe if options.recipe.parent != Path() else SHIPPED / options.recipe
     path = path.with_suffix(".toml")
     if path.exists():
-        raise RecipeError(f"{path}: is there already; wants the name of a new file")
+        raise RecipeError(f"{path}: is there already; expected the name of a new file")
     if not re.fullmatch(r"[\w.-]+", path.stem):
-        raise RecipeError(f"{path.name}: wants a name of letters, digits, '.', '-' and '_'")
+        raise RecipeError(f"{path.name}: expected a name of letters, digits, '.', '-' and '_'")
     best: Hardware = "gpu" if gpu_count() else "cpu"
     language = _answer(options.language, "language of the model", LANGUAGES, "en")
     data = _answer(options.data, "file with rows of your domain (empty for none)", None, "", check=_is_file)
@@ -218,7 +218,7 @@ def _answer(
     check: Callable[[str], str | None] | None = None,
 ) -> str:
     """What the command line says, else what a person answers, else (where nobody can be asked) the default."""
-    fault = check or (lambda text: None if not choices or text in choices else f"wants one of {', '.join(choices)}")
+    fault = check or (lambda text: None if not choices or text in choices else f"expected one of {', '.join(choices)}")
     if given is not None or not sys.stdin.isatty():
         text = default if given is None else str(given)
         if found := fault(text):
@@ -234,18 +234,18 @@ def _answer(
 
 
 def _is_file(text: str) -> str | None:
-    return None if not text or Path(text).is_file() else f"wants a file, found none at {text}"
+    return None if not text or Path(text).is_file() else f"expected a file, got none at {text}"
 
 
 def _minutes(text: str) -> str | None:
     try:
-        return None if 0 < float(text) < 1e6 else f"wants more than 0, found {text}"
+        return None if 0 < float(text) < 1e6 else f"expected more than 0, got {text}"
     except ValueError:
-        return f"wants a number, found {text!r}"
+        return f"expected a number, got {text!r}"
 
 
 def _repo(text: str) -> str | None:
-    return None if not text or re.fullmatch(r"([\w.-]+/)?[\w.-]+", text) else f"wants owner/name, found {text!r}"
+    return None if not text or re.fullmatch(r"([\w.-]+/)?[\w.-]+", text) else f"expected owner/name, got {text!r}"
 
 
 def _fields(path: Path) -> list[str]:

@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     from runner.diagnostics.resume_check import prove, sentence
 
     if options.steps < 1:
-        raise RecipeError(f"--steps: wants at least 1, found {options.steps}")
+        raise RecipeError(f"--steps: expected at least 1, got {options.steps}")
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end and their folder goes then, too

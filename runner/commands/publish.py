@@ -26,14 +26,14 @@ def main(options: argparse.Namespace) -> int:
     recipe, store = recipe_of(options), store_of(options)
     entries = [(entry, entry.stage) for entry in Plan(recipe, store) if isinstance(entry.stage, Publish) and entry.stage.repo]
     if not entries:
-        raise RecipeError(f"{recipe.path}: wants a stage of the kind publish with a repo, found none")
+        raise RecipeError(f"{recipe.path}: expected a stage of the kind publish with a repo, got none")
     for entry, _ in entries:
         if entry.state == "skipped":
             raise GateError(f"{entry.name}: {entry.reason}, so it is not published")
         if entry.record is None or entry.path is None:
             reason = f" ({entry.reason})" if entry.reason else ""
             raise StageError(
-                f"{entry.name}: wants a finished release, found the state {entry.state}{reason}; run the recipe first"
+                f"{entry.name}: expected a finished release, got the state {entry.state}{reason}; run the recipe first"
             )
     receipts = store.root / "receipts"
     acting = Acting(overwrite=options.overwrite, note=lambda sentence: print(sentence, flush=True))

@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> int:
     out = options.out or Path(f"{recipe.head.name}-report.html")
     forms = {".html": as_html, ".md": as_markdown}
     if out.suffix not in forms:
-        raise RecipeError(f"--out: wants a name that ends in {' or '.join(forms)}, found {str(out)!r}")
+        raise RecipeError(f"--out: expected a name that ends in {' or '.join(forms)}, got {str(out)!r}")
     found = collect(recipe, Plan(recipe, store_of(options)), now=datetime.datetime.now(datetime.UTC))
     out.write_text(forms[out.suffix](found), encoding="utf-8")
     print(out)

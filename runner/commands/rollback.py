@@ -33,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
     }
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise RecipeError(f"{recipe.path}: wants one stage of the kind publish with a repo, found {names}; see --stage")
+        raise RecipeError(f"{recipe.path}: expected one stage of the kind publish with a repo, got {names}; see --stage")
     ((name, target),) = found.items()
     if target.pull_request:
         raise RecipeError(f"stage.{name}: publishes by pull requests, which are closed or reverted on the Hub")

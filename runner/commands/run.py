@@ -63,14 +63,14 @@ def main(options: argparse.Namespace) -> int:
         published = bring(Address.parse(options.recipe), store, data=options.data)
         options.recipe = published.recipe
     elif options.yes or options.data:
-        raise RecipeError("--yes and --data: want a published model, hf://OWNER/NAME")
+        raise RecipeError("--yes and --data: expected a published model, hf://OWNER/NAME")
     recipe = recipe_of(options, absent=store.digests.promised)
     for name in [*options.force, *([options.until] if options.until else [])]:
         stage_named(recipe, name)
     if options.until:
         for name in options.force:
             if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
-                raise RecipeError(f"--force {name}: wants a stage that --until {options.until} runs")
+                raise RecipeError(f"--force {name}: expected a stage that --until {options.until} runs")
     asked = Asked(options.machines, options.machine_rank, options.main_address)
     layout, remote = layout_of(recipe.head.parallel, asked), remote_of(options, recipe)
     if published is not None:

@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
     store = store_of(options)
     found = talkers(recipe, Plan(recipe, store), options.stages)
     if options.queue < 0:
-        raise RecipeError(f"--queue: wants at least 0, found {options.queue}")
+        raise RecipeError(f"--queue: expected at least 0, got {options.queue}")
     import socket
 
     import uvicorn

@@ -23,7 +23,7 @@ def main(options: argparse.Namespace) -> int:
     """Opens aim on the curves of all trainings of a cache, at http://127.0.0.1:43800."""
     if importlib.util.find_spec("aim") is None:
         raise RecipeError(
-            "ui: wants the package aim, which is not installed here (it has no release for Python 3.13 and newer)"
+            "ui: expected the package aim, which is not installed here (it has no release for Python 3.13 and newer)"
         )
     repo = store_of(options).root / "aim"
     if not (repo / ".aim").is_dir():

@@ -66,7 +66,7 @@ class BenchJob:
 def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
     """The size that our figures are given for."""
     if LEARNING in only:
-        raise RecipeError("--only learning: wants a recipe, whose tokens are learned")
+        raise RecipeError("--only learning: expected a recipe, whose tokens are learned")
     return BenchJob(
         subject=reference(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
         about={"recipe": None, "stage": None},
@@ -85,7 +85,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
     pack = recipe.stages[stage.tokens]
     tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
     if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
-        raise RecipeError(f"{recipe.path}: stage.{name}: bench wants tokens of a pack stage with a tokenizer of its own")
+        raise RecipeError(f"{recipe.path}: stage.{name}: bench: expected tokens of a pack stage with a tokenizer of its own")
     architecture = stage.architecture
     if architecture.context is None:
         architecture = architecture.model_copy(update={"context": pack.context})
@@ -93,7 +93,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
     if not rows:
         raise RecipeError(
             f"{recipe.path}: stage.{name}.batch_tokens: found {stage.batch_tokens}, "
-            f"wants at least one row of {pack.context} tokens"
+            f"expected at least one row of {pack.context} tokens"
         )
     subject = Subject(
         architecture=architecture,
@@ -111,7 +111,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
     packed = Plan(recipe, store, until=stage.tokens).entries[stage.tokens].path
     if LEARNING in only and packed is None:
         raise RecipeError(
-            f"{recipe.path}: stage.{stage.tokens}: bench wants its tokens to learn from, and they are not in the cache; "
+            f"{recipe.path}: stage.{stage.tokens}: bench: expected its tokens to learn from, and they are not in the cache; "
             f"`run {recipe.path} --until {stage.tokens}` makes them"
         )
     return BenchJob(
@@ -133,7 +133,7 @@ def chosen(only: str | None) -> list[str]:
     possible = (*MEASUREMENTS, PROCESSES, LORA, LEARNING)
     names = MEASUREMENTS if only is None else only.split(",")
     if unknown := [name for name in names if name not in possible]:
-        raise RecipeError(f"--only: found {unknown[0]!r}, wants some of {','.join(possible)}")
+        raise RecipeError(f"--only: expected some of {','.join(possible)}, got {unknown[0]!r}")
     return [name for name in possible if name in names]
 
 

@@ -53,11 +53,11 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
     plan = Plan(recipe, store, until=name)
     entry = plan.entries[name]
     if not isinstance(entry.stage, TrainingStage):
-        raise RecipeError(f"stage {name!r}: is of kind {entry.stage.kind!r}; wants one that trains")
+        raise RecipeError(f"stage {name!r}: is of kind {entry.stage.kind!r}; expected one that trains")
     missing = [source for source in plan.inputs(name) if plan.entries[source].path is None]
     if missing or entry.key is None:
         raise StageError(
-            f"stage {name!r}: wants {', '.join(missing)} finished; `run {recipe.path} --until {missing[-1]}` does it"
+            f"stage {name!r}: expected {', '.join(missing)} finished; `run {recipe.path} --until {missing[-1]}` does it"
         )
     steps = -(-steps // PARTS) * PARTS
     sources = {source: plan.record(source) for source in plan.inputs(name)}

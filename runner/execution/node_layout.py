@@ -61,15 +61,17 @@ def layout_of(parallel: Parallel, command_line: Asked = Asked(), environment: Ma
     if machines == 1:
         if rank and rank != around.rank:
             raise RecipeError(
-                f"machine_rank: found {rank} of one machine; wants machines too (--machines N, parallel.machines)"
+                f"machine_rank: found {rank} of one machine; expected machines too (--machines N, parallel.machines)"
             )
         return ALONE
     if rank is None:
-        raise RecipeError(f"machine_rank: is missing; wants this machine's, 0 to {machines - 1} (--machine-rank K)")
+        raise RecipeError(f"machine_rank: is missing; expected this machine's, 0 to {machines - 1} (--machine-rank K)")
     if not 0 <= rank < machines:
-        raise RecipeError(f"machine_rank: found {rank}, wants 0 to {machines - 1}, since there are {machines} machines")
+        raise RecipeError(f"machine_rank: expected 0 to {machines - 1}, since there are {machines} machines, got {rank}")
     if address is None:
-        raise RecipeError(f"main_address: is missing; {machines} machines want {WANTS_ADDRESS} (--main-address HOST[:PORT])")
+        raise RecipeError(
+            f"main_address: is missing; {machines} machines: expected {WANTS_ADDRESS} (--main-address HOST[:PORT])"
+        )
     if address is recipe.address and command_line.rank is None:
         raise RecipeError(
             f"parallel.main_address: the recipe would train together with {address}, and machines that do have to trust each "
@@ -83,7 +85,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of HOST, HOST:PORT or [IPv6]:PORT; RecipeError if it is none of them."""
     found = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s:/\[\]]+))(?::(?P<port>\d{1,5}))?", address)
     if found is None or not 0 < (port := int(found["port"] or PORT)) < 2**16 - 1:
-        raise RecipeError(f"main_address: found {address!r}, wants {WANTS_ADDRESS}")
+        raise RecipeError(f"main_address: expected {WANTS_ADDRESS}, got {address!r}")
     return found["six"] or found["host"], port
 
 
@@ -94,7 +96,7 @@ def from_slurm(environment: Mapping[str, str]) -> Asked | None:
         return None
     if _number(environment, "SLURM_LOCALID"):
         raise RecipeError(
-            "SLURM_LOCALID: srun started several runs on this node; wants --ntasks-per-node=1, since a run starts the "
+            "SLURM_LOCALID: srun started several runs on this node; expected --ntasks-per-node=1, since a run starts the "
             "processes of a training itself (parallel.processes)"
         )
     listed = next((environment[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
@@ -109,7 +111,7 @@ def from_torchrun(environment: Mapping[str, str]) -> Asked | None:
         return None
     if _number(environment, "LOCAL_RANK"):
         raise RecipeError(
-            "LOCAL_RANK: torchrun started several runs on this machine; wants --nproc-per-node 1, since a run starts the "
+            "LOCAL_RANK: torchrun started several runs on this machine; expected --nproc-per-node 1, since a run starts the "
             "processes of a training itself (parallel.processes)"
         )
     rank = _number(environment, "GROUP_RANK", "NODE_RANK")
@@ -145,7 +147,7 @@ def _number(environment: Mapping[str, str], *names: str) -> int | None:
     for name in names:
         if text := environment.get(name):
             if not text.isdecimal():
-                raise RecipeError(f"{name}: wants a number, found {text!r}")
+                raise RecipeError(f"{name}: expected a number, got {text!r}")
             return int(text)
     return None
 

@@ -195,7 +195,7 @@ def _fetch_rows(wanted: HubFiles) -> list[Path]:
             return [Path(hf_hub_download(wanted.repo, wanted.path, **place, **source))]
         names = wanted.among(_names(wanted))
         if not names:
-            raise InputError(f"{wanted.repo}@{wanted.commit[:8]}: wants files like {wanted.path!r}; the dataset has none")
+            raise InputError(f"{wanted.repo}@{wanted.commit[:8]}: expected files like {wanted.path!r}; the dataset has none")
         # Its list of all files is kept by the client too, which is what makes a pattern known without network later.
         folder = snapshot_download(wanted.repo, allow_patterns=[glob.escape(name) for name in names], **place, **source)
         return [Path(folder, name) for name in names]

@@ -65,7 +65,7 @@ def _resolved(api: "HfApi", target: Target, to: str) -> str:
     try:
         return str(api.repo_info(full_name(api, target.repo), revision=to).sha)
     except RevisionNotFoundError:
-        raise StageError(f"{target}: wants a tag or a commit that is there, found no {to!r}") from None
+        raise StageError(f"{target}: expected a tag or a commit that is there, found no {to!r}") from None
     except RepositoryNotFoundError:
         raise StageError(f"{target}: is not there, or not shown to the token") from None
 

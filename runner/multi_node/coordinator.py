@@ -89,7 +89,7 @@ class Team:
             self._door = socket.create_server((host, self.layout.port), family=family)
         except OSError as error:
             raise StageError(
-                f"port {self.layout.port} of this machine wants to be free for the other machines; found: {error.strerror}. "
+                f"port {self.layout.port} of this machine: expected to be free for the other machines; found: {error.strerror}. "
                 "Name another one on each of them: --main-address HOST:PORT"
             ) from error
         threading.Thread(target=self._let_in, args=[self._door], daemon=True, name="door").start()
@@ -205,8 +205,8 @@ class Team:
             if not peer.shares and (self._remote is None or peer.remote != self._remote):
                 raise RecipeError(
                     f"{peer} sees neither the cache of this machine ({self._token.parent.parent}) nor its remote: several "
-                    "machines want one cache folder (--cache), or one [cache] remote that all reach and that is uploaded to; "
-                    f"found the remote {self._remote or 'none'} here and {peer.remote or 'none'} there"
+                    "machines: expected one cache folder (--cache), or one [cache] remote that all reach and that is uploaded to, "
+                    f"got the remote {self._remote or 'none'} here and {peer.remote or 'none'} there"
                 )
         return [rank for rank in range(1, self.layout.machines) if rank not in self._peers]
 
@@ -257,7 +257,7 @@ class Team:
                             else:
                                 self._lost.append(str(other))
                         if fault is None and not 0 < rank < self.layout.machines:
-                            fault = f"machine_rank: found {rank}, wants 1 to {self.layout.machines - 1}"
+                            fault = f"machine_rank: expected 1 to {self.layout.machines - 1}, got {rank}"
                         if fault is None:
                             remote = more.get("remote")
                             self._met.add(rank)

@@ -168,7 +168,7 @@ class Joining:
                 raise RecipeError(f"stage {other!r} differs from that of machine 0: {'; '.join(changes)}")
         if (processes := process_count(self._recipe.head.parallel)) != message["processes"]:
             raise RecipeError(
-                f"stage {name!r}: each machine wants as many processes; found {processes} here and {message['processes']} on "
+                f"stage {name!r}: each machine: expected as many processes, got {processes} here and {message['processes']} on "
                 "machine 0 (--processes N)"
             )
         if not self._shares:

@@ -137,7 +137,7 @@ class Plan:
         scores: Mapping[str, float] = entry.record.data["metrics"]["scores"]
         if sweep.score not in scores:
             made = ", ".join(sorted(scores))
-            raise RecipeError(f"{self.recipe.path}: sweep: wants the score {sweep.score!r}; {entry.name} has only {made}")
+            raise RecipeError(f"{self.recipe.path}: sweep: expected the score {sweep.score!r}; {entry.name} has only {made}")
         return scores[sweep.score]
 
     def family_of(self, name: str) -> Branches | None:

@@ -56,7 +56,7 @@ def read_lock(text: str, place: str) -> Lock:
         return Lock.model_validate(json.loads(text))
     except (ValidationError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__} at {error.errors()[0]['loc']}" if isinstance(error, ValidationError) else error
-        raise RecipeError(f"{place}: wants the lock file of a release, found something else ({reason})") from None
+        raise RecipeError(f"{place}: expected the lock file of a release, got something else ({reason})") from None
 
 
 def differences(lock: Lock) -> Iterator[str]:

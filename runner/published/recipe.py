@@ -50,7 +50,7 @@ class Address:
         """hf://owner/name[@revision]; RecipeError if it is not of that form."""
         match = ADDRESS.fullmatch(text)
         if match is None:
-            raise RecipeError(f"found {text!r}, wants hf://OWNER/NAME[@REVISION]")
+            raise RecipeError(f"expected hf://OWNER/NAME[@REVISION], got {text!r}")
         return cls(match["repo"], match["revision"] or "main")
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ def bring(address: Address, store: Store, *, data: Sequence[Path]) -> Published:
     """
     for folder in data:
         if not folder.is_dir():
-            raise RecipeError(f"--data {folder}: wants a folder")
+            raise RecipeError(f"--data {folder}: expected a folder")
     try:
         snapshot = _snapshot(address, store.root / "published")
         place = store.root / "published" / f"{address.repo.replace('/', '--')}-{snapshot.commit[:12]}"
@@ -107,13 +107,13 @@ def _names() -> tuple[str, str]:
 
 def _text(snapshot: download.Snapshot, name: str, folder: Path) -> str:
     if name not in snapshot.files:
-        raise RecipeError(f"{snapshot}: has no {name}; wants a model that was published by this program")
+        raise RecipeError(f"{snapshot}: has no {name}; expected a model that was published by this program")
     if snapshot.files[name].size > LARGEST:
-        raise RecipeError(f"{snapshot}: {name} wants at most {LARGEST:,} bytes, found {snapshot.files[name].size:,}")
+        raise RecipeError(f"{snapshot}: {name}: expected at most {LARGEST:,} bytes, got {snapshot.files[name].size:,}")
     try:
         return download.fetch(snapshot, name, folder).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise RecipeError(f"{snapshot}: {name} wants UTF-8 text") from None
+        raise RecipeError(f"{snapshot}: {name}: expected UTF-8 text") from None
 
 
 def _own_decisions(text: str, place: str) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _own_decisions(text: str, place: str) -> dict[str, Any]:
         raise RecipeError(f"{place}: is not TOML: {error}") from error
     stages = table.get("stage")
     if "extends" in table or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise RecipeError(f"{place}: wants a resolved recipe, as `run show` prints it")
+        raise RecipeError(f"{place}: expected a resolved recipe, as `run show` prints it")
     for name in ("cache", "tracking"):
         table.pop(name, None)
     for alerts in (table.get("alerts"), *(stage.get("alerts") for stage in stages.values())):
@@ -173,7 +173,7 @@ def _names_of(contents: Sequence[FileContent], is_folder: bool) -> list[str]:
         return [f"{number:05d}{content.format}" for number, content in enumerate(contents)]
     names = [PurePosixPath(content.file).name for content in contents]
     if strange := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
-        raise RecipeError(f"recipe.lock.json: wants names of files, found {strange[0]!r}")
+        raise RecipeError(f"recipe.lock.json: expected names of files, got {strange[0]!r}")
     return names
 
 

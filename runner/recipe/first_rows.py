@@ -28,7 +28,7 @@ def check_first_rows(recipe: Recipe) -> None:
                     continue
                 if missing := sorted(table.template.fields.difference(found)):
                     faults.append(
-                        f"stage.{name}.{place}: wants the field {missing[0]!r} in the rows of {path}, found only "
+                        f"stage.{name}.{place}: expected the field {missing[0]!r} in the rows of {path}, got only "
                         f"{', '.join(map(repr, found)) or 'no field at all'}{nearest(missing[0], found)}"
                     )
     if faults:

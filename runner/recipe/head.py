@@ -26,7 +26,7 @@ class AlertsTable(Alerts):
     def _are_addresses(cls, notify: Any) -> Any:
         if not isinstance(notify, list) or not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in notify):
             # What was found is not said: it may hold a secret.
-            raise ValueError('wants a list of addresses as apprise knows them, such as ["ntfy://TOPIC"]')
+            raise ValueError('expected a list of addresses as apprise knows them, such as ["ntfy://TOPIC"]')
         return notify
 
 

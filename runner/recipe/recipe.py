@@ -115,7 +115,7 @@ def load_recipe(
     alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
     stages: dict[str, Stage] = {}
     if not isinstance(stage_tables, dict) or not stage_tables:
-        faults.append("stage: wants at least one [stage.NAME] table, found none")
+        faults.append("stage: expected at least one [stage.NAME] table, got none")
         stage_tables = {}
     broken: set[str] = set()
     for name, fields in stage_tables.items():
@@ -175,17 +175,17 @@ def _validate_stage(
     name: str, fields: Any, seed: int, alerts: dict[str, Any], faults: list[str], *, others: Sequence[str]
 ) -> Stage | None:
     if not isinstance(fields, dict):
-        faults.append(f"stage.{name}: wants a table, found {fields!r}")
+        faults.append(f"stage.{name}: expected a table, got {fields!r}")
         return None
     fields = dict(fields)
     kinds = stage_kinds()
     kind = fields.pop("kind", None)
     if kind is None:
         meant = nearest(name, others).replace("did you mean", "did you mean stage")
-        faults.append(f"stage.{name}.kind: is missing; wants one of {listed(kinds)}{meant}")
+        faults.append(f"stage.{name}.kind: is missing; expected one of {listed(kinds)}{meant}")
         return None
     if not isinstance(kind, str) or kind not in kinds:
-        faults.append(f"stage.{name}.kind: found {shown(kind)}, wants one of {listed(kinds)}{nearest(kind, kinds)}")
+        faults.append(f"stage.{name}.kind: expected one of {listed(kinds)}, got {shown(kind)}{nearest(kind, kinds)}")
         return None
     return validated(kinds[kind], _filled(kinds[kind], fields, seed, alerts), f"stage.{name}.", faults)
 
@@ -210,7 +210,7 @@ def _tried(
     for number, change in enumerate(changes_of(type(stage), stage.tries)):
         place = f"stage.{name}.attempts[{number}]"
         if fixed := [key for key in ("kind", "attempts") if key in change]:
-            faults.append(f"{place}.{fixed[0]}: is the same in all attempts; wants it outside of them")
+            faults.append(f"{place}.{fixed[0]}: is the same in all attempts; expected it outside of them")
             continue
         written = {key: value for key, value in fields.items() if key not in ("kind", "attempts")}
         filled = _filled(type(stage), merged(written, change), seed, alerts)
@@ -235,12 +235,12 @@ def _attempts(
         for other in attempts.values():
             if common := sorted(family.members & other.members):
                 faults.append(
-                    f"stage.{name}.attempts: wants no stage that attempts of {other.stage!r} run too, found {listed(common)}"
+                    f"stage.{name}.attempts: expected no stage that attempts of {other.stage!r} run too, got {listed(common)}"
                 )
         if not judges:
-            faults.append(f"stage.{name}.attempts: wants an evaluation with gates behind it, to judge them; found none")
+            faults.append(f"stage.{name}.attempts: expected an evaluation with gates behind it, to judge them, got none")
         for taken in sorted(family.places.keys() & stages.keys()):
-            faults.append(f"stage.{taken}: wants another name; an attempt of {name!r} has this one")
+            faults.append(f"stage.{taken}: expected another name; an attempt of {name!r} has this one")
         attempts[name] = family
     return attempts
 
@@ -265,14 +265,14 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
                 continue
             if ref not in stages:
                 dangling = True
-                yield f"{place}: found {str(ref)!r}, wants the name of a stage{nearest(ref, [*stages, *broken])}"
+                yield f"{place}: expected the name of a stage, got {str(ref)!r}{nearest(ref, [*stages, *broken])}"
             elif not issubclass(stages[ref].makes, ref.wants):
                 made = stages[ref].makes.__name__
                 able = [other for other in stages if issubclass(stages[other].makes, ref.wants) and other != name]
                 hint = f"; these make it: {listed(able)}" if able else ""
-                yield f"{place}: wants {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
+                yield f"{place}: expected {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
     if not dangling and (cycle := find_cycle(sources_of(stages))):
-        yield f"stage.{cycle[0]}: wants stages without a cycle, found {' -> '.join(cycle)}"
+        yield f"stage.{cycle[0]}: expected stages without a cycle, got {' -> '.join(cycle)}"
 
 
 def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[str]) -> Iterator[str]:
@@ -282,17 +282,17 @@ def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[
             if file.hub:
                 continue  # whether it is there is for the Hub to say, once the stage runs
             if leaves_by_name(file.pattern):
-                yield f"{place}: found {str(file)!r}, wants no .. behind a wildcard"
+                yield f"{place}: expected no .. behind a wildcard, got {str(file)!r}"
             elif not bounds.hold(fixed_part(file.pattern)):
                 yield f"{place}: {bounds.fault(file, fixed_part(file.pattern))}"
             elif not (matches := file.matches()) and str(file.folder / file) in absent:
                 continue
             elif not matches:
-                yield f"{place}: wants a file, found nothing at {file.pattern}"
+                yield f"{place}: expected a file, got nothing at {file.pattern}"
             elif outside := [match for match in matches if not bounds.hold(match)]:
                 yield f"{place}: {bounds.fault(outside[0].name, outside[0])}"
             elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
-                yield f"{place}: wants a file, found {closed[0]}, which may not be read"
+                yield f"{place}: expected a file, got {closed[0]}, which may not be read"
 
 
 def _place_remote(table: dict[str, Any], bounds: Bounds) -> Iterator[str]:

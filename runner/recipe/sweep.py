@@ -49,7 +49,7 @@ class SweepTable(Spec):
     def _one_score(self) -> Self:
         named = [name for name in ("highest", "lowest") if getattr(self, name) is not None]
         if len(named) != 1:
-            raise ValueError(f"wants exactly one of highest and lowest, found {' and '.join(named) or 'neither'}")
+            raise ValueError(f"expected exactly one of highest and lowest, got {' and '.join(named) or 'neither'}")
         return self
 
 
@@ -72,10 +72,10 @@ def read_sweep(
     judge, score = _deciding(table, stages, broken, faults)
     for axis, other in itertools.permutations(axes, 2):
         if axis.stage == other.stage and axis.path == other.path[: len(axis.path)]:
-            faults.append(f"sweep.stage.{other}: wants a field of its own; {axis} varies too")
+            faults.append(f"sweep.stage.{other}: expected a field of its own; {axis} varies too")
     count = math.prod(len(axis.values) for axis in axes)
     if count > MOST:
-        faults.append(f"sweep: wants at most {MOST} settings, found {count}")
+        faults.append(f"sweep: expected at most {MOST} settings, got {count}")
     if count > MOST or not axes:
         return None
     choices = list(itertools.product(*(range(len(axis.values)) for axis in axes)))
@@ -90,12 +90,12 @@ def read_sweep(
     behind = {name: ancestors(readers, name) for name in varied}
     for name in varied:
         if judge not in behind[name]:
-            faults.append(f"sweep.stage.{name}: wants a stage before {judge!r}, whose score decides; found one that is not")
+            faults.append(f"sweep.stage.{name}: expected a stage before {judge!r}, whose score decides, got one that is not")
     branch = {judge, *ancestors(before, judge)} & {*varied, *(name for names in behind.values() for name in names)}
     members = [*varied, *(name for name in stages if name in branch and name not in varied)]
     for family in families.values():
         if common := sorted({*members} & family.members):
-            faults.append(f"sweep: wants no stage that attempts of {family.stage!r} run too, found {listed(common)}")
+            faults.append(f"sweep: expected no stage that attempts of {family.stage!r} run too, got {listed(common)}")
     sweep = Sweep(
         changes=tuple(variants.changes(choice) for choice in choices),
         changed=tuple(changed),
@@ -107,11 +107,11 @@ def read_sweep(
         highest=table.highest is not None,
     )
     for taken in sorted(sweep.places.keys() & stages.keys()):
-        faults.append(f"stage.{taken}: wants another name; a setting of the sweep has this one")
+        faults.append(f"stage.{taken}: expected another name; a setting of the sweep has this one")
     if not faults:
         everything = {**families, sweep.stage: sweep}
         if cycle := find_cycle(sources(expand(stages, everything), everything)):
-            faults.append(f"sweep: wants stages without a cycle, found {' -> '.join(cycle)}")
+            faults.append(f"sweep: expected stages without a cycle, got {' -> '.join(cycle)}")
     return None if faults else sweep
 
 
@@ -139,24 +139,24 @@ def _axes(
 ) -> Iterator[Axis]:
     """The fields that vary, in the order in which they are written."""
     if not table.stage:
-        faults.append('sweep: wants at least one field to vary, as "stage.NAME.FIELD" = [its values]; found none')
+        faults.append('sweep: expected at least one field to vary, as "stage.NAME.FIELD" = [its values], got none')
     known = [name for name in written if name in stages]
     for name, fields in table.stage.items():
         place = f"sweep.stage.{name}"
         if name in broken:
             continue
         if name not in known:
-            faults.append(f"{place}: found {name!r}, wants the name of a stage{nearest(name, [*known, *broken])}")
+            faults.append(f"{place}: expected the name of a stage, got {name!r}{nearest(name, [*known, *broken])}")
             continue
         if not fields:
-            faults.append(f"{place}: wants at least one field with a list of values, found none")
+            faults.append(f"{place}: expected at least one field with a list of values, got none")
         for path, values in _lists(fields):
             if path[0] in ("kind", "attempts"):
-                faults.append(f"{place}.{path[0]}: is the same in all settings; wants it outside of them")
+                faults.append(f"{place}.{path[0]}: is the same in all settings; expected it outside of them")
             elif not isinstance(values, list):
-                faults.append(f"{place}.{'.'.join(path)}: found {shown(values)}, wants a list of values")
+                faults.append(f"{place}.{'.'.join(path)}: expected a list of values, got {shown(values)}")
             elif not values:
-                faults.append(f"{place}.{'.'.join(path)}: found [], wants at least one value")
+                faults.append(f"{place}.{'.'.join(path)}: expected at least one value, got []")
             else:
                 top = next(iter(_tables(type(stages[name]), path, values[0])))
                 yield Axis(name, path if top == path[0] else (top, *path), tuple(values))
@@ -256,13 +256,13 @@ class _Variants:
                 seen[index] = learned
                 if _is_execution(kind, axis.path) and learned == base:
                     yield (
-                        f"sweep.stage.{axis}: wants a field that decides what is learned; this one only says how "
+                        f"sweep.stage.{axis}: expected a field that decides what is learned; this one only says how "
                         "or where it is computed"
                     )
                     break
                 if same is not None:
                     values = f"{shown(axis.values[same])} and {shown(axis.values[index])}"
-                    yield f"sweep.stage.{axis}[{index}]: wants values that differ in what is learned, found {values}"
+                    yield f"sweep.stage.{axis}[{index}]: expected values that differ in what is learned, got {values}"
 
 
 def _learned(stage: Stage) -> Any:
@@ -297,7 +297,7 @@ def _deciding(
             return name, named.removeprefix(f"{name}.")
     if not any(named.startswith(f"{name}.") for name in broken):
         choices = f"one of {listed(known)}" if known else "an evaluation, of which there is none"
-        faults.append(f"sweep.{place}: found {shown(named)}, wants {choices}{nearest(named, known)}")
+        faults.append(f"sweep.{place}: expected {choices}, got {shown(named)}{nearest(named, known)}")
     return None, ""
 
 

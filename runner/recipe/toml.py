@@ -20,7 +20,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
     path = path.resolve()
     if path in children:
         chain = " -> ".join(child.name for child in (*children, path))
-        raise RecipeError(f"{children[-1]}: extends: wants a file that does not extend this one, found {chain}")
+        raise RecipeError(f"{children[-1]}: extends: expected a file that does not extend this one, got {chain}")
     try:
         with path.open("rb") as file:
             table = tomli.load(file)
@@ -30,7 +30,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: wants UTF-8 text, found byte {error.object[error.start]:#04x}") from error
+        raise RecipeError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
     except (tomli.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: is not TOML: {error}") from error
     located: dict[str, Any] = _spread(_locate(table, path.parent))
@@ -38,7 +38,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
     if parent is None:
         return located
     if not isinstance(parent, Located) or not parent or "\0" in parent:
-        raise RecipeError(f"{path}: extends: wants the path of a recipe, found {shown(parent)}")
+        raise RecipeError(f"{path}: extends: expected the path of a recipe, got {shown(parent)}")
     if not bounds.hold(parent.folder / parent):
         raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
     return merged(read_with_parents(parent.folder / parent, (*children, path), bounds), located)
@@ -85,7 +85,7 @@ def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"--set {override}: wants KEY=VALUE with a dotted key, such as stage.base.seed=1")
+        raise RecipeError(f"--set {override}: expected KEY=VALUE with a dotted key, such as stage.base.seed=1")
     try:
         value = tomli.loads(f"value = {text}")["value"]
     except (tomli.TOMLDecodeError, RecursionError):

@@ -27,12 +27,12 @@ def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[s
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        wants: dict[str, list[str]] = {}
+        told: dict[str, list[str]] = {}
         for fault in error.errors(include_url=False):
             where = _path_in(table, fault["loc"], is_of_key=fault["type"] in ("missing", "extra_forbidden"))
             message = _message(model, fault, where)
-            wants.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
-        for where_text, messages in wants.items():
+            told.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
+        for where_text, messages in told.items():
             faults.append(f"{where_text}: {_joined(messages)}")
         return None
 
@@ -42,26 +42,30 @@ def _message(model: type[BaseModel], fault: Any, where: Sequence[str | int]) -> 
     match fault["type"]:
         case "extra_forbidden":
             names = _field_names(model, where[:-1])
-            return f"is not known here; wants one of {listed(names)}{nearest(where[-1], names)}"
+            return f"is not known here; expected one of {listed(names)}{nearest(where[-1], names)}"
         case "missing":
             return "is missing"
         case "literal_error":
             expected = fault["ctx"]["expected"]
-            return f"found {shown(found)}, wants {expected}{nearest(found, _quoted(expected))}"
+            return f"expected {expected}, got {shown(found)}{nearest(found, _quoted(expected))}"
         case "value_error":
             return str(fault["ctx"]["error"])
     text = fault["msg"].removeprefix("Input should be ")
     for theirs, ours in WORDS:
         text = theirs.sub(ours, text)
-    return f"found {shown(found)}, wants {text}"
+    return f"expected {text}, got {shown(found)}"
 
 
 def _joined(messages: Sequence[str]) -> str:
     """One message out of the several that a union gives for one place."""
     unique = list(dict.fromkeys(messages))
-    found, marker, _ = unique[0].partition(", wants ")
-    if len(unique) > 1 and marker and all(message.startswith(found + marker) for message in unique):
-        return found + marker + ", or ".join(message.removeprefix(found + marker) for message in unique)
+    expected, found = zip(
+        *(message.split(", got ", 1) if ", got " in message else ("", message) for message in unique), strict=True
+    )
+    values = {text.partition("; did you mean ")[0] for text in found}
+    if len(unique) > 1 and len(values) == 1 and all(text.startswith("expected ") for text in expected):
+        wanted = ", or ".join(text.removeprefix("expected ") for text in expected)
+        return f"expected {wanted}, got {max(found, key=len)}"
     return "; ".join(unique)
 
 

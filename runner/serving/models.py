@@ -45,7 +45,7 @@ def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talke
     if not names:
         last = [entry.name for entry in able if entry.path is not None and entry.stage.makes is Checkpoint]
         if not last:
-            raise RecipeError(f"{recipe.path}: wants a finished model to talk to, found none; `run {recipe.path}` makes one")
+            raise RecipeError(f"{recipe.path}: expected a finished model to talk to, got none; `run {recipe.path}` makes one")
         names = last[-1:]
     return [_talker(recipe, plan, name, finished) for name in names]
 
@@ -55,17 +55,17 @@ def _talker(recipe: Recipe, plan: Plan, name: str, finished: Sequence[str]) -> T
     hint = f"; these are: {', '.join(finished)}" if finished else ""
     if not issubclass(entry.stage.makes, TALKS):
         raise RecipeError(
-            f"{name}: wants a stage that makes a model to talk to, but it makes {entry.stage.makes.__name__}{hint}"
+            f"{name}: expected a stage that makes a model to talk to, but it makes {entry.stage.makes.__name__}{hint}"
         )
     if entry.path is None:
-        raise RecipeError(f"{name}: wants a finished model, but its state is {entry.state!r}{hint}")
+        raise RecipeError(f"{name}: expected a finished model, but its state is {entry.state!r}{hint}")
     if not issubclass(entry.stage.makes, Adapter):
         return Talker(name, entry.path, made=_made(entry))
     base = next(str(ref) for _, ref in edges(entry.stage) if issubclass(ref.wants, Checkpoint))
     folder = plan.entries[base].path
     if folder is None:
         raise RecipeError(
-            f"{name}: wants the model that it adapts, {base!r}, but that one's state is {plan.entries[base].state!r}"
+            f"{name}: expected the model that it adapts, {base!r}, but that one's state is {plan.entries[base].state!r}"
         )
     return Talker(name, folder, entry.path, made=_made(entry))
 

@@ -70,7 +70,7 @@ class Request(BaseModel):
     @model_validator(mode="after")
     def _stops_have_text(self) -> Self:
         if "" in self.stops:
-            raise ValueError("stop wants texts of at least one character, found an empty one")
+            raise ValueError("stop: expected texts of at least one character, got an empty one")
         return self
 
 

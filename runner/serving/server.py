@@ -103,7 +103,7 @@ class Server:
             )
         messages = [message.plain for message in asked.messages]
         if messages[-1]["role"] != "user":
-            raise RefusedError(400, "messages wants the user's turn last", code="invalid_value", param="messages")
+            raise RefusedError(400, "messages: expected the user's turn last", code="invalid_value", param="messages")
 
         def begin(options: dict[str, Any]) -> "Answer":
             return speaker.answer(messages, **options)
@@ -193,12 +193,12 @@ class Server:
         """The body as `shape`; RefusedError says what is wrong with it."""
         self._check_key(request)
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise RefusedError(415, "wants a body of the type application/json", code="invalid_content_type")
+            raise RefusedError(415, "expected a body of the type application/json", code="invalid_content_type")
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > MOST_BYTES:
-                raise RefusedError(413, f"wants a body of at most {MOST_BYTES} bytes", code="too_large")
+                raise RefusedError(413, f"expected a body of at most {MOST_BYTES} bytes", code="too_large")
         try:
             return shape.model_validate_json(bytes(body))  # type: ignore[attr-defined,no-any-return]  # both are pydantic models
         except ValidationError as error:
@@ -209,7 +209,7 @@ class Server:
     def _check_key(self, request: HttpRequest) -> None:
         wanted = self._settings.api_key
         if wanted is not None and request.headers.get("authorization") != f"Bearer {wanted}":
-            raise RefusedError(401, "wants the API key that this server was started with", code="invalid_api_key")
+            raise RefusedError(401, "expected the API key that this server was started with", code="invalid_api_key")
 
     def _model(self, name: str | None) -> tuple[str, "Speaker"]:
         chosen = next(iter(self._models)) if name is None else name

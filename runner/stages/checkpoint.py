@@ -59,7 +59,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.folder is None) == (self.repo is None):
-            raise ValueError("wants either folder or repo" + ("" if self.folder is None else ", found both"))
+            raise ValueError("expected either folder or repo" + ("" if self.folder is None else ", got both"))
         if self.repo is None and self.revision != "main":  # the default, since a resolved recipe writes it out
             raise ValueError(f"revision belongs to a repo on the Hub, but this stage reads a folder; found {self.revision!r}")
         return self

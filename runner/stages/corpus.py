@@ -56,7 +56,7 @@ class SourceSpec(Spec):
     @model_validator(mode="after")
     def _one_place(self) -> "SourceSpec":
         if (self.files is None) == (self.hub is None):
-            raise ValueError("wants either files or hub" + ("" if self.files is None else ", found both"))
+            raise ValueError("expected either files or hub" + ("" if self.files is None else ", got both"))
         if self.hub is None:  # compared with the defaults, since a resolved recipe writes those out
             of_hub = {"revision": "main", "split": "train", "config": None}
             if given := [name for name, default in of_hub.items() if getattr(self, name) != default]:
@@ -92,7 +92,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
     def _distinct_names(self) -> "MakeCorpus":
         names = self.names()
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"wants a name for each source; two sources are named {twice[0]!r}")
+            raise ValueError(f"expected a name for each source; two sources are named {twice[0]!r}")
         return self
 
     def names(self) -> list[str]:
@@ -213,7 +213,7 @@ def hub_rows(hub: str, commit: str, *, config: str | None, split: str) -> Iterat
         builder = datasets.load_dataset_builder(hub, name=config, revision=commit)
         for file in (file for files in (builder.config.data_files or {}).values() for file in files):
             if "://" not in file.rpartition("::")[2]:  # a folder that is called like it
-                raise InputError(f"{hub}@{commit[:8]}: wants files on the Hub, found {file}")
+                raise InputError(f"{hub}@{commit[:8]}: expected files on the Hub, got {file}")
         yield from builder.as_streaming_dataset(split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         raise InputError(f"{hub}@{commit[:8]}: split {split!r} cannot be read: {error}") from error

@@ -44,7 +44,7 @@ class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
     @model_validator(mode="after")
     def _adapter_with_adamw(self) -> Self:
         if self.lora is not None and self.optimizer.kind != "adamw":
-            raise ValueError(f'optimizer.kind wants "adamw" for an adapter; found {self.optimizer.kind!r}')
+            raise ValueError(f'optimizer.kind: expected "adamw" for an adapter, got {self.optimizer.kind!r}')
         return self
 
     def tables(self) -> tuple[list[PreferenceTable], list[PreferenceTable]]:

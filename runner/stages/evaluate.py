@@ -57,7 +57,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"wants a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
+            raise ValueError(f"expected a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
         known = [TRAIN_GAP, *(score for score in self.scored if not score.endswith("."))]
         open_names = tuple(score for score in self.scored if score.endswith("."))  # known only when they are there
         for gate in self.gates:
@@ -73,17 +73,17 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
                 theirs = [_rows(task) for task in other.tasks if task.name == name] if isinstance(other, Evaluate) else []
                 if theirs != [_rows(task) for task in self.tasks if task.name == name]:
                     yield (
-                        f"gates[{number}].above: wants an evaluation with the same task {name!r}, to compare example by "
+                        f"gates[{number}].above: expected an evaluation with the same task {name!r}, to compare example by "
                         f"example; that of {str(gate.above)!r} is another or missing"
                     )
             if gate.score == TRAIN_GAP:
                 trainings = last_trainings(self.model, inputs_of(stages), lambda name: stages[name].trains)
                 if not trainings:
-                    yield f"gates[{number}].score: wants a model that a stage of this recipe trains; found {str(self.model)!r}"
+                    yield f"gates[{number}].score: expected a model that a stage of this recipe trains, got {str(self.model)!r}"
                 for name in trainings:
                     training = stages[name]
                     if isinstance(training, TrainingStage) and not training.holds_out:
-                        yield f"gates[{number}].score: wants rows held out in stage {name!r}: `validation`, found none there"
+                        yield f"gates[{number}].score: expected rows held out in stage {name!r}: `validation`, got none there"
 
     def run(self, context: Context) -> Metrics:
         """Score every task; a restart takes the tasks that were scored before."""

@@ -30,7 +30,7 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
     @classmethod
     def _each_once(cls, precisions: list[GgufPrecision]) -> list[GgufPrecision]:
         if twice := sorted({precision for precision in precisions if precisions.count(precision) > 1}):
-            raise ValueError(f"wants each precision once, found {twice[0]!r} twice")
+            raise ValueError(f"expected each precision once, got {twice[0]!r} twice")
         return precisions
 
     def run(self, context: Context) -> Metrics:

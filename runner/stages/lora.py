@@ -35,7 +35,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
     def _is_adamw(cls, optimizer: Optimizer) -> Optimizer:
         if optimizer.kind != "adamw":
             raise ValueError(
-                f'kind wants "adamw"; found {optimizer.kind!r}, which is for whole matrices, not for the factors of an adapter'
+                f'kind: expected "adamw", got {optimizer.kind!r}, which is for whole matrices, not for the factors of an adapter'
             )
         return optimizer
 
@@ -43,7 +43,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         """A base in four bits is not spread over processes."""
         if self.quantize is None or parallel.strategy != "fsdp" or parallel.processes == 1:
             return None
-        return f'quantize: found "{self.quantize}" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
+        return f'quantize: found "{self.quantize}" beside parallel.strategy = "fsdp", expected strategy = "ddp" or no quantize'
 
     def prepare(self, context: Context) -> None:
         """Pack the rows, and what is mixed into them."""

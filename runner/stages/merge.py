@@ -29,9 +29,11 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     @model_validator(mode="after")
     def _a_weight_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.adapters):
-            raise ValueError(f"weights wants one number for each of {len(self.adapters)} adapters, found {len(self.weights)}")
+            raise ValueError(
+                f"weights: expected one number for each of {len(self.adapters)} adapters, got {len(self.weights)}"
+            )
         if twice := [str(name) for name in self.adapters if self.adapters.count(name) > 1]:
-            raise ValueError(f"adapters wants each adapter once, found {twice[0]!r} twice")
+            raise ValueError(f"adapters: expected each adapter once, got {twice[0]!r} twice")
         return self
 
     def run(self, context: Context) -> Metrics:
@@ -62,7 +64,7 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
                 if base not in sources:
                     found = ", ".join(context.records[name]["inputs"])
                     raise InputError(
-                        f"adapters[{place}]: wants an adapter trained on {str(self.base)!r}, but {str(name)!r} was trained on "
+                        f"adapters[{place}]: expected an adapter trained on {str(self.base)!r}, but {str(name)!r} was trained on "
                         f"{found}"
                     )
                 continue
@@ -71,7 +73,7 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
             if not any(record["digest"] in sources and wanted in _digests(record) for record in context.records.values()):
                 hint = "; weights = [...] mixes adapters of one base" if base in sources else ""
                 raise InputError(
-                    f"adapters[{place}]: wants an adapter trained on a merge of {str(before)!r}, but {str(name)!r} was "
+                    f"adapters[{place}]: expected an adapter trained on a merge of {str(before)!r}, but {str(name)!r} was "
                     f"trained on {', '.join(context.records[name]['inputs'])}{hint}"
                 )
 

@@ -44,7 +44,7 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
             )
         }
         if not metrics["train"]["tokens"]:
-            raise InputError(f"corpus {str(self.corpus)!r}: found no training document; wants at least one")
+            raise InputError(f"corpus {str(self.corpus)!r}: found no training document; expected at least one")
         tokens.tokenizer.folder.mkdir(exist_ok=True)
         for file in source.content():
             shutil.copy2(file, tokens.tokenizer.folder / file.name)

@@ -78,7 +78,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     @model_validator(mode="after")
     def _adapter_with_base(self) -> Self:
         if (self.base is None) != (self.adapter is None):
-            raise ValueError("wants base and adapter together, found " + ("adapter alone" if self.adapter else "base alone"))
+            raise ValueError("expected base and adapter together, got " + ("adapter alone" if self.adapter else "base alone"))
         return self
 
     def run(self, context: Context) -> Metrics:

@@ -58,8 +58,8 @@ class Pretraining(TrainingStage):
             config = config.model_copy(update={"context": rows.context})
         elif config.context < rows.context:
             raise InputError(
-                f"architecture.context wants at least the {rows.context} tokens of a row of {str(self.tokens)!r}; "
-                f"found {config.context}"
+                f"architecture.context: expected at least the {rows.context} tokens of a row of {str(self.tokens)!r}, "
+                f"got {config.context}"
             )
         torch.manual_seed(self.seed)
         vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size
@@ -98,15 +98,15 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
             return
         name = str(self.trunk)
         if self.schedule.kind != "wsd":
-            yield f'schedule.kind: wants "wsd" beside a trunk, found {self.schedule.kind!r}'
+            yield f'schedule.kind: expected "wsd" beside a trunk, got {self.schedule.kind!r}'
         for change in changes(_shared(trunk), _shared(self)):
             field, _, difference = change.partition(": ")
             wanted, _, found = difference.partition(" -> ")
-            yield f"{field}: wants {wanted} as in its trunk {name!r}, found {found}"
+            yield f"{field}: expected {wanted} as in its trunk {name!r}, got {found}"
         steps, behind = self.steps(stages), trunk.steps(stages)
         if steps is not None and behind is not None and not behind <= self.schedule.descent(steps):
             yield (
-                f"trunk: wants one of at most {self.schedule.descent(steps)} steps, since from there on the rate goes down; "
+                f"trunk: expected one of at most {self.schedule.descent(steps)} steps, since from there on the rate goes down; "
                 f"{name!r} has {behind}"
             )
 
@@ -135,7 +135,9 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
             if state.tokenizer.model.read_bytes() != tokens.tokenizer.model.read_bytes():
                 from llm.errors import InputError
 
-                raise InputError(f"tokens: wants the tokenizer of {str(self.trunk)!r}; {str(self.tokens)!r} has another one")
+                raise InputError(
+                    f"tokens: expected the tokenizer of {str(self.trunk)!r}; {str(self.tokens)!r} has another one"
+                )
             beginning = state.folder
         return self.learn_text(context, beginning=beginning)
 
@@ -152,9 +154,9 @@ class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
     @model_validator(mode="after")
     def _open_ended(self) -> Self:
         if self.schedule.kind != "constant":
-            raise ValueError(f'a trunk wants schedule.kind = "constant"; found {self.schedule.kind!r}')
+            raise ValueError(f'a trunk: expected schedule.kind = "constant", got {self.schedule.kind!r}')
         if self.budget.epochs is not None:
-            raise ValueError("a trunk wants a budget of tokens or steps; found epochs")
+            raise ValueError("a trunk: expected a budget of tokens or steps, got epochs")
         return self
 
     @property

@@ -68,9 +68,9 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.pull_request and self.branch != "main":
-            raise ValueError(f"a pull request goes to main; wants pull_request or branch, found both ({self.branch!r})")
+            raise ValueError(f"a pull request goes to main; expected pull_request or branch, got both ({self.branch!r})")
         if self.pull_request and self.tag is not None:
-            raise ValueError(f"a pull request is not released yet; wants pull_request or tag, found both ({self.tag!r})")
+            raise ValueError(f"a pull request is not released yet; expected pull_request or tag, got both ({self.tag!r})")
         return self
 
     @property
@@ -166,11 +166,11 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         model = context.records[self.model]["digest"]
         released = {str(ref): context.records[ref]["digest"] for ref in (self.gguf, self.adapter) if ref is not None}
         if self.gguf is not None and model not in sources(self.gguf):
-            raise InputError(f"gguf: wants files of what {str(self.model)!r} made; {str(self.gguf)!r} wrote another model")
+            raise InputError(f"gguf: expected files of what {str(self.model)!r} made; {str(self.gguf)!r} wrote another model")
         if self.parity is not None:
             for name, digest in {str(self.model): model, **released}.items():
                 if digest not in sources(self.parity):
-                    raise InputError(f"parity: wants {name!r} compared before it is released; {str(self.parity)!r} did not")
+                    raise InputError(f"parity: expected {name!r} compared before it is released; {str(self.parity)!r} did not")
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
         """The push, unless a receipt says it is done."""

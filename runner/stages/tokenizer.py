@@ -42,15 +42,15 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
     @model_validator(mode="after")
     def _special_tokens_fit(self) -> Self:
         if found := [token for token in self.special_tokens if not token.strip() or token in SPECIAL_TOKENS]:
-            raise ValueError(f"special_tokens wants tokens that are not empty and not there anyway, found {found[0]!r}")
+            raise ValueError(f"special_tokens: expected tokens that are not empty and not there anyway, got {found[0]!r}")
         if twice := [token for token in self.special_tokens if self.special_tokens.count(token) > 1]:
-            raise ValueError(f"special_tokens wants each token once, found {twice[0]!r} twice")
+            raise ValueError(f"special_tokens: expected each token once, got {twice[0]!r} twice")
         specials = len(SPECIAL_TOKENS) + len(self.special_tokens)
         if specials > MOST_SPECIAL_TOKENS:
-            raise ValueError(f"special_tokens wants at most {MOST_SPECIAL_TOKENS} in all, found {specials}")
+            raise ValueError(f"special_tokens: expected at most {MOST_SPECIAL_TOKENS} in all, got {specials}")
         if self.vocab_size < BYTES + specials:
             raise ValueError(
-                f"vocab_size wants room for {BYTES} bytes and {specials} special tokens: at least {BYTES + specials}, "
+                f"vocab_size: expected room for {BYTES} bytes and {specials} special tokens: at least {BYTES + specials}, "
                 f"found {self.vocab_size}"
             )
         return self
@@ -104,5 +104,5 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         if not sampled:
             raise InputError(
                 f"corpus {str(self.corpus)!r}: found no document to learn from in a sample of {self.sample_bytes:,} bytes "
-                f"out of {train.stat().st_size:,}; wants text, or a larger sample_bytes where documents are long"
+                f"out of {train.stat().st_size:,}; expected text, or a larger sample_bytes where documents are long"
             )

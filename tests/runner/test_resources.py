@@ -37,5 +37,5 @@ def test_a_setting_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wrong", ["0", "-1", "two", "1.5", "²"])
 def test_a_setting_that_is_no_number_of_cores_is_told(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setenv("STOCKPOT_CORES", wrong)
-    with pytest.raises(RecipeError, match=f"^STOCKPOT_CORES: found '{wrong}', wants a number of cores, 1 or more$"):
+    with pytest.raises(RecipeError, match=f"^STOCKPOT_CORES: expected a number of cores, 1 or more$, got '{wrong}'"):
         available_cores()

@@ -22,7 +22,7 @@ def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         found = next(filter(None, map(shutil.which, NAMES)), playwright.chromium.executable_path)
         if not Path(found).exists():
-            pytest.fail(f"wants a Chromium, found none of {', '.join(NAMES)}; apt-get install chromium brings one")
+            pytest.fail(f"expected a Chromium, got none of {', '.join(NAMES)}; apt-get install chromium brings one")
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         try:
             yield browser

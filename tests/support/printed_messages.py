@@ -17,7 +17,7 @@ TOLD_AS = {"note", "reason", "because"}  # keywords whose words do
 KEPT_AS = {"text", "told", "fault", "doubt"}  # names that hold words for the user
 RETURNED_BY = re.compile("fault|failure|nothing|how_to|^sentence$|^_next$")  # functions that return them
 SPEAKS = re.compile(
-    r"\bwant(s|ed)?\b|\bfound\b|^warning: |; set aside in |did not|cannot be| is not |does not |another |run again"
+    r"\bexpected\b|\bgot\b|\bwant(s|ed)?\b|\bfound\b|^warning: |; set aside in |did not|cannot be| is not |does not |another |run again"
 )
 WORDS = 9  # letters of constant text below which a text only passes on another
 LONGEST = 400  # characters; beyond them it is a page or a template, and no message

@@ -52,8 +52,8 @@ class Llama3Scaling(BaseModel):
     def _low_is_below_high(self) -> "Llama3Scaling":
         if self.low_frequency_factor >= self.high_frequency_factor:
             raise ValueError(
-                f"low_frequency_factor wants less than high_frequency_factor, {self.high_frequency_factor}; "
-                f"found {self.low_frequency_factor}"
+                f"low_frequency_factor: expected less than high_frequency_factor, {self.high_frequency_factor}, "
+                f"got {self.low_frequency_factor}"
             )
         return self
 
@@ -113,7 +113,7 @@ class LlamaConfig(BaseModel):
         preset = values.get("preset")
         if preset is not None:
             if not isinstance(preset, str) or preset not in PRESETS:
-                raise ValueError(f"preset wants one of {', '.join(PRESETS)}; found {preset!r}")
+                raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
             values = PRESETS[preset] | {name: value for name, value in values.items() if name != "preset"}
         hidden, heads = values.get("hidden_size"), values.get("heads")
         filled = dict(values)
@@ -121,7 +121,7 @@ class LlamaConfig(BaseModel):
             filled.setdefault("kv_heads", heads)
         if isinstance(hidden, int) and isinstance(heads, int) and hidden > 0 and heads > 0:
             if "head_size" not in values and hidden % heads:
-                raise ValueError(f"hidden_size wants a multiple of heads; found hidden_size {hidden} and heads {heads}")
+                raise ValueError(f"hidden_size: expected a multiple of heads, got hidden_size {hidden} and heads {heads}")
             filled.setdefault("head_size", hidden // heads)
         if isinstance(hidden, int):
             filled.setdefault("intermediate_size", -(-hidden * 8 // 3 // 64) * 64)
@@ -133,9 +133,9 @@ class LlamaConfig(BaseModel):
     @model_validator(mode="after")
     def _sizes_agree(self) -> "LlamaConfig":
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads wants a divisor of heads; found heads {self.heads} and kv_heads {self.kv_heads}")
+            raise ValueError(f"kv_heads: expected a divisor of heads, got heads {self.heads} and kv_heads {self.kv_heads}")
         if self.head_size % 2:
-            raise ValueError(f"head_size wants an even number, because rotary embeddings turn pairs; found {self.head_size}")
+            raise ValueError(f"head_size: expected an even number, because rotary embeddings turn pairs, got {self.head_size}")
         return self
 
 
@@ -220,7 +220,7 @@ def from_transformers(found: Mapping[str, Any], *, dropout: float) -> LlamaConfi
             raise _unsupported(field, "nothing", found[field])
     for field in SIZES:
         if not isinstance(size := found.get(field), int) or size < 1:
-            raise InputError(f"{field} wants a whole number above 0, found {size!r}")
+            raise InputError(f"{field}: expected a whole number above 0, got {size!r}")
     heads = found["num_attention_heads"]
     context = found.get("max_position_embeddings", 2048)
     try:
@@ -262,7 +262,7 @@ def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling
     wanted = ["factor"] + (["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])
     for field in wanted:
         if not isinstance(rope.get(field), int | float):
-            raise InputError(f"{name}.{field} wants a number for the {key} {kind!r}, found {rope.get(field)!r}")
+            raise InputError(f"{name}.{field}: expected a number for the {key} {kind!r}, got {rope.get(field)!r}")
     if kind == "linear":
         return base, LinearScaling(kind="linear", factor=rope["factor"])
     scaling = Llama3Scaling(
@@ -278,7 +278,7 @@ def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling
 def _unsupported(field: str, wanted: str, found: object) -> InputError:
     shown = repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return InputError(f"{field} wants {wanted}, found {shown}: this architecture is not supported")
+    return InputError(f"{field}: expected {wanted}, got {shown}: this architecture is not supported")
 
 
 Config = LlamaConfig

@@ -139,7 +139,7 @@ class Decoding:
         if not self._on_cpu or not self._plain or not _is_matrix(self.model.lm_head):
             return
         if not has_compiler("cpu"):
-            raise InputError("compiling wants a C++ compiler (CXX, g++ or clang++); found none")
+            raise InputError("compiling: expected a C++ compiler (CXX, g++ or clang++), got none")
         context = self.model.config.context
         assert context is not None  # every checkpoint says it
         self._row = CompiledRow(self.model, self._make_room(1, context + SPARE_SLOTS).stored[:, 0])

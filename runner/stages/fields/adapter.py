@@ -36,14 +36,14 @@ class AdapterFields(Spec):
     @classmethod
     def _head_without_dropout(cls, targets: list[str] | str, info: ValidationInfo) -> list[str] | str:
         if "lm_head" in targets and info.data.get("dropout"):  # said here too, before a base is trained for it
-            raise ValueError('names "lm_head", whose adapter has no dropout; wants dropout = 0 beside it, or other layers')
+            raise ValueError('names "lm_head", whose adapter has no dropout; expected dropout = 0 beside it, or other layers')
         return targets
 
     @field_validator("bias")
     @classmethod
     def _there_is_none(cls, bias: str) -> str:
         if bias != "none":
-            raise ValueError(f'wants "none", found {bias!r}: no layer of a Llama has a bias, so nothing would learn')
+            raise ValueError(f'expected "none", got {bias!r}: no layer of a Llama has a bias, so nothing would learn')
         return bias
 
     @property

@@ -44,7 +44,7 @@ class PackedTraining(TrainingStage):
 
         most: int = json.loads(base.config.read_text(encoding="utf-8"))["max_position_embeddings"]
         if self.context is not None and self.context > most:
-            raise InputError(f"context wants at most {most}, the positions of the model; found {self.context}")
+            raise InputError(f"context: expected at most {most}, the positions of the model, got {self.context}")
         return self.context or most
 
     def pack(self, context: Context, base: Checkpoint) -> None:
@@ -105,7 +105,7 @@ class RowTraining(PackedTraining):
     @classmethod
     def _leave_room(cls, mix: list[MixTable]) -> list[MixTable]:
         if (total := sum(table.share for table in mix)) >= 1:
-            raise ValueError(f"wants shares that sum to less than 1, and leave the rest to data; found {total:g}")
+            raise ValueError(f"expected shares that sum to less than 1, and leave the rest to data, got {total:g}")
         return mix
 
     def tables(self) -> tuple[list[TrainingTable], list[TrainingTable]]:

@@ -46,7 +46,7 @@ class MixTable(Spec):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if (self.tokens is None) == (self.files is None):
-            raise ValueError("wants either tokens or files" + ("" if self.tokens is None else ", found both"))
+            raise ValueError("expected either tokens or files" + ("" if self.tokens is None else ", got both"))
         split_template(self.prompt)
         with_field(self.response)
         chat = self.messages is not None or (self.prompt, self.response) != ("{prompt}", "{response}")
@@ -55,9 +55,9 @@ class MixTable(Spec):
         if self.text is not None:
             split_text(self.text)
             if chat:
-                raise ValueError("wants either text or the fields of a chat, found both")
+                raise ValueError("expected either text or the fields of a chat, got both")
         if self.messages is not None and (self.prompt, self.response) != ("{prompt}", "{response}"):
-            raise ValueError("wants either messages or prompt and response, found both")
+            raise ValueError("expected either messages or prompt and response, got both")
         return self
 
     @property
@@ -75,7 +75,7 @@ class MixTable(Spec):
             made = context.open(self.tokens).tokenizer
             if made.model.read_bytes() != base.tokenizer.model.read_bytes():
                 raise InputError(
-                    f"mix: {str(self.tokens)!r} wants to be packed with the tokenizer of the model; found another. Name its "
+                    f"mix: {str(self.tokens)!r}: expected to be packed with the tokenizer of the model, got another. Name its "
                     "files instead, and they are tokenized here"
                 )
         elif self.text is not None and not (context.scratch / name).exists():

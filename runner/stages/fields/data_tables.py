@@ -51,7 +51,7 @@ class RowTable(Spec):
     def _one_form(self) -> Self:
         # Compared with the defaults, since a resolved recipe writes those out.
         if self.messages is not None and (self.prompt, self.response) != ("{prompt}", "{response}"):
-            raise ValueError("wants either messages or prompt and response, found both")
+            raise ValueError("expected either messages or prompt and response, got both")
         return self
 
     @property
@@ -95,7 +95,7 @@ class PreferenceTable(Spec):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if self.messages is not None and (self.prompt, self.chosen, self.rejected) != ("{prompt}", "{chosen}", "{rejected}"):
-            raise ValueError("wants either messages or prompt, chosen and rejected, found both")
+            raise ValueError("expected either messages or prompt, chosen and rejected, got both")
         return self
 
     @property

@@ -107,7 +107,7 @@ class ClassificationTask(ChatTask):
     def _distinct(cls, labels: list[str] | None) -> list[str] | None:
         for number, label in enumerate(labels or ()):
             if labels and label in labels[:number]:
-                raise ValueError(f"wants labels that differ, found {label!r} twice")
+                raise ValueError(f"expected labels that differ, got {label!r} twice")
         return labels
 
     def score(
@@ -350,7 +350,7 @@ def _from_text(value: Any) -> Any:
         return value
     prefix, _, benchmark = value.partition(":")
     if prefix != "lm_eval" or not benchmark:
-        raise ValueError(f'wants a table with a task, or a text such as "lm_eval:arc_easy"; found {value!r}')
+        raise ValueError(f'expected a table with a task, or a text such as "lm_eval:arc_easy", got {value!r}')
     return {"name": re.sub(r"[^A-Za-z0-9_-]", "-", benchmark), "task": "lm_eval", "benchmark": benchmark}
 
 
@@ -388,7 +388,7 @@ def _limited(rows: list[T], limit: int | None, task: "TextTask | ChatTask | Mult
     from llm.errors import InputError
 
     if not rows:
-        raise InputError(f"{task.files.pattern}: wants rows for the task {task.name!r}; found none that can be used")
+        raise InputError(f"{task.files.pattern}: expected rows for the task {task.name!r}, got none that can be used")
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index * len(rows) // limit] for index in range(limit)]
@@ -408,7 +408,7 @@ def _questions(task: TextTask | ChatTask, tokenizer: "TextTokenizer") -> tuple[l
                 raise turns
             if turns[-1].role != "assistant":
                 raise InputError(
-                    f"{place}: wants the assistant's turn last, the answer to score; found the {turns[-1].role}'s"
+                    f"{place}: expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s"
                 )
             if task.on_bad_row == "skip" and isinstance(task, ChatTask):
                 tokenizer.encode_chat([turn.message for turn in turns])  # refuses rows that hold special tokens

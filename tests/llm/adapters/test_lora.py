@@ -327,7 +327,7 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_the_right_names_and_th
 def test_a_tied_head_is_no_target_and_is_not_among_the_right_names() -> None:
     with pytest.raises(InputError, match=r"a head of its own.*'lm_head'.*tied.*the input embedding.*tied = false"):
         lora.attach(model_of(), settings_of(target_modules=["q_proj", "lm_head"]), seed=0)
-    with pytest.raises(InputError, match="target_modules wants") as refused:
+    with pytest.raises(InputError, match="target_modules: expected") as refused:
         lora.attach(model_of(), settings_of(target_modules=["lmhead"]), seed=0)
     assert "lm_head" not in str(refused.value)
 
@@ -367,7 +367,7 @@ def test_the_adapter_of_a_head_learns_in_the_training_loop(tmp_path: Path, quant
 
 
 def test_dropout_is_refused_for_the_adapter_of_a_head() -> None:
-    with pytest.raises(InputError, match=r"dropout wants 0 where target_modules names 'lm_head', found 0.1"):
+    with pytest.raises(InputError, match=r"dropout: expected 0 where target_modules names 'lm_head', got 0.1"):
         lora.attach(model_of(tied=False), settings_of(target_modules=["lm_head"], dropout=0.1), seed=0)
 
 

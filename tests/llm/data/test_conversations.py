@@ -43,8 +43,8 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt": "q"}, "wants the field 'response', found only 'prompt'"),
-        ({"prompt": None, "response": "a"}, "wants a text or a number in 'prompt', found null"),
+        ({"prompt": "q"}, "expected the field 'response', got only 'prompt'"),
+        ({"prompt": None, "response": "a"}, "expected a text or a number in 'prompt', got null"),
         ({"prompt": ["q"], "response": "a"}, "found a list"),
         ({"prompt": True, "response": "a"}, "found true or false"),
         ({"prompt": "q", "response": " \n"}, "the response is empty"),
@@ -59,7 +59,7 @@ def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        (None, "wants a list of messages in 'chat', found null"),
+        (None, "expected a list of messages in 'chat', got null"),
         ([], "an empty list"),
         ("hello", "found a text"),
         ([{"role": "user", "content": "q"}], "at least one turn of the assistant"),

@@ -127,7 +127,7 @@ def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Llama
 
 
 def test_an_unknown_label_is_an_error_with_its_place(model: Llama, tokenizer: TextTokenizer) -> None:
-    with pytest.raises(InputError, match=r"rows.jsonl:7: wants one of the labels 'blood', 'heart'; found 'lung'"):
+    with pytest.raises(InputError, match=r"rows.jsonl:7: expected one of the labels 'blood', 'heart', got 'lung'"):
         classify(
             model,
             tokenizer,
@@ -140,7 +140,7 @@ def test_an_unknown_label_is_an_error_with_its_place(model: Llama, tokenizer: Te
 @pytest.mark.parametrize("labels", [None, ["a", "a"]])
 def test_a_choice_among_one_label_is_refused(model: Llama, tokenizer: TextTokenizer, labels: list[str] | None) -> None:
     questions = [question("x", "a"), question("y", "a")]
-    with pytest.raises(InputError, match=r"rows.jsonl:1: wants rows of at least two distinct labels .* found 'a' alone in 2"):
+    with pytest.raises(InputError, match=r"rows.jsonl:1: expected rows of at least two distinct labels .* got 'a' alone in 2"):
         classify(model, tokenizer, questions=questions, labels=labels, progress=silent)
 
 
@@ -203,7 +203,7 @@ def test_a_prompt_is_shown_whole_where_a_long_answer_leaves_it_no_room(model: Ll
 
 
 def test_more_new_tokens_than_the_model_holds_are_refused(model: Llama, tokenizer: TextTokenizer) -> None:
-    with pytest.raises(InputError, match="max_new_tokens wants less than the model's context"):
+    with pytest.raises(InputError, match="max_new_tokens: expected less than the model's context"):
         score_answers(model, tokenizer, questions=[question("x", "y")], max_new_tokens=CONTEXT, progress=silent)
 
 

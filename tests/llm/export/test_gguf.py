@@ -128,7 +128,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     stored["normalizer"] = {"type": "NFKC"}
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(InputError, match=r"tokenizer\.json: wants a byte-level BPE"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a byte-level BPE"):
         write_gguf(tmp_path / "model", tmp_path / "model.gguf", precision="f32")
     assert not list(tmp_path.glob("*.gguf*"))
 

@@ -92,7 +92,7 @@ def test_one_prompt_alone_gives_the_same_tokens_one_after_the_other(model: Llama
 
 @pytest.mark.parametrize(("prompt", "found"), [([], "0"), ([1] * 25, "25")])
 def test_a_prompt_that_does_not_fit_is_refused(model: Llama, prompt: list[int], found: str) -> None:
-    with pytest.raises(InputError, match=rf"prompt 1 wants from 1 token to the model's context of 24; found {found}$"):
+    with pytest.raises(InputError, match=rf"prompt 1: expected from 1 token to the model's context of 24, got {found}$"):
         generate(model, [[1], prompt], max_new_tokens=2, end=[])
 
 

@@ -115,13 +115,13 @@ def test_a_distribution_sums_to_one_and_its_mode_is_the_largest_logit(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"temperature": -0.1}, "temperature wants a number of at least 0; found -0.1"),
-        ({"temperature": math.nan}, "temperature wants a number of at least 0; found nan"),
-        ({"top_k": 0}, "top_k wants a whole number of at least 1; found 0"),
-        ({"top_p": 0.0}, "top_p wants a number above 0 and at most 1; found 0.0"),
-        ({"top_p": 1.5}, "top_p wants a number above 0 and at most 1; found 1.5"),
-        ({"min_p": -1.0}, "min_p wants a number from 0 to 1; found -1.0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty wants a number above 0; found 0.0"),
+        ({"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected a number of at least 0, got nan"),
+        ({"top_k": 0}, "top_k: expected a whole number of at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p: expected a number above 0 and at most 1, got 1.5"),
+        ({"min_p": -1.0}, "min_p: expected a number from 0 to 1, got -1.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected a number above 0, got 0.0"),
     ],
 )
 def test_a_value_outside_its_range_is_refused(options: dict[str, Any], told: str) -> None:

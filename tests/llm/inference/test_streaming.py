@@ -140,5 +140,5 @@ def test_what_may_begin_a_stop_text_is_held_back_no_longer_than_that(
 
 
 def test_an_empty_stop_text_is_refused(model: Llama, byte_level: TextTokenizer) -> None:
-    with pytest.raises(InputError, match="stop wants texts of at least one character; found an empty one"):
+    with pytest.raises(InputError, match="stop: expected texts of at least one character, got an empty one"):
         stream(model, [1], tokenizer=byte_level, max_new_tokens=1, stop=[""])

@@ -102,19 +102,19 @@ def test_a_config_that_the_model_cannot_honour_is_refused_by_its_field(
     config = json.loads((tmp_path / "config.json").read_text()) | {table: {key: value} if key else value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = re.escape(repr(value))
-    with pytest.raises(InputError, match=rf"config\.json: {re.escape(field)} wants .*, found {found}"):
+    with pytest.raises(InputError, match=rf"config\.json: {re.escape(field)}: expected .*, got {found}"):
         load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("scaling", "complaint"),
     [
-        ({"rope_type": "linear"}, "rope_parameters.factor wants a number for the rope_type 'linear', found None"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.low_freq_factor wants a number"),
+        ({"rope_type": "linear"}, "rope_parameters.factor: expected a number for the rope_type 'linear', got None"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.low_freq_factor: expected a number"),
         ({"rope_type": "linear", "factor": 0.5}, "factor: found 0.5: Input should be greater than or equal to 1"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
-            "low_frequency_factor wants less than high_frequency_factor, 4.0; found 4.0",
+            "low_frequency_factor: expected less than high_frequency_factor, 4.0, got 4.0",
         ),
     ],
 )
@@ -196,14 +196,14 @@ def test_an_index_that_points_elsewhere_is_refused(tokenizer: Path, tmp_path: Pa
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(InputError, match=r"weight_map wants names of .* files beside it, found"):
+    with pytest.raises(InputError, match=r"weight_map: expected names of .* files beside it, got"):
         load_checkpoint(tmp_path)
 
 
 def test_pickled_weights_are_never_opened(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"wants weights in model\.safetensors, .* found only pytorch_model\.bin, a pickle"):
+    with pytest.raises(InputError, match=r"expected weights in model\.safetensors, .* got only pytorch_model\.bin, a pickle"):
         load_checkpoint(tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_the_architecture_is_found_by_what_transformers_calls_it(tokenizer: Path
     save_checkpoint(tmp_path, model, tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
-    with pytest.raises(InputError, match=r"config.json: model_type wants 'llama', found 'qwen3'"):
+    with pytest.raises(InputError, match=r"config.json: model_type: expected 'llama', got 'qwen3'"):
         load_checkpoint(tmp_path)
 
 

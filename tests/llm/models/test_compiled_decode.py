@@ -107,5 +107,5 @@ def test_a_context_of_one_token_compiles() -> None:
 def test_without_a_compiler_it_says_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "has_compiler", lambda device: False)
     assert device.has_compiler("cpu")  # but here is one
-    with pytest.raises(InputError, match=r"wants a C\+\+ compiler \(CXX, g\+\+ or clang\+\+\); found none"):
+    with pytest.raises(InputError, match=r"expected a C\+\+ compiler \(CXX, g\+\+ or clang\+\+\), got none"):
         compiled(small())

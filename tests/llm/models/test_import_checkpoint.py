@@ -205,7 +205,7 @@ def test_a_template_of_the_recipe_replaces_the_models_own(published: Callable[[s
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}",
-            "wants to end with one special token after every answer, by which the model learns to stop; found",
+            "expected to end with one special token after every answer, by which the model learns to stop, got",
         ),
     ],
 )
@@ -246,8 +246,8 @@ def test_special_tokens_are_found_where_older_versions_put_them(published: Calla
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"eos_token": None}, r"eos_token wants a token of .*tokenizer\.json, found None"),
-        ({"eos_token": "<|nothing|>"}, r"eos_token wants a token of .*tokenizer\.json, found '<\|nothing\|>'"),
+        ({"eos_token": None}, r"eos_token: expected a token of .*tokenizer\.json, got None"),
+        ({"eos_token": "<|nothing|>"}, r"eos_token: expected a token of .*tokenizer\.json, got '<\|nothing\|>'"),
     ],
 )
 def test_a_tokenizer_without_an_end_token_is_refused(
@@ -260,7 +260,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(
 def test_a_tokenizer_in_another_form_is_refused(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("llama-2"), tmp_path / "base")
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.raises(InputError, match=r"tokenizer\.json: is not there; wants a tokenizer as the tokenizers library"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: is not there; expected a tokenizer as the tokenizers library"):
         examine(folder)
 
 
@@ -269,7 +269,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
     with pytest.raises(
-        InputError, match=r"config\.json: vocab_size wants room for all 409 tokens of tokenizer\.json; found 400"
+        InputError, match=r"config\.json: vocab_size: expected room for all 409 tokens of tokenizer\.json, got 400"
     ):
         examine(folder)
 
@@ -279,15 +279,15 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[
     [
         (
             lambda w: w | {"model.layers.0.mlp.up_proj.bias": torch.zeros(48)},
-            "up_proj.bias wants no such weight, found shape (48,)",
+            "up_proj.bias: expected no such weight, got shape (48,)",
         ),
         (
             lambda w: {k: v for k, v in w.items() if k != "model.norm.weight"},
-            "model.norm.weight wants shape (32,), found no such",
+            "model.norm.weight: expected shape (32,), got no such",
         ),
         (
             lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()},
-            "wants one of float32, bfloat16, float16; found float8_e4m3fn",
+            "expected one of float32, bfloat16, float16, got float8_e4m3fn",
         ),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(published: Callable[[s
     adopt(examine(folder), tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"config\.json: tie_word_embeddings wants false, found true"):
+    with pytest.raises(InputError, match=r"config\.json: tie_word_embeddings: expected false, got true"):
         adopt(examine(folder), tmp_path)
 
 

@@ -59,10 +59,10 @@ def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hidden_size": 100, "heads": 3}, "hidden_size wants a multiple of heads; found hidden_size 100 and heads 3"),
-        ({"heads": 6, "kv_heads": 4}, "kv_heads wants a divisor of heads; found heads 6 and kv_heads 4"),
-        ({"head_size": 7}, "head_size wants an even number"),
-        ({"preset": "big"}, "preset wants one of .*happy-llm-215m; found 'big'"),
+        ({"hidden_size": 100, "heads": 3}, "hidden_size: expected a multiple of heads, got hidden_size 100 and heads 3"),
+        ({"heads": 6, "kv_heads": 4}, "kv_heads: expected a divisor of heads, got heads 6 and kv_heads 4"),
+        ({"head_size": 7}, "head_size: expected an even number"),
+        ({"preset": "big"}, "preset: expected one of .*happy-llm-215m, got 'big'"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong: dict[str, object], message: str) -> None:
@@ -131,5 +131,5 @@ def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_
     "wrong", [{"preset": ["2m"]}, {"preset": 3}, {"preset": "3m"}, {"preset": "2m", "rope_base": math.inf}]
 )
 def test_a_wrong_preset_or_number_is_a_fault_of_the_recipe(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"preset wants one of 2m, .*found|rope_base\n.*finite"):
+    with pytest.raises(ValidationError, match=r"preset: expected one of 2m, .*found|rope_base\n.*finite"):
         LlamaConfig.model_validate(wrong)

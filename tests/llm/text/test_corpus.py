@@ -206,10 +206,10 @@ def test_a_row_that_says_half_a_character_of_itself_is_a_document_without_it(tmp
 
 BAD_LINES = [
     (b'{"text": "no end', r"a\.jsonl:3: is not JSON"),
-    (b'["a", "list"]', r"a\.jsonl:3: is a JSON list; wants an object"),
+    (b'["a", "list"]', r"a\.jsonl:3: is a JSON list; expected an object"),
     (b'{"body": "x"}', r"a\.jsonl:3: has no field 'text'; its fields are: body"),
-    (b'{"text": 7}', r"a\.jsonl:3: field 'text' wants a string, found 7"),
-    (b'{"text": null}', r"a\.jsonl:3: field 'text' wants a string, found null"),
+    (b'{"text": 7}', r"a\.jsonl:3: field 'text': expected a string, got 7"),
+    (b'{"text": null}', r"a\.jsonl:3: field 'text': expected a string, got null"),
     (b'{"text": "\xff"}', r"a\.jsonl:3: is not UTF-8"),
     (b"[" * 100_000, r"a\.jsonl:3: is not JSON"),
 ]

@@ -107,7 +107,7 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path) -> No
         with pytest.raises(InputError, match=name):
             rows(Source("s", files=(tmp_path / name,)))
     (tmp_path / "d.docx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"d\.docx: wants a file named"):
+    with pytest.raises(InputError, match=r"d\.docx: expected a file named"):
         rows(Source("s", files=(tmp_path / "d.docx",)))
     (tmp_path / "e.txt").write_bytes(b"fine\nalso\nnot \xff\n")
     (fault,) = rows(Source("s", files=(tmp_path / "e.txt",)))

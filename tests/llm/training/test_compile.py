@@ -78,7 +78,7 @@ def test_a_compiled_training_that_was_stopped_ends_bit_for_bit_where_another_doe
     metrics = tiny_training(resumed, tmp_path / "parts", **changes | {"compiled": "auto"}, lines=lines)
     assert any("continues from step" in line.get("note", "") for line in lines)
     assert metrics["choices"]["compiled"] is True  # what was decided first stays
-    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    for (name, expected), got in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(found, expected), name
 
 
@@ -95,7 +95,7 @@ def test_compiled_layers_can_be_recomputed(tmp_path: Path) -> None:
 
 def test_auto_compiles_where_it_pays_and_sooner_where_it_was_done_before() -> None:
     if not has_compiler("cpu"):
-        pytest.fail("this test wants a C++ compiler")
+        pytest.fail("this test: expected a C++ compiler")
     pays_cold = 1.01 * COLD_SECONDS["cpu"] * SPEED["cpu"] / SAVED["cpu"]
     pays_warm = 1.01 * WARM_SECONDS["cpu"] * SPEED["cpu"] / SAVED["cpu"]
     assert resolve_compile("auto", device="cpu", flops=pays_cold, shape="new")

@@ -204,9 +204,13 @@ MESSAGES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content
     ("row", "messages", "message"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, None, "the chosen and the rejected one are the same"),
-        ({"prompt": "a", "chosen": "b"}, None, "wants the field 'rejected'"),
-        ({"c": MESSAGES, "r": [{"role": "user", "content": "who?"}, MESSAGES[1]]}, ("c", "r"), "wants the same turns before"),
-        ({"c": [*MESSAGES, MESSAGES[0]], "r": MESSAGES}, ("c", "r"), "same turns before|wants the assistant's turn last"),
+        ({"prompt": "a", "chosen": "b"}, None, "expected the field 'rejected'"),
+        (
+            {"c": MESSAGES, "r": [{"role": "user", "content": "who?"}, MESSAGES[1]]},
+            ("c", "r"),
+            "expected the same turns before",
+        ),
+        ({"c": [*MESSAGES, MESSAGES[0]], "r": MESSAGES}, ("c", "r"), "same turns before|expected the assistant's turn last"),
     ],
 )
 def test_a_row_that_is_no_pair_is_refused_with_its_line(

@@ -168,7 +168,7 @@ def test_another_strategy_than_the_one_named_is_never_run() -> None:
 def test_a_base_in_four_bits_is_not_spread() -> None:
     model = tiny_model()
     lora.quantize(model, double=True)
-    with pytest.raises(InputError, match=r'parallel\.strategy wants "ddp" .* found "fsdp", and .* of uint8'):
+    with pytest.raises(InputError, match=r'parallel\.strategy: expected "ddp" .* got "fsdp", and .* of uint8'):
         spread(Learner(model, next_token_loss, precision="fp32"), "fsdp", device=torch.device("cpu"), processes=2)
 
 

@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Pat
 
 
 def test_a_batch_smaller_than_a_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"batch_tokens wants at least one row of 24 tokens .* found 23"):
+    with pytest.raises(InputError, match=r"batch_tokens: expected at least one row of 24 tokens .* got 23"):
         tiny_training(tiny_model(), tmp_path, batch_tokens=23)
 
 
@@ -338,7 +338,7 @@ def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(100)
-    with pytest.raises(InputError, match=r"first loss wants to be near ln\(vocabulary\) = 3.69"):
+    with pytest.raises(InputError, match=r"first loss: expected to be near ln\(vocabulary\) = 3.69"):
         self_check(model, next_token_loss, some_batch(), precision="fp32")
 
     def deaf(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ def test_a_rollback_goes_no_further_than_the_end_of_the_trunk(tmp_path: Path) ->
 def test_what_does_not_fit_a_trunk_is_refused(tmp_path: Path) -> None:
     trunk(tmp_path / "trunk")
     settings: dict[str, Any] = {"beginning": tmp_path / "trunk", **WHOLE}
-    with pytest.raises(InputError, match=r"budget wants more than the 13 steps .* found 13"):
+    with pytest.raises(InputError, match=r"budget: expected more than the 13 steps .* got 13"):
         tiny_training(tiny_model(**SHAPE), tmp_path / "short", **settings | {"budget": Budget(steps=13)})
-    with pytest.raises(InputError, match=r"optimizer\.kind wants 'adamw'.* found 'muon'"):
+    with pytest.raises(InputError, match=r"optimizer\.kind: expected 'adamw'.* got 'muon'"):
         tiny_training(tiny_model(**SHAPE), tmp_path / "other", **settings | {"optimizer": Optimizer(kind="muon")})

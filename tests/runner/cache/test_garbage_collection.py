@@ -74,7 +74,7 @@ def test_without_recipes_and_without_a_run_nothing_is_removed(tmp_path: Path, ca
     assert gc(store) == 2
     assert gc(store, "--only") == 2
     assert here(store) == before
-    assert "wants RECIPEs" in capsys.readouterr().err
+    assert "expected RECIPEs" in capsys.readouterr().err
     assert gc(Store(tmp_path / "empty")) == 0
 
 

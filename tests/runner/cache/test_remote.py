@@ -275,7 +275,7 @@ def test_a_file_that_is_missing_in_the_remote_is_damage_and_not_the_end_of_the_r
     assert not mirror.fetch(store, record)
     assert "it is made here instead" in notes[0]
     assert mirror.record(record.kind, record.key) == record
-    with pytest.raises(DamagedRemoteError, match="expected a file, found none"):
+    with pytest.raises(DamagedRemoteError, match="expected a file, got none"):
         open_remote(str(tmp_path / "remote")).fetch(record, store)
 
 
@@ -314,7 +314,7 @@ def test_an_address_that_cannot_be_meant_is_refused_while_reading_the_recipe(
 
 def test_a_package_that_is_missing_is_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("s3fs"):
-        pytest.fail("wants an environment without s3fs")
+        pytest.fail("expected an environment without s3fs")
     assert call("push", folder, "--remote", "s3://bucket/cache") == RemoteError.exit_code
     assert "pip install s3fs" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def test_one_flipped_bit_in_any_file_of_any_kind_is_found_and_named(
             assert store.has_artifact(record, reread=True) == (name in (METRICS, RECORD)), "a run would use it"
             code, said = verify(store, capsys)
             assert code == DamageError.exit_code
-            assert f"{folder.name}: {name}: expected " in said and ", found " in said
+            assert f"{folder.name}: {name}: expected " in said and ", got " in said
             assert verify(store, capsys)[0] == 0, "what was found is out of the way"
             if name == RECORD:
                 assert (folder / RECORD).read_bytes() == (kept / RECORD).read_bytes(), "put back from its copy"
@@ -105,7 +105,7 @@ def test_a_record_under_the_key_of_another_is_not_believed(tmp_path: Path, capsy
     store = small_cache(tmp_path)
     shutil.copy(store.record_path(key_for("sft")), store.record_path(key_for("other")))
     assert store.record("sft", key_for("other")) is None
-    assert "expected the record of this key, found that of" in verify(store, capsys)[1]
+    assert "expected the record of this key, got that of" in verify(store, capsys)[1]
     assert not store.record_path(key_for("other")).exists()
 
 
@@ -117,11 +117,11 @@ def damage(folder: Path, how: str) -> str:
             return "tokenizer.json: expected sha256"
         case "extra":
             (folder / "added_tokens.json").write_text("{}")
-            return "added_tokens.json: expected nothing, found a file"
+            return "added_tokens.json: expected nothing, got a file"
         case "extra folder":
             (folder / "more").mkdir()
             (folder / "more" / "x").touch()
-            return "more/x: expected nothing, found a file"
+            return "more/x: expected nothing, got a file"
         case "link":
             target = folder.parents[1] / "moved"
             (folder / "tokenizer.json").rename(target)
@@ -129,7 +129,7 @@ def damage(folder: Path, how: str) -> str:
             return "found a link"
         case "link to a folder":
             (folder / "all").symlink_to("/")
-            return "all: expected nothing, found a link"
+            return "all: expected nothing, got a link"
         case "a folder":
             (folder / "tokenizer.json").unlink()
             (folder / "tokenizer.json").mkdir()

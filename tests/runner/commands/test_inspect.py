@@ -92,6 +92,6 @@ def test_chats_show_what_is_learned_what_is_cut_and_what_cannot_be_used(
 def test_what_is_not_finished_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = str(recipe.parent / "empty")
     assert main(["inspect", str(recipe), "tokens", "--cache", empty]) == 2
-    assert "tokens: wants to be finished" in capsys.readouterr().err
+    assert "tokens: expected to be finished" in capsys.readouterr().err
     assert main(["inspect", str(recipe), "chat", "--cache", empty]) == 2
-    assert "wants a finished tokenizer above it" in capsys.readouterr().err
+    assert "expected a finished tokenizer above it" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--data", "none.jsonl"], "wants a file"), (["--minutes", "-1"], "more than 0"), (["--repo", "a/b/c"], "owner/name")],
+    [(["--data", "none.jsonl"], "expected a file"), (["--minutes", "-1"], "more than 0"), (["--repo", "a/b/c"], "owner/name")],
 )
 def test_a_bad_answer_is_told(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(folder / "mine.toml"), *words]) == 2

@@ -19,7 +19,7 @@ def test_a_word_that_is_neither_a_verb_nor_a_file_is_told(
 ) -> None:
     assert main([word, str(QUICKSTART)]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"run {word}: found no such verb; wants a recipe or one of bench, ")
+    assert told.startswith(f"run {word}: found no such verb; expected a recipe or one of bench, ")
     assert told.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
 
 
@@ -88,4 +88,4 @@ def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys:
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path / "none")]) == 2
-    assert "wants a folder of recipes" in capsys.readouterr().err
+    assert "expected a folder of recipes" in capsys.readouterr().err

@@ -142,20 +142,20 @@ def test_a_recipe_without_pretraining_is_refused(recipe: Path) -> None:
 
 def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
     done = run(recipe, "--set", "stage.base.seed=1")
-    assert done.returncode == 2 and "wants a RECIPE" in done.stderr
+    assert done.returncode == 2 and "expected a RECIPE" in done.stderr
 
 
 def test_an_unknown_measurement_is_refused_with_the_right_names() -> None:
     assert chosen(None) == ["matmul", "train", "decode", "memory", "machinery"]
     assert chosen("decode,train") == ["train", "decode"]
     assert chosen("processes,train") == ["train", "processes"]
-    with pytest.raises(RecipeError, match=r"found 'speed', wants some of matmul,train,decode,memory,machinery"):
+    with pytest.raises(RecipeError, match=r"expected some of matmul,train,decode,memory,machinery, got 'speed'"):
         chosen("train,speed")
 
 
 def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> None:
     assert chosen("learning") == ["learning"]
-    with pytest.raises(RecipeError, match="learning: wants a recipe"):
+    with pytest.raises(RecipeError, match="learning: expected a recipe"):
         reference_job(seconds=1.0, compiled=False, only=["learning"])
     done = run(recipe, str(recipe), "--only", "learning")
     assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
@@ -179,7 +179,7 @@ def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capfd: py
 
 def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:
     small = load_recipe(recipe, ["stage.base.batch_tokens=31"])
-    with pytest.raises(RecipeError, match=r"stage\.base\.batch_tokens: found 31, wants at least one row of 32 tokens"):
+    with pytest.raises(RecipeError, match=r"stage\.base\.batch_tokens: expected at least one row of 32 tokens, got 31"):
         recipe_job(small, Store(recipe.parent / "cache"), seconds=1.0, compiled=False, only=["train"])
 
 

@@ -98,9 +98,9 @@ def test_a_stage_that_does_not_train_or_lacks_its_inputs_is_refused(
     recipe_in(folder, FINE_TUNING)
     place = ("--cache", str(folder.cache))
     assert main(["prove-resume", str(folder.recipe), "tokens", *place]) == 2
-    assert "is of kind 'pack'; wants one that trains" in capsys.readouterr().err
+    assert "is of kind 'pack'; expected one that trains" in capsys.readouterr().err
     assert main(["prove-resume", str(folder.recipe), "chat", *place]) == 3
-    assert "wants base finished" in capsys.readouterr().err
+    assert "expected base finished" in capsys.readouterr().err
     assert not (folder.cache / "proofs").exists()
 
 

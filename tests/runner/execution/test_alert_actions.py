@@ -18,7 +18,7 @@ from runner.graph import identity
 from runner.recipe.recipe import Recipe, load_recipe
 
 SECRET = "hunter2-in-an-address"
-ADDRESSES = r"alerts\.notify: wants a list of addresses as apprise knows them, such as \[\"ntfy://TOPIC\"\]$"
+ADDRESSES = r"alerts\.notify: expected a list of addresses as apprise knows them, such as \[\"ntfy://TOPIC\"\]$"
 
 
 class Inbox(ThreadingHTTPServer):
@@ -166,7 +166,7 @@ def test_alerts_enter_the_key_only_where_they_change_what_is_learned(tmp_path: P
     ("head", "place"),
     [
         ("[alerts]\nlos = { above = 5.0 }\n", r"alerts\.los: is not known here; .*did you mean 'loss'"),
-        ("[alerts]\nvalidation = { action = 'skip' }\n", r"alerts\.validation\.action: found 'skip', wants 'off', 'warn'"),
+        ("[alerts]\nvalidation = { action = 'skip' }\n", r"alerts\.validation\.action: expected 'off', 'warn', got 'skip'"),
         ("[alerts]\nnot_finite = { action = 'warn' }\n", r"alerts\.not_finite\.action: found 'warn'"),
         (f"[alerts]\nnotify = ['{SECRET}']\n", ADDRESSES),
         (f"[alerts]\nnotify = 'ntfy://{SECRET}'\n", ADDRESSES),

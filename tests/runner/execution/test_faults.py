@@ -94,7 +94,7 @@ def test_a_group_that_always_loses_a_worker_goes_on_as_one_process(trained: Fold
 def test_what_is_wrong_with_the_recipe_is_not_retried(fresh: Folder) -> None:
     done = fresh.run("--set", "stage.base.batch_tokens=8")
     assert done.returncode == 3
-    assert "stage 'base': batch_tokens wants at least one row of 32 tokens" in done.stderr
+    assert "stage 'base': batch_tokens: expected at least one row of 32 tokens" in done.stderr
     assert "again" not in done.stderr
 
 

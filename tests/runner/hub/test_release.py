@@ -153,7 +153,7 @@ def test_rolling_back_twice_needs_an_earlier_release_and_a_tag_or_commit_names_o
     assert world.call("rollback", world.recipe, "--to", second[:8]) == 0
     assert license_at(world.hub) == "mit"
     assert world.call("rollback", world.recipe, "--to", "v9") == 3
-    assert "wants a tag or a commit that is there, found no 'v9'" in capsys.readouterr().err
+    assert "expected a tag or a commit that is there, got no 'v9'" in capsys.readouterr().err
 
 
 def test_what_somebody_else_changed_is_not_rolled_back_unless_that_is_asked_for(world: World) -> None:
@@ -167,7 +167,7 @@ def test_what_somebody_else_changed_is_not_rolled_back_unless_that_is_asked_for(
 def test_publish_pushes_what_is_finished_and_runs_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.write(license="cc0-1.0", tag="v3")
     assert world.call("publish", world.recipe) == 3
-    assert "wants a finished release, found the state run (license: " in capsys.readouterr().err
+    assert "expected a finished release, got the state run (license: " in capsys.readouterr().err
     assert world.hub.requests == []
     world.write(license="mit", tag="v1")
     assert world.call("publish", world.recipe) == 0
@@ -178,7 +178,7 @@ def test_publish_refuses_a_recipe_that_names_no_repository(world: World, capsys:
     world.recipe.write_text(world.recipe.read_text().replace('repo = "ada/tiny"', ""))
     assert world.call("publish", world.recipe) == 2
     assert world.call("rollback", world.recipe) == 2
-    assert "wants a stage of the kind publish with a repo" in capsys.readouterr().err
+    assert "expected a stage of the kind publish with a repo" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -284,10 +284,10 @@ def test_what_differs_from_the_lock_is_shown(world: World, elsewhere: World, cap
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"recipe.toml": None}, "has no recipe.toml; wants a model that was published by this program"),
-        ({"recipe.lock.json": b"{}"}, "wants the lock file of a release, found something else"),
-        ({"recipe.lock.json": b"[" * 100_000}, "wants the lock file of a release, found something else"),
-        ({"recipe.toml": b'extends = "/etc/passwd"'}, "wants a resolved recipe"),
+        ({"recipe.toml": None}, "has no recipe.toml; expected a model that was published by this program"),
+        ({"recipe.lock.json": b"{}"}, "expected the lock file of a release, got something else"),
+        ({"recipe.lock.json": b"[" * 100_000}, "expected the lock file of a release, got something else"),
+        ({"recipe.toml": b'extends = "/etc/passwd"'}, "expected a resolved recipe"),
         ({"recipe.toml": b'name = "x"\n[stage.other]\nkind = "corpus"'}, "which the recipe does not"),
     ],
 )
@@ -312,11 +312,11 @@ def test_a_lock_file_names_no_place_to_write_to(world: World, elsewhere: World, 
     files = {**head.files, "recipe.lock.json": type(head.files["recipe.toml"])(lock, lfs=False)}
     repository.commit("main", "changed", files)
     assert elsewhere.call("run", f"hf://{REPO}", "--yes", "--data", world.root) == 2
-    assert "wants names of files, found '..'" in capsys.readouterr().err
+    assert "expected names of files, got '..'" in capsys.readouterr().err
 
 
 def test_an_address_that_is_none_and_a_model_that_is_not_there(elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert elsewhere.call("run", "hf://tiny") == 2
-    assert "found 'hf://tiny', wants hf://OWNER/NAME[@REVISION]" in capsys.readouterr().err
+    assert "expected hf://OWNER/NAME[@REVISION], got 'hf://tiny'" in capsys.readouterr().err
     assert elsewhere.call("run", "hf://ada/nothing") == 3
     assert "has no such model" in capsys.readouterr().err

@@ -84,9 +84,9 @@ def keyed(folder: Path, files: str) -> str:
         ),
         (f"hf://datasets/{REPO}@main/a.csv", f"found 'main'. To pin it.*write hf://datasets/{REPO}@COMMIT/a.csv"),
         (f"hf://datasets/{REPO}@{COMMIT[:8]}/a.csv", f"found '{COMMIT[:8]}'"),
-        (f"hf://{REPO}/a.csv", "wants hf://datasets/OWNER/NAME@COMMIT/PATH"),
-        (f"hf://datasets/{REPO}@{COMMIT}/", "wants hf://datasets/OWNER/NAME@COMMIT/PATH"),
-        (f"hf://datasets/{REPO}@{COMMIT}/../a.csv", "wants the path of a file in"),
+        (f"hf://{REPO}/a.csv", "expected hf://datasets/OWNER/NAME@COMMIT/PATH"),
+        (f"hf://datasets/{REPO}@{COMMIT}/", "expected hf://datasets/OWNER/NAME@COMMIT/PATH"),
+        (f"hf://datasets/{REPO}@{COMMIT}/../a.csv", "expected the path of a file in"),
     ],
 )
 def test_an_address_that_leaves_open_what_it_means_is_refused_with_the_cure(tmp_path: Path, files: str, told: str) -> None:
@@ -97,7 +97,7 @@ def test_an_address_that_leaves_open_what_it_means_is_refused_with_the_cure(tmp_
 def test_a_folder_that_is_read_by_name_cannot_lie_in_a_dataset(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'name = "x"\n[stage.base]\nkind = "checkpoint"\nfolder = "hf://datasets/{REPO}@{COMMIT}/model"\n')
-    with pytest.raises(RecipeError, match="wants a folder here"):
+    with pytest.raises(RecipeError, match="expected a folder here"):
         load_recipe(path)
 
 
@@ -157,7 +157,7 @@ def test_a_label_without_a_word_is_told_with_its_row(tmp_path: Path) -> None:
         files=InputFile("rows.csv", tmp_path), prompt="{text}", response="{label}", words={"0": "no", "1": "yes"}
     )
     *_, (_, bad, _) = read_turns(table.files.fetched(), table.template)
-    assert "rows.csv:3: wants a label of words, '0', '1'; found '2'" in str(bad)
+    assert "rows.csv:3: expected a label of words, '0', '1', got '2'" in str(bad)
 
 
 @pytest.mark.parametrize("path", ["data/train-0.csv", "**/train-*"])
@@ -195,7 +195,7 @@ def test_what_the_hub_does_not_give_is_told_with_what_to_do(
         return str(caught.value)
 
     assert "has no file data/missing.csv in this dataset" in told(at(dataset, "data/missing.csv"))
-    assert "wants files like 'no/*.csv'; the dataset has none" in told(at(dataset, "no/*.csv"))
+    assert "expected files like 'no/*.csv'; the dataset has none" in told(at(dataset, "no/*.csv"))
     assert "of this dataset" in told(HubFiles(REPO, COMMIT, "data/*.csv"))
     assert "no such dataset, or does not show it to the token" in told(HubFiles(f"{OWNER}/none", COMMIT, "data/*.csv"))
     dataset.gated = True

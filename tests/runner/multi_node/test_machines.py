@@ -63,12 +63,12 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environme
 @pytest.mark.parametrize(
     ("parallel", "asked", "environment", "message"),
     [
-        (Parallel(machines=2), Asked(), {}, "machine_rank: is missing; wants this machine's, 0 to 1"),
-        (Parallel(machines=2), Asked(rank=2), {}, "machine_rank: found 2, wants 0 to 1, since there are 2 machines"),
-        (Parallel(machines=2), Asked(rank=-1), {}, "machine_rank: found -1, wants 0 to 1"),
+        (Parallel(machines=2), Asked(), {}, "machine_rank: is missing; expected this machine's, 0 to 1"),
+        (Parallel(machines=2), Asked(rank=2), {}, "machine_rank: expected 0 to 1, since there are 2 machines, got 2"),
+        (Parallel(machines=2), Asked(rank=-1), {}, "machine_rank: expected 0 to 1, got -1"),
         (Parallel(), Asked(rank=1), {}, "machine_rank: found 1 of one machine"),
-        (Parallel(machines=2), Asked(rank=1), {}, "main_address: is missing; 2 machines want HOST or HOST:PORT"),
-        (Parallel(), Asked(2, 1, "a:b"), {}, "main_address: found 'a:b', wants HOST or HOST:PORT"),
+        (Parallel(machines=2), Asked(rank=1), {}, "main_address: is missing; 2 machines: expected HOST or HOST:PORT"),
+        (Parallel(), Asked(2, 1, "a:b"), {}, "main_address: expected HOST or HOST:PORT, got 'a:b'"),
         (Parallel(), Asked(2, 1, "a:65535"), {}, "main_address: found 'a:65535'"),
         (
             Parallel(machines=2, machine_rank=1, main_address="evil"),
@@ -78,7 +78,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environme
         ),
         (Parallel(), Asked(), SLURM | {"SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
         (Parallel(), Asked(), TORCHRUN | {"LOCAL_RANK": "1"}, "--nproc-per-node 1"),
-        (Parallel(), Asked(), {"WORLD_SIZE": "two"}, "WORLD_SIZE: wants a number, found 'two'"),
+        (Parallel(), Asked(), {"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number, got 'two'"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(parallel: Parallel, asked: Asked, environment: Any, message: str) -> None:

@@ -104,7 +104,7 @@ def test_files_that_are_missing_are_promised_so_that_keys_are_known_all_the_same
     (contents,) = published.absent.values()
     assert [content.file for content in contents] == ["../texts/part-1.jsonl", "../texts/part-2.jsonl"]
     assert key_of_corpus(recipe, store) == published.lock.stages["corpus"].key
-    with pytest.raises(RecipeError, match="wants a file, found nothing"):
+    with pytest.raises(RecipeError, match="expected a file, got nothing"):
         load_recipe(published.recipe)
 
 
@@ -166,5 +166,5 @@ def test_a_branch_is_asked_for_anew_and_a_commit_only_once(author: Recipe, hub: 
 
 @pytest.mark.parametrize("text", ["hf://name", "hf://a/b/c", "hf://a/b@", "hf://../b@c d", "hf://a/b?x=1"])
 def test_an_address_has_an_owner_a_name_and_perhaps_a_revision(text: str) -> None:
-    with pytest.raises(RecipeError, match="wants hf://OWNER/NAME"):
+    with pytest.raises(RecipeError, match="expected hf://OWNER/NAME"):
         Address.parse(text)

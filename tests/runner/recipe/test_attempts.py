@@ -219,21 +219,21 @@ def test_files_that_an_attempt_names_are_found_from_a_recipe_elsewhere(tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RECIPE.replace("{ r = 2 }", "{ r = -2 }"), r"stage.medical.attempts\[2\].r: found -2, wants greater than 0"),
+        (RECIPE.replace("{ r = 2 }", "{ r = -2 }"), r"stage.medical.attempts\[2\].r: expected greater than 0, got -2"),
         (RECIPE.replace("{ r = 2 }", "{ rr = 2 }"), r"stage.medical.attempts\[2\].rr: is not known here"),
         (RECIPE.replace("{ r = 2 }", "{ kind = 'sft' }"), r"stage.medical.attempts\[2\].kind: is the same in all attempts"),
         (RECIPE.replace("{ r = 2 }", "3"), r"stage.medical.attempts\[2\]: found 3"),
-        (RECIPE.replace("gates = ", "# "), "stage.medical.attempts: wants an evaluation with gates behind it"),
+        (RECIPE.replace("gates = ", "# "), "stage.medical.attempts: expected an evaluation with gates behind it"),
         (
             RECIPE.replace("stage.before]", 'stage."medical@1"]').replace('"before", ', ""),
-            "stage.medical@1: wants another name",
+            "stage.medical@1: expected another name",
         ),
         (
             RECIPE.replace('"medical"]', '"medical", "legal"]')
             + '[stage.legal]\nkind = "lora"\nbase = "base"\ndata = [{ files = "rows.jsonl" }]\nattempts = [{ r = 1 }]\n',
-            "stage.legal.attempts: wants no stage that attempts of 'medical' run too, found after, release",
+            "stage.legal.attempts: expected no stage that attempts of 'medical' run too, got after, release",
         ),
-        (RECIPE.replace("{ r = 2 }", "{ base = 'release' }"), "wants stages without a cycle, found .*@3"),
+        (RECIPE.replace("{ r = 2 }", "{ base = 'release' }"), "expected stages without a cycle, got .*@3"),
     ],
 )
 def test_attempts_that_cannot_be_run_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -274,11 +274,13 @@ def test_a_gate_on_other_rows_or_on_a_training_without_held_out_rows_is_refused(
     other_rows = RECIPE.replace("gates = [", f"{BUDGET} # [").replace(
         'rows.jsonl" }]\n[stage.after]', 'rows.jsonl", limit = 1 }]\n[stage.after]'
     )
-    with pytest.raises(RecipeError, match=r"stage.after.gates\[0\].above: wants an evaluation with the same task 'general'"):
+    with pytest.raises(
+        RecipeError, match=r"stage.after.gates\[0\].above: expected an evaluation with the same task 'general'"
+    ):
         load_recipe(write(tmp_path, other_rows))
     gap = RECIPE.replace("gates = [", "gates = [{ score = 'train_gap', at_most = 0.05 }] # [")
     with pytest.raises(
-        RecipeError, match=r"stage.after.gates\[0\].score: wants rows held out in stage 'medical': `validation`"
+        RecipeError, match=r"stage.after.gates\[0\].score: expected rows held out in stage 'medical': `validation`"
     ):
         load_recipe(write(tmp_path, gap))
     load_recipe(write(tmp_path, gap.replace("attempts =", 'validation = [{ files = "rows.jsonl" }]\nattempts =')))

@@ -67,49 +67,49 @@ context = "long"
     assert "did you mean 'seed'?" in text
     assert "stage.corpus.sources[0].wieght: is not known here" in text
     assert "did you mean 'weight'?" in text
-    assert "stage.tokenizer.kind: found 'tokenizr', wants one of" in text
+    assert "stage.tokenizer.kind: expected one of, got 'tokenizr'" in text
     assert "did you mean 'tokenizer'?" in text
-    assert "stage.tokens.context: found 'long', wants a valid integer" in text
+    assert "stage.tokens.context: expected a valid integer, got 'long'" in text
     assert all(line.startswith(str(tmp_path / "recipe.toml")) for line in lines)
 
 
 def test_a_file_that_does_not_exist_is_a_fault(tmp_path: Path) -> None:
     (line,) = faults(tmp_path, GOOD.replace("text.jsonl", "nothing/*.jsonl"))
-    assert f"stage.corpus.sources[0].files: wants a file, found nothing at {tmp_path}/nothing/*.jsonl" in line
+    assert f"stage.corpus.sources[0].files: expected a file, got nothing at {tmp_path}/nothing/*.jsonl" in line
 
 
 def test_a_dangling_reference_names_the_nearest_stage(tmp_path: Path) -> None:
     (line,) = faults(tmp_path, GOOD.replace('corpus = "corpus"', 'corpus = "corpsu"'))
-    assert "stage.tokenizer.corpus: found 'corpsu', wants the name of a stage; did you mean 'corpus'?" in line
+    assert "stage.tokenizer.corpus: expected the name of a stage, got 'corpsu'; did you mean 'corpus'?" in line
 
 
 def test_a_reference_to_the_wrong_artifact_tells_both_types(tmp_path: Path) -> None:
     tokens = '[stage.tokens]\nkind = "pack"\ncorpus = "tokenizer"\ntokenizer = "tokenizer"\ncontext = 8\n'
     (line,) = faults(tmp_path, GOOD + tokens)
-    assert "stage.tokens.corpus: wants Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
+    assert "stage.tokens.corpus: expected Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
 
 
 def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
     merge = '[stage.{0}]\nkind = "sft"\nmodel = "{1}"\ndata = [{{ files = "text.jsonl" }}]\nbudget = {{ steps = 1 }}\n'
     text = "\n".join(faults(tmp_path, 'name = "x"\n' + merge.format("a", "b") + merge.format("b", "a")))
-    assert "wants stages without a cycle, found a -> b -> a" in text
+    assert "expected stages without a cycle, got a -> b -> a" in text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("name = ", "is not TOML"),
-        ('name = "x"', "stage: wants at least one [stage.NAME] table"),
-        ('[stage]\na = 1\n[stage.b]\nkind = "corpus"', "stage.a: wants a table, found 1"),
-        ('stage = 3\nname = "x"', "stage: wants at least one"),
+        ('name = "x"', "stage: expected at least one [stage.NAME] table"),
+        ('[stage]\na = 1\n[stage.b]\nkind = "corpus"', "stage.a: expected a table, got 1"),
+        ('stage = 3\nname = "x"', "stage: expected at least one"),
         ('name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]', "name: found 'a b'"),
-        ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; wants one of"),
+        ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; expected one of"),
         (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
-        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: found 3, wants one of"),
+        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: expected one of, got 3"),
         ('name = "x"\n[stage.c]\nkind = "corpus"\n', "stage.c.sources: is missing"),
-        ("extends = 3", "extends: wants the path of a recipe"),
+        ("extends = 3", "extends: expected the path of a recipe"),
         ('extends = "gone.toml"', "gone.toml: no such recipe, which recipe.toml extends"),
-        ('extends = "recipe.toml"', "extends: wants a file that does not extend this one"),
+        ('extends = "recipe.toml"', "extends: expected a file that does not extend this one"),
     ],
 )
 def test_malformed_recipes_get_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -144,7 +144,7 @@ def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path:
     with pytest.raises(RecipeError) as caught:
         check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
     told = str(caught.value)
-    assert f"stage.chat.data[0]: wants the field 'question' in the rows of {tmp_path / name}, found only 'queston'" in told
+    assert f"stage.chat.data[0]: expected the field 'question' in the rows of {tmp_path / name}, got only 'queston'" in told
     assert told.endswith("did you mean 'queston'?") and len(told.splitlines()) == 1
     check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip"))))
     check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}"))))
@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path, name: str, con
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_bytes(b'name = "\xff"')
-    with pytest.raises(RecipeError, match="wants UTF-8 text, found byte 0xff"):
+    with pytest.raises(RecipeError, match="expected UTF-8 text, got byte 0xff"):
         load_recipe(tmp_path / "recipe.toml")
 
 
@@ -196,14 +196,14 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.processes=0", "parallel.processes: found 0, wants greater than or equal to 1"),
+        ("parallel.processes=0", "parallel.processes: expected greater than or equal to 1, got 0"),
         (
             "parallel={strategy='fsdp',find_unused_parameters=true}",
-            'parallel.find_unused_parameters: found true beside strategy = "fsdp"; wants strategy = "ddp"',
+            'parallel.find_unused_parameters: found true beside strategy = "fsdp"; expected strategy = "ddp"',
         ),
-        ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: found inf, wants a finite number"),
+        ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: expected a finite number, got inf"),
         ("stage.base.architecture={preset=[1]}", "stage.base.architecture"),
-        ("stage.base.architecture.heads=5", "hidden_size wants a multiple of heads; found hidden_size 192 and heads 5"),
+        ("stage.base.architecture.heads=5", "hidden_size: expected a multiple of heads, got hidden_size 192 and heads 5"),
         ("stage.after.gates=[{score='section.f1',at_least=0.9}]", "a gate names the score 'section.f1'"),
         (
             "stage.after.tasks=[{name='t',task='text',files='data/section_dev.jsonl.gz',text='{text}',limt=3}]",
@@ -211,7 +211,7 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
         ),
         (
             "stages.x.kind=corpus",
-            "stages: is not known here; wants one of alerts, cache, description, extends, name, parallel, seed, stage",
+            "stages: is not known here; expected one of alerts, cache, description, extends, name, parallel, seed, stage",
         ),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
     overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", overrides)
-    found = 'stage.medical.quantize: found "nf4" beside parallel.strategy = "fsdp", wants strategy = "ddp" or no quantize'
+    found = 'stage.medical.quantize: found "nf4" beside parallel.strategy = "fsdp", expected strategy = "ddp" or no quantize'
     assert found in str(caught.value)
     load_recipe(RECIPES / "medical-lora.toml", [*overrides, "parallel.processes=1"])
 
@@ -247,7 +247,7 @@ def test_overrides_are_toml_else_strings(tmp_path: Path) -> None:
     assert recipe.stages["tokenizer"].model_dump()["vocab_size"] == 500
     assert recipe.head.name == "other"
     assert faults(tmp_path, GOOD, ("stage.tokenizer.vocab_sise=1",))[0].count("did you mean 'vocab_size'?") == 1
-    with pytest.raises(RecipeError, match="wants KEY=VALUE"):
+    with pytest.raises(RecipeError, match="expected KEY=VALUE"):
         load_recipe(write(tmp_path, GOOD), ["seed"])
 
 
@@ -294,7 +294,7 @@ def specs() -> list[type[Spec]]:
 def test_every_field_is_marked_and_described(spec: type[Spec]) -> None:
     for name, field in spec.model_fields.items():
         marks = [mark for mark in field.metadata if isinstance(mark, Identity)]
-        assert len(marks) == 1, f"{spec.__name__}.{name} wants exactly one of Semantic[...] and Execution[...]"
+        assert len(marks) == 1, f"{spec.__name__}.{name}: expected exactly one of Semantic[...] and Execution[...]"
         assert docstrings(spec).get(name), f"{spec.__name__}.{name} has no docstring"
 
 

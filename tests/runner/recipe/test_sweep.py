@@ -241,7 +241,7 @@ def test_a_sweep_behind_attempts_is_over_the_attempt_that_passed(tmp_path: Path,
     plan = Plan(recipe, store)
     assert plan.inputs("medical@3") == ["chat@2"] and plan.inputs("publish")[0] == "release@2"
     common = RECIPE.replace("[stage.medical]", "[stage.medical]\nattempts = [{ r = 2 }]").replace("[stage.publish]", GATE)
-    with pytest.raises(RecipeError, match="sweep: wants no stage that attempts of 'medical' run too, found after, medical"):
+    with pytest.raises(RecipeError, match="sweep: expected no stage that attempts of 'medical' run too, got after, medical"):
         load_recipe(write(tmp_path, common))
 
 
@@ -282,25 +282,25 @@ def test_the_schema_knows_a_sweep_and_its_dotted_fields() -> None:
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ('"stage.medcal.r" = [4]', "sweep.stage.medcal: found 'medcal', wants the name of a stage; did you mean 'medical'"),
+        ('"stage.medcal.r" = [4]', "sweep.stage.medcal: expected the name of a stage, got 'medcal'; did you mean 'medical'"),
         ('"stage.medical.rr" = [4, 8]', "sweep.stage.medical.rr: is not known here; .*did you mean"),
         (
             '"stage.medical.schedule.warmup_step" = [4]',
             "sweep.stage.medical.schedule.warmup_step: is not known here; .*did you",
         ),
-        ('"stage.medical.r" = [4, "8"]', r"sweep.stage.medical.r\[1\]: found '8', wants a valid integer"),
-        ('"stage.medical.r" = [-4, -8]', r"sweep.stage.medical.r\[1\]: found -8, wants greater than 0"),
-        ('"stage.medical.r" = []', r"sweep.stage.medical.r: found \[\], wants at least one value"),
-        ('"stage.medical.r" = 4', "sweep.stage.medical.r: found 4, wants a list of values"),
-        ('"stage.medical.r" = [4, 8, 4]', r"sweep.stage.medical.r\[2\]: wants values that differ .*, found 4 and 4"),
+        ('"stage.medical.r" = [4, "8"]', r"sweep.stage.medical.r\[1\]: expected a valid integer, got '8'"),
+        ('"stage.medical.r" = [-4, -8]', r"sweep.stage.medical.r\[1\]: expected greater than 0, got -8"),
+        ('"stage.medical.r" = []', r"sweep.stage.medical.r: found \[\], expected at least one value"),
+        ('"stage.medical.r" = 4', "sweep.stage.medical.r: expected a list of values, got 4"),
+        ('"stage.medical.r" = [4, 8, 4]', r"sweep.stage.medical.r\[2\]: expected values that differ .*, got 4 and 4"),
         (
             '"stage.medical.micro_batch" = [1, 2]',
-            "sweep.stage.medical.micro_batch: wants a field that decides what is learned",
+            "sweep.stage.medical.micro_batch: expected a field that decides what is learned",
         ),
         ('"stage.medical.kind" = ["sft"]', "sweep.stage.medical.kind: is the same in all settings"),
         ('"stage.after.tasks" = [[]]', "sweep.stage.after.tasks"),
-        ('"medical.r" = [4]', "sweep.medical.r: is not known here; wants one of highest, lowest, stage"),
-        ("", "sweep: wants at least one field to vary"),
+        ('"medical.r" = [4]', "sweep.medical.r: is not known here; expected one of highest, lowest, stage"),
+        ("", "sweep: expected at least one field to vary"),
         ("stage.medical = 3", "sweep.stage.medical: found 3"),
         ('"stage.medical.r" = [4]\nlowest = "after.text.perplexity"', "exactly one of highest and lowest, found highest and"),
         (
@@ -309,10 +309,10 @@ def test_the_schema_knows_a_sweep_and_its_dotted_fields() -> None:
         ),
         (
             '"stage.medical.schedule" = [{ learning_rate = 0.1 }]\n"stage.medical.learning_rate" = [0.2]',
-            "sweep.stage.medical.schedule.learning_rate: wants a field of its own",
+            "sweep.stage.medical.schedule.learning_rate: expected a field of its own",
         ),
-        ('"stage.medical.base" = ["base", "release"]', "wants stages without a cycle"),
-        ('"stage.medical.data" = [[{ files = "none.jsonl" }]]', "wants a file, found nothing at"),
+        ('"stage.medical.base" = ["base", "release"]', "expected stages without a cycle"),
+        ('"stage.medical.data" = [[{ files = "none.jsonl" }]]', "expected a file, got nothing at"),
     ],
 )
 def test_fields_that_cannot_vary_are_told(field: str, message: str, tmp_path: Path) -> None:
@@ -325,11 +325,11 @@ def test_fields_that_cannot_vary_are_told(field: str, message: str, tmp_path: Pa
     [
         (
             "after.general.acuracy",
-            "sweep.highest: found 'after.general.acuracy', wants one of .*mean 'after.general.accuracy'",
+            "sweep.highest: expected one of .*mean 'after.general.accuracy', got 'after.general.acuracy'",
         ),
-        ("release", "sweep.highest: found 'release', wants one of after.general.accuracy"),
+        ("release", "sweep.highest: expected one of after.general.accuracy, got 'release'"),
         ("before.text.perplexity", "sweep.highest: found 'before.text"),
-        ("before.general.perplexity", "sweep.stage.medical: wants a stage before 'before', whose score decides"),
+        ("before.general.perplexity", "sweep.stage.medical: expected a stage before 'before', whose score decides"),
     ],
 )
 def test_a_score_that_cannot_decide_is_told(score: str, message: str, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_score_that_cannot_decide_is_told(score: str, message: str, tmp_path: 
 
 
 def test_a_stage_that_has_the_name_of_a_setting_wants_another(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"stage.release@3: wants another name; a setting of the sweep has this one"):
+    with pytest.raises(RecipeError, match=r"stage.release@3: expected another name; a setting of the sweep has this one"):
         load_recipe(write(tmp_path, RECIPE.replace("stage.before]", 'stage."release@3"]').replace('"before", ', "")))
 
 

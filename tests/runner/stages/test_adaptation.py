@@ -194,15 +194,15 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path, make_context: Cal
     other = train_bpe(["something else"], 290, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     other.save(folder / "tokens" / "tokenizer")
     stage = fine_tune(folder, mix=[{"tokens": "tokens", "share": 0.2}])
-    with pytest.raises(InputError, match="'tokens' wants to be packed with the tokenizer of the model"):
+    with pytest.raises(InputError, match="'tokens': expected to be packed with the tokenizer of the model"):
         stage.prepare(make_context(inputs={"base": folder / "model", "tokens": folder / "tokens"}))
 
 
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        ([{"share": 0.2}], "wants either tokens or files"),
-        ([{"share": 0.2, "tokens": "t", "files": "f.jsonl"}], "wants either tokens or files, found both"),
+        ([{"share": 0.2}], "expected either tokens or files"),
+        ([{"share": 0.2, "tokens": "t", "files": "f.jsonl"}], "expected either tokens or files, got both"),
         ([{"share": 0.2, "tokens": "t", "text": "text"}], "belong to files"),
         ([{"share": 0.2, "files": "f.jsonl", "text": "text", "messages": "m"}], "either text or the fields of a chat"),
         ([{"share": 0.6, "tokens": "t"}, {"share": 0.4, "tokens": "u"}], "sum to less than 1, .* found 1"),
@@ -245,7 +245,7 @@ def test_a_model_comes_to_prefer_what_is_preferred(
 
 def test_an_adapter_of_preferences_wants_adamw() -> None:
     fields = {"model": "base", "data": [{"files": "pairs.jsonl"}], "lora": {}, "optimizer": {"kind": "muon"}}
-    with pytest.raises(ValidationError, match='wants "adamw" for an adapter'):
+    with pytest.raises(ValidationError, match='expected "adamw" for an adapter'):
         LearnPreferences.model_validate(fields)
 
 

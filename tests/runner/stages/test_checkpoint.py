@@ -201,7 +201,7 @@ def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched
 ) -> None:
     config = json.loads((published("llama-2") / "config.json").read_text())
     put(hub, published("llama-2"), config__json=json.dumps(config | {"model_type": "qwen3"}).encode())
-    with pytest.raises(InputError, match=r"config\.json: model_type wants 'llama', found 'qwen3'"):
+    with pytest.raises(InputError, match=r"config\.json: model_type: expected 'llama', got 'qwen3'"):
         of_repo().run(make_context())
     assert not [request for request in hub.requests if "safetensors" in request]
 
@@ -211,7 +211,7 @@ def test_a_repository_of_pickles_is_refused(
 ) -> None:
     put(hub, published("llama-2"), pytorch_model__bin=b"pickle")
     del hub.repositories[REPO].at("main").files["model.safetensors"]
-    with pytest.raises(InputError, match=rf"{REPO}@\w+: wants weights in .* found only pytorch_model\.bin, a pickle"):
+    with pytest.raises(InputError, match=rf"{REPO}@\w+: expected weights in .* got only pytorch_model\.bin, a pickle"):
         of_repo().run(make_context())
     assert not [request for request in hub.requests if "pytorch_model" in request]
 
@@ -219,11 +219,11 @@ def test_a_repository_of_pickles_is_refused(
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ("", "stage.base: wants either folder or repo"),
-        ('folder = "tiny"\nrepo = "a/b"', "stage.base: wants either folder or repo, found both"),
+        ("", "stage.base: expected either folder or repo"),
+        ('folder = "tiny"\nrepo = "a/b"', "stage.base: expected either folder or repo, got both"),
         ('folder = "tiny"\nrevision = "v2"', "stage.base: revision belongs to a repo on the Hub"),
-        ('folder = "tniy"', "stage.base.folder: wants a file, found nothing at"),
-        ('repo = "tiny"', "stage.base.repo: found 'tiny', wants"),
+        ('folder = "tniy"', "stage.base.folder: expected a file, got nothing at"),
+        ('repo = "tiny"', "stage.base.repo: expected "),
         ('repo = "a/b"\nrevison = "v2"', "did you mean 'revision'?"),
         ('folder = "tiny"\nchat_template = ""', "stage.base.chat_template"),
     ],
@@ -280,7 +280,7 @@ def test_a_resolved_recipe_means_the_same(published: Callable[[str], Path], tmp_
 
 
 def test_fields_of_the_wrong_kind_are_refused() -> None:
-    with pytest.raises(ValidationError, match="wants the path of a file, found int"):
+    with pytest.raises(ValidationError, match="expected the path of a file, got int"):
         ImportCheckpoint.model_validate({"folder": 3})
 
 

@@ -121,8 +121,8 @@ def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_con
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "wants either files or hub"),
-        ({"files": "a", "hub": "b/c"}, "wants either files or hub, found both"),
+        ({}, "expected either files or hub"),
+        ({"files": "a", "hub": "b/c"}, "expected either files or hub, got both"),
         ({"files": "a", "split": "test"}, "split belongs to a Hub dataset"),
         ({"files": "a", "weight": 0}, "greater than 0"),
         ({"files": "a", "wieght": 1}, "Extra inputs"),
@@ -241,7 +241,7 @@ def test_a_folder_that_is_called_like_a_hub_dataset_is_not_read_in_its_place(
     private.write_text('{"title": "mine", "body": "private"}\n')
     done = run_against(hub[0], tmp_path, {"sources": [{"hub": "owner/tiny", "text": "{title}"}]}, cwd=tmp_path / "here")
     assert done.returncode != 0
-    assert f"owner/tiny@{COMMIT[:8]}: wants files on the Hub, found {private}" in done.stderr
+    assert f"owner/tiny@{COMMIT[:8]}: expected files on the Hub, got {private}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
     task |= {"choices": ["{A}", "It is {B}"], "answer": "right", "first": 1}
     scores, _ = score(task)
     assert scores["exam.accuracy"] == 0.5  # the same question twice, with either answer
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: wants in 'right' .* a number from 0 to 1; found 2"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: expected in 'right' .* a number from 0 to 1, got 2"):
         score(task | {"name": "again", "first": 0})
 
 
@@ -101,10 +101,10 @@ def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
     ("row", "message"),
     [
         ({"question": "q", "choices": ["a"], "answer": 0}, "at least two choices, found 1"),
-        ({"question": "q", "choices": "ab", "answer": 0}, "wants a list of texts in 'choices'"),
+        ({"question": "q", "choices": "ab", "answer": 0}, "expected a list of texts in 'choices'"),
         ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "found 'c'"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "found True"),
-        ({"question": "q", "choices": ["a", "b"]}, "wants the field 'answer'"),
+        ({"question": "q", "choices": ["a", "b"]}, "expected the field 'answer'"),
     ],
 )
 def test_a_row_without_a_right_answer_is_refused(row: dict[str, Any], message: str) -> None:
@@ -120,7 +120,7 @@ def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable
     scores, facts = score(task | {"words": {"0": "no", "1": "yes"}})
     assert set(scores) == {"mrpc.accuracy", "mrpc.macro_f1"}
     assert facts["rows"] == 3 and facts["labels"] == ["no", "yes"]
-    with pytest.raises(InputError, match=r"dev\.tsv:2: wants a label of words, '0'; found '1'"):
+    with pytest.raises(InputError, match=r"dev\.tsv:2: expected a label of words, '0', got '1'"):
         score(task | {"name": "other", "words": {"0": "no"}})
 
 
@@ -179,12 +179,12 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
         ("process_docs: evil.run", "process_docs is not taken from a task file"),
         ("unsafe_code: true", "unsafe_code is not taken"),
         ("include: other.yaml", "include is not taken"),
-        ("dataset_path: owner/name", "dataset_path wants one of json, csv"),
+        ("dataset_path: owner/name", "dataset_path: expected one of json, csv"),
         ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, found '\.\./secret\.jsonl'"),
         ("dataset_kwargs: { data_files: 'https://x/y.jsonl' }", "in the folder of the task file"),
         ("dataset_kwargs: { data_files: link.jsonl }", "found 'link.jsonl'"),
-        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "wants data_files and nothing else"),
-        ("doc_to_text: [1]", "doc_to_text wants a text"),
+        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "expected data_files and nothing else"),
+        ("doc_to_text: [1]", "doc_to_text: expected a text"),
     ],
 )
 def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: 
 @pytest.mark.parametrize("metrics", ["[{ metric: owner/evil }]", "[{ metric: acc, hf_evaluate: true }]"])
 def test_a_metric_that_would_be_fetched_as_code_is_refused(metrics: str, tasks: Path, score: Callable[..., Any]) -> None:
     (tasks / "organs.yaml").write_text(TASK[: TASK.index("metric_list")] + f"metric_list: {metrics}\n")
-    with pytest.raises(InputError, match=r"lm_eval:organs: (metric wants one that lm-eval has|hf_evaluate fetches code)"):
+    with pytest.raises(InputError, match=r"lm_eval:organs: (metric: expected one that lm-eval has|hf_evaluate fetches code)"):
         score(lm_eval(tasks))
 
 

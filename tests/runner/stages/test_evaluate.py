@@ -145,7 +145,7 @@ def test_a_limit_takes_rows_from_the_whole_file(
     [
         ("not json", r"rows.jsonl:2: is not JSON"),
         ('{"text": "no label here"}', r"rows.jsonl:2: .*'label'"),
-        ('{"text": "x", "label": "lung"}', r"rows.jsonl:2: wants one of the labels 'organ', 'symptom'; found 'lung'"),
+        ('{"text": "x", "label": "lung"}', r"rows.jsonl:2: expected one of the labels 'organ', 'symptom', got 'lung'"),
         ('{"text": "x <|end|>", "label": "organ"}', r"rows.jsonl:2: .*'<\|end\|>'"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_chat_without_an_answer_at_its_end_is_a_bad_row(
     rows = [{"my-chat": [{"role": role, "content": f"{role} says"} for role in roles]} for roles in chats]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {"name": "chat", "task": "answers", "files": str(path), "messages": "my-chat", "max_new_tokens": 0}
-    with pytest.raises(InputError, match=r"rows.jsonl:2: wants the assistant's turn last, .* found the user's"):
+    with pytest.raises(InputError, match=r"rows.jsonl:2: expected the assistant's turn last, .* got the user's"):
         stage(task).run(make_context("fail", inputs={"base": checkpoint}))
     metrics = stage(task | {"on_bad_row": "skip"}).run(make_context("skip", inputs={"base": checkpoint}))
     assert (metrics["tasks"]["chat"]["rows"], metrics["tasks"]["chat"]["skipped_rows"]) == (2, 1)
@@ -211,7 +211,7 @@ def test_a_task_may_be_called_what_a_file_of_the_run_is_called(
 def test_files_without_a_row_are_an_error(checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("")
-    with pytest.raises(InputError, match="wants rows for the task 'general'; found none"):
+    with pytest.raises(InputError, match="expected rows for the task 'general', got none"):
         stage(text(path)).run(make_context(inputs={"base": checkpoint}))
 
 
@@ -243,9 +243,9 @@ def test_two_tasks_of_one_name_are_refused(rows: Path) -> None:
     ("fields", "message"),
     [
         ({"weight": 2.0}, "Extra inputs"),
-        ({"labels": ["organ", "symptom", "organ"]}, "wants labels that differ, found 'organ' twice"),
+        ({"labels": ["organ", "symptom", "organ"]}, "expected labels that differ, got 'organ' twice"),
         ({"labels": ["organ"]}, "at least 2 items"),
-        ({"response": "label"}, "'label' says the same for every row; wants the name of a field in braces"),
+        ({"response": "label"}, "'label' says the same for every row; expected the name of a field in braces"),
     ],
 )
 def test_a_wrong_task_is_refused(fields: dict[str, Any], message: str, rows: Path) -> None:

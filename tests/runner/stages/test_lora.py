@@ -137,12 +137,12 @@ def test_looking_at_held_out_rows_changes_nothing_that_is_learned_over_four_bits
 
 
 def test_muon_is_refused_for_an_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"optimizer\n.*kind wants \"adamw\"; found 'muon'"):
+    with pytest.raises(ValidationError, match=r"optimizer\n.*kind: expected \"adamw\", got 'muon'"):
         stage_of(tmp_path, optimizer={"kind": "muon"})
 
 
 def test_an_adapter_of_the_head_has_no_dropout(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r'names "lm_head".*wants dropout = 0'):
+    with pytest.raises(ValidationError, match=r'names "lm_head".*expected dropout = 0'):
         stage_of(tmp_path, target_modules=["lm_head"], dropout=0.1)
     assert stage_of(tmp_path, target_modules=["lm_head"], dropout=0.0).target_modules == ["lm_head"]
 
@@ -150,5 +150,5 @@ def test_an_adapter_of_the_head_has_no_dropout(tmp_path: Path) -> None:
 def test_a_wrong_target_is_refused_with_the_right_names(context_of: Callable[..., Context], tmp_path: Path) -> None:
     stage = stage_of(tmp_path, target_modules=["q_proj", "query"])
     stage.prepare(context_of())
-    with pytest.raises(InputError, match=r"target_modules wants names of down_proj, .*found 'query'"):
+    with pytest.raises(InputError, match=r"target_modules: expected names of down_proj, .*got 'query'"):
         stage.run(context_of())

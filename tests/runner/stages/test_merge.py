@@ -57,5 +57,5 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, make_context: Cal
         inputs={"base": tmp_path / "base", "tuned": tmp_path / "adapter"},
         records={"base": {"digest": "01"}, "tuned": {"inputs": {"chat": {"digest": "02"}}}},
     )
-    with pytest.raises(InputError, match="wants an adapter trained on 'base', but 'tuned' was trained on chat"):
+    with pytest.raises(InputError, match="expected an adapter trained on 'base', but 'tuned' was trained on chat"):
         Merge.model_validate({"base": "base", "adapters": ["tuned"]}).run(context)

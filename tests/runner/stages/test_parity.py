@@ -125,7 +125,7 @@ def test_the_adapter_alone_is_compared_in_peft_on_the_stock_base(
     metrics = parity(rows, base="release", adapter="adapter").run(context)
     assert metrics["checks"][-1]["name"] == "PEFT: likelihoods"
     assert metrics["checks"][-1]["passed"]
-    with pytest.raises(ValueError, match="wants base and adapter together, found adapter alone"):
+    with pytest.raises(ValueError, match="expected base and adapter together, got adapter alone"):
         parity(rows, adapter="adapter")
 
 

@@ -95,14 +95,14 @@ def test_the_seed_decides_the_weights(tokens: Path, make_context: Callable[..., 
 
 def test_a_context_longer_than_the_models_is_refused(tokens: Path, make_context: Callable[..., Context]) -> None:
     architecture = {"hidden_size": 32, "layers": 1, "heads": 2, "context": 8}
-    with pytest.raises(InputError, match=r"architecture\.context wants at least the 16 tokens .* found 8"):
+    with pytest.raises(InputError, match=r"architecture\.context: expected at least the 16 tokens .* got 8"):
         stage_of(architecture=architecture).run(make_context(inputs={"tokens": tokens}, cores=1))
 
 
 @pytest.mark.parametrize(
     ("wrong", "place"),
     [
-        ({"architecture": {"hidden_size": 100, "layers": 1, "heads": 3}}, "hidden_size wants a multiple of heads"),
+        ({"architecture": {"hidden_size": 100, "layers": 1, "heads": 3}}, "hidden_size: expected a multiple of heads"),
         ({"architecture": {"name": "mamba", "hidden_size": 32, "layers": 1, "heads": 2}}, "architecture.name"),
         ({"architecture": {"hidden_size": 32, "layers": 1, "heads": 2, "width": 3}}, "architecture.width"),
         ({"budget": {"steps": 1, "epochs": 1}}, "exactly one of tokens, steps and epochs"),

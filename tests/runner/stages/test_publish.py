@@ -295,7 +295,10 @@ def test_the_card_tells_how_to_open_each_format_what_was_compared_and_shows_curv
 def test_what_is_released_has_to_be_what_was_written_and_compared(
     whole: Context, make_context: Callable[..., Context]
 ) -> None:
-    for stage, message in (("gguf", "'gguf' wrote another model"), ("parity", "wants 'base' compared before it is released")):
+    for stage, message in (
+        ("gguf", "'gguf' wrote another model"),
+        ("parity", "expected 'base' compared before it is released"),
+    ):
         other = {name: dict(one) for name, one in whole.records.items()}
         other[stage]["inputs"] = {"base": {"digest": "f" * 64}}
         context = make_context("other", inputs=whole.inputs, records=other, recipe=RECIPE)

@@ -89,7 +89,7 @@ def test_rows_may_be_shorter_than_the_model_allows_but_not_longer(
     base: Path, rows: InputFile, make_context: Callable[..., Context]
 ) -> None:
     context = make_context(inputs={"base": base})
-    with pytest.raises(InputError, match="context wants at most 32, the positions of the model; found 64"):
+    with pytest.raises(InputError, match="context: expected at most 32, the positions of the model, got 64"):
         stage_of(rows, context=64).prepare(context)
     stage_of(rows, context=16).prepare(context)
     packed = json.loads((context.scratch / "rows" / "statistics.json").read_text())
@@ -101,7 +101,7 @@ def test_rows_may_be_shorter_than_the_model_allows_but_not_longer(
     [
         ({"prompt": "{text"}, "is not a template"),
         ({"response": "label"}, "'label' says the same for every row"),
-        ({"messages": "chat", "prompt": "{text}"}, "wants either messages or prompt and response, found both"),
+        ({"messages": "chat", "prompt": "{text}"}, "expected either messages or prompt and response, got both"),
         ({"weight": 0}, "greater than 0"),
         ({"on_bad_row": "ignore"}, "'fail' or 'skip'"),
     ],

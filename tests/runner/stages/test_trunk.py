@@ -98,13 +98,13 @@ def test_what_differs_from_a_trunk_that_is_named_is_told(folder: Folder) -> None
     with pytest.raises(RecipeError) as caught:
         loaded(folder, named, *(f"stage.base.{change}" for change in wrong))
     told = str(caught.value)
-    assert "stage.base.seed: wants 0 as in its trunk 'trunk', found 9" in told
-    assert "stage.base.schedule.learning_rate: wants 0.01 as in its trunk 'trunk', found 0.001" in told
-    assert "stage.base.architecture.layers: wants 1 as in its trunk 'trunk', found 2" in told
-    assert "stage.base.trunk: wants one of at most 15 steps, since from there on the rate goes down; 'trunk' has 16" in told
-    with pytest.raises(RecipeError, match=r"a trunk wants schedule\.kind = .constant.; found .wsd."):
+    assert "stage.base.seed: expected 0 as in its trunk 'trunk', got 9" in told
+    assert "stage.base.schedule.learning_rate: expected 0.01 as in its trunk 'trunk', got 0.001" in told
+    assert "stage.base.architecture.layers: expected 1 as in its trunk 'trunk', got 2" in told
+    assert "stage.base.trunk: expected one of at most 15 steps, since from there on the rate goes down; 'trunk' has 16" in told
+    with pytest.raises(RecipeError, match=r"a trunk: expected schedule\.kind = .constant., got .wsd."):
         loaded(folder, TRUNK, "stage.trunk.schedule.kind=wsd")
-    with pytest.raises(RecipeError, match="wants a budget of tokens or steps; found epochs"):
+    with pytest.raises(RecipeError, match="expected a budget of tokens or steps, got epochs"):
         loaded(folder, TRUNK, "stage.trunk.budget={ epochs = 1 }")
 
 

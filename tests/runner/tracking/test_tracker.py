@@ -84,5 +84,5 @@ def test_a_tracker_that_is_not_known_is_refused(name: str, tmp_path: Path) -> No
     from runner.recipe.recipe import load_recipe
 
     (tmp_path / "r.toml").write_text(f'name = "r"\n[tracking]\nto = ["{name}"]\n', encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"tracking\.to\[0\]: found .* wants 'aim', 'tensorboard'"):
+    with pytest.raises(RecipeError, match=r"tracking\.to\[0\]: found .*: expected 'aim', 'tensorboard'"):
         load_recipe(tmp_path / "r.toml")
