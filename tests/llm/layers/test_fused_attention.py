@@ -142,7 +142,7 @@ def test_one_that_was_stopped_ends_bit_for_bit_where_another_does(recompute: boo
         tiny_training(model(), tmp_path / "parts", **TRAINING, should_stop=lambda: next(calls) > 3)
     metrics = tiny_training(resumed, tmp_path / "parts", **TRAINING | {"fused_attention": "auto"})
     assert metrics["choices"]["fused_attention"] is True  # what was decided first stays
-    for (name, expected), got in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(found, expected), name
 
 

@@ -78,7 +78,7 @@ def test_a_compiled_training_that_was_stopped_ends_bit_for_bit_where_another_doe
     metrics = tiny_training(resumed, tmp_path / "parts", **changes | {"compiled": "auto"}, lines=lines)
     assert any("continues from step" in line.get("note", "") for line in lines)
     assert metrics["choices"]["compiled"] is True  # what was decided first stays
-    for (name, expected), got in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(found, expected), name
 
 
