@@ -30,14 +30,14 @@ def propose(parser: argparse.ArgumentParser, verbs: Sequence[str]) -> None:
 def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """The stages of the recipe on the command line; none where it cannot be read."""
     from runner.errors import RecipeError
-    from runner.input_files import Bounds
+    from runner.input_files import AllowedFolders
     from runner.recipe.toml import read_with_parents
 
     recipe = getattr(parsed_args, "recipe", None)
     if recipe is None:
         return []
     try:
-        tables = read_with_parents(recipe, (), Bounds(recipe.resolve().parent, ())).get("stage")
+        tables = read_with_parents(recipe, (), AllowedFolders(recipe.resolve().parent, ())).get("stage")
     except RecipeError:
         return []
     return list(tables) if isinstance(tables, dict) else []

@@ -67,7 +67,7 @@ class DigestMemo:
         and a path stand for their content, and nobody has to be asked.
         """
         if file.hub:
-            return [[file.hub.format, str(file.hub)]]
+            return [[format_of(PurePosixPath(file.hub.path)), str(file.hub)]]
         return [[content.format, content.sha256] for content in self.contents(file)]
 
     def contents(self, file: InputFile) -> Sequence[FileContent]:

@@ -16,8 +16,8 @@ from llm.errors import InputError, Interrupted
 from runner import credentials
 from runner.artifacts import digest_file
 from runner.files import write_whole
+from runner.hub.files import HubFiles
 from runner.hub.retries import PATIENT, Retries, attempted, quiet
-from runner.input_files import HubFiles
 
 TIMEOUT = 30.0  # seconds without a byte
 
@@ -193,7 +193,7 @@ def _fetch_rows(wanted: HubFiles) -> list[Path]:
     try:
         if not wanted.is_pattern:
             return [Path(hf_hub_download(wanted.repo, wanted.path, **place, **source))]
-        names = wanted.among(_names(wanted))
+        names = wanted.matching(_names(wanted))
         if not names:
             raise InputError(f"{wanted.repo}@{wanted.commit[:8]}: expected files like {wanted.path!r}; the dataset has none")
         # Its list of all files is kept by the client too, which is what makes a pattern known without network later.

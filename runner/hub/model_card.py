@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.hub.files import SCHEME, HubFiles
 from runner.hub.model_card_usage import usage
-from runner.input_files import SCHEME, HubFiles
 from runner.stage import Verdict
 
 Record = Mapping[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
 from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of
-from runner.input_files import Bounds, InputFile, Located, fixed_part, leaves_by_name
+from runner.input_files import AllowedFolders, InputFile, Located, fixed_part, has_parent_behind_wildcard
 from runner.recipe.branches import Attempts, Branches, Sweep, branches, changes_of, expand, numbered, sources
 from runner.recipe.head import Head
 from runner.recipe.sweep import read_sweep
@@ -105,11 +105,11 @@ def load_recipe(
     All that it names has to lie in its own folder or in one that is `allowed`. Input files at the places `absent` may be
     missing: what they hold is known, and a result that was made of them may be in the cache.
     """
-    bounds = Bounds(path.resolve().parent, tuple(allowed))
-    table = read_with_parents(path, (), bounds)
+    folders = AllowedFolders(path.resolve().parent, tuple(allowed))
+    table = read_with_parents(path, (), folders)
     for override in overrides:
         apply_override(table, override, path)
-    faults = list(_place_remote(table, bounds))
+    faults = list(_place_remote(table, folders))
     stage_tables = table.pop("stage", None)
     head = validated(Head, table, "", faults)
     alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
@@ -130,7 +130,7 @@ def load_recipe(
         name: _tried(name, stage_tables[name], stage, seed, alerts, faults) for name, stage in stages.items() if stage.tries
     }
     faults.extend(_reference_faults(stages, broken))
-    faults.extend(_file_faults(stages, bounds, absent))
+    faults.extend(_file_faults(stages, folders, absent))
     if not faults:
         for name, stage in list(stages.items()):
             stages |= stage.completed(name, stages)
@@ -153,7 +153,7 @@ def load_recipe(
     if families and not faults:
         expanded = expand(stages, families)
         faults.extend(_reference_faults(expanded, broken))
-        faults.extend(_file_faults(expanded, bounds, absent))
+        faults.extend(_file_faults(expanded, folders, absent))
     if head is not None:
         found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
         found |= {  # of attempts, what they alone are at odds with
@@ -275,33 +275,33 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
         yield f"stage.{cycle[0]}: expected stages without a cycle, got {' -> '.join(cycle)}"
 
 
-def _file_faults(stages: Mapping[str, Stage], bounds: Bounds, absent: Container[str]) -> Iterator[str]:
+def _file_faults(stages: Mapping[str, Stage], folders: AllowedFolders, absent: Container[str]) -> Iterator[str]:
     for name, stage in stages.items():
         for field, file in input_files(stage):
             place = f"stage.{name}.{field}"
             if file.hub:
                 continue  # whether it is there is for the Hub to say, once the stage runs
-            if leaves_by_name(file.pattern):
+            if has_parent_behind_wildcard(file.pattern):
                 yield f"{place}: expected no .. behind a wildcard, got {str(file)!r}"
-            elif not bounds.hold(fixed_part(file.pattern)):
-                yield f"{place}: {bounds.fault(file, fixed_part(file.pattern))}"
+            elif not folders.contain(fixed_part(file.pattern)):
+                yield f"{place}: {folders.fault(file, fixed_part(file.pattern))}"
             elif not (matches := file.matches()) and str(file.folder / file) in absent:
                 continue
             elif not matches:
                 yield f"{place}: expected a file, got nothing at {file.pattern}"
-            elif outside := [match for match in matches if not bounds.hold(match)]:
-                yield f"{place}: {bounds.fault(outside[0].name, outside[0])}"
+            elif outside := [match for match in matches if not folders.contain(match)]:
+                yield f"{place}: {folders.fault(outside[0].name, outside[0])}"
             elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
                 yield f"{place}: expected a file, got {closed[0]}, which may not be read"
 
 
-def _place_remote(table: dict[str, Any], bounds: Bounds) -> Iterator[str]:
-    """Makes a remote that is a folder absolute, and says where it is not inside the bounds: results are written there."""
+def _place_remote(table: dict[str, Any], folders: AllowedFolders) -> Iterator[str]:
+    """Make a remote that is a folder absolute; a fault if it is not in an allowed folder, since results are written there."""
     cache = table.get("cache")
     remote = cache.get("remote") if isinstance(cache, dict) else None
     if not isinstance(remote, Located) or address_fault(remote) or not is_local(remote):
         return
     folder = remote.folder / local_folder(remote)
     table["cache"] = {**table["cache"], "remote": str(folder)}
-    if not bounds.hold(folder):
-        yield f"cache.remote: {bounds.fault(remote, folder)}, or name it with --remote"
+    if not folders.contain(folder):
+        yield f"cache.remote: {folders.fault(remote, folder)}, or name it with --remote"

@@ -9,13 +9,13 @@ from typing import Any
 import tomli
 
 from runner.errors import RecipeError
-from runner.input_files import Bounds, Located
+from runner.input_files import AllowedFolders, Located
 from runner.recipe.validation import shown
 
 ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
 
 
-def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) -> dict[str, Any]:
+def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFolders) -> dict[str, Any]:
     """The table of a file merged over the one it extends; every string remembers the folder it was written in."""
     path = path.resolve()
     if path in children:
@@ -39,9 +39,9 @@ def read_with_parents(path: Path, children: tuple[Path, ...], bounds: Bounds) ->
         return located
     if not isinstance(parent, Located) or not parent or "\0" in parent:
         raise RecipeError(f"{path}: extends: expected the path of a recipe, got {shown(parent)}")
-    if not bounds.hold(parent.folder / parent):
-        raise RecipeError(f"{path}: extends: {bounds.fault(parent, parent.folder / parent)}")
-    return merged(read_with_parents(parent.folder / parent, (*children, path), bounds), located)
+    if not folders.contain(parent.folder / parent):
+        raise RecipeError(f"{path}: extends: {folders.fault(parent, parent.folder / parent)}")
+    return merged(read_with_parents(parent.folder / parent, (*children, path), folders), located)
 
 
 def _locate(value: Any, folder: Path) -> Any:

@@ -27,7 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class ModelFolder(InputFile):
     """A folder with a model, relative to the recipe file that holds it. The content of the files that are read is identity."""
 
-    takes_hub = False
+    allows_hub = False
 
     @property
     def pattern(self) -> str:

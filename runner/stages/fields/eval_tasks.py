@@ -221,7 +221,7 @@ class MultipleChoiceTask(Spec):
 class TaskFolder(InputFile):
     """A folder of lm-eval's task files, relative to the recipe file that holds it. What its files say is identity."""
 
-    takes_hub = False
+    allows_hub = False
 
     @property
     def pattern(self) -> str:

@@ -19,9 +19,10 @@ from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.graph import input_files
 from runner.hub.download import fetch_rows
+from runner.hub.files import HubFiles
 from runner.hub.model_card import learned_from
 from runner.hub.retries import Retries
-from runner.input_files import HubFiles, InputFile
+from runner.input_files import InputFile
 from runner.planning.plan import Plan
 from runner.recipe.recipe import Recipe, load_recipe
 from runner.stages.fields.data_tables import TrainingTable
@@ -80,10 +81,10 @@ def keyed(folder: Path, files: str) -> str:
     [
         (
             f"hf://datasets/{REPO}/a.csv",
-            "found none. To pin it, take the COMMIT of its branch from `git ls-remote https://hugg",
+            "got none. To pin it, take the COMMIT of its branch from `git ls-remote https://hugg",
         ),
-        (f"hf://datasets/{REPO}@main/a.csv", f"found 'main'. To pin it.*write hf://datasets/{REPO}@COMMIT/a.csv"),
-        (f"hf://datasets/{REPO}@{COMMIT[:8]}/a.csv", f"found '{COMMIT[:8]}'"),
+        (f"hf://datasets/{REPO}@main/a.csv", f"got 'main'. To pin it.*write hf://datasets/{REPO}@COMMIT/a.csv"),
+        (f"hf://datasets/{REPO}@{COMMIT[:8]}/a.csv", f"got '{COMMIT[:8]}'"),
         (f"hf://{REPO}/a.csv", "expected hf://datasets/OWNER/NAME@COMMIT/PATH"),
         (f"hf://datasets/{REPO}@{COMMIT}/", "expected hf://datasets/OWNER/NAME@COMMIT/PATH"),
         (f"hf://datasets/{REPO}@{COMMIT}/../a.csv", "expected the path of a file in"),
@@ -97,7 +98,7 @@ def test_an_address_that_leaves_open_what_it_means_is_refused_with_the_cure(tmp_
 def test_a_folder_that_is_read_by_name_cannot_lie_in_a_dataset(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'name = "x"\n[stage.base]\nkind = "checkpoint"\nfolder = "hf://datasets/{REPO}@{COMMIT}/model"\n')
-    with pytest.raises(RecipeError, match="expected a folder here"):
+    with pytest.raises(RecipeError, match="expected a local folder"):
         load_recipe(path)
 
 
@@ -135,7 +136,7 @@ def test_a_pattern_means_what_it_would_mean_in_a_folder(dataset: Repository, tmp
         "data/.train*",
     ):
         here = [path.relative_to(tmp_path).as_posix() for path in InputFile(pattern, tmp_path).matches()]
-        assert at(dataset, pattern).among(FILES) == [name for name in here if name in FILES], pattern
+        assert at(dataset, pattern).matching(FILES) == [name for name in here if name in FILES], pattern
 
 
 @pytest.mark.parametrize("path", [*(name for name in FILES if "train" in name and ".train" not in name), "**/train-*"])
