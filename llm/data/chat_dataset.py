@@ -8,8 +8,6 @@ stream looks like (which special tokens, what is learned) is the tokenizer's bus
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +15,11 @@ from llm.data.conversations import PreferenceTemplate, Template, TextTemplate, T
 from llm.data.packing import STATISTICS, StreamWriter
 from llm.data.truncation import Encoded, Stream, fit_all
 from llm.errors import InputError, Interrupted
+from llm.files import whole_folder
 from llm.text import attribution
 from llm.text.attribution import About
 from llm.text.readers import read_rows
+from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
 
 _BATCH = 1024  # rows that are tokenized at a time
@@ -104,11 +104,10 @@ def write_rows(
     would be real tokens: then rows are twice as long, and again, up to `longest_row`. Chats of a row do not see each other, so
     length costs only time in attention.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
     counts = [Counts() for _ in tables]
-    with StreamWriter(temporary) as writer:
+    with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
         for table, count in zip(tables, counts, strict=True):
-            for batch in _batches(_chosen(table, count)):
+            for batch in in_batches(_chosen(table, count), _BATCH):
                 report(done=sum(count.rows for count in counts), unit="rows")
                 if should_stop():
                     raise Interrupted("stopped while rows were packed")
@@ -116,18 +115,17 @@ def write_rows(
                     for stream in streams:
                         writer.append(stream.ids, stream.learned, full_length=stream.full_length)
                     writer.end_group(passes)
-    numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
-    totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
-    if not len(writer):
-        names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
-        raise InputError(f"{names}: expected rows to learn from, got none: {json.dumps(totals)}")
-    row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
-    while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
-        row_lengths.append(2 * row_lengths[-1])
-    packed = writer.pack(row_lengths=row_lengths, padding=tokenizer.padding)
-    statistics = totals | packed | {"tables": [asdict(count) for count in counts]}
-    (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
-    temporary.rename(folder)
+        numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
+        totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
+        if not len(writer):
+            names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
+            raise InputError(f"{names}: expected rows to learn from, got none: {json.dumps(totals)}")
+        row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
+        while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
+            row_lengths.append(2 * row_lengths[-1])
+        packed = writer.pack(row_lengths=row_lengths, padding=tokenizer.padding)
+        statistics = totals | packed | {"tables": [asdict(count) for count in counts]}
+        (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
     return statistics
 
 
@@ -150,11 +148,6 @@ def _chosen(table: Table, count: Counts) -> Iterator[_Chosen]:
             yield _Chosen(place, chats, about, times)
         else:
             count.unselected += 1
-
-
-def _batches(rows: Iterator[_Chosen]) -> Iterator[list[_Chosen]]:
-    while batch := list(islice(rows, _BATCH)):
-        yield batch
 
 
 def _fitted(
@@ -203,5 +196,4 @@ def _passes(chats: Sequence[Sequence[Turn]], weight: float) -> int:
     if weight % 1 == 0:
         return int(weight)
     text = json.dumps([[turn.role, turn.content] for turns in chats for turn in turns])
-    share = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
-    return int(weight) + (share < weight % 1)
+    return passes(weight, hash_share(text))

@@ -6,7 +6,7 @@ number of rows each source has had its share of them, to within one row.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from llm.data.conversations import TextTemplate
 from llm.data.packing import STATISTICS
 from llm.data.token_shards import TokenWriter
 from llm.errors import InputError, Interrupted
+from llm.files import whole_folder
 from llm.text import attribution
+from llm.text.selection import in_batches
 from llm.tokenizer.tokenizer import TextTokenizer
 
 _BATCH = 256  # documents that are tokenized at a time
@@ -89,37 +91,33 @@ def write_texts(
     should_stop: Callable[[], bool],
 ) -> None:
     """The texts of `files` as tokens under `folder`, complete once it is there; `llm.data.token_shards` reads it, and statistics."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    for path in temporary.glob("*"):
-        path.unlink()
-    texts: list[str] = []
     count = Counts()
-    with TokenWriter(temporary, vocab_size=tokenizer.vocab_size, context=context, padding=tokenizer.padding) as writer:
-
-        def flush() -> None:
+    with (
+        whole_folder(folder) as temporary,
+        TokenWriter(temporary, vocab_size=tokenizer.vocab_size, context=context, padding=tokenizer.padding) as writer,
+    ):
+        for texts in in_batches(_texts(files, template, count, skip_bad=skip_bad), _BATCH):
             for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
                 writer.append(ids, passes=1, text_bytes=len(text.encode()))
-            texts.clear()
             report(done=writer.documents, unit="texts")
             if should_stop():
                 raise Interrupted("stopped while texts were tokenized")
-
-        for _, turns, about in read_turns(files, template):
-            count.rows += 1
-            if isinstance(turns, InputError):
-                if not skip_bad:
-                    raise turns
-                count.bad += 1
-                continue
-            attribution.count(count.licenses, about.license)
-            attribution.count(count.origins, about.origin)
-            texts.append(turns[-1].content)
-            if len(texts) == _BATCH:
-                flush()
-        flush()
         if not writer.tokens:
             raise InputError(f"{', '.join(map(str, files))}: expected texts to mix in, got none")
         count.learned_tokens = writer.tokens
         writer.finish()
-    (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
-    temporary.rename(folder)
+        (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
+
+
+def _texts(files: Sequence[Path], template: TextTemplate, count: Counts, *, skip_bad: bool) -> Iterator[str]:
+    """The usable texts of `files`, counted in `count`."""
+    for _, turns, about in read_turns(files, template):
+        count.rows += 1
+        if isinstance(turns, InputError):
+            if not skip_bad:
+                raise turns
+            count.bad += 1
+            continue
+        attribution.count(count.licenses, about.license)
+        attribution.count(count.origins, about.origin)
+        yield turns[-1].content

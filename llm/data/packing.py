@@ -6,7 +6,6 @@ preference do: they are then documents 2i and 2i + 1 of one row. `reference.bin`
 gives each token that is learned, as a log-probability.
 """
 
-import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.batch import IGNORE, Row
+from llm.files import whole_file
 
 
 def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> list[list[int]]:
@@ -55,8 +55,7 @@ class StreamWriter:
     """Writes streams into a new folder. Of each it keeps a few bytes in memory, however long it is."""
 
     def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ids = (folder / _IDS).open("wb")
         self._learned = (folder / _LEARNED).open("wb")
@@ -88,7 +87,7 @@ class StreamWriter:
         self._learned.close()
 
     def pack(self, *, row_lengths: Sequence[int], padding: int) -> dict[str, Any]:
-        """Decide which groups share a row, and of which length: the first that is filled enough, else the last. After `with`.
+        """Decide which groups share a row, and of which length: the first that is filled enough, else the last.
 
         Groups are shuffled first, so that rows mix the tables whatever their order. Returns statistics.
         """
@@ -173,18 +172,17 @@ class PackedRows:
 
         Complete once `reference.bin` is there.
         """
-        growing = self._folder / (_REFERENCE + ".growing")
-        values = np.memmap(growing, dtype=np.float32, mode="w+", shape=self._ids.shape)
-        for first in range(0, self.rows_per_epoch, rows_at_a_time):
-            indices = range(first, min(first + rows_at_a_time, self.rows_per_epoch))
-            for packed, found in zip(indices, log_probabilities(indices), strict=True):
-                filled = 0
-                for stream in self._streams(packed):
-                    start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
-                    values[start + 1 : stop] = found[filled : filled + stop - start - 1]
-                    filled += stop - start - 1
-        values.flush()
-        growing.replace(self._folder / _REFERENCE)
+        with whole_file(self._folder / _REFERENCE) as temporary:
+            values = np.memmap(temporary, dtype=np.float32, mode="w+", shape=self._ids.shape)
+            for first in range(0, self.rows_per_epoch, rows_at_a_time):
+                indices = range(first, min(first + rows_at_a_time, self.rows_per_epoch))
+                for packed, found in zip(indices, log_probabilities(indices), strict=True):
+                    filled = 0
+                    for stream in self._streams(packed):
+                        start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
+                        values[start + 1 : stop] = found[filled : filled + stop - start - 1]
+                        filled += stop - start - 1
+            values.flush()
 
     def _streams(self, packed: int) -> NDArray[np.int64]:
         """What shares a row, in its order."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.batch import IGNORE, Row
+from llm.files import whole_file, write_text
 
 META = "meta.json"
 SHARD_TOKENS = 2**26  # 128 MiB of uint16: few files for a large corpus, little to do again after a crash
@@ -70,9 +71,7 @@ class TokenWriter:
             self._shard_path().unlink()
         totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self._shards}
         meta = self._about | {"dtype": self._dtype.name} | totals
-        growing = self._folder / (META + ".growing")
-        growing.write_text(json.dumps(meta, indent=2) + "\n")
-        growing.replace(self._folder / META)
+        write_text(self._folder / META, json.dumps(meta, indent=2) + "\n")
         return meta
 
     def _shard_path(self) -> Path:
@@ -83,11 +82,8 @@ class TokenWriter:
 
     def _close_shard(self) -> None:
         self._file.close()
-        table = self._shard_path().with_suffix(".npy")
-        growing = table.with_suffix(".growing")
-        with growing.open("wb") as file:
+        with whole_file(self._shard_path().with_suffix(".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(self._table, dtype=DOCUMENT))
-        growing.replace(table)
         self._shards += 1
         self._table = []
         self._tokens_in_shard = 0
@@ -188,11 +184,6 @@ class TokenRows:
         if self._seed is not None:
             order = np.random.default_rng([self._seed, epoch]).permutation(np.repeat(order, self.shards.passes))
         return order, np.cumsum(self.shards.lengths[order])
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a writer has finished in `folder`."""
-    return (folder / META).exists()
 
 
 def _tables(folder: Path) -> list[Path]:

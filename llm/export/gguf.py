@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llm.errors import InputError
 from llm.export import GgufPrecision
+from llm.files import whole_file
 from llm.models import architectures
 from llm.models.checkpoint import CONFIG, read_config, read_weights
 from llm.tokenizer.pretokenizers import name_of
@@ -44,8 +45,7 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
     config, vocab_size = read_config(checkpoint / CONFIG)
     weights = read_weights(checkpoint, config, vocab_size=vocab_size)
     layout = architectures()[config.name].gguf()
-    growing = target.with_name(f".{target.name}.growing")
-    writer = GGUFWriter(growing, layout.ARCHITECTURE)
+    writer = GGUFWriter(None, layout.ARCHITECTURE)
     file_types = {
         "f32": LlamaFileType.ALL_F32,
         "f16": LlamaFileType.MOSTLY_F16,
@@ -62,11 +62,11 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
         data, stored = _stored(tensor, precision)
         kept[stored.name.lower()] = kept.get(stored.name.lower(), 0) + 1
         writer.add_tensor(tensor_name, data, raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    growing.replace(target)
+    with whole_file(target) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return {"bytes": target.stat().st_size, "tensors": kept, "pre_tokenizer": pre_tokenizer, "context": config.context}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from llm.inference.generate import generate
 from llm.models.llama.model import Llama
 from llm.text.documents import language_by_script
+from llm.text.selection import evenly_spaced
 from llm.tokenizer.tokenizer import Message, TextTokenizer
 
 NEAR_TIE = 1e-4  # logits closer than this may fall either way
@@ -112,9 +113,8 @@ def balanced(found: Iterable[str], wanted: int) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {}
     left = wanted
     for place, (language, texts) in enumerate(sorted(languages.items(), key=lambda item: (len(item[1]), item[0]))):
-        count = min(len(texts), left // (len(languages) - place))
-        chosen[language] = [texts[index * len(texts) // count] for index in range(count)]
-        left -= count
+        chosen[language] = evenly_spaced(texts, left // (len(languages) - place))
+        left -= len(chosen[language])
     return {language: texts for language, texts in chosen.items() if texts}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.errors import InputError, Interrupted
+from llm.files import whole_file
 from llm.text import attribution
 from llm.text.deduplication import EXACT, KEPT, NEAR, find_duplicates
 from llm.text.executor import Executor
@@ -61,14 +62,12 @@ def build_corpus(
     verdicts = find_duplicates(shards, similarity=treatment.similarity, scratch=scratch)
     if should_stop():
         raise Interrupted
-    growing = scratch / "train.jsonl", scratch / "validation.jsonl"
-    with growing[0].open("wb") as train_file, growing[1].open("wb") as validation_file:
-        counts = _filter(shards, verdicts, len(sources), train=train_file, validation=validation_file)
-    totals = {key: sum(of_source[key] for of_source in counts) for key in TOTALS}
-    if not totals["train"]:
-        raise InputError(_nothing_left(sources, totals, counts))
-    growing[0].replace(train)
-    growing[1].replace(validation)
+    with whole_file(train) as train_path, whole_file(validation) as validation_path:
+        with train_path.open("wb") as train_file, validation_path.open("wb") as validation_file:
+            counts = _filter(shards, verdicts, len(sources), train=train_file, validation=validation_file)
+        totals = {key: sum(of_source[key] for of_source in counts) for key in TOTALS}
+        if not totals["train"]:
+            raise InputError(_nothing_left(sources, totals, counts))
     return {**totals, "sources": {source.name: of_source for source, of_source in zip(sources, counts, strict=True)}}
 
 

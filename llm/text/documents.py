@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
+
+from llm.text.selection import hash_share
 
 SCRIPT_SAMPLE = 1000  # characters of a document that its language is judged by
 _KANA = "ja"
@@ -62,11 +63,6 @@ def sample_documents(path: Path, wanted_bytes: int) -> Iterator[Document]:
     """About `wanted_bytes` of the documents of `path`, in order: those whose hash falls under the share that is wanted."""
     share = wanted_bytes / max(path.stat().st_size, 1)
     return (document for document in read_documents(path) if hash_share(document.text) < share)
-
-
-def hash_share(text: str) -> float:
-    """A number from 0 to 1 that depends on the text alone and spreads evenly over texts."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def language_by_script(text: str) -> str:

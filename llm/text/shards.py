@@ -6,7 +6,6 @@ under its final name is complete, and is reused by a later run that brings the s
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections import Counter
@@ -20,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.errors import InputError
+from llm.files import whole_folder
 from llm.text import minhash
 from llm.text.attribution import About, about
 from llm.text.cleaning import Rules, clean, fault
 from llm.text.readers import Row
+from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
 from llm.text.templates import split_text
 
@@ -96,11 +97,9 @@ def work_on(shard: Shard, *, sources: list[Source], treatment: Treatment, folder
         if ShardFolder(target).summary["identity"] == identity:
             return ShardFolder(target)
         shutil.rmtree(target)
-    temporary = folder / f"{shard.index:06d}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    summary = _write(temporary, shard.rows, source, treatment)
-    (temporary / "summary.json").write_text(json.dumps({"identity": identity, "source": shard.source, **summary}))
-    temporary.rename(target)
+    with whole_folder(target) as temporary:
+        summary = _write(temporary, shard.rows, source, treatment)
+        (temporary / "summary.json").write_text(json.dumps({"identity": identity, "source": shard.source, **summary}))
     return ShardFolder(target)
 
 
@@ -131,16 +130,16 @@ def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) 
                 dropped[reason] += 1
                 continue
             digest = hashlib.blake2b(encoded, digest_size=16).digest()
-            held_out = _share(digest[:8]) < treatment.validation
-            passes = int(source.weight) + (_share(digest[8:]) < source.weight % 1)
-            if not passes:
+            held_out = share_of(digest[:8]) < treatment.validation
+            times = passes(source.weight, share_of(digest[8:]))
+            if not times:
                 dropped["unselected"] += 1
                 continue
             said = about(fields)
             said = said._replace(language=said.language or source.language)
-            passes = 1 if held_out else passes
-            documents.write(_line(text, source.name, passes, said.language))
-            facts.append((len(text), len(encoded), passes, held_out, abouts.setdefault(said, len(abouts))))
+            times = 1 if held_out else times
+            documents.write(_line(text, source.name, times, said.language))
+            facts.append((len(text), len(encoded), times, held_out, abouts.setdefault(said, len(abouts))))
             digests.append(digest)
             texts.append(text)
     np.save(folder / "facts.npy", np.array(facts, dtype=FACTS))
@@ -181,11 +180,6 @@ def _line(text: str, source: str, passes: int, language: str | None) -> bytes:
     if language is not None:
         document["language"] = language
     return json.dumps(document, ensure_ascii=False).encode() + b"\n"
-
-
-def _share(digest: bytes) -> float:
-    """64 bits of a hash as a number from 0 to 1."""
-    return int.from_bytes(digest, "little") / 2**64
 
 
 def _batches(texts: list[str]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from llm.errors import InputError
-from llm.text.documents import Document, hash_share, sample_documents
+from llm.text.documents import Document, sample_documents
+from llm.text.selection import hash_share
 from llm.tokenizer.tokenizer import TextTokenizer
 
 MEASURED_BYTES = 4_000_000  # of text; two halves of that much differed by under 1% in bytes per token

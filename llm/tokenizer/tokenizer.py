@@ -19,6 +19,7 @@ from typing import Any, Self
 from tokenizers import AddedToken, Tokenizer
 
 from llm.errors import InputError
+from llm.files import write_text
 from llm.tokenizer.chat_template import (
     learned_tokens,
     render_chats,
@@ -202,8 +203,8 @@ class TextTokenizer:
         }
         whole = Tokenizer.from_str(self._marked.to_str())
         whole.post_processor = self._post_processor
-        _write(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
-        _write(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
+        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _answered(messages: Sequence[Message], ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
@@ -251,10 +252,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a table, got {type(found).__name__}")
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """Write under another name, then rename: a file under its final name is complete."""
-    growing = path.with_name(path.name + ".growing")
-    growing.write_text(text, encoding="utf-8")
-    growing.replace(path)

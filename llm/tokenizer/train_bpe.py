@@ -1,13 +1,16 @@
 """Byte-level BPE trained from text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from llm.errors import InputError
+from llm.text.selection import in_batches
 from llm.tokenizer.chat_template import BEGIN, CHAT_TEMPLATE, END, PADDING, SPECIAL_TOKENS
 from llm.tokenizer.pretokenizers import WHOLE_WORDS_FIRST, PreTokenizerName, pre_tokenizer
 from llm.tokenizer.tokenizer import TextTokenizer
+
+_BATCH = 1000  # texts whose words the trainer counts on all cores at once
 
 
 def train_bpe(
@@ -35,7 +38,7 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_in_batches(texts), trainer=trainer)
+    tokenizer.train_from_iterator(in_batches(texts, _BATCH), trainer=trainer)
     tokenizer.model.ignore_merges = pre_tokenizer_name in WHOLE_WORDS_FIRST
     begin = tokenizer.token_to_id(BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -48,15 +51,3 @@ def train_bpe(
         )
     named = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
     return TextTokenizer(tokenizer, named, CHAT_TEMPLATE)
-
-
-def _in_batches(texts: Iterable[str], size: int = 1000) -> Iterator[list[str]]:
-    """Lists of texts, because the trainer counts the words of one list on all cores."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llm.text.templates import split_text
 from runner.artifacts import Corpus
+from runner.files import write_whole
 from runner.input_files import InputFile
 from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
 
@@ -178,9 +179,7 @@ def _pin(specs: Iterable[SourceSpec], path: Path) -> dict[str, str]:
     for spec in specs:
         if spec.hub is not None and _branch(spec) not in commits:
             commits[_branch(spec)] = hub_commit(spec.hub, spec.revision)
-    temporary = path.with_suffix(".growing")
-    temporary.write_text(json.dumps(commits))
-    temporary.replace(path)
+    write_whole(path, json.dumps(commits), durable=False)
     return commits
 
 

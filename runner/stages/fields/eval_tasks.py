@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from llm.data.conversations import TextTemplate
+from llm.text.selection import evenly_spaced
 from llm.text.templates import split_template, split_text
 from runner.artifacts import Checkpoint
 from runner.input_files import InputFile
@@ -389,9 +390,7 @@ def _limited(rows: list[T], limit: int | None, task: "TextTask | ChatTask | Mult
 
     if not rows:
         raise InputError(f"{task.files.pattern}: expected rows for the task {task.name!r}, got none that can be used")
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[index * len(rows) // limit] for index in range(limit)]
+    return rows if limit is None else evenly_spaced(rows, limit)
 
 
 def _questions(task: TextTask | ChatTask, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:

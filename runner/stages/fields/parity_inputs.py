@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from pydantic import field_validator
 
 from llm.data.conversations import TextTemplate, Turn
+from llm.text.selection import evenly_spaced
 from llm.text.templates import split_text
 from runner.input_files import InputFile
 from runner.stage import Semantic, Spec
@@ -24,7 +25,6 @@ CORPUS_BYTES = 2**20  # of a corpus's held-out documents that are cut into sente
 MOST_ROWS = 5000  # of the files of a table that sentences and prompts are chosen from
 TURNS = 10  # chats of several turns
 
-T = TypeVar("T")
 Chat = list[dict[str, str]]
 
 
@@ -73,12 +73,12 @@ class Material:
         found = [text for text in sentences if not any(token in text for token in special)]
         texts = found or list(PROBES)
         if tokenizer.template is None:
-            halves = [tokenizer.encode_document(text)[:-1] for text in _spread(texts, wanted)]
+            halves = [tokenizer.encode_document(text)[:-1] for text in evenly_spaced(texts, wanted)]
             return cls(tokenizer, found, [], [ids[: min(1 + len(ids) // 2, room)] for ids in halves], max_new_tokens)
-        chats = [chat for turns in _spread(rows, wanted) if (chat := _fitted(turns, tokenizer, room))]
+        chats = [chat for turns in evenly_spaced(rows, wanted) if (chat := _fitted(turns, tokenizer, room))]
         if not chats:
             pairs = [_row(question, answer) for question, answer in zip(texts, texts[1:] + texts[:1], strict=True)]
-            chats = [chat for turns in _spread(pairs, wanted) if (chat := _fitted(turns, tokenizer, room))]
+            chats = [chat for turns in evenly_spaced(pairs, wanted) if (chat := _fitted(turns, tokenizer, room))]
         several = [first + second for first, second in pairwise(chats)][:TURNS]
         guided = [[{"role": "system", "content": "Answer briefly."}, *chat] for chat in chats[:1]]
         rendered = chats + [chat for chat in several + guided if _is_taken(chat, tokenizer)]
@@ -140,8 +140,3 @@ def _is_taken(chat: Chat, tokenizer: "TextTokenizer") -> bool:
     except InputError:
         return False
     return True
-
-
-def _spread(items: Sequence[T], count: int) -> Sequence[T]:
-    """At most `count` of them, evenly spread."""
-    return [items[index * len(items) // count] for index in range(count)] if count < len(items) else items

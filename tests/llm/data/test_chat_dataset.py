@@ -151,7 +151,7 @@ def test_cut_rows_are_counted_and_rows_with_nothing_left_to_learn_are_dropped(pa
     assert statistics["cut_responses"] == 1
     assert statistics["dropped"] == 0
     long_question = Template("the heart and the liver " * 20 + "{prompt}")
-    with pytest.raises(InputError, match=r'found none: .*"dropped": 3'):
+    with pytest.raises(InputError, match=r'got none: .*"dropped": 3'):
         pack(table, context=24, template=long_question)
 
 

@@ -45,10 +45,10 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
     [
         ({"prompt": "q"}, "expected the field 'response', got only 'prompt'"),
         ({"prompt": None, "response": "a"}, "expected a text or a number in 'prompt', got null"),
-        ({"prompt": ["q"], "response": "a"}, "found a list"),
-        ({"prompt": True, "response": "a"}, "found true or false"),
+        ({"prompt": ["q"], "response": "a"}, "got a list"),
+        ({"prompt": True, "response": "a"}, "got true or false"),
         ({"prompt": "q", "response": " \n"}, "the response is empty"),
-        ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', found '\\ud83d', half of a surrogate pair"),
+        ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', got '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any], complaint: str) -> None:
@@ -61,13 +61,13 @@ def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any
     [
         (None, "expected a list of messages in 'chat', got null"),
         ([], "an empty list"),
-        ("hello", "found a text"),
+        ("hello", "got a text"),
         ([{"role": "user", "content": "q"}], "at least one turn of the assistant"),
-        ([{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}], "found 'human'"),
-        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "as content of chat.0., found null"),
+        ([{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}], "got 'human'"),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "as content of chat.0., got null"),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "turn chat.1. is empty"),
-        (["q", {"role": "assistant", "content": "a"}], "found None"),
-        ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], found '\\udca9', half of a surrogate pair"),
+        (["q", {"role": "assistant", "content": "a"}], "got None"),
+        ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], got '\\udca9', half of a surrogate pair"),
     ],
 )
 def test_messages_that_are_no_chat_say_what_they_lack(messages: Any, complaint: str) -> None:
