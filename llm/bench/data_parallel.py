@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from llm.bench.implementations import Ours, build_ours
+from llm.bench.implementations import StockpotTraining, build_stockpot_model
 from llm.bench.timing import interleaved, ratio
-from llm.bench.workload import Subject
+from llm.bench.workload import Workload
 from llm.errors import InputError
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 
 TOGETHER = 2
 # Processes, and how they share a step.
@@ -29,19 +29,19 @@ CANDIDATES: dict[str, tuple[int, Literal["ddp", "fsdp"]]] = {
 }
 
 
-def measure(subject: Subject, *, seconds: float) -> dict[str, Any]:
+def measure_data_parallel(workload: Workload, *, seconds: float) -> dict[str, Any]:
     """Speeds by candidate, and each one's as a share of that of one process."""
-    if subject.cores < TOGETHER:
-        raise InputError(f"processes: expected at least {TOGETHER} cores, got {subject.cores}")
+    if workload.cores < TOGETHER:
+        raise InputError(f"processes: expected at least {TOGETHER} cores, got {workload.cores}")
     with contextlib.ExitStack() as stack:
-        steps = {name: stack.enter_context(_training(subject, *layout)) for name, layout in CANDIDATES.items()}
+        steps = {name: stack.enter_context(_training(workload, *layout)) for name, layout in CANDIDATES.items()}
         timings = interleaved(steps, seconds=seconds, device=torch.device("cpu"))
     return {
-        "threads": subject.cores,  # of all processes of a candidate together
+        "threads": workload.cores,  # of all processes of a candidate together
         "candidates": {
             name: {
                 "processes": processes,
-                "tokens_per_second": subject.tokens_per_step / timings[name].median,
+                "tokens_per_second": workload.tokens_per_step / timings[name].median,
                 "rounds": timings[name].rounds,
                 "share_of_one": ratio(timings, "one", name),
             }
@@ -71,13 +71,13 @@ class _Steps:
 
 
 @contextlib.contextmanager
-def _training(subject: Subject, processes: int, strategy: str) -> Iterator[_Steps]:
+def _training(workload: Workload, processes: int, strategy: str) -> Iterator[_Steps]:
     """The processes of a candidate, started; on leaving, ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    shared["OMP_NUM_THREADS"] = str(subject.cores // processes)
+    shared["OMP_NUM_THREADS"] = str(workload.cores // processes)
     command = [sys.executable, "-m", "llm.bench.data_parallel", strategy]
     started: list[subprocess.Popen[str]] = []
     try:
@@ -89,7 +89,7 @@ def _training(subject: Subject, processes: int, strategy: str) -> Iterator[_Step
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
             )
         steps = _Steps(started)
-        steps.tell(subject.model_dump_json())
+        steps.tell(workload.model_dump_json())
         yield steps
     finally:
         for process in started:
@@ -98,12 +98,14 @@ def _training(subject: Subject, processes: int, strategy: str) -> Iterator[_Step
 
 
 def main() -> None:
-    """One process of a candidate: the first line of standard input has the subject, each other one asks for a step."""
+    """One process of a candidate: the first line of standard input has the workload, each other one asks for a step."""
     (strategy,) = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries say is no answer
-    subject = Subject.model_validate_json(sys.stdin.readline())
+    workload = Workload.model_validate_json(sys.stdin.readline())
     named: Literal["ddp", "fsdp"] = "fsdp" if strategy == "fsdp" else "ddp"
-    training = Ours(subject, build_ours(subject), optimizer=subject.optimizer, group=Group(), strategy=named)
+    training = StockpotTraining(
+        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=ProcessGroup(), strategy=named
+    )
     for _ in sys.stdin:
         training.step()
         print("done", file=answers, flush=True)

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm.bench.implementations import CountingRows, Ours, build_theirs
+from llm.bench.implementations import CountingRows, StockpotTraining, build_transformers_model
 from llm.bench.timing import interleaved, ratio
-from llm.bench.workload import Subject
+from llm.bench.workload import Workload
 from llm.device import autocast, has_compiler, resolve_precision
 from llm.inference.generate import Clock, generate
 from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 from llm.training.config import Optimizer, Schedule
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 
 BATCHES = (1, 8)
 PROMPT_TOKENS = 32
@@ -35,17 +35,17 @@ SURE = 3.0  # of logits, where bf16 rounds to 0.1 at most
 MOST_TERMS = 4  # of so many lessons
 
 
-def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, group: Group) -> dict[str, Any]:
+def measure_decode(workload: Workload, model: Llama, *, seconds: float, compiled: bool, group: ProcessGroup) -> dict[str, Any]:
     """For each batch size: tokens/s of all, and whether all greedy tokens are the same. Teaches `model` before that.
 
     If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU, with a compiler.
     """
     device = group.device
-    precision = resolve_precision(subject.precision, device=device)
+    precision = resolve_precision(workload.precision, device=device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    prompt_tokens = min(PROMPT_TOKENS, subject.context // 4)
-    new_tokens = min(NEW_TOKENS, subject.context - prompt_tokens)
-    margin = teach(subject, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
+    prompt_tokens = min(PROMPT_TOKENS, workload.context // 4)
+    new_tokens = min(NEW_TOKENS, workload.context - prompt_tokens)
+    margin = teach(workload, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
     model.to(dtype).eval()
     decoding, compiling = {"ours": model.decoding()}, 0.0
     if compiled and device.type == "cpu" and has_compiler("cpu"):
@@ -53,8 +53,8 @@ def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, g
         with torch.inference_mode():
             decoding["ours_compiled"].compile()
         compiling = time.perf_counter() - began
-    theirs: Any = build_theirs(subject, model.state_dict(), dtype=dtype).to(device).eval()
-    rows = CountingRows(subject.context, subject.vocab_size)
+    theirs: Any = build_transformers_model(workload, model.state_dict(), dtype=dtype).to(device).eval()
+    rows = CountingRows(workload.context, workload.vocab_size)
     result: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "prompt_tokens": prompt_tokens,
@@ -98,16 +98,16 @@ def measure(subject: Subject, model: Llama, *, seconds: float, compiled: bool, g
     return result
 
 
-def teach(subject: Subject, model: Llama, *, prompt_tokens: int, new_tokens: int, group: Group) -> float:
+def teach(workload: Workload, model: Llama, *, prompt_tokens: int, new_tokens: int, group: ProcessGroup) -> float:
     """Train until the model is sure of what to write, or patience ends; the least margin of its likeliest token."""
-    rows = CountingRows(subject.context, subject.vocab_size)
+    rows = CountingRows(workload.context, workload.vocab_size)
     unseen = [rows.row(UNSEEN + index).tokens[: prompt_tokens + new_tokens] for index in range(max(BATCHES))]
     tokens = torch.from_numpy(np.stack(unseen)).to(group.device)
-    lesson = {"rows": max(1, LESSON_TOKENS // subject.context), "micro_batch": "auto", "compiled": False}
+    lesson = {"rows": max(1, LESSON_TOKENS // workload.context), "micro_batch": "auto", "compiled": False}
     margin = 0.0
     for _ in range(MOST_TERMS):
-        ours = Ours(
-            subject.model_copy(update=lesson),
+        ours = StockpotTraining(
+            workload.model_copy(update=lesson),
             model,
             optimizer=Optimizer(),
             schedule=LESSON_SCHEDULE,
@@ -117,7 +117,7 @@ def teach(subject: Subject, model: Llama, *, prompt_tokens: int, new_tokens: int
         for step in range(LESSONS):
             ours.take(*ours.load(step))
         model.eval()
-        with torch.no_grad(), autocast(ours.choices.precision, device=group.device):
+        with torch.no_grad(), autocast(ours.runtime.precision, device=group.device):
             likeliest = model(tokens)[:, prompt_tokens - 1 : -1].float().topk(2).values
         margin = float((likeliest[..., 0] - likeliest[..., 1]).min())
         if margin >= SURE:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from llm.adapters import lora
-from llm.bench.workload import Subject
+from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, Row, RowSource
 from llm.models import architectures
 from llm.models.llama.model import Llama
-from llm.training.alert_config import Alerts
-from llm.training.alerts import Judge
+from llm.training.alerts.config import Alerts
+from llm.training.alerts.monitor import AlertMonitor
 from llm.training.config import Optimizer, Schedule
+from llm.training.distributed.fsdp import shard
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dry_run import settle
-from llm.training.fsdp import spread
 from llm.training.loader import batches, most_batches
 from llm.training.loss import Learner, next_token_loss
-from llm.training.process_group import Group
-from llm.training.runtime import choose
+from llm.training.runtime import resolve_runtime
 from llm.training.step import LOG_EVERY, Loop, Progress
 
 SCHEDULE = Schedule(kind="constant", learning_rate=1e-3)
@@ -53,23 +53,25 @@ class CountingRows:
         return Row(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.context, dtype=np.int32))
 
 
-def build_ours(subject: Subject) -> Llama:
+def build_stockpot_model(workload: Workload) -> Llama:
     """Our model with fresh weights, the same ones every time."""
     torch.manual_seed(0)
-    config = subject.architecture
-    model = architectures()[config.name].build(config, vocab_size=subject.vocab_size)
-    model.recompute = subject.recompute
+    config = workload.architecture
+    model = architectures()[config.name].build(config, vocab_size=workload.vocab_size)
+    model.recompute = workload.recompute
     return model
 
 
-def build_theirs(subject: Subject, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_transformers_model(
+    workload: Workload, weights: Mapping[str, Tensor] | None, *, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Transformers' model of the same architecture, with `weights` by name (None: fresh ones), as `from_pretrained` opens it
     in `dtype`: casting it afterwards would round its rotary frequencies, too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architecture = architectures()[subject.architecture.name]
-    fields = architecture.to_transformers(subject.architecture) | {"vocab_size": subject.vocab_size}
+    architecture = architectures()[workload.architecture.name]
+    fields = architecture.to_transformers(workload.architecture) | {"vocab_size": workload.vocab_size}
     del fields["model_type"], fields["architectures"]
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # text that never ends
     config = AutoConfig.for_model(architecture.model_type, **fields, **special)
@@ -77,48 +79,48 @@ def build_theirs(subject: Subject, weights: Mapping[str, Tensor] | None, *, dtyp
     model: nn.Module = make(config, attn_implementation="sdpa", dtype=dtype)
     if weights is not None:
         model.load_state_dict(weights)
-    if subject.recompute:
+    if workload.recompute:
         model.gradient_checkpointing_enable()  # type: ignore[operator]  # every model of Transformers has it
     return model
 
 
-class Ours:
-    """Our training, put together as in `llm.training.trainer.train`: its Loop with what it would choose, on batches made beforehand."""
+class StockpotTraining:
+    """Our training, put together as in `llm.training.trainer.train`: its Loop with what it would resolve_runtime, on batches made beforehand."""
 
     def __init__(
         self,
-        subject: Subject,
+        workload: Workload,
         model: Llama,
         *,
         optimizer: Optimizer,
-        group: Group,
+        group: ProcessGroup,
         rows: RowSource | None = None,
         schedule: Schedule = SCHEDULE,
         steps: int = MANY,
         strategy: Literal["ddp", "fsdp"] = "ddp",
         report: Callable[..., None] = lambda **values: None,
     ) -> None:
-        self.subject, self.model, self.group = subject, model, group
+        self.workload, self.model, self.group = workload, model, group
         self.progress = Progress(steps=steps)
-        self.rows = rows or CountingRows(subject.context, subject.vocab_size)
-        began, auto = time.perf_counter(), subject.micro_batch == "auto"
-        choices = choose(
+        self.rows = rows or CountingRows(workload.context, workload.vocab_size)
+        began, auto = time.perf_counter(), workload.micro_batch == "auto"
+        runtime = resolve_runtime(
             group,
-            subject.micro_batch,
-            subject.precision,
-            subject.compiled,
-            subject.fused_attention,
+            workload.micro_batch,
+            workload.precision,
+            workload.compiled,
+            workload.fused_attention,
             strategy,
-            cores=subject.cores,
-            context=subject.context,
-            rows_per_step=subject.rows,
+            cores=workload.cores,
+            context=workload.context,
+            rows_per_step=workload.rows,
             flops=math.inf,  # of a long training
-            shape=f"{model} {subject.context}",
+            shape=f"{model} {workload.context}",
         )
-        torch.set_num_threads(choices.threads)
-        learner = Learner(model, next_token_loss, precision=choices.precision)
-        learner = spread(learner, choices.strategy, device=group.device, processes=group.size)
-        self.choices = settle(learner, self.rows, choices, auto=auto, group=group, report=report)
+        torch.set_num_threads(runtime.threads)
+        learner = Learner(model, next_token_loss, precision=runtime.precision)
+        learner = shard(learner, runtime.strategy, device=group.device, processes=group.size)
+        self.runtime = settle(learner, self.rows, runtime, auto=auto, group=group, report=report)
         self.settling = time.perf_counter() - began  # seconds of compiling, if layers are compiled
         self.loop = Loop(
             learner,
@@ -126,21 +128,21 @@ class Ours:
             schedule=schedule,
             seed=0,
             group=group,
-            choices=self.choices,
+            runtime=self.runtime,
             auto=auto,
-            flops_per_token=model.flops_per_token(subject.context),
-            judge=Judge(Alerts(), warmup_steps=schedule.warmup_steps),
+            flops_per_token=model.flops_per_token(workload.context),
+            monitor=AlertMonitor(Alerts(), warmup_steps=schedule.warmup_steps),
             report=report,
             should_stop=lambda: False,
         )
-        self.rounds = most_batches(subject.rows, group, self.choices.micro_batch)
+        self.rounds = most_batches(workload.rows, group, self.runtime.micro_batch)
         self.prepared = [self.load(step) for step in range(PREPARED)]
 
     def load(self, step: int) -> tuple[list[Batch], int]:
         """The micro-batches of one step, and how many targets they have: as `llm.training.loader` makes them."""
-        count = self.subject.rows
+        count = self.workload.rows
         mine = range(self.group.rank, count, self.group.size)
-        found = list(batches(self.rows, mine, self.choices.micro_batch, first=step * count))
+        found = list(batches(self.rows, mine, self.runtime.micro_batch, first=step * count))
         (targets,) = self.group.sum(sum(int((batch.targets != IGNORE).sum()) for batch in found))
         return [batch.to(self.group.device) for batch in found], int(targets)
 
@@ -168,7 +170,7 @@ class Ours:
         return float(total / targets)
 
 
-class Theirs:
+class TransformersTraining:
     """Stock Transformers with SDPA: loss from labels, backward, fused AdamW, zero_grad; neither clipping nor a schedule.
 
     `step("fp32")` computes in fp32, `step("bf16")` under autocast and `step("compiled")` under autocast and torch.compile, all
@@ -176,10 +178,10 @@ class Theirs:
     """
 
     def __init__(
-        self, subject: Subject, weights: Mapping[str, Tensor] | None, *, steps: list[list[Batch]], device: torch.device
+        self, workload: Workload, weights: Mapping[str, Tensor] | None, *, steps: list[list[Batch]], device: torch.device
     ) -> None:
         settings = Optimizer()
-        self.model = build_theirs(subject, weights).to(device).train()
+        self.model = build_transformers_model(workload, weights).to(device).train()
         self.forwards: dict[str, Any] = {"fp32": self.model, "bf16": self.model}
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -214,13 +216,13 @@ FULL, LORA, QLORA = "full", "lora", "qlora"
 SETTINGS = lora.Settings(r=8, alpha=16)  # what `lora` stages do by default: all linear layers
 
 
-def training(subject: Subject, name: str, *, group: Group) -> Ours:
+def training(workload: Workload, name: str, *, group: ProcessGroup) -> StockpotTraining:
     """Our training of one of the three."""
-    model = build_ours(subject)
+    model = build_stockpot_model(workload)
     if name == QLORA:
         lora.quantize(model.to(group.device), double=True)
     if name != FULL:
         lora.attach(model, SETTINGS, seed=0)
-        subject = subject.model_copy(update={"compiled": False})  # as in a training: only where all weights learn
-    adamw = subject.optimizer if subject.optimizer.kind == "adamw" else Optimizer()
-    return Ours(subject, model, optimizer=adamw, group=group)
+        workload = workload.model_copy(update={"compiled": False})  # as in a training: only where all weights learn
+    adamw = workload.optimizer if workload.optimizer.kind == "adamw" else Optimizer()
+    return StockpotTraining(workload, model, optimizer=adamw, group=group)

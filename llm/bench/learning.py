@@ -16,19 +16,19 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llm.bench.implementations import build_ours, build_theirs
-from llm.bench.workload import Subject
+from llm.bench.implementations import build_stockpot_model, build_transformers_model
+from llm.bench.workload import Workload
 from llm.data.batch import IGNORE
 from llm.data.token_shards import TokenRows, TokenShards
 from llm.device import autocast, resolve_precision
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Schedule
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import feed
 from llm.training.loss import next_token_loss
-from llm.training.process_group import Group
-from llm.training.runtime import Choices
+from llm.training.runtime import Runtime
 from llm.training.trainer import train
-from llm.training.validation import Validation, measure_model
+from llm.training.validation import Validation, validate_model
 
 PLAIN_RATE = 3e-3
 TRIAL_STEPS = 30  # after as many to warm up, to learn how many fit
@@ -53,33 +53,33 @@ class Text:
         return Validation(rows, bytes_per_token=shards.bytes / shards.tokens)
 
 
-def measure(
-    subject: Subject, text: Text, *, schedule: Schedule, seconds: float, scratch: Path, say: Callable[[str], None]
+def measure_learning(
+    workload: Workload, text: Text, *, schedule: Schedule, seconds: float, scratch: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Steps, seconds and bits per byte of both, and the difference."""
     found: dict[str, Any] = {"seconds_wanted": seconds}
     for name, run in (("ours", _ours), ("plain", _plain)):
-        found[name] = run(subject, text, schedule, seconds, scratch / name)
+        found[name] = run(workload, text, schedule, seconds, scratch / name)
         say(f"{name}: {found[name]['bits_per_byte']:.3f} bits per byte after {found[name]['seconds']:.0f} s")
     found["bits_per_byte_below"] = found["plain"]["bits_per_byte"] - found["ours"]["bits_per_byte"]
     return found
 
 
-def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
+def _ours(workload: Workload, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
     def run(
         steps: int, folder: Path, *, check: bool = True, checked: Validation | None = None
     ) -> tuple[dict[str, Any], float]:
         torch.manual_seed(SEED)
         began = time.perf_counter()
         metrics = train(
-            build_ours(subject),
+            build_stockpot_model(workload),
             next_token_loss,
-            rows=text.rows(subject.context),
+            rows=text.rows(workload.context),
             validation=checked,
             budget=Budget(steps=steps),
-            batch_tokens=subject.tokens_per_step,
+            batch_tokens=workload.tokens_per_step,
             schedule=schedule,
-            optimizer=subject.optimizer,
+            optimizer=workload.optimizer,
             seed=SEED,
             check=check,
             validate_every=None,
@@ -87,13 +87,13 @@ def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scra
             checkpoint_minutes=None,
             keep_checkpoints=1,
             alerts=Alerts(),
-            micro_batch=subject.micro_batch,
-            precision=subject.precision,
-            compiled=subject.compiled,
-            fused_attention=subject.fused_attention,
+            micro_batch=workload.micro_batch,
+            precision=workload.precision,
+            compiled=workload.compiled,
+            fused_attention=workload.fused_attention,
             strategy="ddp",
             find_unused_parameters=False,
-            cores=subject.cores,
+            cores=workload.cores,
             timeout_minutes=30.0,
             scratch=folder,
             report=lambda **values: None,
@@ -107,25 +107,25 @@ def _ours(subject: Subject, text: Text, schedule: Schedule, seconds: float, scra
     per_step = (taken - begun) / TRIAL_STEPS
     start = max(begun, once - TRIAL_STEPS * per_step)
     steps = max(1, round((seconds - start) / per_step))
-    metrics, _ = run(steps, scratch / "whole", checked=text.validation(subject.context))
+    metrics, _ = run(steps, scratch / "whole", checked=text.validation(workload.context))
     return {
         "steps": steps,
         "seconds": metrics["seconds"],
         "tokens": metrics["tokens"],
-        "optimizer": subject.optimizer.kind,
+        "optimizer": workload.optimizer.kind,
         "compiled": metrics["choices"]["compiled"],
         "bits_per_byte": metrics["validation_bits_per_byte"],
     }
 
 
-def _plain(subject: Subject, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
-    group = Group()
-    precision = resolve_precision(subject.precision, device=group.device)
+def _plain(workload: Workload, text: Text, schedule: Schedule, seconds: float, scratch: Path) -> dict[str, Any]:
+    group = ProcessGroup()
+    precision = resolve_precision(workload.precision, device=group.device)
 
     def run(model: nn.Module, limit: int, *, until: Schedule | None = None) -> float:
         optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_RATE, fused=True)
-        micro_batch = subject.rows if subject.micro_batch == "auto" else subject.micro_batch
-        steps = feed(text.rows(subject.context), group, micro_batch, subject.rows, range(limit))
+        micro_batch = workload.rows if workload.micro_batch == "auto" else workload.micro_batch
+        steps = feed(text.rows(workload.context), group, micro_batch, workload.rows, range(limit))
         began = time.perf_counter()
         for step, (parts, targets) in enumerate(steps):
             if until is not None:
@@ -141,21 +141,21 @@ def _plain(subject: Subject, text: Text, schedule: Schedule, seconds: float, scr
         return time.perf_counter() - began
 
     torch.manual_seed(SEED)
-    trial = build_theirs(subject, None).to(group.device).train()
+    trial = build_transformers_model(workload, None).to(group.device).train()
     run(trial, TRIAL_STEPS)
     steps = max(1, round(seconds / run(trial, TRIAL_STEPS) * TRIAL_STEPS))
     torch.manual_seed(SEED)
-    model = build_theirs(subject, None).to(group.device).train()
+    model = build_transformers_model(workload, None).to(group.device).train()
     taken = run(model, steps, until=schedule)
-    same = build_ours(subject)
+    same = build_stockpot_model(workload)
     same.load_state_dict(model.state_dict())
-    choices = Choices(precision, subject.rows, 1, subject.cores, group.device.type)
-    held_out = text.validation(subject.context)
-    scores = measure_model(same.eval(), held_out, choices=choices, should_stop=lambda: False)
+    runtime = Runtime(precision, workload.rows, 1, workload.cores, group.device.type)
+    held_out = text.validation(workload.context)
+    scores = validate_model(same.eval(), held_out, runtime=runtime, should_stop=lambda: False)
     return {
         "steps": steps,
         "seconds": taken,
-        "tokens": steps * subject.tokens_per_step,
+        "tokens": steps * workload.tokens_per_step,
         "optimizer": "adamw",
         "compiled": False,
         "bits_per_byte": scores["validation_bits_per_byte"],

@@ -12,20 +12,20 @@ from torch import nn
 
 from llm.adapters import lora
 from llm.bench import memory
-from llm.bench.implementations import FULL, LORA, QLORA, SETTINGS, build_ours, training
+from llm.bench.implementations import FULL, LORA, QLORA, SETTINGS, build_stockpot_model, training
 from llm.bench.timing import interleaved, ratio
-from llm.bench.workload import Subject
+from llm.bench.workload import Workload
 from llm.models.interface import count_parameters
 from llm.models.llama.model import Llama
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 
 
-def measure(subject: Subject, *, seconds: float, group: Group) -> dict[str, Any]:
+def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> dict[str, Any]:
     """The figures of each way, and the memory of the base."""
     names = [FULL, LORA, *([QLORA] if find_spec("bitsandbytes") else [])]
-    trainings = {name: training(subject, name, group=group) for name in names}
+    trainings = {name: training(workload, name, group=group) for name in names}
     timings = interleaved({name: one.step for name, one in trainings.items()}, seconds=seconds, device=group.device)
-    peaks = {name: memory.peak_of(name, subject) for name in names}
+    peaks = {name: memory.peak_of(name, workload) for name in names}
     ways: dict[str, Any] = {}
     for name, one in trainings.items():
         learned, parameters = count_parameters(one.model)
@@ -40,7 +40,7 @@ def measure(subject: Subject, *, seconds: float, group: Group) -> dict[str, Any]
         }
     found: dict[str, Any] = {"r": SETTINGS.r, "ways": ways}
     if QLORA in names:
-        base = build_ours(subject).to(group.device)
+        base = build_stockpot_model(workload).to(group.device)
         bf16 = 2 * count_parameters(base)[1]
         lora.quantize(base, double=True)
         held = weight_bytes(base)

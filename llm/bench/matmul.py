@@ -21,7 +21,7 @@ def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape
     return list(dict.fromkeys(found))
 
 
-def measure(candidates: list[Shape], *, seconds: float, device: torch.device) -> dict[str, Any]:
+def measure_matmul(candidates: list[Shape], *, seconds: float, device: torch.device) -> dict[str, Any]:
     """For each precision: `gflops` and `shape` of the fastest product, and `shapes` with all of them."""
     products = {(name, shape): Product(shape, name, device=device) for name in DTYPES for shape in candidates}
     labels = {f"{name} {shown(shape)}": (name, shape) for name, shape in products}

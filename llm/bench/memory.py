@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch._dynamo  # optimizers import it when they are made, which is not what is measured
 
-from llm.bench.implementations import CountingRows, Ours, Theirs, build_ours
-from llm.bench.workload import Subject
+from llm.bench.implementations import CountingRows, StockpotTraining, TransformersTraining, build_stockpot_model
+from llm.bench.workload import Workload
 from llm.device import has_compiler, peak_memory
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
-from llm.training.process_group import Group
 
 STEPS = 3
 STATUS = Path("/proc/self/status")
@@ -29,10 +29,10 @@ CLEAR = Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 
-def measure(subject: Subject) -> dict[str, Any]:
+def measure_memory(workload: Workload) -> dict[str, Any]:
     """Bytes of both, and ours as a share of Transformers'."""
-    ours, micro_batch = _in_a_process("ours", subject)
-    theirs, _ = _in_a_process("transformers_fp32", subject.model_copy(update={"micro_batch": micro_batch}))
+    ours, micro_batch = _in_a_process("ours", workload)
+    theirs, _ = _in_a_process("transformers_fp32", workload.model_copy(update={"micro_batch": micro_batch}))
     return {
         "ours": ours,
         "transformers_fp32": theirs,
@@ -42,19 +42,19 @@ def measure(subject: Subject) -> dict[str, Any]:
     }
 
 
-def peak_of(name: str, subject: Subject) -> int:
+def peak_of(name: str, workload: Workload) -> int:
     """Peak bytes of steps of one of the trainings of `llm.bench.lora`."""
-    return _in_a_process(name, subject)[0]
+    return _in_a_process(name, workload)[0]
 
 
-def _in_a_process(name: str, subject: Subject) -> tuple[int, int]:
+def _in_a_process(name: str, workload: Workload) -> tuple[int, int]:
     """Peak bytes, and rows of a forward pass."""
     environment = dict(os.environ)
     if name == "transformers_fp32":  # what a run tells the allocator for our sake is not what a plain program has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-m", "llm.bench.memory", name],
-        input=subject.model_dump_json(),
+        input=workload.model_dump_json(),
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -65,49 +65,49 @@ def _in_a_process(name: str, subject: Subject) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Take the steps of the one named on the command line; standard input has the subject, standard output gets the result."""
+    """Take the steps of the one named on the command line; standard input has the workload, standard output gets the result."""
     (name,) = sys.argv[1:]
-    subject = Subject.model_validate_json(sys.stdin.read())
+    workload = Workload.model_validate_json(sys.stdin.read())
     measured = {"ours": _ours, "transformers_fp32": _theirs}
-    print(json.dumps(measured[name](subject) if name in measured else _adapting(name, subject)))
+    print(json.dumps(measured[name](workload) if name in measured else _adapting(name, workload)))
 
 
-def _ours(subject: Subject) -> tuple[int, int]:
-    group = Group()
-    if subject.compiled is not False and has_compiler(group.device.type):
+def _ours(workload: Workload) -> tuple[int, int]:
+    group = ProcessGroup()
+    if workload.compiled is not False and has_compiler(group.device.type):
         torch.compile(torch.relu)(torch.ones(8, device=group.device))  # what the compiler imports is not counted either
     before = _start()
-    training = Ours(subject, build_ours(subject), optimizer=subject.optimizer, group=group)
+    training = StockpotTraining(workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group)
     for _ in range(STEPS):
         training.step()
-    return _peak() - before, training.loop.choices.micro_batch
+    return _peak() - before, training.loop.runtime.micro_batch
 
 
-def _theirs(subject: Subject) -> tuple[int, int]:
-    micro_batch = int(subject.micro_batch)  # as ours came to
+def _theirs(workload: Workload) -> tuple[int, int]:
+    micro_batch = int(workload.micro_batch)  # as ours came to
     importlib.import_module("transformers.models.llama.modeling_llama")  # importing is not what is measured
-    group = Group()
-    torch.set_num_threads(subject.cores)
+    group = ProcessGroup()
+    torch.set_num_threads(workload.cores)
     before = _start()
-    rows = CountingRows(subject.context, subject.vocab_size)
-    parts = [batch.to(group.device) for batch in batches(rows, range(subject.rows), micro_batch)]
-    training = Theirs(subject, None, steps=[parts], device=group.device)
+    rows = CountingRows(workload.context, workload.vocab_size)
+    parts = [batch.to(group.device) for batch in batches(rows, range(workload.rows), micro_batch)]
+    training = TransformersTraining(workload, None, steps=[parts], device=group.device)
     for _ in range(STEPS):
         training.step("fp32")
     return _peak() - before, micro_batch
 
 
-def _adapting(name: str, subject: Subject) -> tuple[int, int]:
+def _adapting(name: str, workload: Workload) -> tuple[int, int]:
     from llm.bench import implementations
 
-    group = Group()
+    group = ProcessGroup()
     for package in ("peft", "bitsandbytes") if name != implementations.FULL else ():
         importlib.import_module(package)
     before = _start()
-    training = implementations.training(subject, name, group=group)
+    training = implementations.training(workload, name, group=group)
     for _ in range(STEPS):
         training.step()
-    return _peak() - before, training.loop.choices.micro_batch
+    return _peak() - before, training.loop.runtime.micro_batch
 
 
 def _start() -> int:

@@ -23,14 +23,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llm.bench.implementations import MANY, Ours, build_ours
+from llm.bench.implementations import MANY, StockpotTraining, build_stockpot_model
 from llm.bench.timing import LEAST_ROUNDS, synchronize
-from llm.bench.workload import Subject
+from llm.bench.workload import Workload
 from llm.data.batch import Batch, RowSource
 from llm.data.token_shards import TokenRows, TokenWriter
 from llm.training import checkpoint
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import feed
-from llm.training.process_group import Group
 from llm.training.step import LOG_EVERY
 
 SAVES = 3
@@ -59,8 +59,8 @@ class Spent:
     tracker: float = 0.0  # of processor
 
 
-def measure(
-    subject: Subject,
+def measure_overhead(
+    workload: Workload,
     rows: RowSource,
     *,
     tracking: Tracking,
@@ -68,11 +68,13 @@ def measure(
     checkpoint_minutes: float | None,
     seconds: float,
     scratch: Path,
-    group: Group,
+    group: ProcessGroup,
 ) -> dict[str, Any]:
     """Shares of step time, and the seconds that they come from."""
-    ours = Ours(subject, build_ours(subject), optimizer=subject.optimizer, group=group, rows=rows, report=tracking.report)
-    threads = ours.choices.threads
+    ours = StockpotTraining(
+        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group, rows=rows, report=tracking.report
+    )
+    threads = ours.runtime.threads
     loading = _loading(ours, seconds=seconds)
     spent = _turns(ours, tracking, seconds=seconds)
     copying, writing = _checkpoints(ours, scratch)
@@ -107,22 +109,22 @@ def interval_seconds(step: float, *, every: int | None, minutes: float | None) -
     return min(every * step if every is not None else math.inf, 60 * minutes if minutes is not None else math.inf)
 
 
-def made_up_rows(folder: Path, subject: Subject) -> TokenRows:
+def made_up_rows(folder: Path, workload: Workload) -> TokenRows:
     """Rows in the format on disk that trainings read, of documents that say nothing."""
     random = np.random.default_rng(0)
     lengths = random.geometric(1 / MEAN_DOCUMENT, size=MADE_UP_TOKENS // MEAN_DOCUMENT) + 1
-    with TokenWriter(folder, vocab_size=subject.vocab_size, context=subject.context, padding=0) as writer:
+    with TokenWriter(folder, vocab_size=workload.vocab_size, context=workload.context, padding=0) as writer:
         for length in lengths.tolist():
-            writer.append(random.integers(subject.vocab_size, size=length).tolist(), passes=1, text_bytes=length)
+            writer.append(random.integers(workload.vocab_size, size=length).tolist(), passes=1, text_bytes=length)
         writer.finish()
     return TokenRows(folder, seed=0)
 
 
-def _batches(ours: Ours) -> Generator[tuple[list[Batch], int], None, None]:
-    yield from feed(ours.rows, ours.group, ours.choices.micro_batch, ours.subject.rows, range(MANY))
+def _batches(ours: StockpotTraining) -> Generator[tuple[list[Batch], int], None, None]:
+    yield from feed(ours.rows, ours.group, ours.runtime.micro_batch, ours.workload.rows, range(MANY))
 
 
-def _loading(ours: Ours, *, seconds: float) -> float:
+def _loading(ours: StockpotTraining, *, seconds: float) -> float:
     """Processor seconds of making the batches of one step, while nothing else runs."""
     loaded = _batches(ours)
     next(loaded)  # with the first, files are opened and the order is drawn
@@ -134,7 +136,7 @@ def _loading(ours: Ours, *, seconds: float) -> float:
     return (time.process_time() - busy) / (steps + 1)  # one more was made ahead
 
 
-def _turns(ours: Ours, tracking: Tracking, *, seconds: float) -> Spent:
+def _turns(ours: StockpotTraining, tracking: Tracking, *, seconds: float) -> Spent:
     """Full and bare steps in turns; at least as many as there are between two reports."""
     device, spent = ours.group.device, Spent([], [])
     loaded = _batches(ours)
@@ -159,7 +161,7 @@ def _turns(ours: Ours, tracking: Tracking, *, seconds: float) -> Spent:
     return spent
 
 
-def _full_step(ours: Ours, loaded: Iterator[tuple[list[Batch], int]], spent: Spent) -> None:
+def _full_step(ours: StockpotTraining, loaded: Iterator[tuple[list[Batch], int]], spent: Spent) -> None:
     """One step as the training loop takes it."""
     start = time.perf_counter()
     parts, targets = next(loaded)
@@ -176,7 +178,7 @@ def _full_step(ours: Ours, loaded: Iterator[tuple[list[Batch], int]], spent: Spe
     spent.reporting += ended - stepped
 
 
-def _checkpoints(ours: Ours, scratch: Path) -> tuple[float, float]:
+def _checkpoints(ours: StockpotTraining, scratch: Path) -> tuple[float, float]:
     """Seconds for which the loop stands while the state is copied, and processor seconds of writing it; medians."""
     copying, writing = [], []
     with checkpoint.Writer(scratch, kept=2) as writer:

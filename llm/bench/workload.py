@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from llm.models import architecture_tables
-from llm.training.config import Optimizer, Settings
+from llm.training.config import ConfigTable, Optimizer
 
 if TYPE_CHECKING:
     from llm.models.llama.config import LlamaConfig as ArchitectureConfig
@@ -11,7 +11,7 @@ else:
     ArchitectureConfig = architecture_tables()
 
 
-class Subject(Settings):
+class Workload(ConfigTable):
     """A model and one optimizer step of its training."""
 
     architecture: ArchitectureConfig
@@ -39,10 +39,10 @@ class Subject(Settings):
         return self.rows * self.context
 
 
-def reference(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Subject:
+def reference_workload(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Workload:
     """The size at which we compare where no recipe names another: 28.8M parameters, 8 rows of one 512-token document."""
     sizes = {"hidden_size": 512, "layers": 8, "heads": 8, "context": 512}
-    return Subject(
+    return Workload(
         architecture=ArchitectureConfig.model_validate(sizes),
         vocab_size=6144,
         context=512,

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from llm.files import write_json, write_tensors, write_text
 from llm.models.checkpoint import WEIGHTS as MODEL
-from llm.training.fsdp import like, whole
-from llm.training.process_group import Group
+from llm.training.distributed.fsdp import full_tensor, sharded_like
+from llm.training.distributed.process_group import ProcessGroup
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 PARTIAL = ".partial"
@@ -62,7 +62,7 @@ def take(
 
 
 def _copy(tensor: Tensor, keep: bool) -> Tensor:
-    found = whole(tensor.detach())
+    found = full_tensor(tensor.detach())
     if not keep:
         return torch.empty(0)
     return found.to("cpu", copy=True).contiguous()
@@ -75,12 +75,12 @@ def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.o
         optimizer.state.clear()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in weights.items():
-        weight.copy_(like(state.weights[name], weight))
+        weight.copy_(sharded_like(state.weights[name], weight))
     owners = {weight: optimizer for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]}
     for key, value in state.optimizer.items():
         name, _, part = key.rpartition("/")
         weight = weights[name]
-        owners[weight].state[weight][part] = like(value, weight)
+        owners[weight].state[weight][part] = sharded_like(value, weight)
 
 
 def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = None) -> Path:
@@ -230,7 +230,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def carry(path: Path, folder: Path, group: Group) -> Path:
+def carry(path: Path, folder: Path, group: ProcessGroup) -> Path:
     """Where in its own `folder` each process finds the checkpoint that the main one has at `path`.
 
     Whoever has none with the same digests there gets a copy, once per machine. All processes call this.
@@ -261,7 +261,7 @@ def _has(path: Path, state: bytes) -> bool:
         return False
 
 
-def _send(source: Path, target: Path | None, group: Group) -> None:
+def _send(source: Path, target: Path | None, group: ProcessGroup) -> None:
     """Sends a file of the main process to all; who has a `target` writes it."""
     size = group.from_main(source.stat().st_size if group.is_main else 0)
     with contextlib.ExitStack() as files:

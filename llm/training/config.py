@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Settings(BaseModel):
+class ConfigTable(BaseModel):
     """A table inside a stage: strict types, no unknown keys, frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
@@ -15,7 +15,7 @@ class Settings(BaseModel):
 MOST = 10**15  # tokens or steps; more than any training, and few enough that a float counts them
 
 
-class Budget(Settings):
+class Budget(ConfigTable):
     """How long to train: exactly one of tokens, steps and epochs."""
 
     tokens: int | None = Field(None, gt=0, le=MOST)
@@ -43,7 +43,7 @@ class Budget(Settings):
         return max(1, math.ceil(self.epochs * rows_per_epoch / rows_per_step))
 
 
-class Schedule(Settings):
+class Schedule(ConfigTable):
     """The learning rate over a training: linear warm-up, then a curve down to the minimum."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -91,7 +91,7 @@ class Schedule(Settings):
         return least + (1 - least) * curve
 
 
-class Optimizer(Settings):
+class Optimizer(ConfigTable):
     """How gradients become updates."""
 
     kind: Literal["adamw", "muon"] = "adamw"

@@ -1,6 +1,6 @@
 """Tried before the first step, on rows of the data: whether the layers compile, and how many rows fit in memory.
 
-Nothing of it stays: no gradient, no number drawn. What is found is part of the training's choices, so it is kept in its
+Nothing of it stays: no gradient, no number drawn. What is found is part of the training's runtime, so it is kept in its
 checkpoints, and a training that goes on tries no more than what it was restored with.
 """
 
@@ -17,42 +17,42 @@ from llm.device import free_memory, is_out_of_memory
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
 from llm.layers.fused_attention import PANEL, UnavailableError, fits, library
-from llm.training.fsdp import is_spread, local, reshard
+from llm.training.distributed.fsdp import is_sharded, local_part, reshard
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
 from llm.training.loss import Learner
-from llm.training.process_group import Group
-from llm.training.runtime import Choices
+from llm.training.runtime import Runtime
 
 SPARE = 0.8  # share of the free memory that activations may take, as far as they can be foretold
 
 
 def settle(
-    learner: Learner, rows: RowSource, choices: Choices, *, auto: bool, group: Group, report: Callable[..., None]
-) -> Choices:
-    """`choices` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
+    learner: Learner, rows: RowSource, runtime: Runtime, *, auto: bool, group: ProcessGroup, report: Callable[..., None]
+) -> Runtime:
+    """`runtime` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
 
     The micro-batch is only changed where it is `auto`; an InputError says what to do where not even one row fits, or not
     as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model: Any = learner.model
-    choices = _with_kernel(choices, model, rows.context, group=group, report=report)
-    model.fused_attention = choices.fused_attention
-    if auto and choices.micro_batch > 1:
-        choices = replace(choices, micro_batch=_foretold(learner, rows, choices.micro_batch, group=group))
+    runtime = _with_kernel(runtime, model, rows.context, group=group, report=report)
+    model.fused_attention = runtime.fused_attention
+    if auto and runtime.micro_batch > 1:
+        runtime = replace(runtime, micro_batch=_foretold(learner, rows, runtime.micro_batch, group=group))
     while True:
-        model.compiled = choices.compiled
-        batch = next(batches(rows, range(choices.micro_batch), choices.micro_batch)).to(group.device)
+        model.compiled = runtime.compiled
+        batch = next(batches(rows, range(runtime.micro_batch), runtime.micro_batch)).to(group.device)
         full = failed = None
         try:
             _forward_and_backward(learner, batch)
         except Exception as error:
-            if choices.strategy == "fsdp":
+            if runtime.strategy == "fsdp":
                 if is_out_of_memory(error):
-                    smaller(choices.micro_batch, auto=False, context=rows.context)
+                    smaller(runtime.micro_batch, auto=False, context=rows.context)
                 raise
             if is_out_of_memory(error):
                 full = error
-            elif choices.compiled:
+            elif runtime.compiled:
                 failed = error
             else:
                 raise
@@ -60,29 +60,29 @@ def settle(
         if any_failed:
             reason = str(failed).strip().partition("\n")[0] if failed else "it failed in another process"
             report(note=f"torch.compile does not work here, so training goes on without it: {reason}")
-            choices = replace(choices, compiled=False)
+            runtime = replace(runtime, compiled=False)
         elif any_full:
-            choices = replace(choices, micro_batch=smaller(choices.micro_batch, auto=auto, context=rows.context))
-            report(note=f"memory ran out: tries micro_batch = {choices.micro_batch}")
+            runtime = replace(runtime, micro_batch=smaller(runtime.micro_batch, auto=auto, context=rows.context))
+            report(note=f"memory ran out: tries micro_batch = {runtime.micro_batch}")
         else:
-            return choices
+            return runtime
 
 
-def _with_kernel(choices: Choices, model: Any, length: int, *, group: Group, report: Callable[..., None]) -> Choices:
-    """`choices` with the attention kernel only if it fits and works in every process."""
-    if not choices.fused_attention:
-        return choices
+def _with_kernel(runtime: Runtime, model: Any, length: int, *, group: ProcessGroup, report: Callable[..., None]) -> Runtime:
+    """`runtime` with the attention kernel only if it fits and works in every process."""
+    if not runtime.fused_attention:
+        return runtime
 
     def tried() -> str | None:
-        if choices.device != "cpu":
-            return f"it is for CPUs; found {choices.device}"
-        heads, size = choices.micro_batch * model.config.kv_heads, model.config.head_size
-        if not fits(length, size, torch.bfloat16 if choices.precision == "bf16" else torch.float32):
+        if runtime.device != "cpu":
+            return f"it is for CPUs; found {runtime.device}"
+        heads, size = runtime.micro_batch * model.config.kv_heads, model.config.head_size
+        if not fits(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
             return (
-                f"it is for bf16, rows and heads of sizes in multiples of {PANEL}; found {choices.precision}, {length}, {size}"
+                f"it is for bf16, rows and heads of sizes in multiples of {PANEL}; found {runtime.precision}, {length}, {size}"
             )
-        if heads < choices.threads:
-            return f"it shares heads of keys among threads; found {heads} in a micro-batch, and {choices.threads} threads"
+        if heads < runtime.threads:
+            return f"it shares heads of keys among threads; found {heads} in a micro-batch, and {runtime.threads} threads"
         try:
             library()
         except UnavailableError as error:
@@ -94,9 +94,9 @@ def _with_kernel(choices: Choices, model: Any, length: int, *, group: Group, rep
     if not group.is_main:
         reason = tried()
     if not group.sum(reason is not None)[0]:
-        return choices
+        return runtime
     report(note=f"attention has no kernel here, so training goes on without it: {reason or 'another process has none'}")
-    return replace(choices, fused_attention=False)
+    return replace(runtime, fused_attention=False)
 
 
 def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
@@ -129,16 +129,16 @@ def _forward_and_backward(learner: Learner, batch: Batch) -> None:
 
 def _optimizer_bytes(learner: Learner) -> int:
     """At most this much an optimizer keeps: two numbers for each weight that learns."""
-    return sum(2 * local(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
+    return sum(2 * local_part(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
 
 
-def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: Group) -> int:
+def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: ProcessGroup) -> int:
     """At most `micro_batch` rows, and as many as free memory holds by what one row keeps for its backward pass.
 
     A GPU says when it is full. A computer's own memory is promised first and found missing later, when the system ends the
     process, so there this comes before trying; and where there is one try only, under "fsdp".
     """
-    if group.device.type != "cpu" and not is_spread(learner):
+    if group.device.type != "cpu" and not is_sharded(learner):
         return micro_batch
     try:
         needed = float(_kept_for_backward(learner, next(batches(rows, range(1), 1)).to(group.device)))

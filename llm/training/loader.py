@@ -4,12 +4,12 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from llm.data.batch import Batch, RowSource, collate
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 
 
 def feed(
     rows: RowSource,
-    group: Group,
+    group: ProcessGroup,
     micro_batch: int,
     rows_per_step: int,
     steps: range,
@@ -34,7 +34,7 @@ def feed(
             yield loaded
 
 
-def most_batches(count: int, group: Group, micro_batch: int) -> int:
+def most_batches(count: int, group: ProcessGroup, micro_batch: int) -> int:
     """Batches of the process that gets most of `count` rows."""
     return -(-len(range(0, count, group.size)) // micro_batch)
 

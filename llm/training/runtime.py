@@ -14,8 +14,8 @@ from llm.device import Precision, has_compiler, resolve_precision
 from llm.files import write_json
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import _cpu_fits
-from llm.training.fsdp import Strategy
-from llm.training.process_group import Group
+from llm.training.distributed.fsdp import Strategy
+from llm.training.distributed.process_group import ProcessGroup
 
 NOTES = "trained"  # in the cache folder: one empty file per shape of training that was compiled
 # Measured on 2 cores, 2.5M to 29M parameters: layers compile in 21 to 24 s where the cache is empty, in 5 s from it; steps
@@ -33,12 +33,12 @@ def resolve_compile(wanted: bool | Literal["auto"], *, device: str, flops: float
         return wanted
     if device not in SPEED or not has_compiler(device):
         return False
-    path = note_of(shape)
+    path = compiled_note(shape)
     cost = WARM_SECONDS if path is not None and path.exists() else COLD_SECONDS
     return flops / SPEED[device] * SAVED[device] > cost[device]
 
 
-def note_of(shape: str) -> Path | None:
+def compiled_note(shape: str) -> Path | None:
     """The file that says that a training of this shape has been compiled here; None where no folder is kept for that."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not folder:
@@ -46,9 +46,9 @@ def note_of(shape: str) -> Path | None:
     return Path(folder) / NOTES / hashlib.sha256(f"{torch.__version__} {shape}".encode()).hexdigest()
 
 
-def note(shape: str) -> None:
+def note_compiled(shape: str) -> None:
     """Write it."""
-    if path := note_of(shape):
+    if path := compiled_note(shape):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
@@ -72,7 +72,7 @@ SHRUNK = "micro-batch.json"  # in scratch: what a group that begins again after 
 
 
 @dataclass(frozen=True)
-class Choices:
+class Runtime:
     """How a training is computed."""
 
     precision: Precision
@@ -85,8 +85,8 @@ class Choices:
     strategy: Strategy = "single"  # how processes share it
 
 
-def choose(
-    group: Group,
+def resolve_runtime(
+    group: ProcessGroup,
     micro_batch: int | Literal["auto"],
     precision: Literal["auto", "fp32", "bf16"],
     compiled: bool | Literal["auto"],
@@ -97,9 +97,9 @@ def choose(
     context: int,
     rows_per_step: int,
     flops: float,  # of the whole training
-    shape: str,  # a text that names what compiling depends on, besides these choices
-) -> Choices:
-    """The choices of a training that starts: what the recipe leaves open, this machine decides."""
+    shape: str,  # a text that names what compiling depends on, besides these runtime
+) -> Runtime:
+    """The runtime of a training that starts: what the recipe leaves open, this machine decides."""
     most = -(-rows_per_step // group.size)
     wanted = max(1, AUTO_TOKENS.get(group.device.type, 4096) // context) if micro_batch == "auto" else micro_batch
     rows = min(wanted, most)
@@ -109,7 +109,7 @@ def choose(
     if strategy_here == "fsdp" and compiled == "auto":
         compiled = False  # what it gains there was not measured, and a fault in one process would leave the others waiting
     shape = f"{shape} {context} {rows} {resolved} {device}"
-    return Choices(
+    return Runtime(
         precision=resolved,
         micro_batch=rows,
         processes=group.size,
@@ -133,9 +133,9 @@ def is_plain(model: nn.Module) -> bool:
     return not masked and all(weight.requires_grad for weight in model.parameters())
 
 
-def restored(facts: dict[str, Any], group: Group, strategy: Literal["ddp", "fsdp"], *, cores: int) -> Choices:
-    """The choices of a checkpoint. Processes, strategy and device are this run's own; others are equal up to rounding."""
-    kept = Choices(**facts)
+def restore_runtime(facts: dict[str, Any], group: ProcessGroup, strategy: Literal["ddp", "fsdp"], *, cores: int) -> Runtime:
+    """The runtime of a checkpoint. Processes, strategy and device are this run's own; others are equal up to rounding."""
+    kept = Runtime(**facts)
     if kept.processes != group.size:
         kept = replace(kept, processes=group.size, threads=max(1, cores // group.size))
     device = group.device.type
@@ -143,21 +143,21 @@ def restored(facts: dict[str, Any], group: Group, strategy: Literal["ddp", "fsdp
     return replace(kept, device=device, fused_attention=fused, strategy=strategy if group.size > 1 else "single")
 
 
-def layout(choices: Choices) -> str:
+def layout(runtime: Runtime) -> str:
     """Processes, strategy and device, in words."""
-    shared = "1 process" if choices.processes == 1 else f"{choices.processes} processes ({choices.strategy})"
-    return f"{shared} on {choices.device}"
+    shared = "1 process" if runtime.processes == 1 else f"{runtime.processes} processes ({runtime.strategy})"
+    return f"{shared} on {runtime.device}"
 
 
-def shrink(scratch: Path, micro_batch: int) -> None:
+def limit_memory(scratch: Path, micro_batch: int) -> None:
     """Have the trainings that begin in `scratch` from now on take at most `micro_batch` rows at a time."""
     write_json(scratch / SHRUNK, micro_batch)
 
 
-def shrunk(choices: Choices, scratch: Path) -> Choices:
-    """`choices` with no more rows than a shortage of memory before has left."""
+def with_memory_limit(runtime: Runtime, scratch: Path) -> Runtime:
+    """`runtime` with no more rows than a shortage of memory before has left."""
     try:
         most = int(json.loads((scratch / SHRUNK).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return choices
-    return replace(choices, micro_batch=min(choices.micro_batch, most))
+        return runtime
+    return replace(runtime, micro_batch=min(runtime.micro_batch, most))

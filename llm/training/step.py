@@ -13,16 +13,16 @@ from llm.data.batch import Batch
 from llm.device import is_out_of_memory
 from llm.errors import InputError, MemoryShortageError, Paused
 from llm.layers.dropout import set_counters
-from llm.training.alerts import Finding, Judge, Memory, RollBack, weightiest
+from llm.training.alerts.monitor import AlertMonitor, AlertState, Finding, RollBack, most_severe
 from llm.training.config import Optimizer, Schedule
+from llm.training.distributed.fsdp import full_tensor
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dry_run import smaller
-from llm.training.fsdp import whole
 from llm.training.loss import Learner
 from llm.training.mfu import peak_flops
-from llm.training.optimizer import build_optimizers, set_learning_rate
-from llm.training.process_group import Group
-from llm.training.runtime import Choices
-from llm.training.validation import Validation, measure
+from llm.training.optim.optimizer import build_optimizers, set_learning_rate
+from llm.training.runtime import Runtime
+from llm.training.validation import Validation, validation_losses
 
 LOG_EVERY = 10  # steps between two reports
 
@@ -44,12 +44,12 @@ class Progress:
     reported: int = 0  # step of the last report
     first_step: int = 0  # where it began: another training had taken the steps before
     first_tokens: int = 0  # positions that the other had computed
-    alerts: Memory = field(default_factory=Memory)
+    alerts: AlertState = field(default_factory=AlertState)
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "Progress":
         """The progress that a checkpoint keeps."""
-        return cls(**(facts | {"alerts": Memory(**facts["alerts"])}))
+        return cls(**(facts | {"alerts": AlertState(**facts["alerts"])}))
 
 
 class Loop:
@@ -62,26 +62,26 @@ class Loop:
         *,
         schedule: Schedule,
         seed: int,
-        group: Group,
-        choices: Choices,
+        group: ProcessGroup,
+        runtime: Runtime,
         auto: bool,  # whether the micro-batch may shrink
-        judge: Judge,
+        monitor: AlertMonitor,
         flops_per_token: float,  # forward and backward
         report: Callable[..., None],
         should_stop: Callable[[], bool],
     ) -> None:
         model = learner.model
-        self.model, self.group, self.choices, self.auto = model, group, choices, auto
+        self.model, self.group, self.runtime, self.auto = model, group, runtime, auto
         self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = schedule, seed
-        self.judge = judge
+        self.monitor = monitor
         self.flops_per_token = flops_per_token
         self.clip = optimizer.gradient_clip or math.inf
         self.learner = learner
         self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
-        self.wrapped = group.wrap(learner, choices.strategy)
+        self.wrapped = group.wrap(learner, runtime.strategy)
         # Whether a process may only compute when all do: to gather weights, or to tell each other which were used.
-        self.together = choices.strategy == "fsdp" or (choices.strategy == "ddp" and group.find_unused_parameters)
+        self.together = runtime.strategy == "fsdp" or (runtime.strategy == "ddp" and group.find_unused_parameters)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
@@ -99,7 +99,7 @@ class Loop:
         """
         self.wrapped.train()
         if self.group.size == 1:
-            parts = [piece for part in parts for piece in part.split(self.choices.micro_batch)]
+            parts = [piece for part in parts for piece in part.split(self.runtime.micro_batch)]
             rounds = len(parts)
         try:
             loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
@@ -109,22 +109,22 @@ class Loop:
             loss = None
         if loss is None:  # out here nothing holds what the failed attempt had computed
             self.learner.zero_grad()
-            micro_batch = smaller(self.choices.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
+            micro_batch = smaller(self.runtime.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
             if self.group.size > 1:  # the others wait amid a step: they can only all begin again
                 raise MemoryShortageError(
-                    f"memory ran out at step {progress.step} with micro_batch = {self.choices.micro_batch} in process "
+                    f"memory ran out at step {progress.step} with micro_batch = {self.runtime.micro_batch} in process "
                     f"{self.group.rank} of {self.group.size}; micro_batch = {micro_batch} is next",
                     micro_batch=micro_batch,
                 )
-            self.choices = replace(self.choices, micro_batch=micro_batch)
+            self.runtime = replace(self.runtime, micro_batch=micro_batch)
             self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
             self.step(progress, parts, targets=targets, rounds=rounds)
             return
-        norm = whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
+        norm = full_tensor(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
         nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
         loss = loss / max(1.0, targets)
         self._tokens += sum(part.tokens.numel() for part in parts)
-        if not self.judge.each_step:
+        if not self.monitor.each_step:
             self._losses.append(loss)
             self._norms.append(norm)
         elif self._is_left_out(progress, loss, norm):
@@ -143,7 +143,7 @@ class Loop:
 
     def _judge(self, progress: Progress, step: int, loss: float, norm: float) -> None:
         rate = self.schedule.learning_rate * self.schedule.factor(step, steps=progress.steps)
-        finding = self.judge.step(progress.alerts, step, loss=loss, norm=norm, rate=rate)
+        finding = self.monitor.step(progress.alerts, step, loss=loss, norm=norm, rate=rate)
         if finding is not None:
             self._found.append(finding)
         if finding is None or finding.action != "skip":
@@ -177,7 +177,7 @@ class Loop:
         return loss
 
     def collect(self, progress: Progress) -> None:
-        """Wait for the steps taken so far, keep their losses and judge them; raises what an alert asks for."""
+        """Wait for the steps taken so far, keep their losses and monitor them; raises what an alert asks for."""
         if self._losses:
             number, size = len(self._losses), self.group.size
             norms = [norm / size for norm in torch.stack(self._norms).tolist()]
@@ -189,9 +189,9 @@ class Loop:
         self.act(found)
 
     def act(self, findings: Iterable[Finding]) -> None:
-        """Tell what was found, and raise what the weightiest of it asks for: RollBack, InputError or Paused."""
+        """Tell what was found, and raise what the most_severe of it asks for: RollBack, InputError or Paused."""
         findings = list(findings)
-        decisive = weightiest(findings)
+        decisive = most_severe(findings)
         if decisive is not None and decisive.action in ("rollback", "stop"):  # the rest follows from it
             findings = [one for one in findings if one.steps.stop < decisive.steps.stop] + [decisive]
         for finding in findings:
@@ -235,7 +235,7 @@ class Loop:
         )
         self._tokens, self._since = 0, now
         self._peak = {} if self._peak is not None else self._look_up_peak(progress, seconds=seconds / max(1, len(steps)))
-        self.act(self.judge.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
+        self.act(self.monitor.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
 
     def _look_up_peak(self, progress: Progress, *, seconds: float) -> dict[str, float]:
         """What the hardware could do, for the share of it that people are shown; `seconds` is what a step takes."""
@@ -243,9 +243,9 @@ class Loop:
             return {}
         began = time.monotonic()
         found = peak_flops(
-            self.choices.precision,
+            self.runtime.precision,
             device=self.group.device,
-            threads=self.choices.threads,
+            threads=self.runtime.threads,
             seconds_left=seconds * (progress.steps - progress.step),
         )
         self._since += time.monotonic() - began  # the speed that is reported is of training
@@ -255,8 +255,8 @@ class Loop:
         """Measure the loss on held-out text; training goes on as if it had not happened."""
         began = time.monotonic()
         found: dict[str, float] = {"step": progress.step}
-        found |= measure(
-            self.learner, validation, group=self.group, micro_batch=self.choices.micro_batch, should_stop=self.should_stop
+        found |= validation_losses(
+            self.learner, validation, group=self.group, micro_batch=self.runtime.micro_batch, should_stop=self.should_stop
         )
         self.report(**found)
         progress.validation = found
@@ -264,4 +264,4 @@ class Loop:
             progress.best = found
         self._since += time.monotonic() - began  # the speed that is reported is of training
         loss = found["validation_loss"]
-        self.act(self.judge.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))
+        self.act(self.monitor.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))

@@ -20,18 +20,27 @@ from llm.data.batch import RowSource
 from llm.device import peak_memory
 from llm.errors import InputError, Interrupted, MemoryShortageError, Paused
 from llm.models.interface import count_parameters
-from llm.training import checkpoint, runtime
-from llm.training.alert_config import Alerts
-from llm.training.alerts import MOST_ROLLBACKS, Judge, RollBack
+from llm.training import checkpoint
+from llm.training.alerts.config import Alerts
+from llm.training.alerts.monitor import MOST_ROLLBACKS, AlertMonitor, RollBack
 from llm.training.checkpoint import carry
 from llm.training.config import Budget, Optimizer, Schedule
+from llm.training.distributed.fsdp import gather, is_sharded, reshard, shard
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dry_run import settle
-from llm.training.fsdp import gather, is_spread, reshard, spread
 from llm.training.loader import batches, feed, most_batches
 from llm.training.loss import Learner, Objective
-from llm.training.process_group import Group
 from llm.training.row_log import RowLog
-from llm.training.runtime import Choices, choose, is_plain, layout, restored, shrink, shrunk
+from llm.training.runtime import (
+    Runtime,
+    is_plain,
+    layout,
+    limit_memory,
+    note_compiled,
+    resolve_runtime,
+    restore_runtime,
+    with_memory_limit,
+)
 from llm.training.sanity_check import self_check
 from llm.training.step import LOG_EVERY, Loop, Progress
 from llm.training.validation import Validation
@@ -81,7 +90,7 @@ def train(
     does by default where the loss is no longer finite; Paused, after a checkpoint, where one says pause; and Interrupted,
     after a checkpoint, once `should_stop` is true in any process.
     """
-    group = Group(find_unused_parameters=find_unused_parameters, timeout_minutes=timeout_minutes)
+    group = ProcessGroup(find_unused_parameters=find_unused_parameters, timeout_minutes=timeout_minutes)
     if not rows.rows_per_epoch:
         raise InputError("training: expected at least one row to learn from, got none")
     rows_per_step = batch_tokens // rows.context
@@ -96,7 +105,7 @@ def train(
     state = _last_state(folder, group, report, beginning=beginning)
     shape = f"{model} {rows.context}"
     if state is None:
-        choices = choose(
+        runtime = resolve_runtime(
             group,
             micro_batch,
             precision,
@@ -116,35 +125,35 @@ def train(
                 f"batch_tokens = {rows.rows_per_epoch * rows.context} would be one pass"
             )
     else:
-        choices = restored(state.facts["choices"], group, strategy, cores=cores)
+        runtime = restore_runtime(state.facts["choices"], group, strategy, cores=cores)
         progress = Progress.of(state.facts["progress"])
         progress.steps = steps
         if progress.step == progress.first_step:
             _check_fit(progress, optimizer, state.facts["optimizer"])
-        before, now = layout(Choices(**state.facts["choices"])), layout(choices)
+        before, now = layout(Runtime(**state.facts["choices"])), layout(runtime)
         if before != now:
             report(note=f"began with {before}, goes on with {now}: what is learned stays the same only up to rounding")
     if micro_batch == "auto":
-        choices = shrunk(choices, scratch)
-    torch.set_num_threads(choices.threads)
-    placed = partial(spread, strategy=choices.strategy, device=group.device, processes=group.size)
+        runtime = with_memory_limit(runtime, scratch)
+    torch.set_num_threads(runtime.threads)
+    placed = partial(shard, strategy=runtime.strategy, device=group.device, processes=group.size)
     if state is None and check and steps >= LONG:
-        first = next(batches(rows, range(rows_per_step), choices.micro_batch))  # the same in every process
-        progress.self_check = self_check(model, objective, first, precision=choices.precision, placed=placed)
+        first = next(batches(rows, range(rows_per_step), runtime.micro_batch))  # the same in every process
+        progress.self_check = self_check(model, objective, first, precision=runtime.precision, placed=placed)
         report(note="self-check passed: " + ", ".join(f"{name} {value:.4g}" for name, value in progress.self_check.items()))
-    learner = placed(Learner(model, objective, precision=choices.precision))
-    choices = settle(learner, rows, choices, auto=micro_batch == "auto", group=group, report=report)
-    if choices.compiled:
-        runtime.note(shape)
+    learner = placed(Learner(model, objective, precision=runtime.precision))
+    runtime = settle(learner, rows, runtime, auto=micro_batch == "auto", group=group, report=report)
+    if runtime.compiled:
+        note_compiled(shape)
     loop = Loop(
         learner,
         optimizer,
         schedule=schedule,
         seed=seed,
         group=group,
-        choices=choices,
+        runtime=runtime,
         auto=micro_batch == "auto",
-        judge=Judge(alerts, warmup_steps=schedule.warmup_steps),
+        monitor=AlertMonitor(alerts, warmup_steps=schedule.warmup_steps),
         flops_per_token=model.flops_per_token(rows.context),  # type: ignore[operator]  # every one has it
         report=report,
         should_stop=should_stop,
@@ -153,7 +162,7 @@ def train(
         checkpoint.restore(state, learner.model, loop.optimizers)
         report(note=f"continues from step {progress.step} of {steps}")
     state = None  # its copy of all weights is not held any longer
-    rounds = most_batches(rows_per_step, group, choices.micro_batch)
+    rounds = most_batches(rows_per_step, group, runtime.micro_batch)
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
 
@@ -170,10 +179,10 @@ def train(
             facts = {
                 "step": progress.step,
                 "progress": asdict(progress),
-                "choices": asdict(loop.choices),
+                "choices": asdict(loop.runtime),
                 "optimizer": optimizer.kind,
             }
-            if group.is_main or is_spread(learner):
+            if group.is_main or is_sharded(learner):
                 reshard(learner)  # a validation that was stopped has gathered weights
                 taken = checkpoint.take(learner.model, loop.optimizers, facts=facts, keep=group.is_main)
                 if group.is_main:
@@ -194,7 +203,7 @@ def train(
             elif reach is not None:
                 save()  # the beginning, to roll back to
             ahead = range(progress.step, steps)
-            with closing(feed(rows, group, choices.micro_batch, rows_per_step, ahead, progress.alerts.place)) as fed:
+            with closing(feed(rows, group, runtime.micro_batch, rows_per_step, ahead, progress.alerts.place)) as fed:
                 for parts, targets in fed:
                     due = checkpoint_minutes is not None and time.monotonic() - saved >= 60 * checkpoint_minutes
                     total, stopping, overdue = group.sum(targets, should_stop(), due and group.is_main)
@@ -242,7 +251,7 @@ def train(
                 go_on()
                 break
             except MemoryShortageError as shortage:
-                shrink(scratch, shortage.micro_batch)
+                limit_memory(scratch, shortage.micro_batch)
                 raise
             except RollBack as offence:
                 progress = roll_back(offence)
@@ -266,12 +275,12 @@ def train(
     gather(learner, model)
     model.eval()
     progress.seconds = time.monotonic() - began
-    return _metrics(model, progress, loop.choices, rows=rows, tokens_per_step=tokens_per_step)
+    return _metrics(model, progress, loop.runtime, rows=rows, tokens_per_step=tokens_per_step)
 
 
 def _last_state(
     folder: Path,
-    group: Group,
+    group: ProcessGroup,
     report: Callable[..., None],
     *,
     until: int | None = None,
@@ -307,7 +316,7 @@ def _check_fit(progress: Progress, optimizer: Optimizer, kind: str) -> None:
 
 
 def _metrics(
-    model: nn.Module, progress: Progress, choices: Choices, *, rows: RowSource, tokens_per_step: int
+    model: nn.Module, progress: Progress, runtime: Runtime, *, rows: RowSource, tokens_per_step: int
 ) -> dict[str, Any]:
     learned, parameters = count_parameters(model)
     computed = progress.tokens - progress.first_tokens
@@ -324,8 +333,8 @@ def _metrics(
         "tokens_per_second": round(computed / max(progress.seconds, 1e-9), 1),
         "loss": progress.loss,
         "flops": flops,  # an estimate: matrix products of one forward and backward pass, attention included
-        "peak_memory_bytes": peak_memory(choices.device),
-        "choices": asdict(choices),
+        "peak_memory_bytes": peak_memory(runtime.device),
+        "choices": asdict(runtime),
     }
     if progress.first_step:  # steps, epochs, tokens and targets count those before it, too
         metrics["first_step"] = progress.first_step

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from llm.data.batch import RowSource
-from llm.training.fsdp import is_spread, reshard
+from llm.training.distributed.fsdp import is_sharded, reshard
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches, most_batches
 from llm.training.loss import Learner, next_token_loss
-from llm.training.process_group import Group
-from llm.training.runtime import Choices
+from llm.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Validation:
 
 
 @torch.no_grad()
-def measure(
-    learner: nn.Module, validation: Validation, *, group: Group, micro_batch: int, should_stop: Callable[[], bool]
+def validation_losses(
+    learner: nn.Module, validation: Validation, *, group: ProcessGroup, micro_batch: int, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
     """Mean loss per target, shared by the processes; Interrupted once `should_stop` is true in one of them."""
     source = validation.rows
     count = max(1, min(source.rows_per_epoch, validation.tokens // source.context))
     mine = batches(source, range(group.rank, count, group.size), micro_batch)
     learner.eval()
-    together = is_spread(learner)
+    together = is_sharded(learner)
     total = targets = positions = torch.zeros((), dtype=torch.float64, device=group.device)
     sums = [total] * len(validation.watched)
     for _ in range(most_batches(count, group, micro_batch)):
@@ -61,11 +61,11 @@ def measure(
     return found
 
 
-def measure_model(
-    model: nn.Module, validation: Validation, *, choices: Choices, should_stop: Callable[[], bool]
+def validate_model(
+    model: nn.Module, validation: Validation, *, runtime: Runtime, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
-    """The same of a model that is not being trained, computed as a training with `choices` does."""
-    group = Group()
-    model.fused_attention = choices.fused_attention  # type: ignore[assignment]  # every registered model has it
-    learner = Learner(model.to(group.device), next_token_loss, precision=choices.precision)
-    return measure(learner, validation, group=group, micro_batch=choices.micro_batch, should_stop=should_stop)
+    """The same of a model that is not being trained, computed as a training with `runtime` does."""
+    group = ProcessGroup()
+    model.fused_attention = runtime.fused_attention  # type: ignore[assignment]  # every registered model has it
+    learner = Learner(model.to(group.device), next_token_loss, precision=runtime.precision)
+    return validation_losses(learner, validation, group=group, micro_batch=runtime.micro_batch, should_stop=should_stop)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from llm.bench.workload import Subject, reference
+from llm.bench.workload import Workload, reference_workload
 from runner.artifacts import Tokens
 from runner.cache.store import Store
 from runner.errors import RecipeError, StageError
@@ -42,7 +42,7 @@ CHECKPOINT_MINUTES = Pretrain.model_fields["checkpoint_minutes"].default
 class BenchJob:
     """Everything the worker needs to know."""
 
-    subject: Mapping[str, Any]  # of llm.bench.workload, as JSON
+    workload: Mapping[str, Any]  # of llm.bench.workload, as JSON
     about: Mapping[str, Any]  # where the sizes come from; goes into the result as it is
     checkpoint_every: int | None  # steps
     checkpoint_minutes: float | None
@@ -68,7 +68,7 @@ def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJo
     if LEARNING in only:
         raise RecipeError("--only learning: expected a recipe, whose tokens are learned")
     return BenchJob(
-        subject=reference(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
+        workload=reference_workload(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
         about={"recipe": None, "stage": None},
         checkpoint_every=None,
         checkpoint_minutes=CHECKPOINT_MINUTES,
@@ -95,7 +95,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
             f"{recipe.path}: stage.{name}.batch_tokens: found {stage.batch_tokens}, "
             f"expected at least one row of {pack.context} tokens"
         )
-    subject = Subject(
+    workload = Workload(
         architecture=architecture,
         vocab_size=tokenizer.vocab_size,
         context=pack.context,
@@ -115,7 +115,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
             f"`run {recipe.path} --until {stage.tokens}` makes them"
         )
     return BenchJob(
-        subject=subject.model_dump(mode="json"),
+        workload=workload.model_dump(mode="json"),
         about={"recipe": recipe.head.name, "stage": name},
         checkpoint_every=stage.checkpoint_every,
         checkpoint_minutes=stage.checkpoint_minutes,

@@ -47,49 +47,51 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     import torch
 
     from llm.bench import data_parallel, decode, learning, lora, matmul, memory, overhead, train_step
-    from llm.bench.implementations import build_ours
-    from llm.bench.workload import Subject
+    from llm.bench.implementations import build_stockpot_model
+    from llm.bench.workload import Workload
     from llm.data.token_shards import TokenRows
     from llm.models.interface import count_parameters
     from llm.training.config import Schedule
-    from llm.training.process_group import Group
+    from llm.training.distributed.process_group import ProcessGroup
 
-    subject = Subject.model_validate_json(json.dumps(job.subject))
-    group = Group()
-    torch.set_num_threads(subject.cores)
-    model = build_ours(subject)
+    workload = Workload.model_validate_json(json.dumps(job.workload))
+    group = ProcessGroup()
+    torch.set_num_threads(workload.cores)
+    model = build_stockpot_model(workload)
     device = torch.cuda.get_device_name() if group.device.type == "cuda" else "cpu"
     result: dict[str, Any] = {
-        "machine": {"device": device, "threads": subject.cores, "versions": versions(), **hardware()},
+        "machine": {"device": device, "threads": workload.cores, "versions": versions(), **hardware()},
         "model": {
             **job.about,
-            **job.subject,
+            **job.workload,
             "parameters": count_parameters(model)[1],
-            "tokens_per_step": subject.tokens_per_step,
+            "tokens_per_step": workload.tokens_per_step,
         },
         "seconds": job.seconds,
     }
     if "matmul" in job.only or "train" in job.only:
         _say("matrix products")
-        shapes = matmul.shapes(model, tokens=subject.tokens_per_step, device=group.device)
-        result["matmul"] = matmul.measure(shapes, seconds=job.seconds, device=group.device)
+        shapes = matmul.shapes(model, tokens=workload.tokens_per_step, device=group.device)
+        result["matmul"] = matmul.measure_matmul(shapes, seconds=job.seconds, device=group.device)
     if "train" in job.only:
         _say("training steps" + (", after compiling Transformers" if job.compiled else ""))
         peaks = result["matmul"]
-        result["train"] = train_step.measure(subject, peaks, seconds=job.seconds, compiled=job.compiled, group=group)
+        result["train"] = train_step.measure_train_step(
+            workload, peaks, seconds=job.seconds, compiled=job.compiled, group=group
+        )
     if "decode" in job.only:
         _say("decoding, after teaching the model to count")
-        result["decode"] = decode.measure(subject, model, seconds=job.seconds, compiled=job.compiled, group=group)
+        result["decode"] = decode.measure_decode(workload, model, seconds=job.seconds, compiled=job.compiled, group=group)
     del model
     if "memory" in job.only:
         _say("peak memory")
-        result["memory"] = memory.measure(subject)
+        result["memory"] = memory.measure_memory(workload)
     if "machinery" in job.only:
         _say("data, tracking and checkpoints")
-        rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", subject)
+        rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", workload)
         with _tracking(folder / "run") as tracking:
-            found = overhead.measure(
-                subject,
+            found = overhead.measure_overhead(
+                workload,
                 rows,
                 tracking=tracking,
                 checkpoint_every=job.checkpoint_every,
@@ -101,20 +103,20 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         about = {"tracker": tracking.name, "rows": "of the recipe" if job.tokens else "made up"}
         result["machinery"] = found | about
     if PACE in job.only:
-        result[PACE] = train_step.measure_ours(subject, seconds=job.seconds, group=group)
+        result[PACE] = train_step.measure_stockpot_step(workload, seconds=job.seconds, group=group)
     if PROCESSES in job.only:
         _say("steps by one process and by two, after they have started")
-        result[PROCESSES] = data_parallel.measure(subject, seconds=job.seconds)
+        result[PROCESSES] = data_parallel.measure_data_parallel(workload, seconds=job.seconds)
     if LORA in job.only:
         _say("fine-tuning by LoRA and QLoRA beside all weights")
-        result[LORA] = lora.measure(subject, seconds=job.seconds, group=group)
+        result[LORA] = lora.measure_lora(workload, seconds=job.seconds, group=group)
     if LEARNING in job.only:
         _say(f"learning, twice for {job.seconds:.0f} s")
         assert job.tokens and job.held_out and job.schedule  # the job of a recipe has them
         text = learning.Text(Path(job.tokens), Path(job.held_out))
         schedule = Schedule.model_validate_json(json.dumps(job.schedule))
-        result[LEARNING] = learning.measure(
-            subject, text, schedule=schedule, seconds=job.seconds, scratch=folder / "learning", say=_say
+        result[LEARNING] = learning.measure_learning(
+            workload, text, schedule=schedule, seconds=job.seconds, scratch=folder / "learning", say=_say
         )
     return result
 

@@ -1,6 +1,6 @@
 """Who is told of alerts and faults: the addresses in a recipe and in the environment, and notices to them through apprise.
 
-What is watched and when an alert is raised is `llm.training.alerts`; what follows a pause or a fault is `stage_run`. An address may
+What is watched and when an alert is raised is `llm.training.alerts.monitor`; what follows a pause or a fault is `stage_run`. An address may
 hold a password or be a secret as a whole, so none is ever shown or kept.
 """
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from runner.cache.remote import address_fault
 from runner.recipe.sweep import SweepTable
 from runner.stage import Execution, Parallel, Semantic, Spec

@@ -78,8 +78,8 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         from llm.adapters import lora
         from llm.adapters.merge import merge_attached
         from llm.models.checkpoint import load_checkpoint
-        from llm.training.runtime import Choices
-        from llm.training.validation import measure_model
+        from llm.training.runtime import Runtime
+        from llm.training.validation import validate_model
 
         found = {"unmerged": metrics["validation_loss"]}
         for name, dequantized in (("merged", False), ("merged_dequantized", True)):
@@ -88,7 +88,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
                 lora.copy_dequantized(model, merged)
             lora.copy_adapter(model, merged)
             merge_attached(merged)
-            choices = Choices(**metrics["choices"])
-            measured = measure_model(merged, held_out, choices=choices, should_stop=context.should_stop)
+            runtime = Runtime(**metrics["choices"])
+            measured = validate_model(merged, held_out, runtime=runtime, should_stop=context.should_stop)
             found[name] = measured["validation_loss"]
         return found

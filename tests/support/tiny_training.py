@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llm.bench.implementations import Ours
-from llm.bench.workload import Subject
+from llm.bench.implementations import StockpotTraining
+from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, Row
 from llm.data.packing import PackedRows, StreamWriter
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dpo import PreferenceLoss, write_reference
 from llm.training.loss import next_token_loss
-from llm.training.process_group import Group
 from llm.training.trainer import CHECKPOINTS, train
 from llm.training.validation import Validation
 
@@ -172,9 +172,9 @@ def shares(kind: str) -> dict[str, float]:
     """What this process holds of weights, gradients and optimizer state under "fsdp", as shares of all."""
     sizes = {"architecture": {"hidden_size": 32, "layers": 2, "heads": 4, "context": 24, "tied": False}}
     sizes |= {"vocab_size": VOCABULARY, "context": 24, "rows": 4, "optimizer": {"kind": kind}, "compiled": False, "cores": 1}
-    subject = Subject.model_validate(sizes)
+    workload = Workload.model_validate(sizes)
     model = tiny_model(tied=False, kv_heads=4)
-    training = Ours(subject, model, optimizer=subject.optimizer, group=Group(), strategy="fsdp")
+    training = StockpotTraining(workload, model, optimizer=workload.optimizer, group=ProcessGroup(), strategy="fsdp")
     training.step()
     loss, _ = training.loop.wrapped(training.prepared[0][0][0])
     loss.backward()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
 from runner.stage import Context, Execution, Semantic, Stage
 

@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from llm.bench import decode, learning, matmul, overhead, train_step
-from llm.bench.implementations import CountingRows, Ours, Theirs, build_ours, build_theirs
+from llm.bench.implementations import (
+    CountingRows,
+    StockpotTraining,
+    TransformersTraining,
+    build_stockpot_model,
+    build_transformers_model,
+)
 from llm.bench.timing import Timings, interleaved, ratio
-from llm.bench.workload import Subject, reference
+from llm.bench.workload import Workload, reference_workload
 from llm.data.batch import IGNORE
 from llm.data.token_shards import TokenWriter
 from llm.training.config import Schedule
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 
 CPU = torch.device("cpu")
 
 
-def tiny(**changes: Any) -> Subject:
+def tiny(**changes: Any) -> Workload:
     sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context": 32}
     fields = {
         "architecture": sizes,
@@ -31,27 +37,29 @@ def tiny(**changes: Any) -> Subject:
         "compiled": False,
         "cores": 1,
     }
-    return Subject.model_validate(fields | changes)
+    return Workload.model_validate(fields | changes)
 
 
-def ours_of(subject: Subject, **changes: Any) -> Ours:
-    return Ours(subject, build_ours(subject), optimizer=subject.optimizer, group=Group(), **changes)
+def ours_of(workload: Workload, **changes: Any) -> StockpotTraining:
+    return StockpotTraining(
+        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=ProcessGroup(), **changes
+    )
 
 
-def theirs_of(ours: Ours) -> Theirs:
+def theirs_of(ours: StockpotTraining) -> TransformersTraining:
     weights = {name: weight.clone() for name, weight in ours.model.state_dict().items()}
-    return Theirs(ours.subject, weights, steps=[parts for parts, _ in ours.prepared], device=CPU)
+    return TransformersTraining(ours.workload, weights, steps=[parts for parts, _ in ours.prepared], device=CPU)
 
 
 def test_a_subject_survives_the_way_to_the_worker() -> None:
-    subject = reference(cores=2)
-    assert Subject.model_validate_json(subject.model_dump_json()) == subject
+    workload = reference_workload(cores=2)
+    assert Workload.model_validate_json(workload.model_dump_json()) == workload
 
 
 def test_the_reference_has_the_size_that_figures_are_given_for() -> None:
-    subject = reference(cores=2)
-    assert sum(weight.numel() for weight in build_ours(subject).parameters()) == 28_844_544
-    assert (subject.rows, subject.context, subject.tokens_per_step) == (8, 512, 4096)
+    workload = reference_workload(cores=2)
+    assert sum(weight.numel() for weight in build_stockpot_model(workload).parameters()) == 28_844_544
+    assert (workload.rows, workload.context, workload.tokens_per_step) == (8, 512, 4096)
 
 
 def test_candidates_take_turns_and_warming_up_is_left_out() -> None:
@@ -105,31 +113,31 @@ def test_their_loss_over_micro_batches_is_that_of_the_whole_step() -> None:
 
 
 def test_transformers_is_built_with_what_the_architecture_says() -> None:
-    config: Any = build_theirs(tiny(), None).config
+    config: Any = build_transformers_model(tiny(), None).config
     assert (config.num_key_value_heads, config.vocab_size, config.eos_token_id) == (2, 80, None)
     assert config._attn_implementation == "sdpa"
 
 
 def test_the_peak_is_the_fastest_of_square_and_model_shaped_products() -> None:
-    subject = tiny()
-    shapes = matmul.shapes(build_ours(subject), tokens=subject.tokens_per_step, device=CPU)
+    workload = tiny()
+    shapes = matmul.shapes(build_stockpot_model(workload), tokens=workload.tokens_per_step, device=CPU)
     assert (1024, 1024, 1024) in shapes and (128, 32, 80) in shapes  # a square, and the head
-    found = matmul.measure([(64, 64, 64), (128, 32, 80)], seconds=0.01, device=CPU)
+    found = matmul.measure_matmul([(64, 64, 64), (128, 32, 80)], seconds=0.01, device=CPU)
     for precision in ("fp32", "bf16"):
         assert found[precision]["gflops"] == max(found[precision]["shapes"].values()) > 0
         assert matmul.shown(tuple(found[precision]["shape"])) in found[precision]["shapes"]
 
 
 def test_shares_of_the_peak_follow_from_speeds() -> None:
-    subject = tiny(optimizer={"kind": "muon"})
+    workload = tiny(optimizer={"kind": "muon"})
     peaks = {name: {"shape": [64, 64, 64]} for name in ("fp32", "bf16")}
-    found = train_step.measure(subject, peaks, seconds=0.01, compiled=False, group=Group())
+    found = train_step.measure_train_step(workload, peaks, seconds=0.01, compiled=False, group=ProcessGroup())
     assert set(found["candidates"]) == {"ours", "ours_muon", "transformers_fp32", "transformers_bf16"}
     assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["transformers"], rel=1e-4)
-    flops = build_ours(subject).flops_per_token(subject.context)
+    flops = build_stockpot_model(workload).flops_per_token(workload.context)
     for one in found["candidates"].values():
-        assert one["tokens_per_second"] == pytest.approx(subject.tokens_per_step / one["seconds_per_step"])
-        reached = [flops * subject.tokens_per_step / taken / 1e9 for taken in one["rounds"]]
+        assert one["tokens_per_second"] == pytest.approx(workload.tokens_per_step / one["seconds_per_step"])
+        reached = [flops * workload.tokens_per_step / taken / 1e9 for taken in one["rounds"]]
         shares = [mine / peak for mine, peak in zip(reached, found["peak_gflops"], strict=True)]
         assert one["share_of_peak"] == pytest.approx(np.median(shares))
 
@@ -137,8 +145,8 @@ def test_shares_of_the_peak_follow_from_speeds() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("compiled_code")
 def test_a_taught_model_decodes_as_transformers_does() -> None:
-    subject = tiny()
-    found = decode.measure(subject, build_ours(subject), seconds=0.0, compiled=True, group=Group())
+    workload = tiny()
+    found = decode.measure_decode(workload, build_stockpot_model(workload), seconds=0.0, compiled=True, group=ProcessGroup())
     assert found["least_margin"] > 3.0  # so that equal tokens are no chance
     assert found["compiling_seconds"] > 0
     for batch, one in found["batch"].items():
@@ -164,17 +172,17 @@ class Clockwork:
 
 
 def test_costs_of_machinery_are_seconds_over_those_of_a_bare_step(tmp_path: Path) -> None:
-    subject, tracking = tiny(), Clockwork()
-    rows = overhead.made_up_rows(tmp_path / "tokens", subject)
-    found = overhead.measure(
-        subject,
+    workload, tracking = tiny(), Clockwork()
+    rows = overhead.made_up_rows(tmp_path / "tokens", workload)
+    found = overhead.measure_overhead(
+        workload,
         rows,
         tracking=tracking,
         checkpoint_every=50,
         checkpoint_minutes=None,
         seconds=0.01,
         scratch=tmp_path / "checkpoints",
-        group=Group(),
+        group=ProcessGroup(),
     )
     assert found["total"] == pytest.approx(found["data"] + found["tracking"] + found["checkpoints"])
     seconds, steps = found["seconds"], found["steps"]
@@ -197,15 +205,15 @@ def test_the_nearer_of_two_intervals_counts() -> None:
 
 def test_learning_gives_both_the_same_time_text_and_measure(tmp_path: Path) -> None:
     """On text that counts, so that both learn something: bits per byte fall below those of a guess."""
-    subject = tiny(optimizer={"kind": "muon"})
+    workload = tiny(optimizer={"kind": "muon"})
     for name, documents in (("train", 400), ("held_out", 20)):
         with TokenWriter(tmp_path / name, vocab_size=80, context=32, padding=0) as writer:
             for start in range(documents):
                 writer.append([(start * 7 + train_step) % 80 for train_step in range(40)], passes=1, text_bytes=40)
             writer.finish()
     said: list[str] = []
-    found = learning.measure(
-        subject,
+    found = learning.measure_learning(
+        workload,
         learning.Text(tmp_path / "train", tmp_path / "held_out"),
         schedule=Schedule(learning_rate=3e-3),
         seconds=1.5,

@@ -16,8 +16,8 @@ from llm.layers import fused_attention
 from llm.layers.attention import attend, visibility
 from llm.layers.fused_attention import UnavailableError, fits, library
 from llm.training.config import Budget
-from llm.training.process_group import Group
-from llm.training.runtime import WORTH, Choices, resolve_fused_attention, restored
+from llm.training.distributed.process_group import ProcessGroup
+from llm.training.runtime import WORTH, Runtime, resolve_fused_attention, restore_runtime
 from llm.training.validation import Validation
 
 pytestmark = [
@@ -248,10 +248,10 @@ def test_a_training_that_goes_on_on_a_gpu_leaves_it_behind() -> None:
     class OnGpu:
         device, size = torch.device("cuda"), 1
 
-    kept = Choices("bf16", 8, 1, 1, "cpu", fused_attention=True)
+    kept = Runtime("bf16", 8, 1, 1, "cpu", fused_attention=True)
     on_gpu: Any = OnGpu()
-    assert not restored(asdict(kept), on_gpu, "ddp", cores=1).fused_attention
-    assert restored(asdict(kept), Group(), "ddp", cores=1).fused_attention
+    assert not restore_runtime(asdict(kept), on_gpu, "ddp", cores=1).fused_attention
+    assert restore_runtime(asdict(kept), ProcessGroup(), "ddp", cores=1).fused_attention
 
 
 def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:

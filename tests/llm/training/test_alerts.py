@@ -19,10 +19,10 @@ from torch import Tensor
 from llm.data.batch import Row
 from llm.errors import InputError, Interrupted, Paused
 from llm.training import checkpoint
-from llm.training.alert_config import Alerts
-from llm.training.alerts import Judge, Memory
+from llm.training.alerts.config import Alerts
+from llm.training.alerts.monitor import AlertMonitor, AlertState
 from llm.training.config import Budget, Optimizer, Schedule
-from llm.training.runtime import shrink
+from llm.training.runtime import limit_memory
 from llm.training.step import Progress
 from llm.training.trainer import CHECKPOINTS
 from llm.training.validation import Validation
@@ -189,10 +189,10 @@ def test_a_rising_validation_and_a_gap_are_told_once_each(tmp_path: Path) -> Non
 
 
 def test_speed_that_collapses_for_a_while_is_told_once_against_the_usual_one() -> None:
-    judge, memory, steps = Judge(Alerts(), warmup_steps=0), Memory(), range(9, 10)
+    monitor, memory, steps = AlertMonitor(Alerts(), warmup_steps=0), AlertState(), range(9, 10)
 
     def told(speed: float, *, seconds: float = 25.0) -> list[str]:
-        return [one.alert for one in judge.report(memory, steps, loss=1.0, speed=speed, seconds=seconds)]
+        return [one.alert for one in monitor.report(memory, steps, loss=1.0, speed=speed, seconds=seconds)]
 
     assert [told(speed) for speed in (100.0, 110.0, 90.0, 100.0, 100.0, 50.0)] == [[]] * 6
     assert [told(speed) for speed in (20.0, 29.0, 25.0, 25.0)] == [[], [], ["throughput"], []]
@@ -219,7 +219,7 @@ def test_only_alerts_that_change_learning_are_identity() -> None:
 
 
 def test_rows_passed_over_are_those_that_the_steps_saw() -> None:
-    memory = Memory()
+    memory = AlertState()
     memory.pass_over(range(5, 7))
     assert [memory.place(step) for step in range(4, 8)] == [4, 7, 8, 9]
     memory.pass_over(range(6, 7))  # which saw the rows of 8
@@ -251,7 +251,7 @@ def test_what_a_shortage_of_memory_left_bounds_the_micro_batch_and_only_where_it
     assert tiny_training(whole, tmp_path / "whole", **settings)["choices"]["micro_batch"] == ROWS
     for name in ("short", "asked"):
         (tmp_path / name).mkdir()
-        shrink(tmp_path / name, 2)
+        limit_memory(tmp_path / name, 2)
     assert tiny_training(found, tmp_path / "short", **settings)["choices"]["micro_batch"] == 2
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weight, weights(found)[name], atol=1e-6, rtol=0)
@@ -269,7 +269,7 @@ from pathlib import Path
 import torch
 from llm.training.loss import next_token_loss
 from llm.training.config import Budget
-from tests.llm.tiny_training import tiny_model, tiny_training
+from tests.support.tiny_training import tiny_model, tiny_training
 
 folder, steps = Path(sys.argv[1]), []
 

@@ -14,9 +14,9 @@ PROCESS = """
 import sys
 from pathlib import Path
 from llm.training.checkpoint import carry
-from llm.training.process_group import Group
+from llm.training.distributed.process_group import ProcessGroup
 folder, path = map(Path, sys.argv[1:])
-print(carry(path, folder, Group()))
+print(carry(path, folder, ProcessGroup()))
 """
 
 

@@ -14,7 +14,7 @@ from llm.device import has_compiler
 from llm.errors import Interrupted
 from llm.models.llama.model import Llama
 from llm.training.config import Budget
-from llm.training.runtime import COLD_SECONDS, SAVED, SPEED, WARM_SECONDS, note, note_of, resolve_compile
+from llm.training.runtime import COLD_SECONDS, SAVED, SPEED, WARM_SECONDS, compiled_note, note_compiled, resolve_compile
 from llm.training.validation import Validation
 
 # Batches of two rows throughout, of which none is left over: a layer is compiled anew for another number.
@@ -100,10 +100,10 @@ def test_auto_compiles_where_it_pays_and_sooner_where_it_was_done_before() -> No
     pays_warm = 1.01 * WARM_SECONDS["cpu"] * SPEED["cpu"] / SAVED["cpu"]
     assert resolve_compile("auto", device="cpu", flops=pays_cold, shape="new")
     assert not resolve_compile("auto", device="cpu", flops=pays_warm, shape="new")
-    note("new")
+    note_compiled("new")
     assert resolve_compile("auto", device="cpu", flops=pays_warm, shape="new")
     assert not resolve_compile("auto", device="cpu", flops=pays_warm, shape="another")
-    path = note_of("new")
+    path = compiled_note("new")
     assert path is not None and path.exists()
 
 

@@ -10,8 +10,8 @@ from llm.models import architectures
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.training.config import Budget, Optimizer, Schedule
-from llm.training.muon import Muon, orthogonalize
-from llm.training.optimizer import build_optimizers, set_learning_rate
+from llm.training.optim.muon import Muon, orthogonalize
+from llm.training.optim.optimizer import build_optimizers, set_learning_rate
 
 
 def factors(steps: int = 100, **settings: object) -> list[float]:

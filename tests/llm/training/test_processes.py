@@ -14,9 +14,9 @@ from tiny_training import run_case, tiny_model, tiny_preferences, tiny_training
 
 from llm.adapters import lora
 from llm.errors import InputError
-from llm.training.fsdp import spread
+from llm.training.distributed.fsdp import shard
+from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loss import Learner, next_token_loss
-from llm.training.process_group import Group
 
 SUPPORT = Path(__file__).parents[2] / "support"
 
@@ -162,14 +162,14 @@ def test_it_goes_on_with_other_processes_and_strategy(folder: Path, one: dict[st
 def test_another_strategy_than_the_one_named_is_never_run() -> None:
     learner = Learner(tiny_model(), next_token_loss, precision="fp32")
     with pytest.raises(RuntimeError, match="were to train by 'fsdp'; found 'single'"):
-        Group().wrap(learner, "fsdp")
+        ProcessGroup().wrap(learner, "fsdp")
 
 
 def test_a_base_in_four_bits_is_not_spread() -> None:
     model = tiny_model()
     lora.quantize(model, double=True)
     with pytest.raises(InputError, match=r'parallel\.strategy: expected "ddp" .* got "fsdp", and .* of uint8'):
-        spread(Learner(model, next_token_loss, precision="fp32"), "fsdp", device=torch.device("cpu"), processes=2)
+        shard(Learner(model, next_token_loss, precision="fp32"), "fsdp", device=torch.device("cpu"), processes=2)
 
 
 def test_one_process_alone_shares_with_nobody_whatever_the_strategy(tmp_path: Path) -> None:

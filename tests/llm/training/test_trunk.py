@@ -15,7 +15,7 @@ from llm.errors import InputError, Interrupted
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS
 from llm.training import checkpoint
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.loss import next_token_loss
 from llm.training.trainer import CHECKPOINTS

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_recipe import Folder
 
-from llm.training.alert_config import Alerts
+from llm.training.alerts.config import Alerts
 from runner.errors import RecipeError
 from runner.execution.notifications import Notices
 from runner.graph import identity

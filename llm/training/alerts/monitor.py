@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from llm.errors import InputError
-from llm.training.alert_config import ADVICE, Action, Alert, Alerts
+from llm.training.alerts.config import ADVICE, Action, Alert, Alerts
 
 NORMS = 50  # steps whose gradient norms make the running median
 LEAST_NORMS = 20  # steps before one is judged by it
@@ -40,7 +40,7 @@ class Finding:
 
 
 @dataclass
-class Memory:
+class AlertState:
     """What alerts remember of a training; JSON values only, because it is part of every checkpoint."""
 
     norms: list[float] = field(default_factory=list)  # gradient norms of the last steps
@@ -78,7 +78,7 @@ class Memory:
         return {name: value for name, value in found.items() if value}
 
 
-class Judge:
+class AlertMonitor:
     """Compares what a training shows with the limits of its alerts."""
 
     def __init__(self, alerts: Alerts, *, warmup_steps: int) -> None:
@@ -92,7 +92,7 @@ class Judge:
         """Whether a step has to be judged before its update, which costs waiting for its gradient."""
         return self.alerts.does("skip")
 
-    def step(self, memory: Memory, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
+    def step(self, memory: AlertState, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
         """Judges one step, in order; one whose action is `skip` must not update."""
         finding = self._of_step(memory, step, loss=loss, norm=norm, rate=rate)
         if math.isfinite(norm):
@@ -104,7 +104,7 @@ class Judge:
             raise InputError(f"{MOST_SKIPPED} steps in a row were skipped, the last because {finding.text}")
         return finding
 
-    def _of_step(self, memory: Memory, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
+    def _of_step(self, memory: AlertState, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
         this = range(step, step + 1)
         wrong = not (math.isfinite(loss) and math.isfinite(norm))
         if wrong:
@@ -121,7 +121,9 @@ class Judge:
         text = f"the gradient norm at step {step} is {norm:.4g}, and the median of the last {len(memory.norms)} is {usual:.4g}"
         return self._spoken(memory, "gradient_norm", spike, spiky, text, this, spiky.back)
 
-    def report(self, memory: Memory, steps: range, *, loss: float | None, speed: float, seconds: float) -> Iterator[Finding]:
+    def report(
+        self, memory: AlertState, steps: range, *, loss: float | None, speed: float, seconds: float
+    ) -> Iterator[Finding]:
         """Judges the mean loss of some steps (None: all were skipped), and the tokens per second over so many seconds."""
         alert = self.alerts.loss
         judged = steps.stop > max(self._warmup, alert.after) and alert.action != "off"
@@ -141,7 +143,7 @@ class Judge:
         if found := self._spoken(memory, "throughput", slow.action != "off" and lasting, slow, text, steps, 0):
             yield found
 
-    def validation(self, memory: Memory, step: int, *, found: float, loss: float | None) -> Iterator[Finding]:
+    def validation(self, memory: AlertState, step: int, *, found: float, loss: float | None) -> Iterator[Finding]:
         """Judges the loss on held-out rows beside the last one and the training loss."""
         before, memory.validation_loss = memory.validation_loss, found
         memory.rising = memory.rising + 1 if before is not None and found > before else 0
@@ -157,7 +159,7 @@ class Judge:
             yield one
 
     def _spoken(
-        self, memory: Memory, name: str, found: bool, alert: Alert, text: str, steps: range, back: int
+        self, memory: AlertState, name: str, found: bool, alert: Alert, text: str, steps: range, back: int
     ) -> Finding | None:
         """The finding where there is one: of what goes on, only the first, unless the action is taken each time."""
         before = name in memory.raised
@@ -178,9 +180,9 @@ class RollBack(Exception):  # noqa: N818  # it is no error
         self.steps = range(max(0, finding.steps.start - finding.back), finding.steps.stop)
 
 
-WEIGHT: dict[Action, int] = {"rollback": 0, "stop": 1, "pause": 2, "skip": 3, "warn": 4, "off": 5}
+SEVERITY: dict[Action, int] = {"rollback": 0, "stop": 1, "pause": 2, "skip": 3, "warn": 4, "off": 5}
 
 
-def weightiest(findings: Iterable[Finding]) -> Finding | None:
+def most_severe(findings: Iterable[Finding]) -> Finding | None:
     """What decides how a training goes on: first what changes learning, since the rest may be about steps that never were."""
-    return min(findings, key=lambda finding: (WEIGHT[finding.action], finding.steps.start), default=None)
+    return min(findings, key=lambda finding: (SEVERITY[finding.action], finding.steps.start), default=None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.training.config import Optimizer, Schedule
-from llm.training.muon import Muon
+from llm.training.optim.muon import Muon
 
 
 def build_optimizers(model: nn.Module, settings: Optimizer, *, schedule: Schedule) -> list[torch.optim.Optimizer]:

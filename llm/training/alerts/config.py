@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llm.training.config import Settings
+from llm.training.config import ConfigTable
 
 Action = Literal["off", "warn", "pause", "stop", "skip", "rollback"]
 SLOWER = "A lower schedule.learning_rate or more schedule.warmup_steps usually helps"
@@ -20,7 +20,7 @@ ADVICE = {  # what a person may do about each alert
 }
 
 
-class Alert(Settings):
+class Alert(ConfigTable):
     """One thing that is watched, and what is done about it."""
 
     @property
@@ -96,7 +96,7 @@ class GapAlert(Alert):
     """What is done about it."""
 
 
-class Alerts(Settings):
+class Alerts(ConfigTable):
     """What is watched while a training runs. Actions: `off`; `warn`; `pause`, a checkpoint and the end of the run with exit
     code 5; `stop`, a failed stage; `skip`, no update from the step; `rollback`, back to before, and past the rows.
     """

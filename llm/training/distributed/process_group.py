@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llm.errors import Interrupted
-from llm.training.fsdp import Strategy, is_spread
+from llm.training.distributed.fsdp import Strategy, is_sharded
 from llm.training.loss import Learner
 
 
-class Group:
+class ProcessGroup:
     """This process and the others that `accelerate launch` started with it; or this process alone."""
 
     def __init__(self, *, find_unused_parameters: bool = False, timeout_minutes: float = 30.0) -> None:
@@ -45,12 +45,12 @@ class Group:
         return self.rank == 0
 
     def wrap(self, learner: Learner, strategy: Strategy) -> nn.Module:
-        """What of `learner` (as `llm.training.fsdp.spread` left it) averages gradients over the group after a backward pass.
+        """What of `learner` (as `llm.training.distributed.fsdp.shard` left it) averages gradients over the group after a backward pass.
 
         RuntimeError if that is not `strategy`: no other one is ever run in its place.
         """
         wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner)
-        found = "fsdp" if is_spread(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+        found = "fsdp" if is_sharded(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
         if found != strategy or (found == "single") != (self.size == 1):
             raise RuntimeError(f"{self.size} processes were to train by {strategy!r}; found {found!r}")
         return wrapped

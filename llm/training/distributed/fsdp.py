@@ -22,7 +22,7 @@ from llm.training.loss import Learner
 Strategy = Literal["single", "ddp", "fsdp"]  # one process alone has nothing to share
 
 
-def spread(learner: Learner, strategy: Strategy, *, device: torch.device, processes: int) -> Learner:
+def shard(learner: Learner, strategy: Strategy, *, device: torch.device, processes: int) -> Learner:
     """`learner` on `device`; under "fsdp" another one, whose weights are spread over the processes.
 
     Then the model that was passed is a shell until `gather` fills it: a process never holds more than its share, and a layer.
@@ -42,12 +42,12 @@ def spread(learner: Learner, strategy: Strategy, *, device: torch.device, proces
     for module in reversed(list(spreading.modules())):  # inner ones first
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                _shard(layer, mesh)
-    _shard(spreading, mesh)
+                _fully_shard(layer, mesh)
+    _fully_shard(spreading, mesh)
     return spreading
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
     whole_weights = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
     fully_shard(module, mesh=mesh)
     for weight in whole_weights:  # the shell still knows them, the shards are copies
@@ -56,16 +56,16 @@ def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def gather(learner: Learner, shell: nn.Module) -> None:
-    """Fill the model that `spread` left empty with the weights of `learner`, in ordinary memory and in every process."""
+    """Fill the model that `shard` left empty with the weights of `learner`, in ordinary memory and in every process."""
     if learner.model is shell:
         return
     reshard(learner)
     empty = dict(shell.named_parameters())
     for name, weight in learner.model.named_parameters():
-        empty[name].data = whole(weight).cpu()
+        empty[name].data = full_tensor(weight).cpu()
 
 
-def is_spread(learner: nn.Module) -> bool:
+def is_sharded(learner: nn.Module) -> bool:
     """Whether every weight of `learner` is spread over processes."""
     return isinstance(learner, FSDPModule) and all(isinstance(weight, DTensor) for weight in learner.parameters())
 
@@ -77,17 +77,17 @@ def reshard(learner: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of `tensor`. Where it is spread, every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of `tensor`, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, weight: Tensor) -> Tensor:
+def sharded_like(value: Tensor, weight: Tensor) -> Tensor:
     """A copy of `value`, the same in every process, where `weight` is; spread as it is if the shape is the same."""
     if isinstance(weight, DTensor) and value.shape == weight.shape:
         value = value.to(weight.device)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llm.training.fsdp import like, local, whole
+from llm.training.distributed.fsdp import full_tensor, local_part, sharded_like
 
 # Newton-Schulz coefficients of Muon (Jordan et al. 2024): they push singular values of any size up to 1 to about 0.7 .. 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -35,9 +35,9 @@ class Muon(torch.optim.Optimizer):
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-            here = [local(weight) for weight in weights]
-            gradients = [local(weight.grad) for weight in weights]
-            momenta = [local(self.state[weight]["momentum"]) for weight in weights]
+            here = [local_part(weight) for weight in weights]
+            gradients = [local_part(weight.grad) for weight in weights]
+            momenta = [local_part(self.state[weight]["momentum"]) for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             torch._foreach_mul_(here, 1 - group["lr"] * group["weight_decay"])
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = stacked.shape[1:]
                 scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
                 for index, update in zip(chosen, stacked.unbind(), strict=True):
-                    here[index].add_(local(like(update, weights[index])), alpha=scale)
+                    here[index].add_(local_part(sharded_like(update, weights[index])), alpha=scale)
 
 
 def _orthogonalized(updates: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
@@ -78,7 +78,7 @@ def _gathered(part: Tensor, weight: Tensor) -> Tensor:
     spread = DTensor.from_local(
         part, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride(), run_check=False
     )
-    return whole(spread)
+    return full_tensor(spread)
 
 
 def _stacks(weights: Sequence[Tensor], processes: int) -> list[list[int]]:
