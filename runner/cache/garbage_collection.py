@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runner.artifacts import RECORD, SCRATCH
 from runner.cache.integrity import NAME
-from runner.cache.run_log import Run, noted_runs, recent
+from runner.cache.run_log import Run, logged_runs, recent
 from runner.cache.store import Store
 
 PLACES = ("stages", "work", "aside", "arriving")  # folders of a cache that fill up
@@ -91,7 +91,7 @@ def collect(store: Store, *, named: Collection[str], forget_runs: bool, keep_siz
     """Removes leftovers, and then what neither `named` nor a recent run reaches; or with `keep_size` (bytes) what is not
     `named`, the one that was used longest ago first, until as much is left. `dry_run` removes nothing and tells the same.
     """
-    noted = noted_runs(store.root)
+    noted = logged_runs(store.root)
     lately = [] if forget_runs else recent(noted)
     reached = {*named, *(name for run in lately for name in run.names)}
     rooms = Rooms(path for place in PLACES for path in _inside(store.root / place))

@@ -26,7 +26,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Removes what no recipe or recent run reaches, or what was used longest ago; records stay."""
     from runner.cache.garbage_collection import collect
-    from runner.cache.run_log import noted_runs
+    from runner.cache.run_log import logged_runs
     from runner.planning.plan import Plan
 
     store = store_of(options, options.recipes[0] if options.recipes else None)
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     if not named and options.keep_size is None and any((store.root / "stages").glob("*")):
         if options.only:
             raise RecipeError("--only: expected RECIPEs whose results are kept, got none")
-        if not noted_runs(store.root):
+        if not logged_runs(store.root):
             raise RecipeError(f"{store.root}: no run is noted there; expected RECIPEs whose results are kept, or --keep-size")
     outcome = collect(store, named=named, forget_runs=options.only, keep_size=options.keep_size, dry_run=options.dry_run)
     for item, size in outcome.removed:

@@ -45,11 +45,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Does what is not in the cache."""
-    from runner.execution.node_layout import Asked, layout_of
-    from runner.execution.scheduler import Execution
-    from runner.execution.stage_run import StopRequest
-    from runner.multi_node.coordinator import Team, opened
-    from runner.multi_node.participant import Joining
+    from runner.execution.node_layout import LayoutOptions, layout_of
+    from runner.execution.scheduler import Scheduler
+    from runner.execution.stop import StopRequest
+    from runner.multi_node.coordinator import Coordinator, opened
+    from runner.multi_node.participant import Participant
     from runner.options import make_progress
     from runner.planning.cost import expected_seconds
     from runner.planning.plan import Plan
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
         for name in options.force:
             if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
                 raise RecipeError(f"--force {name}: expected a stage that --until {options.until} runs")
-    asked = Asked(options.machines, options.machine_rank, options.main_address)
+    asked = LayoutOptions(options.machines, options.machine_rank, options.main_address)
     layout, remote = layout_of(recipe.head.parallel, asked), remote_of(options, recipe)
     if published is not None:
         from runner.published import confirm
@@ -88,17 +88,19 @@ def main(options: argparse.Namespace) -> int:
     stop.install()
     try:
         if layout.machines == 1:
-            Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
+            Scheduler(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
                 until=options.until, force=options.force
             )
         elif layout.is_main:
             source = remote if recipe.head.cache.upload else None
             rejoin = 60 * recipe.head.parallel.rejoin_minutes
-            with opened(Team(layout, store.root, remote=source, note=progress.note, stop=stop, rejoin_seconds=rejoin)) as team:
-                run = Execution(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite, team=team)
+            with opened(
+                Coordinator(layout, store.root, remote=source, note=progress.note, stop=stop, rejoin_seconds=rejoin)
+            ) as coordinator:
+                run = Scheduler(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite, peers=coordinator)
                 run.run(until=options.until, force=options.force)
         else:
-            joining = Joining(recipe, store, progress, stop, remote=remote, layout=layout)
+            joining = Participant(recipe, store, progress, stop, remote=remote, layout=layout)
             joining.run(until=options.until, force=bool(options.force))
     finally:
         progress.close()

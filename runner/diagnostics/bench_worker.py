@@ -18,8 +18,8 @@ from runner.diagnostics.bench import JOB, LEARNING, LORA, PACE, PROCESSES, RESUL
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
-from runner.tracking.metrics_file import Follower, Report
-from runner.tracking.tracker_process import Tracker
+from runner.tracking.metrics_file import MetricsReader, MetricsWriter
+from runner.tracking.tracker_process import TrackerProcess
 
 if TYPE_CHECKING:
     import psutil
@@ -127,7 +127,7 @@ class Untracked:
     name = "none installed"
 
     def __init__(self, metrics: Path) -> None:
-        self.report = Report(metrics)
+        self.report = MetricsWriter(metrics)
 
     def processor_seconds(self) -> float:
         """Nobody works."""
@@ -159,8 +159,8 @@ def _tracking(folder: Path) -> Iterator[Untracked]:
         return
     import psutil
 
-    tracker, others = Tracker(folder), psutil.Process().children()
-    tracker.follow(Follower(metrics), folder / "finished" / METRICS, {"recipe": "bench", "stage": "bench"})
+    tracker, others = TrackerProcess(folder), psutil.Process().children()
+    tracker.follow(MetricsReader(metrics), folder / "finished" / METRICS, {"recipe": "bench", "stage": "bench"})
     (process,) = set(psutil.Process().children()) - set(others)
     tracked = Tracked(metrics, process)
     _wait_until_started(tracked, folder)

@@ -13,16 +13,17 @@ from runner import resources
 from runner.cache.leases import LeaseLostError
 from runner.cache.record import Record
 from runner.cache.remote import Mirror
-from runner.cache.run_log import note_run
-from runner.cache.store import Store, Waiting
+from runner.cache.run_log import log_run
+from runner.cache.store import Store
 from runner.errors import GateError, StageError
 from runner.execution import launch
 from runner.execution.fork_server import ForkServer
 from runner.execution.node_layout import ALONE
 from runner.execution.notifications import Notices
-from runner.execution.stage_run import StageRun, StopRequest
+from runner.execution.peers import Peers
+from runner.execution.stage_run import StageRun
+from runner.execution.stop import LockWait, StopRequest
 from runner.graph import input_files
-from runner.multi_node.coordinator import Team
 from runner.planning import outcomes
 from runner.planning.code_digest import code_digest
 from runner.planning.plan import RUNNABLE, Entry, Plan
@@ -30,10 +31,10 @@ from runner.recipe.recipe import Recipe
 from runner.reporting.progress import Progress, duration
 from runner.resources import available_cores
 from runner.stage import Acting
-from runner.tracking.tracker_process import Tracker
+from runner.tracking.tracker_process import TrackerProcess
 
 
-class Execution:
+class Scheduler:
     """One run of one recipe on one cache."""
 
     def __init__(
@@ -45,15 +46,15 @@ class Execution:
         *,
         remote: str | None = None,
         overwrite: bool = False,
-        team: Team | None = None,  # the other machines that train
+        peers: Peers | None = None,  # the other machines that train
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
-        self._acting = Acting(overwrite=overwrite, note=progress.note, sleep=self._sleep)
-        self._mirror = Mirror(remote, note=progress.note, tick=self._raise_if_stopped, upload=upload)
-        self._tracker = Tracker(store.root, recipe.head.tracking.to)
+        self._acting = Acting(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
+        self._mirror = Mirror(remote, note=progress.note, tick=self._stop.raise_if_requested, upload=upload)
+        self._tracker = TrackerProcess(store.root, recipe.head.tracking.to)
         self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
-        self._team = team
+        self._peers = peers
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
         self._fork_server: ForkServer | None = None
 
@@ -65,13 +66,13 @@ class Execution:
         try:
             self._fork_server = self._fork_server_for(plan)
             while (entry := plan.next()) or not self._are_sound(_acted_on(plan)):
-                self._raise_if_stopped()
+                self._stop.raise_if_requested()
                 if entry and entry.key in made:
                     raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; is the disk sound?")
                 if entry and self._run_stage(entry, plan):
                     made.add(str(entry.key))
                 plan = self._plan(until, forced)
-            self._raise_if_stopped()
+            self._stop.raise_if_requested()
             self._noted(plan, until, complete=True)
             self._act(plan)
         finally:
@@ -83,7 +84,7 @@ class Execution:
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
         """What forks the workers of the stages that are left, if anything is slow to import for those that run alone."""
-        machines = self._team.layout.machines if self._team else 1
+        machines = self._peers.layout.machines if self._peers else 1
         trains_alone = machines * resources.process_count(self._recipe.head.parallel) == 1
         pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
         left = (stage for stage in pending if trains_alone or not stage.trains)
@@ -93,19 +94,8 @@ class Execution:
         environment = launch.environment_of(available_cores(), compiled=self._store.compiled)
         return ForkServer(modules, place=self._store.root, environment=environment)
 
-    def _patience(self, entry: Entry) -> "_Patience":
-        return _Patience(entry.name, self._progress, self._stop)
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop.requested:
-            raise KeyboardInterrupt
-
-    def _sleep(self, seconds: float) -> None:
-        """Waits, unless the user asks to stop."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self._raise_if_stopped()
-            time.sleep(min(left, 0.1))
+    def _lock_wait(self, entry: Entry) -> LockWait:
+        return LockWait(entry.name, self._stop, self._progress.note)
 
     def _plan(self, until: str | None, forced: set[str]) -> Plan:
         """The plan, after setting aside the artifacts of forced stages whose keys are known by now, and after asking the
@@ -125,7 +115,7 @@ class Execution:
         """Puts the artifact and the record of a stage out of use."""
         stage, key = entry.stage, str(entry.key)
         self._mirror.without(key)
-        with self._store.lock(stage, key, waiting=self._patience(entry)):
+        with self._store.lock(stage, key, waiting=self._lock_wait(entry)):
             self._store.discard_work(stage, key)
             self._store.forget(key)
             if place := self._store.set_aside(stage, key):
@@ -143,7 +133,7 @@ class Execution:
         """Whether the remote had an artifact that is missing here; the last first, since those before it may not be needed."""
         for entry in reversed(list(plan)):
             if entry.state in RUNNABLE and entry.record and self._mirror.has(entry.record):
-                with self._store.lock(entry.stage, entry.record.key, waiting=self._patience(entry)):
+                with self._store.lock(entry.stage, entry.record.key, waiting=self._lock_wait(entry)):
                     if self._store.has_artifact(entry.record) or self._mirror.fetch(self._store, entry.record):
                         self._progress.finished(entry, "fetched from the remote")
                         return True
@@ -154,7 +144,8 @@ class Execution:
         names = {f"{entry.stage.kind}-{entry.key}" for entry in plan if entry.key}
         if complete or names - self._names:
             self._names |= names
-            note_run(self._store.root, self._recipe, names if complete else self._names, until=until, complete=complete)
+            used = names if complete else self._names
+            log_run(self._store.root, self._recipe.path, self._recipe.resolved(), used, until=until, complete=complete)
         return plan
 
     def _act(self, plan: Plan) -> None:
@@ -187,7 +178,7 @@ class Execution:
         stage, key = entry.stage, str(entry.key)
         if absent := [f"{field}: {file}" for field, file in input_files(stage) if not (file.hub or file.matches())]:
             raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
-        with self._store.lock(stage, key, waiting=self._patience(entry)) as log:
+        with self._store.lock(stage, key, waiting=self._lock_wait(entry)) as log:
             record = self._store.record(stage, key)
             if record and self._store.has_artifact(record):
                 self._progress.finished(entry, "made by another run")
@@ -195,14 +186,14 @@ class Execution:
             sources = {source: plan.record(source) for source in plan.inputs(entry.name)}
             if entry.beginning:
                 sources |= {f"{entry.name}, in its beginning": entry.beginning}
-            with self._store.reading(sources.values(), waiting=self._patience(entry)):
+            with self._store.reading(sources.values(), waiting=self._lock_wait(entry)):
                 if not self._are_sound(sources) or not plan.still_holds(entry):
                     return False
                 seconds = self._make(entry, plan, log)
         self._progress.finished(entry, f"done in {duration(seconds)}")
         record = self._store.record(stage, key)
         if record is not None:
-            with self._store.reading([record], waiting=self._patience(entry)):
+            with self._store.reading([record], waiting=self._lock_wait(entry)):
                 self._offer(entry.name, record)
         return True
 
@@ -213,7 +204,7 @@ class Execution:
 
     def _offer_inputs(self, entry: Entry, plan: Plan) -> None:
         """Uploads what a stage reads, where machines that train it have caches of their own."""
-        for source in [] if self._team is None or self._team.shares_cache else plan.inputs(entry.name):
+        for source in [] if self._peers is None or self._peers.shares_cache else plan.inputs(entry.name):
             self._offer(source, plan.record(source))
 
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
@@ -221,7 +212,7 @@ class Execution:
         stage, key = entry.stage, str(entry.key)
         self._progress.started(entry)
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-        layout = self._team.layout if self._team else ALONE
+        layout = self._peers.layout if self._peers else ALONE
         offer = functools.partial(self._offer_inputs, entry, plan)
         work = StageRun(
             entry,
@@ -230,7 +221,7 @@ class Execution:
             self._store,
             log,
             layout=layout,
-            team=self._team,
+            peers=self._peers,
             offer=offer,
             fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
@@ -271,17 +262,3 @@ class Execution:
 def _acted_on(plan: Plan) -> dict[str, Record]:
     """The records of the artifacts that leave the cache when the run ends: those of releases to push."""
     return {entry.name: entry.record for entry in plan if entry.record and entry.effect and entry.effect.act}
-
-
-class _Patience(Waiting):
-    """Tells once who holds a lock, and gives up waiting when the user asks to stop."""
-
-    def __init__(self, name: str, progress: Progress, stop: StopRequest) -> None:
-        self._name, self._progress, self._stop = name, progress, stop
-
-    def started(self, holder: str) -> None:
-        self._progress.note(f"{self._name}: waiting for {holder}, which works on it or on what it needs")
-
-    def tick(self) -> None:
-        if self._stop.requested:
-            raise KeyboardInterrupt

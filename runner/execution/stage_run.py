@@ -25,40 +25,24 @@ from runner.execution.fork_server import Forked
 from runner.execution.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
 from runner.execution.node_layout import ALONE, Layout
 from runner.execution.notifications import Notices
+from runner.execution.peers import Peers
 from runner.execution.retry_policy import Recovery
+from runner.execution.stop import StopRequest
 from runner.execution.watchdog import Watchdog
 from runner.graph import input_files, plain
-from runner.multi_node.coordinator import Team
 from runner.planning.outcomes import sweep_rows
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import Progress, duration
 from runner.resources import available_cores
 from runner.stage import Stage
-from runner.tracking.metrics_file import Follower
-from runner.tracking.tracker_process import Tracker
+from runner.tracking.metrics_file import MetricsReader
+from runner.tracking.tracker_process import TrackerProcess
 
 MACHINE_FIELDS = frozenset({"machines", "machine_rank", "main_address"})
 TROUBLE_SECONDS = 5.0  # for processes to end after those of another machine have
 FULL_BYTES = 2**20  # where less is free, a worker may fail without being able to say why
 LOG_LINES = 12  # shown of a worker that died without a word
-
-
-class StopRequest:
-    """Whether the user asked the run to end. The first signal asks; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> None:
-        """Takes over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class StageRun:
@@ -73,26 +57,26 @@ class StageRun:
         log: IO[bytes],
         *,
         layout: Layout = ALONE,  # of the machines that train
-        team: Team | None = None,  # the other machines, as that of rank 0 sees them
+        peers: Peers | None = None,  # the other machines, as that of rank 0 sees them
         offer: Callable[[], None] = lambda: None,  # hands what the stage reads to those who do not see the cache
         owns_scratch: bool = True,  # no other machine works in the same folder
         fork: Callable[..., Forked] | None = None,  # makes a worker alone
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._layout = layout if entry.stage.trains else ALONE
-        self._team = team if entry.stage.trains else None
+        self._peers = peers if entry.stage.trains else None
         self._offer, self._owns_scratch, self._fork = offer, owns_scratch, fork
         self._work = store.work(entry.stage, str(entry.key))
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
 
-    def work(self, progress: Progress, stop: StopRequest, tracker: Tracker, notices: Notices) -> dict[str, Any]:
+    def work(self, progress: Progress, stop: StopRequest, tracker: TrackerProcess, notices: Notices) -> dict[str, Any]:
         """Launches the stage's processes and waits for them; returns what the workers left as result.
 
         A training begins again after faults, as [parallel] says. Raises StageError, or PausedError for an alert.
         """
         stage, parallel = self._entry.stage, self._recipe.head.parallel
-        self._view = _View(Follower(self._work / METRICS), progress, notices, self._entry.name)
+        self._view = _View(MetricsReader(self._work / METRICS), progress, notices, self._entry.name)
         if stage.trains:
             tracker.follow(self._view.metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         self._prepare(stop)
@@ -100,28 +84,28 @@ class StageRun:
             self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
             return {"processes": 1, **self._result()}
         recovery = Recovery(self._scratch, parallel, processes=self._local * self._layout.machines)
-        if self._team and self._team.is_broken:
+        if self._peers and self._peers.is_broken:
             recovery.processes = 1
         while True:
             processes = recovery.processes
-            layout, team = (self._layout, self._team) if processes > 1 else (ALONE, None)
+            layout, peers = (self._layout, self._peers) if processes > 1 else (ALONE, None)
             watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
             try:
-                if team:
-                    self._meet(team)
-                self._train(processes, layout, stop, watchdog=watchdog, tick=team.check if team else None)
+                if peers:
+                    self._meet(peers)
+                self._train(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
             except MachineError as fault:
-                cause = "; ".join([*(team.causes() if team else []), fault.cause])
+                cause = "; ".join([*(peers.causes() if peers else []), fault.cause])
                 then = recovery.after(cause, step=self._view.step)
                 if then is None:
                     raise MachineError(self._entry.name, cause, fault.details) from fault
                 text = f"{self._entry.name}: {cause}; it {then}"
                 progress.note(text)
                 notices.send(text)
-                if team:
-                    team.tell(text)
+                if peers:
+                    peers.tell(text)
                     if recovery.processes == 1:
-                        team.give_up()
+                        peers.give_up()
             else:
                 machines = {"machines": layout.machines} if layout.machines > 1 else {}
                 faults = {"faults": recovery.faults} if recovery.faults else {}
@@ -131,18 +115,18 @@ class StageRun:
         """This machine's part of one attempt at a training whose result is that of the machine of rank 0: prepares, calls
         `ready`, launches its processes and waits for their end.
         """
-        self._view = _View(Follower(self._work / METRICS), progress, None, self._entry.name)
+        self._view = _View(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
         if self._owns_scratch:
             self._prepare(stop)
         ready()
         self._train(self._local * self._layout.machines, self._layout, stop, tick=tick)
 
-    def _meet(self, team: Team) -> None:
+    def _meet(self, peers: Peers) -> None:
         """Returns when all machines are about to begin."""
         try:
-            team.assemble()
+            peers.assemble()
             self._offer()
-            team.begin(self._entry.name, self._announcement())
+            peers.begin(self._entry.name, self._announcement())
         except MachineLostError as lost:
             self._raise(lost)
 
@@ -298,7 +282,7 @@ class MachineError(StageError):
 class _View:
     """What a running stage reports, on its way to whom it concerns."""
 
-    def __init__(self, metrics: Follower, progress: Progress, notices: Notices | None, name: str) -> None:
+    def __init__(self, metrics: MetricsReader, progress: Progress, notices: Notices | None, name: str) -> None:
         self.metrics, self._progress, self._notices, self._name = metrics, progress, notices, name
         self.step = 0  # the furthest that was reported
 

@@ -25,7 +25,7 @@ from runner.resources import hardware, versions
 from runner.stage import Context, Parallel, Stage
 from runner.stages import stage_kinds
 from runner.tracking.curves import read_curves
-from runner.tracking.metrics_file import Report
+from runner.tracking.metrics_file import MetricsWriter
 
 WATCH_SECONDS = 1.0
 EXIT_FAILED, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 5, 130, 4
@@ -129,7 +129,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         recipe=job.recipe,
         parallel=Parallel.model_validate(job.parallel),
         cores=job.cores,
-        report=Report(Path(job.work) / METRICS) if rank == 0 else _silent,
+        report=MetricsWriter(Path(job.work) / METRICS) if rank == 0 else _silent,
         should_stop=Heartbeat(scratch, (scratch / STOP).exists) if rank == 0 else (scratch / STOP).exists,
         data=job.data,
         settings=job.settings,

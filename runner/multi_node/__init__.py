@@ -1,1 +1,1 @@
-"""Several machines that train together: one coordinates, the others take part."""
+"""Training on several machines: one coordinates, the others take part."""

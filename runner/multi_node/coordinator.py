@@ -1,7 +1,6 @@
-"""The machine of rank 0 among those of a run: it lets the others in, has them agree to each training before it starts, and
-notices when one fails, leaves or is gone.
+"""The machine of rank 0: accepts the other machines, agrees with them on each training, and detects when one fails or leaves.
 
-The others are `runner.multi_node.participant`. Both only talk: what is trained together is between the processes of
+The others are `runner.multi_node.participant`. Both only exchange messages; the training itself runs between the processes of
 `accelerate launch`.
 """
 
@@ -13,66 +12,61 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from runner.cache.heartbeat import this_machine
 from runner.errors import MachineLostError, PeerFailedError, RecipeError, StageError, StockpotError
 from runner.execution.node_layout import Layout
-from runner.multi_node.connection import Gone, Message, Wire
+from runner.execution.stop import StopRequest
+from runner.multi_node.connection import Connection, ConnectionClosed, Message
 
-JOIN_SECONDS = 600.0  # until a machine that never came fails the run; a queue lets them begin at different times
-QUIET_SECONDS = 5.0  # without a sign of life; then another that comes with the same rank takes its place
-REPORT_SECONDS = 5.0  # after a training failed here, for the others to say what they saw
+JOIN_SECONDS = 600.0  # for all machines to connect; a job queue may start them at different times
+REPLACE_SECONDS = 5.0  # without a heartbeat; then a new machine of the same rank replaces it
+REPORT_SECONDS = 5.0  # after a training failed here, for the others to report their cause
 INTERRUPTED = 130
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
 class Peer:
-    """Another machine, as it introduced itself."""
+    """Another machine."""
 
     rank: int
     who: str  # process and host
-    shares: bool  # sees the cache of this machine
-    remote: str | None
-    wire: Wire
-    ready: int = 0  # the last attempt that it is ready for
-    fault: PeerFailedError | None = None  # of its part of the last attempt
+    shares: bool  # whether it sees the cache of this machine
+    remote: str | None  # of its own cache
+    connection: Connection
+    ready: int = 0  # the last attempt it is ready for
+    fault: PeerFailedError | None = None  # in the last attempt
 
     def __str__(self) -> str:
         return f"machine {self.rank} ({self.who})"
 
 
-class Stop(Protocol):
-    """A request to checkpoint and end."""
-
-    requested: bool
-
-
-class Team:
-    """What the machine of rank 0 knows of the others."""
+class Coordinator:
+    """Implements `runner.execution.peers.Peers` on the machine of rank 0."""
 
     def __init__(
         self,
         layout: Layout,
         cache: Path,
         *,
-        remote: str | None,  # whose artifacts the others can fetch
+        remote: str | None,  # from which the others can fetch artifacts
         note: Callable[[str], None],
-        stop: "Stop",
+        stop: StopRequest,
         rejoin_seconds: float,
     ) -> None:
         self.layout, self._remote, self._note, self._stop = layout, remote, note, stop
         self._rejoin_seconds = rejoin_seconds
         self._token = cache / "machines" / uuid.uuid4().hex
         self._peers: dict[int, Peer] = {}
-        self._met: set[int] = set()  # ranks of those who have been there
-        self._lost: list[str] = []  # who was replaced by another of the same rank, for the next check
+        self._seen: set[int] = set()  # ranks that were connected before
+        self._lost: list[str] = []  # machines replaced by another of the same rank, for the next check
         self._given_up = False
         self._guard = threading.Lock()
         self._refused: str | None = None
         self._attempt = 0
-        self._door: socket.socket | None = None
+        self._listener: socket.socket | None = None
 
     @property
     def shares_cache(self) -> bool:
@@ -80,72 +74,70 @@ class Team:
         return all(peer.shares for peer in self._peers.values())
 
     def open(self) -> None:
-        """Listens for the others; they may come at any time."""
+        """Starts to listen for the other machines."""
         self._token.parent.mkdir(parents=True, exist_ok=True)
         self._token.write_text(str(this_machine()), encoding="utf-8")
         host = self.layout.host if self.layout.host in LOOPBACK else ""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._door = socket.create_server((host, self.layout.port), family=family)
+            self._listener = socket.create_server((host, self.layout.port), family=family)
         except OSError as error:
             raise StageError(
-                f"port {self.layout.port} of this machine: expected to be free for the other machines; found: {error.strerror}. "
-                "Name another one on each of them: --main-address HOST:PORT"
+                f"port {self.layout.port} of this machine: expected a free port, got {error.strerror}; choose another one on "
+                "every machine with --main-address HOST:PORT"
             ) from error
-        threading.Thread(target=self._let_in, args=[self._door], daemon=True, name="door").start()
+        threading.Thread(target=self._let_in, args=[self._listener], daemon=True, name="listener").start()
 
     @property
     def is_broken(self) -> bool:
-        """Whether a machine was given up and is still away."""
+        """Whether a machine was given up and is still missing."""
         return self._given_up and bool(self._missing())
 
     def give_up(self) -> None:
-        """Goes on without the machines that are away; where they are back at the next training, they take part."""
+        """Continues without the missing machines; any that are back at the next training take part."""
         self._given_up = True
 
     def assemble(self) -> None:
-        """Waits until all machines are there; MachineLostError if one that was there does not come back."""
-        told, begun = "", time.monotonic()
+        """Waits until all machines are connected; MachineLostError if one that was here does not come back."""
+        noted, begun = "", time.monotonic()
         while missing := self._missing():
-            was_here = self._met.issuperset(missing)
+            was_here = self._seen.issuperset(missing)
             patience = self._rejoin_seconds if was_here else JOIN_SECONDS
             listed = ", ".join(map(str, missing))
-            if listed != told:
+            if listed != noted:
                 self._note(
-                    f"waiting for machine {listed} of {self.layout.machines} at port {self.layout.port}: there, run the same "
-                    "recipe with its --machine-rank"
+                    f"waiting for machine {listed} of {self.layout.machines} at port {self.layout.port}; run the same recipe "
+                    "there with its --machine-rank"
                 )
-                told = listed
+                noted = listed
             if time.monotonic() - begun > patience:
                 kind, came = (MachineLostError, "come back") if was_here else (StageError, "come")
                 raise kind(f"machine {listed} of {self.layout.machines} did not {came} within {patience:.0f} s")
-            self._raise_if_stopped()
+            self._stop.raise_if_requested()
             time.sleep(0.1)
         self._given_up = False
 
     def begin(self, stage: str, announcement: Mapping[str, Any]) -> None:
-        """Returns when all machines, assembled before, are ready to start the training that is announced, and told to."""
+        """Announces a training; returns when all machines are ready and may start it."""
         self._attempt += 1
         self._lost.clear()
         for peer in self._all():
             peer.fault = None
-            peer.wire.send(do="train", attempt=self._attempt, stage=stage, **announcement)
+            peer.connection.send(do="train", attempt=self._attempt, stage=stage, **announcement)
         while [peer for peer in self._all() if peer.ready != self._attempt]:
-            self._raise_if_stopped()
+            self._stop.raise_if_requested()
             self.check()
             time.sleep(0.05)
         for peer in self._all():
-            peer.wire.send(do="go", attempt=self._attempt)
+            peer.connection.send(do="go", attempt=self._attempt)
 
     def check(self) -> None:
-        """PeerFailedError or MachineLostError if a machine failed or is gone, RecipeError if one cannot agree; passes a
-        request to stop on.
-        """
+        """Raises what happened on another machine (MachineLostError, PeerFailedError, RecipeError) and passes on a stop."""
         for peer in [] if self._stop.requested else self._all():
             try:
-                while message := peer.wire.receive():
-                    self._hear(peer, message)
-            except Gone:
+                while message := peer.connection.receive():
+                    self._handle(peer, message)
+            except ConnectionClosed:
                 with self._guard:
                     self._peers.pop(peer.rank, None)
                 raise MachineLostError(f"{peer} is gone; what was checkpointed is kept") from None
@@ -157,7 +149,7 @@ class Team:
                 raise fault
 
     def causes(self) -> list[str]:
-        """After a training failed here: what the others say of it, within a few seconds. Raises what ends it for good."""
+        """What the others report within a few seconds after a training failed here; raises what ends it for good."""
         deadline = time.monotonic() + REPORT_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -172,25 +164,21 @@ class Team:
         return []
 
     def tell(self, text: str) -> None:
-        """Says to the others what goes on here; whatever they were at is over."""
+        """Sends a message for the users of the other machines."""
         for peer in self._all():
-            peer.wire.send(do="note", text=text)
+            peer.connection.send(do="note", text=text)
 
     def close(self, code: int, message: str) -> None:
-        """Tells the others how the run ended."""
+        """Tells the other machines how the run ended."""
         with self._guard:
-            if self._door is not None:
-                self._door.close()
-                self._door = None
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
         for peer in self._all():
-            peer.wire.send(do="over", code=code, message=message)
-            peer.wire.close()
+            peer.connection.send(do="over", code=code, message=message)
+            peer.connection.close()
         with contextlib.suppress(OSError):
             self._token.unlink(missing_ok=True)
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop.requested:
-            raise KeyboardInterrupt
 
     def _all(self) -> list[Peer]:
         with self._guard:
@@ -204,13 +192,13 @@ class Team:
                 self.check()
             if not peer.shares and (self._remote is None or peer.remote != self._remote):
                 raise RecipeError(
-                    f"{peer} sees neither the cache of this machine ({self._token.parent.parent}) nor its remote: several "
-                    "machines: expected one cache folder (--cache), or one [cache] remote that all reach and that is uploaded to, "
+                    f"{peer} sees neither the cache of this machine ({self._token.parent.parent}) nor its remote: expected one "
+                    "cache folder (--cache) for all machines, or one [cache] remote with upload that all of them reach, "
                     f"got the remote {self._remote or 'none'} here and {peer.remote or 'none'} there"
                 )
         return [rank for rank in range(1, self.layout.machines) if rank not in self._peers]
 
-    def _hear(self, peer: Peer, message: Message) -> None:
+    def _handle(self, peer: Peer, message: Message) -> None:
         match message:
             case {"do": "ready", "attempt": int(attempt)}:
                 peer.ready = attempt
@@ -224,60 +212,61 @@ class Team:
                 self._note(f"{peer} was asked to stop")
                 self._stop.requested = True
 
-    def _let_in(self, door: socket.socket) -> None:
+    def _let_in(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, _ = door.accept()
+                connection, _ = listener.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self._welcome, args=[Wire(connection)], daemon=True, name="welcome").start()
+            threading.Thread(target=self._welcome, args=[Connection(connection)], daemon=True, name="welcome").start()
 
-    def _welcome(self, wire: Wire) -> None:
-        """Introduces this machine to one that knocked, and hears who that is."""
+    def _welcome(self, connection: Connection) -> None:
+        """Introduces this machine to a new one and registers or refuses it."""
+        connection.send(do="welcome", who=str(this_machine()), token=self._token.name, machines=self.layout.machines)
         try:
-            wire.send(do="welcome", who=str(this_machine()), token=self._token.name, machines=self.layout.machines)
-            match wire.receive(JOIN_SECONDS):
-                case {
-                    "do": "hello",
-                    "rank": int(rank),
-                    "machines": int(machines),
-                    "who": str(who),
-                    "shares": bool(shares),
-                    **more,
-                }:
-                    fault = None
-                    if machines != self.layout.machines:
-                        fault = (
-                            f"machine {rank} ({who}) was told of {machines} machines, and machine 0 of {self.layout.machines}"
-                        )
-                    with self._guard:
-                        if fault is None and (other := self._peers.get(rank)):
-                            if other.wire.quiet < QUIET_SECONDS:
-                                fault = f"two machines have rank {rank}: {other.who}, and {who}"
-                            else:
-                                self._lost.append(str(other))
-                        if fault is None and not 0 < rank < self.layout.machines:
-                            fault = f"machine_rank: expected 1 to {self.layout.machines - 1}, got {rank}"
-                        if fault is None:
-                            remote = more.get("remote")
-                            self._met.add(rank)
-                            self._peers[rank] = Peer(rank, who, shares, str(remote) if remote else None, wire)
-                    if fault is not None:
-                        self._refused = fault
-                        wire.send(do="over", code=RecipeError.exit_code, message=fault)
-                case _:
-                    wire.close()
-        except Gone:
-            wire.close()
+            message = connection.receive(JOIN_SECONDS)
+        except ConnectionClosed:
+            message = None
+        match message:
+            case {
+                "do": "hello",
+                "rank": int(rank),
+                "machines": int(machines),
+                "who": str(who),
+                "shares": bool(shares),
+                **more,
+            }:
+                remote = more.get("remote")
+                peer = Peer(rank, who, shares, str(remote) if remote else None, connection)
+                if refusal := self._refusal(peer, machines):
+                    self._refused = refusal
+                    connection.send(do="over", code=RecipeError.exit_code, message=refusal)
+            case _:
+                connection.close()
+
+    def _refusal(self, peer: Peer, machines: int) -> str | None:
+        """Why a new machine, started for so many `machines`, cannot join; None once it is registered."""
+        if machines != self.layout.machines:
+            return f"machine {peer.rank} ({peer.who}) was started for {machines} machines, and machine 0 for {self.layout.machines}"
+        if not 0 < peer.rank < self.layout.machines:
+            return f"machine_rank: expected 1 to {self.layout.machines - 1}, got {peer.rank}"
+        with self._guard:
+            if other := self._peers.get(peer.rank):
+                if other.connection.silence < REPLACE_SECONDS:
+                    return f"two machines have rank {peer.rank}: {other.who}, and {peer.who}"
+                self._lost.append(str(other))
+            self._seen.add(peer.rank)
+            self._peers[peer.rank] = peer
+        return None
 
 
 @contextlib.contextmanager
-def opened(team: Team) -> Iterator[Team]:
-    """The team while a run goes on; when that ends, the others are told how."""
-    code, message = 1, "the run there broke off"
+def opened(coordinator: Coordinator) -> Iterator[Coordinator]:
+    """The coordinator during a run; at its end the other machines learn how it ended."""
+    code, message = 1, "the run of machine 0 crashed"
     try:
-        team.open()
-        yield team
+        coordinator.open()
+        yield coordinator
         code, message = 0, ""
     except StockpotError as error:
         code, message = error.exit_code, str(error)
@@ -286,4 +275,4 @@ def opened(team: Team) -> Iterator[Team]:
         code, message = INTERRUPTED, "the run was asked to stop"
         raise
     finally:
-        team.close(code, message)
+        coordinator.close(code, message)

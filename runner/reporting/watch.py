@@ -12,7 +12,7 @@ from runner.cache.store import Store
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import Progress
-from runner.tracking.metrics_file import Follower
+from runner.tracking.metrics_file import MetricsReader
 
 LOOK_SECONDS = 0.5  # between two looks at the metrics
 PLAN_SECONDS = 2.0  # between two looks at what runs
@@ -24,7 +24,7 @@ class Watch:
     def __init__(self, recipe: Recipe, store: Store, progress: Progress) -> None:
         self._recipe, self._store, self._progress = recipe, store, progress
         self._running: Entry | None = None
-        self._metrics: Follower | None = None
+        self._metrics: MetricsReader | None = None
         self._done: set[str] = set()  # names of stages whose end was told
 
     def until_done(self, *, patience: float | None, sleep: Callable[[float], None] = time.sleep) -> bool:
@@ -64,7 +64,7 @@ class Watch:
             )
             if self._running is not None:
                 work = self._store.work(self._running.stage, str(self._running.key))
-                self._metrics = Follower(work / METRICS, offset=0)
+                self._metrics = MetricsReader(work / METRICS, offset=0)
                 self._progress.started(self._running)
 
     def _is_free(self, entry: Entry) -> bool:

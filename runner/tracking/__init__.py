@@ -1,1 +1,1 @@
-"""Metrics of a running stage: written to a file, followed by trackers."""
+"""Metrics of a running stage: the file they are written to, trackers that copy it, and curves drawn from it."""

@@ -1,6 +1,6 @@
-"""The curves of a training: read from what it reported, short enough for its record, and drawn.
+"""Training curves: read from metrics.jsonl, thinned for the record, and drawn with matplotlib as PNG or SVG.
 
-Drawing is matplotlib's, which is imported only there: as PNG for a model card, as SVG for a page.
+matplotlib is imported only where something is drawn.
 """
 
 import io
@@ -8,20 +8,20 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-CURVES = ("loss", "validation_loss")  # of what a training reports
+CURVES = ("loss", "validation_loss")  # metrics kept in a record
 POINTS = 100  # of a curve in a record
-INCHES = (4.0, 2.8)  # of one training in a picture
+INCHES = (4.0, 2.8)  # of one plot
 
 Curve = list[tuple[int, float]]  # step and value
 
 
 def read_curves(metrics: Path, names: Iterable[str] = CURVES) -> dict[str, Curve]:
-    """The curves `names` in a `metrics.jsonl`, of at most POINTS + 1 points each. What a restart reported again counts."""
+    """The curves `names` in a `metrics.jsonl`, at most POINTS + 1 points each; of a repeated step the last value counts."""
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-        except ValueError:  # cut short by a kill
+        except ValueError:  # a kill cut the line short
             continue
         for name in found:
             if isinstance(value := values.get(name), float) and "step" in values:
@@ -30,13 +30,13 @@ def read_curves(metrics: Path, names: Iterable[str] = CURVES) -> dict[str, Curve
 
 
 def _thinned(points: Curve) -> Curve:
-    """Evenly chosen points, the last among them."""
+    """Evenly spaced points, including the last one."""
     stride = -(-len(points) // POINTS)
     return [(step, float(f"{value:.5g}")) for step, value in [*points[:-1:stride], points[-1]]]
 
 
 def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
-    """Draw the curves of each training beside those of the others; the end of the name of `picture` says in which format."""
+    """Draws one plot per training, side by side; the file ending of `picture` decides the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
 
 
 def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False) -> str:
-    """One picture of curves over the same steps, to be put into a page as it is; `logarithmic` where values differ widely."""
+    """One plot of curves over the same steps, as an <svg> element; `logarithmic` where values span a factor of 10 or more."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -74,12 +74,12 @@ def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False
             label=name.replace("_", " "),
         )
     values = [value for points in curves.values() for _, value in points]
-    wide = min(values) > 0 and max(values) >= 10 * min(values)  # below that, an axis of powers has hardly a number on it
+    wide = min(values) > 0 and max(values) >= 10 * min(values)  # otherwise a logarithmic axis has hardly any labels
     axes.set(title=title, xlabel="step", yscale="log" if logarithmic and wide else "linear")
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(frameon=False)
     target = io.StringIO()
-    with rc_context({"svg.hashsalt": title}):  # the same curves, the same picture
+    with rc_context({"svg.hashsalt": title}):  # the same curves give the same bytes
         figure.savefig(target, format="svg", metadata={"Date": None})
     return target.getvalue()[target.getvalue().index("<svg") :]

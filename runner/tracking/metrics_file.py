@@ -1,4 +1,4 @@
-"""metrics.jsonl: written by a worker, followed by whoever shows or tracks it."""
+"""metrics.jsonl: one JSON object a line, appended by the first worker of a stage and read while the stage runs."""
 
 import contextlib
 import datetime
@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
-class Follower:
-    """Reads what is appended to a metrics file, from its present end."""
+class MetricsReader:
+    """Reads what is appended to a metrics file, from byte `offset`, by default its present end."""
 
     def __init__(self, path: Path, *, offset: int | None = None) -> None:
         self.path = path
         self.offset = (path.stat().st_size if path.exists() else 0) if offset is None else offset  # bytes read
-
-    def moved_to(self, path: Path) -> None:
-        """The file is the same under another name."""
-        self.path = path
 
     def new_lines(self) -> Iterator[dict[str, Any]]:
         """The complete lines that were added since the last call."""
@@ -29,19 +25,19 @@ class Follower:
                 if not line.endswith(b"\n"):
                     return
                 self.offset += len(line)
-                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+                with contextlib.suppress(json.JSONDecodeError):  # a kill cut the line short
                     yield json.loads(line)
 
 
-class Report:
-    """Appends one JSON line per call; only the first process of a training has one."""
+class MetricsWriter:
+    """Appends one JSON line per call. Only the first process of a stage has one."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # after a line that a kill cut short
+            self._file.write("\n")  # a kill cut the last line short
 
     def __call__(self, **values: Any) -> None:
-        """Append `values`, with the time."""
+        """Appends `values` and the time."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._file.write(json.dumps({"time": now, **values}, ensure_ascii=False) + "\n")

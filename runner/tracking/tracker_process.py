@@ -1,7 +1,7 @@
-"""The tracker: a process of its own that follows metrics.jsonl files and mirrors them to aim and whatever else a recipe names.
+"""The tracker process: follows metrics.jsonl files and copies them to aim and the other trackers of a recipe.
 
-One writer per cache, since concurrent writers damage an aim repository. A tracker that fails is a warning, never a failed run,
-and the others go on.
+There is one writer per cache, because concurrent writers damage an aim repository. A tracker that fails is a warning, never a
+failed run, and the others continue.
 """
 
 import contextlib
@@ -16,23 +16,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.tracking.metrics_file import Follower
-from runner.tracking.trackers import Machine, Mirror, TrackerName, chosen, open_mirror, subsets
+from runner.tracking.metrics_file import MetricsReader
+from runner.tracking.trackers import Machine, Tracker, TrackerName, open_tracker, resolve_trackers, subsets
 
-CLOSE_SECONDS = 20.0  # for what is left to mirror when a run ends
+CLOSE_SECONDS = 20.0  # to copy what is left when a run ends
 POLL_SECONDS = 0.5
 EXIT_INCOMPLETE = 1
 
 
-class Tracker:
-    """The run's end of the tracker process, which starts with the first stage that is tracked."""
+class TrackerProcess:
+    """The run's handle on the tracker process, which starts with the first tracked stage."""
 
     def __init__(self, cache: Path, to: Sequence[TrackerName] | Literal["auto"] = "auto") -> None:
-        self._cache, self._to = cache, chosen(to)
+        self._cache, self._to = cache, resolve_trackers(to)
         self._process: subprocess.Popen[str] | None = None
 
-    def follow(self, metrics: Follower, finished: Path, facts: Mapping[str, Any]) -> None:
-        """Mirrors a metrics file from where `metrics` stands; it will move to `finished` when its stage is done."""
+    def follow(self, metrics: MetricsReader, finished: Path, facts: Mapping[str, Any]) -> None:
+        """Copies a metrics file from the offset of `metrics` on. The file moves to `finished` when its stage is done."""
         if not self._to:
             return
         if self._process is None:
@@ -42,10 +42,10 @@ class Tracker:
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
                 )
         places = {"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished)}
-        self._tell({**places, "facts": facts, "to": self._to})
+        self._send({**places, "facts": facts, "to": self._to})
 
     def close(self) -> str | None:
-        """Waits until everything is mirrored; a sentence if that did not succeed."""
+        """Waits until everything is copied; returns a warning if that failed."""
         if self._process is None:
             return None
         try:
@@ -56,16 +56,16 @@ class Tracker:
         if self._process.returncode == 0:
             return None
         return (
-            f"warning: not everything reached {', '.join(self._to)} (see {self._log()}); metrics.jsonl has the curves complete"
+            f"warning: not everything reached {', '.join(self._to)} (see {self._log()}); metrics.jsonl has the complete curves"
         )
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died; close() says so
+            pass  # the process died; close() reports it
 
     def _log(self) -> Path:
         path = self._cache / "logs" / "track.log"
@@ -73,55 +73,55 @@ class Tracker:
         return path
 
 
-class _Stage:
-    """One stage in all its mirrors; one that fails is left out from then on."""
+class _TrackedStage:
+    """One stage in all its trackers; a tracker that fails is dropped."""
 
     def __init__(self, cache: Path, message: Mapping[str, Any]) -> None:
         self.complete = True
-        self._mirrors: dict[TrackerName, Mirror] = {}
+        self._trackers: dict[TrackerName, Tracker] = {}
         self._paths = [Path(message["metrics"]), Path(message["finished"])]
-        self._follower = Follower(self._paths[0], offset=message["offset"])
+        self._reader = MetricsReader(self._paths[0], offset=message["offset"])
         self._machine, self._step = Machine(), 0
         for name in message["to"]:
             with self._guarded(name):
-                self._mirrors[name] = open_mirror(name, cache, message["facts"])
+                self._trackers[name] = open_tracker(name, cache, message["facts"])
 
     def copy(self) -> bool:
-        """Mirrors new lines; true once the stage is finished and everything is copied."""
+        """Copies new lines; true once the stage is finished and everything is copied."""
         moved = self._paths[1].exists()
         if moved:
-            self._follower.moved_to(self._paths[1])
-        for line in self._follower.new_lines():
+            self._reader.path = self._paths[1]
+        for line in self._reader.new_lines():
             self._step = line.get("step", self._step)
             for subset, values in subsets(line).items():
                 self._track(values, step=line.get("step"), subset=subset)
-        if self._mirrors and (seen := self._machine.look()):
+        if self._trackers and (seen := self._machine.measure()):
             self._track(seen, step=self._step, subset="system")
         return moved
 
     def close(self) -> None:
-        """Ends all mirrors."""
-        for name, mirror in list(self._mirrors.items()):
+        """Closes all trackers."""
+        for name, tracker in list(self._trackers.items()):
             with self._guarded(name):
-                mirror.close()
+                tracker.close()
 
     def _track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
-        for name, mirror in list(self._mirrors.items()):
+        for name, tracker in list(self._trackers.items()):
             with self._guarded(name):
-                mirror.track(values, step=step, subset=subset)
+                tracker.track(values, step=step, subset=subset)
 
     @contextlib.contextmanager
     def _guarded(self, name: TrackerName) -> Iterator[None]:
         try:
             yield
-        except Exception:  # whatever a tracker's client raises, the others go on
+        except Exception:  # a client may raise anything; the others continue
             traceback.print_exc()
             self.complete = False
-            self._mirrors.pop(name, None)
+            self._trackers.pop(name, None)
 
 
 def main() -> int:
-    """Follows what standard input names, one JSON object a line, until it closes."""
+    """Follows the files that standard input names, one JSON object a line, until it closes."""
     cache = Path(sys.argv[1])
     arriving: list[dict[str, Any]] = []
     closed = threading.Event()
@@ -136,12 +136,12 @@ def main() -> int:
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        open_stages: list[_Stage] = []
+        open_stages: list[_TrackedStage] = []
         complete = True
         while True:
             last_round = closed.is_set()
             while arriving:
-                open_stages.append(_Stage(cache, arriving.pop(0)))
+                open_stages.append(_TrackedStage(cache, arriving.pop(0)))
             for stage in list(open_stages):
                 if stage.copy() or last_round:
                     stage.close()

@@ -1,7 +1,7 @@
-"""What the tracker process writes to: aim, and the other trackers that accelerate knows. The only file that imports aim.
+"""The trackers: aim, and those that accelerate supports. The only file that imports aim.
 
-A mirror is one stage in one tracker. All get the same: the facts of the stage, its metrics by step, and what the machine does
-meanwhile. Each has a client of its own, which looks for its credentials in the environment.
+Every tracker gets the facts of a stage, its metrics by step, and the load of the machine. Each has its own client, which takes
+its credentials from the environment.
 """
 
 import time
@@ -19,33 +19,33 @@ CLASSES = {
     "swanlab": "SwanLabTracker",
 }
 NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total", "flops_per_token", "peak_flops"})
-SYSTEM_SECONDS = 10.0  # between two looks at the machine
+SYSTEM_SECONDS = 10.0  # between two measurements of the machine's load
 
 
-class Mirror(Protocol):
+class Tracker(Protocol):
     """One stage in one tracker."""
 
     def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
-        """Numbers of one moment; `subset` is train, validation or system."""
+        """Logs the values of one step; `subset` is train, validation or system."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Flushes and ends the run."""
 
 
-def chosen(wanted: Sequence[TrackerName] | Literal["auto"]) -> list[TrackerName]:
-    """The trackers to use; "auto" is aim where it is installed."""
-    if wanted != "auto":
-        return list(wanted)
+def resolve_trackers(names: Sequence[TrackerName] | Literal["auto"]) -> list[TrackerName]:
+    """The trackers to use; "auto" is aim if it is installed."""
+    if names != "auto":
+        return list(names)
     return ["aim"] if find_spec("aim") else []
 
 
-def open_mirror(name: TrackerName, cache: Path, facts: Mapping[str, Any]) -> Mirror:
-    """A mirror in the tracker `name`; whatever its client raises goes through."""
-    return AimMirror(cache / "aim", facts) if name == "aim" else AccelerateMirror(name, cache / name, facts)
+def open_tracker(name: TrackerName, cache: Path, facts: Mapping[str, Any]) -> Tracker:
+    """The tracker `name` with a new run; errors of its client pass through."""
+    return AimTracker(cache / "aim", facts) if name == "aim" else AccelerateTracker(name, cache / name, facts)
 
 
-class AimMirror:
-    """A stage as an aim run. Runs of a recipe share an experiment, so their curves can be laid over each other."""
+class AimTracker:
+    """A stage as an aim run. All runs of a recipe share one experiment, so that their curves can be overlaid."""
 
     def __init__(self, repo: Path, facts: Mapping[str, Any]) -> None:
         from aim.sdk.run import Run
@@ -57,25 +57,25 @@ class AimMirror:
             self._run[name] = value
 
     def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
-        """Each value as a sequence of its own."""
+        """Logs each value as its own sequence."""
         for name, value in values.items():
             self._run.track(value, name=name, step=step, context={"subset": subset})
 
     def close(self) -> None:
-        """Ends the run, and enters it in aim's index, which otherwise only the server of `aim up` does."""
+        """Ends the run and adds it to aim's index, which otherwise only the server of `aim up` does."""
         from aim.sdk.index_manager import RepoIndexManager
 
         self._run.close()
         RepoIndexManager.get_index_manager(self._run.repo).index(self._run.hash)
 
 
-class AccelerateMirror:
+class AccelerateTracker:
     """A stage in one of accelerate's trackers."""
 
     def __init__(self, name: str, folder: Path, facts: Mapping[str, Any]) -> None:
         from accelerate import PartialState, tracking
 
-        PartialState(cpu=True)  # accelerate's trackers ask it whether they are the main process
+        PartialState(cpu=True)  # accelerate's trackers read from it whether they are the main process
         title = f"{facts['stage']}-{str(facts['key'])[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         made: Any = getattr(tracking, CLASSES[name])
@@ -90,30 +90,30 @@ class AccelerateMirror:
                 self._tracker = made(facts["recipe"], name=title, group=facts["stage"])
         self._tracker.start()
         self._tracker.store_init_configuration(dict(_flat(facts)))
-        self._last = 0  # step; some trackers refuse one that goes back
+        self._last = 0  # step; some trackers refuse a smaller one
 
     def track(self, values: Mapping[str, float], *, step: int | None, subset: str) -> None:
-        """All values of a moment at once."""
+        """Logs all values of a step at once."""
         self._last = max(self._last, step or 0)
         self._tracker.log({f"{subset}/{name}": value for name, value in values.items()}, step=self._last)
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the rest and ends the run."""
         self._tracker.finish()
 
 
 class Machine:
-    """Processor, memory and GPUs of this machine, looked at now and then."""
+    """The load of this machine's processor, memory and GPUs, measured every SYSTEM_SECONDS."""
 
     def __init__(self) -> None:
-        self._looked = 0.0
+        self._measured = 0.0
 
-    def look(self) -> dict[str, float]:
-        """Shares in percent; empty where the last look is not long ago."""
+    def measure(self) -> dict[str, float]:
+        """Load in percent; empty if the last measurement is recent."""
         now = time.monotonic()
-        if now - self._looked < SYSTEM_SECONDS:
+        if now - self._measured < SYSTEM_SECONDS:
             return {}
-        self._looked = now
+        self._measured = now
         import psutil
 
         found = {"cpu_percent": float(psutil.cpu_percent()), "memory_percent": float(psutil.virtual_memory().percent)}
@@ -121,23 +121,23 @@ class Machine:
 
 
 def _gpus() -> dict[str, float]:
-    """By nvidia-smi, where there is one."""
+    """The load of each GPU as nvidia-smi reports it; empty without nvidia-smi."""
     import shutil
     import subprocess
 
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10)
+    listing = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10)
     found: dict[str, float] = {}
-    for index, line in enumerate(told.stdout.splitlines() if told.returncode == 0 else ()):
+    for index, line in enumerate(listing.stdout.splitlines() if listing.returncode == 0 else ()):
         use, used, total = (float(part) for part in line.split(","))
         found |= {f"gpu{index}_percent": use, f"gpu{index}_memory_percent": 100 * used / total}
     return found
 
 
 def subsets(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers of a line of metrics, by subset."""
+    """The numbers of a metrics line, by subset."""
     found: dict[str, dict[str, float]] = {}
     for name, value in line.items():
         if name not in NOT_TRACKED and isinstance(value, int | float):
@@ -147,7 +147,7 @@ def subsets(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Facts as flat names and plain values, which every tracker takes."""
+    """Facts with dotted names and plain values, which every tracker accepts."""
     if isinstance(value, Mapping):
         return [pair for key, item in value.items() for pair in _flat(item, f"{name}.{key}".removeprefix("."))]
     return [(name, value if isinstance(value, int | float | bool | str) else str(value))]

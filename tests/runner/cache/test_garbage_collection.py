@@ -9,7 +9,7 @@ from small_cache import finish, key_for, small_cache
 from small_recipe import Folder
 
 from runner.cache.record import Record
-from runner.cache.run_log import FOLDER, RECENT_DAYS, RECENT_RUNS, Run, note_run, noted_runs, recent
+from runner.cache.run_log import FOLDER, RECENT_DAYS, RECENT_RUNS, Run, log_run, logged_runs, recent
 from runner.cache.store import Store, Waiting
 from runner.cli import main
 from runner.commands.gc import readable, size_in_bytes
@@ -154,18 +154,18 @@ def test_a_note_that_is_damaged_is_none(tmp_path: Path) -> None:
     note(store, "good", [], 1.0)
     for number, text in enumerate(["", "[]", "{}", '{"recipe": 1}', "\udcff"]):
         (tmp_path / FOLDER / f"{number}.json").write_text(text, errors="surrogateescape")
-    assert [run.recipe for _, run in noted_runs(tmp_path)] == ["good"]
+    assert [run.recipe for _, run in logged_runs(tmp_path)] == ["good"]
 
 
 def test_a_run_that_fails_leaves_the_results_of_the_run_before_it_reached(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    recipe = load_recipe(folder.recipe)
-    note_run(folder.cache, recipe, ["a-1", "b-2"], until=None, complete=True)
-    note_run(folder.cache, recipe, ["a-3"], until=None, complete=False)
-    note_run(folder.cache, recipe, ["a-1"], until="corpus", complete=True)
-    assert {name for _, run in noted_runs(folder.cache) for name in run.names} == {"a-1", "b-2", "a-3"}
-    note_run(folder.cache, recipe, ["a-3", "b-4"], until=None, complete=True)
-    assert {name for _, run in noted_runs(folder.cache) for name in run.names} == {"a-1", "a-3", "b-4"}
+    resolved = load_recipe(folder.recipe).resolved()
+    log_run(folder.cache, folder.recipe, resolved, ["a-1", "b-2"], until=None, complete=True)
+    log_run(folder.cache, folder.recipe, resolved, ["a-3"], until=None, complete=False)
+    log_run(folder.cache, folder.recipe, resolved, ["a-1"], until="corpus", complete=True)
+    assert {name for _, run in logged_runs(folder.cache) for name in run.names} == {"a-1", "b-2", "a-3"}
+    log_run(folder.cache, folder.recipe, resolved, ["a-3", "b-4"], until=None, complete=True)
+    assert {name for _, run in logged_runs(folder.cache) for name in run.names} == {"a-1", "a-3", "b-4"}
 
 
 def test_runs_are_noted_and_a_recipe_named_keeps_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

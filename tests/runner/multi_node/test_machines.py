@@ -1,4 +1,4 @@
-"""Several machines: which one this is, and two runs on loopback that train together."""
+"""Several machines: their layout, and two runs on loopback that train together."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ from small_recipe import RECIPE, Folder
 from watched_processes import wait_for
 
 from runner.errors import MachineLostError, RecipeError
-from runner.execution.node_layout import ALONE, Asked, Layout, hosts_of, layout_of, split_address, without_launcher
-from runner.execution.stage_run import StopRequest
-from runner.multi_node.connection import Wire
-from runner.multi_node.coordinator import Team, opened
+from runner.execution.node_layout import ALONE, Layout, LayoutOptions, hosts_of, layout_of, split_address, without_launcher
+from runner.execution.stop import StopRequest
+from runner.multi_node.connection import Connection
+from runner.multi_node.coordinator import Coordinator, opened
 from runner.stage import Parallel
 
 SLURM = {"SLURM_NNODES": "3", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[08-10]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
@@ -35,14 +35,14 @@ TORCHRUN = {
 }
 
 
-def test_one_machine_is_the_default_whatever_else_is_around() -> None:
+def test_one_machine_is_the_default() -> None:
     assert layout_of(Parallel(), environment={}) == ALONE
     assert layout_of(Parallel(), environment={"WORLD_SIZE": "1", "SLURM_NNODES": "1"}) == ALONE
     assert layout_of(Parallel(machines=1), environment=SLURM) == ALONE
-    assert layout_of(Parallel(), Asked(machines=1), environment=TORCHRUN) == ALONE
+    assert layout_of(Parallel(), LayoutOptions(machines=1), environment=TORCHRUN) == ALONE
 
 
-def test_slurm_and_torchrun_tell_who_this_is() -> None:
+def test_the_layout_comes_from_slurm_or_torchrun() -> None:
     assert layout_of(Parallel(), environment=SLURM) == Layout(3, 1, "gpu08", 29500)
     step = SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[09-10]"}
     assert layout_of(Parallel(), environment=step) == Layout(2, 1, "gpu09", 29500)
@@ -55,33 +55,57 @@ def test_slurm_and_torchrun_tell_who_this_is() -> None:
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environment() -> None:
     recipe = Parallel(machines=4, main_address="recipe:1000")
-    assert layout_of(recipe, Asked(rank=3), environment=SLURM) == Layout(4, 3, "recipe", 1000)
-    assert layout_of(recipe, Asked(machines=5, rank=4, address="[fe80::1]:7"), environment=SLURM) == Layout(5, 4, "fe80::1", 7)
+    assert layout_of(recipe, LayoutOptions(rank=3), environment=SLURM) == Layout(4, 3, "recipe", 1000)
+    assert layout_of(recipe, LayoutOptions(machines=5, rank=4, address="[fe80::1]:7"), environment=SLURM) == Layout(
+        5, 4, "fe80::1", 7
+    )
     assert layout_of(Parallel(machine_rank=2), environment=SLURM) == Layout(3, 2, "gpu08", 29500)
 
 
 @pytest.mark.parametrize(
     ("parallel", "asked", "environment", "message"),
     [
-        (Parallel(machines=2), Asked(), {}, "machine_rank: is missing; expected this machine's, 0 to 1"),
-        (Parallel(machines=2), Asked(rank=2), {}, "machine_rank: expected 0 to 1, since there are 2 machines, got 2"),
-        (Parallel(machines=2), Asked(rank=-1), {}, "machine_rank: expected 0 to 1, got -1"),
-        (Parallel(), Asked(rank=1), {}, "machine_rank: found 1 of one machine"),
-        (Parallel(machines=2), Asked(rank=1), {}, "main_address: is missing; 2 machines: expected HOST or HOST:PORT"),
-        (Parallel(), Asked(2, 1, "a:b"), {}, "main_address: expected HOST or HOST:PORT, got 'a:b'"),
-        (Parallel(), Asked(2, 1, "a:65535"), {}, "main_address: found 'a:65535'"),
+        (Parallel(machines=2), LayoutOptions(), {}, "machine_rank: expected 0 to 1, got none"),
+        (Parallel(machines=2), LayoutOptions(rank=2), {}, "machine_rank: expected 0 to 1, since there are 2 machines, got 2"),
+        (
+            Parallel(machines=2),
+            LayoutOptions(rank=-1),
+            {},
+            "machine_rank: expected 0 to 1, since there are 2 machines, got -1",
+        ),
+        (Parallel(), LayoutOptions(rank=1), {}, "machine_rank: expected 0, since there is one machine, got 1"),
+        (
+            Parallel(machines=2),
+            LayoutOptions(rank=1),
+            {},
+            "main_address: expected HOST or HOST:PORT of the machine of rank 0, got none",
+        ),
+        (
+            Parallel(),
+            LayoutOptions(2, 1, "a:b"),
+            {},
+            "main_address: expected HOST or HOST:PORT of the machine of rank 0, got 'a:b'",
+        ),
+        (
+            Parallel(),
+            LayoutOptions(2, 1, "a:65535"),
+            {},
+            "main_address: expected HOST or HOST:PORT of the machine of rank 0, got 'a:65535'",
+        ),
         (
             Parallel(machines=2, machine_rank=1, main_address="evil"),
-            Asked(),
+            LayoutOptions(),
             {},
-            "say on the command line that this is wanted",
+            "confirm it on the command line with --machine-rank 1",
         ),
-        (Parallel(), Asked(), SLURM | {"SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
-        (Parallel(), Asked(), TORCHRUN | {"LOCAL_RANK": "1"}, "--nproc-per-node 1"),
-        (Parallel(), Asked(), {"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number, got 'two'"),
+        (Parallel(), LayoutOptions(), SLURM | {"SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
+        (Parallel(), LayoutOptions(), TORCHRUN | {"LOCAL_RANK": "1"}, "--nproc-per-node 1"),
+        (Parallel(), LayoutOptions(), {"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number, got 'two'"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said(parallel: Parallel, asked: Asked, environment: Any, message: str) -> None:
+def test_a_missing_or_wrong_layout_is_refused(
+    parallel: Parallel, asked: LayoutOptions, environment: Any, message: str
+) -> None:
     with pytest.raises(RecipeError) as error:
         layout_of(parallel, asked, environment=environment)
     assert message in str(error.value)
@@ -93,20 +117,20 @@ def test_node_lists_of_slurm_are_read() -> None:
     assert list(hosts_of("one")) == ["one"]
 
 
-def test_an_address_has_a_port_of_its_own_or_the_usual_one() -> None:
+def test_an_address_without_a_port_gets_the_default_one() -> None:
     assert split_address("node-1.example.org") == ("node-1.example.org", 29500)
     assert split_address("[::1]") == ("::1", 29500)
 
 
-def test_what_a_launcher_says_of_this_run_does_not_reach_the_processes_of_a_training() -> None:
+def test_variables_of_a_launcher_are_not_passed_to_the_processes_of_a_training() -> None:
     kept = {"PATH": "/bin", "SLURM_NNODES": "2", "MY_RANK": "3", "CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_LOG_LEVEL": "info"}
-    told = {
+    removed = {
         "TORCHELASTIC_RUN_ID": "x",
         "NODE_RANK": "0",
         "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
         "ACCELERATE_USE_FSDP": "true",
     }
-    assert without_launcher(TORCHRUN | told | kept) == kept
+    assert without_launcher(TORCHRUN | removed | kept) == kept
 
 
 RUNNING: list[subprocess.Popen[str]] = []
@@ -131,7 +155,7 @@ schedule = { kind = "constant", learning_rate = 1e-2 }
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A folder in which everything up to the training is finished. Tests take a copy."""
+    """A folder with all stages before the training finished. Tests use a copy."""
     folder = Folder(tmp_path_factory.mktemp("packed"))
     folder.write(RECIPE + TRAINING)
     done = folder.run("--until", "tokens")
@@ -152,8 +176,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(autouse=True)
-def none_is_left() -> Iterator[None]:
-    """Whatever a test that failed left running ends."""
+def end_runs() -> Iterator[None]:
+    """Ends the runs that a failed test left."""
     yield
     while RUNNING:
         process = RUNNING.pop()
@@ -163,7 +187,7 @@ def none_is_left() -> Iterator[None]:
 
 
 def begun(folder: Folder, rank: int, port: int, *words: str) -> subprocess.Popen[str]:
-    """A run of the recipe on a machine of its own."""
+    """A run of the recipe as on its own machine."""
     command = [*folder.command("run", str(folder.recipe)), "--machines", "2", "--machine-rank", str(rank)]
     return launched([*command, "--main-address", f"127.0.0.1:{port}", "--cache", str(folder.cache), *words], rank)
 
@@ -185,7 +209,7 @@ def losses(folder: Folder, stage: str) -> list[float]:
     return [line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line]
 
 
-def test_two_machines_train_together_in_one_cache_and_learn_what_one_learns(folder: Folder) -> None:
+def test_two_machines_that_share_a_cache_reach_the_losses_of_one(folder: Folder) -> None:
     port = free_port()
     (first, told), (second, heard) = ended(*(begun(folder, rank, port) for rank in (0, 1)))
     assert (first, second) == (0, 0), f"{told}\n{heard}"
@@ -222,9 +246,7 @@ def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, star
 
 
 @pytest.mark.parametrize(("killed", "retries"), [(1, 1), pytest.param(0, 0, marks=pytest.mark.long)])
-def test_when_a_worker_of_one_machine_dies_all_begin_again_or_the_first_goes_on_alone(
-    folder: Folder, killed: int, retries: int
-) -> None:
+def test_when_a_worker_dies_all_machines_retry_or_machine_0_continues_alone(folder: Folder, killed: int, retries: int) -> None:
     recipe = ("--until", "base", "--set", "stage.base.budget={steps=120}", "--set", f"parallel.retries={retries}")
     port = free_port()
     runs = [begun(folder, rank, port, *recipe) for rank in (0, 1)]
@@ -245,10 +267,10 @@ def test_when_a_worker_of_one_machine_dies_all_begin_again_or_the_first_goes_on_
         assert "goes on with one process and the same batch from the last checkpoint" in told
 
 
-def test_machines_with_caches_of_their_own_meet_at_a_remote(folder: Folder) -> None:
+def test_machines_with_separate_caches_exchange_artifacts_through_a_remote(folder: Folder) -> None:
     ignored, port = shutil.ignore_patterns("cache"), free_port()
     other = Folder(shutil.copytree(folder.root, folder.root.parent / "there", ignore=ignored))
-    remote = ("--until", "base", "--remote", str(folder.root.parent / "team"))
+    remote = ("--until", "base", "--remote", str(folder.root.parent / "remote"))
     results = ended(begun(folder, 0, port, *remote), begun(other, 1, port, *remote))
     assert [code for code, _ in results] == [0, 0], results
     done = other.run("--until", "base", "--remote", remote[-1], "--cache", str(other.cache))
@@ -263,7 +285,7 @@ def test_machines_that_share_neither_cache_nor_remote_are_refused(folder: Folder
         assert "machine 1" in text and "sees neither the cache of this machine" in text and "Traceback" not in text
 
 
-def test_machines_whose_recipes_differ_are_refused_with_what_differs(folder: Folder) -> None:
+def test_machines_with_different_recipes_are_refused_with_the_difference(folder: Folder) -> None:
     port = free_port()
     for code, text in ended(begun(folder, 0, port), begun(folder, 1, port, "--set", "stage.base.budget={steps=7}")):
         assert code == 2, text
@@ -271,7 +293,9 @@ def test_machines_whose_recipes_differ_are_refused_with_what_differs(folder: Fol
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_can_go_on(folder: Folder, killed: int) -> None:
+def test_when_one_machine_dies_for_good_the_other_ends_with_a_message_and_the_stage_can_resume(
+    folder: Folder, killed: int
+) -> None:
     impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=0", "--set", "parallel.fallback='none'")
     port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}", *impatient)
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
@@ -284,24 +308,26 @@ def test_when_one_machine_dies_for_good_the_other_says_so_and_ends_and_the_work_
     assert plan["stages"][-1]["state"] == "resume"
 
 
-def test_a_machine_that_is_gone_after_a_training_failed_here_is_its_cause_and_not_the_end(tmp_path: Path) -> None:
+def test_a_machine_lost_during_a_failed_training_is_reported_as_its_cause(tmp_path: Path) -> None:
     port = free_port()
-    team = Team(Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, note=print, stop=StopRequest(), rejoin_seconds=0.2)
-    with opened(team):
-        other = Wire(socket.create_connection(("127.0.0.1", port)))
+    coordinator = Coordinator(
+        Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, note=print, stop=StopRequest(), rejoin_seconds=0.2
+    )
+    with opened(coordinator):
+        other = Connection(socket.create_connection(("127.0.0.1", port)))
         other.send(do="hello", rank=1, machines=2, who="process 7 on there", shares=True)
-        team.assemble()
+        coordinator.assemble()
         other.close()
-        assert team.causes() == ["machine 1 (process 7 on there) is gone; what was checkpointed is kept"]
+        assert coordinator.causes() == ["machine 1 (process 7 on there) is gone; what was checkpointed is kept"]
         with pytest.raises(MachineLostError, match="machine 1 of 2 did not come back within 0 s"):
-            team.assemble()
-        team.give_up()
-        assert team.is_broken
+            coordinator.assemble()
+        coordinator.give_up()
+        assert coordinator.is_broken
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folder, killed: int) -> None:
+def test_a_machine_that_dies_and_is_restarted_takes_part_again(folder: Folder, killed: int) -> None:
     port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=120}")
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
@@ -315,7 +341,7 @@ def test_a_machine_that_dies_and_is_started_again_takes_part_again(folder: Folde
 
 
 @pytest.mark.long
-def test_when_a_machine_does_not_come_back_the_first_trains_alone_from_then_on(folder: Folder) -> None:
+def test_when_a_machine_does_not_come_back_machine_0_trains_alone(folder: Folder) -> None:
     impatient = ("--set", "parallel.rejoin_minutes=0.01", "--set", "parallel.retries=1")
     port, long = free_port(), ("--set", "stage.base.budget={steps=120}", *impatient)
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
@@ -330,7 +356,7 @@ def test_when_a_machine_does_not_come_back_the_first_trains_alone_from_then_on(f
     assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]
 
 
-def test_a_machine_that_is_asked_to_stop_stops_all_of_them_after_a_checkpoint(folder: Folder) -> None:
+def test_stopping_one_machine_stops_all_of_them_after_a_checkpoint(folder: Folder) -> None:
     port, long = free_port(), ("--until", "base", "--set", "stage.base.budget={steps=4000}")
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)

@@ -1,4 +1,4 @@
-"""The tracker process: every tracker that is named gets the same numbers, and one that fails stops neither run nor others."""
+"""The tracker process: every tracker gets the same numbers, and a failing one stops neither the run nor the others."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from runner.tracking.metrics_file import Follower
-from runner.tracking.tracker_process import Tracker
+from runner.tracking.metrics_file import MetricsReader
+from runner.tracking.tracker_process import TrackerProcess
 from runner.tracking.trackers import subsets
 
 LINES: list[dict[str, Any]] = [
@@ -36,25 +36,25 @@ print(json.dumps({"experiment": run.experiment, "stage": run["stage"], "values":
 
 
 def tracked(folder: Path, to: list[Any]) -> str | None:
-    """What the tracker says in the end; the file was written before it started, and is finished while it runs."""
+    """The tracker's final warning; the file is written before the tracker starts and is moved while it runs."""
     metrics, finished = folder / "work" / "metrics.jsonl", folder / "stages" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
-    tracker = Tracker(folder, to)
-    tracker.follow(Follower(metrics, offset=0), finished, FACTS)
+    tracker = TrackerProcess(folder, to)
+    tracker.follow(MetricsReader(metrics, offset=0), finished, FACTS)
     finished.parent.mkdir()
     metrics.rename(finished)
     return tracker.close()
 
 
 def read(script: str, folder: Path) -> Any:
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, str(folder)], capture_output=True, text=True, check=True
     )
-    return json.loads(told.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_aim_and_tensorboard_get_the_same_and_a_tracker_that_is_missing_is_a_warning(tmp_path: Path) -> None:
+def test_aim_and_tensorboard_get_the_same_values_and_a_missing_tracker_is_a_warning(tmp_path: Path) -> None:
     warning = tracked(tmp_path, ["aim", "swanlab", "tensorboard"])
     assert warning is not None and "swanlab" in warning
     assert "Traceback" in (tmp_path / "logs" / "track.log").read_text(encoding="utf-8")
@@ -73,16 +73,16 @@ def test_no_tracker_starts_no_process(tmp_path: Path) -> None:
     assert not (tmp_path / "logs").exists()
 
 
-def test_only_numbers_are_tracked_and_held_out_ones_apart() -> None:
+def test_only_numbers_are_tracked_and_validation_metrics_get_their_own_subset() -> None:
     line = {"step": 1, "loss": 2.0, "validation_loss": 3.0, "note": "x", "unit": "rows", "time": "now"}
     assert subsets(line) == {"train": {"loss": 2.0}, "validation": {"loss": 3.0}}
 
 
 @pytest.mark.parametrize("name", ["mlflow", "Aim"])
-def test_a_tracker_that_is_not_known_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_unknown_tracker_is_refused(name: str, tmp_path: Path) -> None:
     from runner.errors import RecipeError
     from runner.recipe.recipe import load_recipe
 
     (tmp_path / "r.toml").write_text(f'name = "r"\n[tracking]\nto = ["{name}"]\n', encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"tracking\.to\[0\]: found .*: expected 'aim', 'tensorboard'"):
+    with pytest.raises(RecipeError, match=rf"tracking\.to\[0\]: expected 'aim', 'tensorboard', .* got '{name}'"):
         load_recipe(tmp_path / "r.toml")
