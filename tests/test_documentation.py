@@ -25,13 +25,14 @@ from runner.stages import stage_kinds
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 EXTENDING = ROOT / "recipes" / "extending.md"
+ARCHITECTURE = ROOT / "recipes" / "architecture.md"
 PLACEHOLDERS = {"N": "1", "K": "0", "text|mermaid|svg": "text", "TAG|COMMIT": "v1", "20GB": "20GB"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
     """The code blocks of a page in one language."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [text for told, text in fenced if told == language]
+    return [text for named, text in fenced if named == language]
 
 
 def shown() -> list[tuple[str, str]]:
@@ -117,6 +118,15 @@ def test_every_package_is_in_the_tree() -> None:
         path.parent.relative_to(ROOT) for name in ("runner", "llm") for path in (ROOT / name).rglob("__init__.py")
     ):
         assert package in named or (package.parent in named and f"{package.name}/" in text), package
+
+
+def test_the_layers_on_the_page_are_those_that_import_linter_holds() -> None:
+    contracts = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = {contract["containers"][0]: contract["layers"] for contract in contracts if contract["type"] == "layers"}
+    head, *rows = next(block for block in blocks(ARCHITECTURE, "text") if block.startswith("runner ")).splitlines()
+    column = head.index("llm")
+    assert [row[:column].strip() for row in rows] == layers["runner"]
+    assert [name for row in rows if (name := row[column:].strip())] == layers["llm"]
 
 
 @pytest.mark.parametrize("name", ["runner", "llm"])
