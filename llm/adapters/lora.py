@@ -1,6 +1,6 @@
 """Low-rank adapters (Hu et al. 2021) on the hand-written model, through PEFT: attached, saved and opened again.
 
-PEFT changes the layers inside the model, and the model stays itself: the training loop sees a Llama of which only the
+PEFT changes the layers inside the model, and the model stays itself: the training loop sees a language model of which only the
 adapter asks for gradients. What is saved opens in stock PEFT on the stock Transformers base. The base may be held in four
 bits meanwhile (QLoRA, Dettmers et al. 2023); an adapter does not know it, and is merged into the full weights.
 
@@ -28,7 +28,7 @@ from llm.adapters import lora_linear
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
 from llm.layers.dropout import Dropout
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -56,7 +56,7 @@ class Settings:
     modules_to_save: Sequence[str] = ()  # trained in full, by name or end of name
 
 
-def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list[str]:
+def targets(model: LanguageModel, wanted: Sequence[str] | Literal["all-linear"]) -> list[str]:
     """What `wanted` is to PEFT: names, sorted. Each means the linear layers whose dotted names it is, or ends.
 
     "all-linear" leaves the head out, as in PEFT. An InputError tells which name means nothing, and which would, or that the
@@ -85,7 +85,7 @@ def targets(model: Llama, wanted: Sequence[str] | Literal["all-linear"]) -> list
     return sorted(set(wanted))
 
 
-def modules_in_full(model: Llama, wanted: Sequence[str], *, adapted: Sequence[str] = ()) -> list[str]:
+def modules_in_full(model: LanguageModel, wanted: Sequence[str], *, adapted: Sequence[str] = ()) -> list[str]:
     """The dotted names of the modules that `wanted` names, or ends of names, sorted; each has weights of its own.
 
     InputError tells which name means nothing, and which would; or that a module has an adapter already: `adapted` are targets.
@@ -127,7 +127,7 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = None) -> None:
+def quantize(model: LanguageModel, *, double: bool, compute_dtype: torch.dtype | None = None) -> None:
     """Hold the linear layers of the decoder in 4-bit NormalFloat; embedding, norms and head stay as they are.
 
     `double` quantizes the scales of the blocks as well. Products are computed in `compute_dtype`, else in the input's.
@@ -146,7 +146,7 @@ def quantize(model: Llama, *, double: bool, compute_dtype: torch.dtype | None = 
         model.set_submodule(name, quantized.to(linear.weight.device))  # moving to a device is what quantizes
 
 
-def copy_dequantized(source: Llama, target: Llama) -> None:
+def copy_dequantized(source: LanguageModel, target: LanguageModel) -> None:
     """Put what the layers of `source` in four bits stand for into `target`, whose layers are plain."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
@@ -159,7 +159,7 @@ def copy_dequantized(source: Llama, target: Llama) -> None:
             weight.data.copy_(dequantize_4bit(stored.data, stored.quant_state))
 
 
-def attach(model: Llama, settings: Settings, *, seed: int) -> None:
+def attach(model: LanguageModel, settings: Settings, *, seed: int) -> None:
     """Put a new adapter into `model`, drawn from `seed`; only it and the modules trained in full ask for gradients then.
 
     InputError where a target is no linear layer, or the head's adapter is to have dropout.
@@ -197,7 +197,7 @@ def attach(model: Llama, settings: Settings, *, seed: int) -> None:
         model.get_submodule(module).requires_grad_(True)
 
 
-def adapted_layers(model: Llama) -> Iterator[tuple[str, "LoraLayer"]]:
+def adapted_layers(model: LanguageModel) -> Iterator[tuple[str, "LoraLayer"]]:
     """The layers of `model` that carry an adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
@@ -206,7 +206,7 @@ def adapted_layers(model: Llama) -> Iterator[tuple[str, "LoraLayer"]]:
             yield name, module
 
 
-def save_adapter(folder: Path, model: Llama) -> None:
+def save_adapter(folder: Path, model: LanguageModel) -> None:
     """Write the adapter in `model` as stock PEFT does, without the place its base was read from."""
     config = _config_of(model)
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
@@ -221,7 +221,7 @@ def save_adapter(folder: Path, model: Llama) -> None:
     write_tensors(folder / WEIGHTS, weights)
 
 
-def copy_adapter(source: Llama, target: Llama) -> None:
+def copy_adapter(source: LanguageModel, target: LanguageModel) -> None:
     """Put the adapter in `source` into `target`, which has none: another copy of the base, in four bits or not."""
     from peft import set_peft_model_state_dict
 
@@ -230,7 +230,7 @@ def copy_adapter(source: Llama, target: Llama) -> None:
     _put_in_full(target, _in_full(source))
 
 
-def load_adapter(model: Llama, folder: Path) -> None:
+def load_adapter(model: LanguageModel, folder: Path) -> None:
     """Put the adapter of `folder` into `model`; an InputError says where it does not fit.
 
     Any LoRA adapter that PEFT has written for this architecture will do.
@@ -264,14 +264,14 @@ def _check_tied(config: Any, weights: dict[str, Tensor], full: dict[str, Tensor]
         )
 
 
-def _linear_layers(model: Llama) -> Iterator[tuple[str, nn.Linear]]:
+def _linear_layers(model: LanguageModel) -> Iterator[tuple[str, nn.Linear]]:
     """Linear layers inside the decoder: a head, which may be the embedding, is not among them."""
-    for name, module in model.model.layers.named_modules():
+    for name, module in model.layers.named_modules():
         if isinstance(module, nn.Linear):
             yield f"model.layers.{name}", module
 
 
-def _inject(model: Llama, config: Any) -> None:
+def _inject(model: LanguageModel, config: Any) -> None:
     from peft import inject_adapter_in_model
 
     quantized = any(type(module).__name__ == "Linear4bit" for module in model.modules())
@@ -289,25 +289,25 @@ def _inject(model: Llama, config: Any) -> None:
             del model.is_loaded_in_4bit  # accelerate reads it too, and wants then what only from_pretrained sets
 
 
-def _config_of(model: Llama) -> Any:
+def _config_of(model: LanguageModel) -> Any:
     return model.peft_config[_NAME]  # type: ignore[index]  # PEFT puts it there
 
 
-def _state(model: Llama) -> dict[str, Tensor]:
+def _state(model: LanguageModel) -> dict[str, Tensor]:
     """The adapter's weights by PEFT's names, without the prefix of its wrappers."""
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
 
 
-def _in_full(model: Llama) -> dict[str, Tensor]:
+def _in_full(model: LanguageModel) -> dict[str, Tensor]:
     """The weights of the modules that are trained in full, by name."""
     modules: list[str] = _config_of(model).modules_to_save or []
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
     return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
 
 
-def _put_in_full(model: Llama, weights: dict[str, Tensor]) -> None:
+def _put_in_full(model: LanguageModel, weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         model.get_parameter(name).data.copy_(weight)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from llm.adapters.lora import adapted_layers, load_adapter
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 
 
-def merge_adapters(model: Llama, folders: Sequence[Path]) -> None:
+def merge_adapters(model: LanguageModel, folders: Sequence[Path]) -> None:
     """Merge the adapters of `folders` into `model`, one after the other, each on the result of those before it.
 
     The model holds full-precision weights (fp32): merging into quantized ones would round the adapter away.
@@ -19,7 +19,7 @@ def merge_adapters(model: Llama, folders: Sequence[Path]) -> None:
         merge_attached(model)
 
 
-def merge_attached(model: Llama) -> None:
+def merge_attached(model: LanguageModel) -> None:
     """Merge the adapter that `model` carries; modules that were trained in full hold what they learned already."""
     for name, layer in list(adapted_layers(model)):
         layer.merge(safe_merge=True)
@@ -28,7 +28,7 @@ def merge_attached(model: Llama) -> None:
 
 
 @torch.no_grad()
-def mix_adapters(model: Llama, folders: Sequence[Path], weights: Sequence[float]) -> None:
+def mix_adapters(model: LanguageModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
     """Change `model` by the weighted sum of what the adapters of `folders`, all trained on it, would each change alone."""
     base = {name: weight.clone() for name, weight in model.named_parameters()}
     totals: dict[str, torch.Tensor] = {}

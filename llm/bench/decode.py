@@ -17,8 +17,7 @@ from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.device import autocast, has_compiler, resolve_precision
 from llm.inference.generate import Clock, generate
-from llm.models.llama.decode import Decoding
-from llm.models.llama.model import Llama
+from llm.models.interface import Decoding, LanguageModel
 from llm.training.config import Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup
 
@@ -35,7 +34,9 @@ SURE = 3.0  # of logits, where bf16 rounds to 0.1 at most
 MOST_TERMS = 4  # of so many lessons
 
 
-def measure_decode(workload: Workload, model: Llama, *, seconds: float, compiled: bool, group: ProcessGroup) -> dict[str, Any]:
+def measure_decode(
+    workload: Workload, model: LanguageModel, *, seconds: float, compiled: bool, group: ProcessGroup
+) -> dict[str, Any]:
     """For each batch size: tokens/s of all, and whether all greedy tokens are the same. Teaches `model` before that.
 
     If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU, with a compiler.
@@ -98,7 +99,7 @@ def measure_decode(workload: Workload, model: Llama, *, seconds: float, compiled
     return result
 
 
-def teach(workload: Workload, model: Llama, *, prompt_tokens: int, new_tokens: int, group: ProcessGroup) -> float:
+def teach(workload: Workload, model: LanguageModel, *, prompt_tokens: int, new_tokens: int, group: ProcessGroup) -> float:
     """Train until the model is sure of what to write, or patience ends; the least margin of its likeliest token."""
     rows = CountingRows(workload.context, workload.vocab_size)
     unseen = [rows.row(UNSEEN + index).tokens[: prompt_tokens + new_tokens] for index in range(max(BATCHES))]

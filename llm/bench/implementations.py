@@ -14,7 +14,7 @@ from llm.adapters import lora
 from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, Row, RowSource
 from llm.models import architectures
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.training.alerts.config import Alerts
 from llm.training.alerts.monitor import AlertMonitor
 from llm.training.config import Optimizer, Schedule
@@ -53,7 +53,7 @@ class CountingRows:
         return Row(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.context, dtype=np.int32))
 
 
-def build_stockpot_model(workload: Workload) -> Llama:
+def build_stockpot_model(workload: Workload) -> LanguageModel:
     """Our model with fresh weights, the same ones every time."""
     torch.manual_seed(0)
     config = workload.architecture
@@ -90,7 +90,7 @@ class StockpotTraining:
     def __init__(
         self,
         workload: Workload,
-        model: Llama,
+        model: LanguageModel,
         *,
         optimizer: Optimizer,
         group: ProcessGroup,

@@ -16,7 +16,6 @@ from llm.bench.implementations import FULL, LORA, QLORA, SETTINGS, build_stockpo
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.models.interface import count_parameters
-from llm.models.llama.model import Llama
 from llm.training.distributed.process_group import ProcessGroup
 
 
@@ -48,7 +47,7 @@ def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> 
     return found
 
 
-def weight_bytes(model: nn.Module | Llama) -> int:
+def weight_bytes(model: nn.Module) -> int:
     """Memory of all weights; of those in four bits with the scales and the table that they are read by."""
     held: dict[int, int] = {}
 

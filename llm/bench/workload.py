@@ -6,7 +6,7 @@ from llm.models import architecture_tables
 from llm.training.config import ConfigTable, Optimizer
 
 if TYPE_CHECKING:
-    from llm.models.llama.config import LlamaConfig as ArchitectureConfig
+    from llm.models.interface import ModelConfig as ArchitectureConfig
 else:
     ArchitectureConfig = architecture_tables()
 
@@ -42,12 +42,5 @@ class Workload(ConfigTable):
 def reference_workload(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Workload:
     """The size at which we compare where no recipe names another: 28.8M parameters, 8 rows of one 512-token document."""
     sizes = {"hidden_size": 512, "layers": 8, "heads": 8, "context": 512}
-    return Workload(
-        architecture=ArchitectureConfig.model_validate(sizes),
-        vocab_size=6144,
-        context=512,
-        rows=8,
-        compiled=compiled,
-        fused_attention=compiled,
-        cores=cores,
-    )
+    step = {"vocab_size": 6144, "context": 512, "rows": 8, "compiled": compiled, "fused_attention": compiled, "cores": cores}
+    return Workload.model_validate({"architecture": sizes} | step)

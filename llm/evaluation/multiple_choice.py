@@ -18,7 +18,7 @@ from llm.evaluation.bootstrap import Draws, resample, rounded
 from llm.evaluation.scoring import Outcome
 from llm.inference.generate import Clock
 from llm.inference.likelihood import Progress, Window, negative_log_likelihoods
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.text.readers import read_rows
 from llm.text.templates import split_template
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -106,7 +106,7 @@ def read_choices(files: Sequence[Path], template: ChoiceTemplate, *, skip_bad: b
     return found, skipped
 
 
-def choose(model: Llama, tokenizer: TextTokenizer, *, questions: Sequence[Choice], progress: Progress) -> Outcome:
+def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Choice], progress: Progress) -> Outcome:
     """`accuracy` of taking the likeliest choice, and `accuracy_per_byte` where its log-probability is divided by its bytes.
 
     A prompt that does not fit the model beside the longest choice is cut as in training.
@@ -114,7 +114,7 @@ def choose(model: Llama, tokenizer: TextTokenizer, *, questions: Sequence[Choice
     windows, owners = [], []
     cut = 0
     for number, question in enumerate(questions):
-        streams = _streams(question, tokenizer, model.config.context or 0)
+        streams = _streams(question, tokenizer, model.context)
         cut += any(stream.cut_prompt for stream in streams)
         for stream in streams:
             start = len(stream.ids)

@@ -10,7 +10,7 @@ from llm.evaluation.bootstrap import Draws, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import Likeness
 from llm.evaluation.scoring import Answered, Outcome, Question, answer
 from llm.inference.likelihood import Progress
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 GRAM = 4  # tokens; seq-rep-4 of Welleck et al. (2020)
@@ -20,9 +20,9 @@ SCORES = ("win_rate", "likelihood_win_rate", "chrf_change", "bits_per_byte_chang
 
 
 def compare_models(
-    model: Llama,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
-    load_other: Callable[[], tuple[Llama, TextTokenizer]],
+    load_other: Callable[[], tuple[LanguageModel, TextTokenizer]],
     *,
     questions: Sequence[Question],
     max_new_tokens: int,

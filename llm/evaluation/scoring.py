@@ -20,7 +20,7 @@ from llm.evaluation.bootstrap import Draws, macro_f1, resample, round_all, round
 from llm.evaluation.chrf_bleu import Likeness
 from llm.inference.generate import Clock, generate
 from llm.inference.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 SAMPLES = 20  # answers that are shown
@@ -80,13 +80,13 @@ class Likelihoods:
         return {"nats": round_all(self.nats), "tokens": self.tokens, "bytes": self.text_bytes}
 
 
-def score_texts(model: Llama, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: Progress) -> Outcome:
+def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: Progress) -> Outcome:
     """`perplexity` per token and `bits_per_byte` of whole documents, the end token of each included.
 
     A document longer than the model's context is cut into windows that do not overlap; each token is scored once, in view of
     what its window holds before it.
     """
-    context = _context(model)
+    context = model.context
     documents = [
         [
             Window(ids[start : start + context], ids[start + 1 : start + context + 1])
@@ -112,7 +112,7 @@ def score_texts(model: Llama, tokenizer: TextTokenizer, *, texts: Sequence[str],
 
 
 def classify(
-    model: Llama,
+    model: LanguageModel,
     tokenizer: TextTokenizer,
     *,
     questions: Sequence[Question],
@@ -138,7 +138,7 @@ def classify(
     spelled = [_learned(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
     streams = [
-        _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", (names[longest],))]), tokenizer, _context(model))
+        _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", (names[longest],))]), tokenizer, model.context)
         for question in questions
     ]
     prompts = [stream.ids[: -len(spelled[longest])] for stream in streams]
@@ -186,7 +186,7 @@ def classify(
 
 
 def score_answers(
-    model: Llama, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
 ) -> Outcome:
     """`perplexity` and `bits_per_byte` of the wanted answers after their prompts, and `chrf` and `bleu` of the model's own
     greedy answers against them, 0 to 100. Without `max_new_tokens`, nothing is generated.
@@ -221,12 +221,12 @@ class Answered:
 
 
 def answer(
-    model: Llama, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
 ) -> Answered:
     """The likelihood of the wanted answers after their prompts, as far as they fit the model; and its own, if at most
     `max_new_tokens` are asked for.
     """
-    context = _context(model)
+    context = model.context
     streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
     starts = [len(stream.ids) - len(_last_run(stream.learned)) for stream in streams]
     windows = [
@@ -315,9 +315,3 @@ def _speeds(clock: Clock) -> dict[str, Any]:
     if clock.new_tokens:
         speeds |= {"new_tokens": clock.new_tokens, "new_tokens_per_second": round(clock.new_tokens / clock.new_seconds)}
     return speeds
-
-
-def _context(model: Llama) -> int:
-    context = model.config.context
-    assert context is not None  # every checkpoint says it
-    return context

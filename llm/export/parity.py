@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.inference.generate import generate
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.text.documents import language_by_script
 from llm.text.selection import evenly_spaced
 from llm.tokenizer.tokenizer import Message, TextTokenizer
@@ -77,14 +77,16 @@ class Check:
 class Ours:
     """The model as it was trained, and what it makes of the prompts: every system is held against it."""
 
-    model: Llama
+    model: LanguageModel
     tokenizer: TextTokenizer
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     max_new_tokens: int
 
     @classmethod
-    def of(cls, model: Llama, tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> "Ours":
+    def of(
+        cls, model: LanguageModel, tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    ) -> "Ours":
         """Answers the prompts."""
         answers = generate(model, prompts, max_new_tokens=max_new_tokens, end=tokenizer.ends)
         return cls(model, tokenizer, prompts, answers, max_new_tokens)
@@ -92,7 +94,7 @@ class Ours:
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits (T, V)."""
-        device = self.model.model.embed_tokens.weight.device
+        device = self.model.device
         logits: Tensor = self.model(torch.tensor([list(tokens)], device=device))[0]
         return logits.cpu()
 

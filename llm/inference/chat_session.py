@@ -15,7 +15,7 @@ from llm.inference.generate import Clock
 from llm.inference.sampling import Sampling
 from llm.inference.streaming import stream
 from llm.models.checkpoint import load_checkpoint
-from llm.models.llama.decode import Decoding
+from llm.models.interface import Decoding
 from llm.tokenizer.tokenizer import TextTokenizer
 
 ROOM = 4  # old turns are forgotten so that an answer has this part of the context: a quarter
@@ -50,8 +50,7 @@ class Speaker:
         model = load_checkpoint(checkpoint, device=device)
         if adapter is not None:
             merge_adapters(model, [adapter])
-        assert model.config.context is not None  # every checkpoint says it
-        self.context: int = model.config.context
+        self.context = model.context
         self.tokenizer = TextTokenizer.load(checkpoint)
         self._decoding: Decoding = model.eval().decoding()
         if compiled:

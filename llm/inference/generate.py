@@ -13,8 +13,7 @@ import torch
 
 from llm.errors import InputError
 from llm.inference.sampling import Draws, Sampling, Seen, choose
-from llm.models.llama.decode import Decoding
-from llm.models.llama.model import Llama
+from llm.models.interface import Decoding, LanguageModel, as_decoding
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Clock:
 
 
 def generate(
-    model: Llama | Decoding,
+    model: LanguageModel | Decoding,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -44,7 +43,7 @@ def generate(
     batch. InputError for a prompt of no token, or of more than the context. Who generates often makes `model.decoding()` once
     and gives that.
     """
-    sampling, clock, decoding = sampling or Sampling(), clock or Clock(), Decoding.of(model)
+    sampling, clock, decoding = sampling or Sampling(), clock or Clock(), as_decoding(model)
     limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
@@ -66,7 +65,7 @@ def generate(
 
 
 def generate_one(
-    model: Llama | Decoding,
+    model: LanguageModel | Decoding,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -75,7 +74,7 @@ def generate_one(
     clock: Clock | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` gives for this prompt alone, each as soon as it is known."""
-    sampling, decoding = sampling or Sampling(), Decoding.of(model)
+    sampling, decoding = sampling or Sampling(), as_decoding(model)
     limit = _limit(decoding, prompt, max_new_tokens, place=0)
     if not limit:
         return iter(())
@@ -144,8 +143,7 @@ def steps(
 
 def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, place: int) -> int:
     """How many new tokens there may be."""
-    context = decoding.model.config.context
-    assert context is not None  # every checkpoint says it
+    context = decoding.context
     if not 0 < len(prompt) <= context:
         raise InputError(f"prompt {place}: expected from 1 token to the model's context of {context:,}, got {len(prompt):,}")
     return min(max_new_tokens, context - len(prompt))

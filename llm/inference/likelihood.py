@@ -13,8 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from llm.data.batch import IGNORE
 from llm.inference.generate import Clock
-from llm.models.llama.decode import Decoding
-from llm.models.llama.model import Llama
+from llm.models.interface import Decoding, LanguageModel, as_decoding
 
 BATCH_TOKENS = 4096  # positions of one forward pass, padding included; larger is not faster on 2 cores
 LOGITS = 2**24  # numbers in one piece of logits: 64 MiB
@@ -32,11 +31,15 @@ class Window:
 
 @torch.inference_mode()
 def negative_log_likelihoods(
-    model: Llama, windows: Sequence[Window], *, clock: Clock | None = None, progress: Progress = lambda done, total: None
+    model: LanguageModel,
+    windows: Sequence[Window],
+    *,
+    clock: Clock | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[float]:
     """The sum over the targets of each window, in nats."""
     clock = clock or Clock()
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     result = [0.0] * len(windows)
     done = 0
     for batch in similar_lengths([len(window.tokens) for window in windows]):
@@ -58,7 +61,7 @@ def negative_log_likelihoods(
     return result
 
 
-def _token_losses(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
+def _token_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target (N,) from hidden states (N, D), in pieces: the logits of all are too large."""
     piece = max(1, LOGITS // model.vocab_size)
     losses = [
@@ -70,12 +73,16 @@ def _token_losses(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def label_likelihoods(
-    model: Llama | Decoding, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], *, clock: Clock | None = None
+    model: LanguageModel | Decoding,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    clock: Clock | None = None,
 ) -> Tensor:
     """log P(label | prompt) as (B, L) in float64. Prompts are read once into a cache, and each label behind them."""
     clock = clock or Clock()
     began = time.perf_counter()
-    decoding = Decoding.of(model)
+    decoding = as_decoding(model)
     logits = decoding.read(prompts, room=max(map(len, labels)))
     first = logits.log_softmax(-1)  # (B, V)
     sums = []

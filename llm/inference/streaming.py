@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from llm.errors import InputError
 from llm.inference.generate import Clock, generate_one
 from llm.inference.sampling import Sampling
-from llm.models.llama.decode import Decoding
-from llm.models.llama.model import Llama
+from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 TORN = "\ufffd"  # what bytes that are no character decode to
@@ -18,7 +17,7 @@ LONGEST_TORN = 3  # bytes of a character that lacks its last; with byte fallback
 
 
 def stream(
-    model: Llama | Decoding,
+    model: LanguageModel | Decoding,
     prompt: Sequence[int],
     *,
     tokenizer: TextTokenizer,

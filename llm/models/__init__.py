@@ -1,10 +1,11 @@
 """The architectures that can be trained: one folder each, found by being there.
 
-A folder holds `config.py`, `model.py` and `gguf.py`. The first imports no torch, because it is read in planning: `Config`, a
-frozen Pydantic model whose `name` field is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes
-the same; `to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`; `parameter_count` and
-`flops_per_token`. The second has the modules, under Transformers' names, and `build`. The third tells llama.cpp how to compute
-the same. Adding a folder adds an architecture; nothing else lists them.
+A folder holds four modules. `config.py` imports no torch, because it is read in planning: `Config`, the architecture's
+`ModelConfig`, whose `name` is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes the same;
+`to_transformers` and `from_transformers` between `Config` and the fields of a `config.json`; `parameter_count` and
+`flops_per_token`. `model.py` has the modules, under Transformers' names, and `build`, which makes a `LanguageModel`;
+`decode.py` has `build`, which makes its `Decoding`; `gguf.py` tells llama.cpp how to compute the same. Adding a folder adds an
+architecture; nothing else lists them. `llm.models.interface` has the types.
 """
 
 import importlib
@@ -17,8 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import BaseModel, Discriminator, Tag
 
 if TYPE_CHECKING:
-    from llm.models.llama.config import LlamaConfig
-    from llm.models.llama.model import Llama
+    from llm.models.interface import LanguageModel, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,28 @@ class Architecture:
     config: type[BaseModel]
     model_type: str
 
-    def build(self, config: BaseModel, *, vocab_size: int) -> "Llama":
-        """The model with freshly drawn weights, from torch's default generator; every architecture has Llama's methods."""
+    def build(self, config: "ModelConfig", *, vocab_size: int) -> "LanguageModel":
+        """The model with freshly drawn weights, from torch's default generator."""
         model: Any = importlib.import_module(f"llm.models.{self.name}.model")
-        built: Llama = model.build(config, vocab_size=vocab_size)
+        built: LanguageModel = model.build(config, vocab_size=vocab_size)
         return built
 
-    def to_transformers(self, config: BaseModel) -> dict[str, Any]:
+    def to_transformers(self, config: "ModelConfig") -> dict[str, Any]:
         """The fields of a `config.json` that say the same as `config`."""
         fields: dict[str, Any] = self._config_module().to_transformers(config)
         return fields
 
-    def from_transformers(self, found: Mapping[str, Any], *, dropout: float) -> "LlamaConfig":
+    def from_transformers(self, found: Mapping[str, Any], *, dropout: float) -> "ModelConfig":
         """What the fields of a `config.json` say; InputError names one that this architecture cannot honour."""
-        config: LlamaConfig = self._config_module().from_transformers(found, dropout=dropout)
+        config: ModelConfig = self._config_module().from_transformers(found, dropout=dropout)
         return config
 
-    def parameter_count(self, config: BaseModel, *, vocab_size: int) -> int:
+    def parameter_count(self, config: "ModelConfig", *, vocab_size: int) -> int:
         """How many weights a model of this shape has."""
         count: int = self._config_module().parameter_count(config, vocab_size=vocab_size)
         return count
 
-    def flops_per_token(self, config: BaseModel, *, vocab_size: int, context: int) -> float:
+    def flops_per_token(self, config: "ModelConfig", *, vocab_size: int, context: int) -> float:
         """Floating-point operations of a forward and backward pass per position: an estimate."""
         flops: float = self._config_module().flops_per_token(config, vocab_size=vocab_size, context=context)
         return flops

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,17 +20,14 @@ from torch.overrides import TorchFunctionMode
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
 from llm.models import architectures
+from llm.models.interface import LanguageModel, ModelConfig
 from llm.tokenizer.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:  # whose methods every architecture has
-    from llm.models.llama.config import LlamaConfig
-    from llm.models.llama.model import Llama
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def save_checkpoint(folder: Path, model: "Llama", tokenizer_folder: Path) -> None:
+def save_checkpoint(folder: Path, model: LanguageModel, tokenizer_folder: Path) -> None:
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
     Where `tokenizer_folder` is a checkpoint, the tokens that end its answers come along too.
@@ -44,7 +41,7 @@ def save_checkpoint(folder: Path, model: "Llama", tokenizer_folder: Path) -> Non
     write_model(folder, model.config, weights, tokenizer=TextTokenizer.load(tokenizer_folder))
 
 
-def write_model(folder: Path, config: "LlamaConfig", weights: Mapping[str, Tensor], *, tokenizer: TextTokenizer) -> None:
+def write_model(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, tokenizer: TextTokenizer) -> None:
     """Write everything but the tokenizer's own files; of a tied head the embedding alone."""
     vocab_size = len(weights["model.embed_tokens.weight"])
     dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
@@ -57,7 +54,7 @@ def write_model(folder: Path, config: "LlamaConfig", weights: Mapping[str, Tenso
 
 def load_checkpoint(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
-) -> "Llama":
+) -> LanguageModel:
     """Open a model folder. `dropout` is for training it further: a checkpoint does not say what it was trained with."""
     config, vocab_size = read_config(folder / CONFIG, dropout=dropout)
     stored = read_weights(folder, config, vocab_size=vocab_size, device=device)
@@ -67,11 +64,11 @@ def load_checkpoint(
     model = _without_weights(config, vocab_size)
     model.load_state_dict(weights, assign=True)
     if config.tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = model.embedding.weight
     return model.eval()
 
 
-def read_config(path: Path, *, dropout: float = 0.0) -> tuple["LlamaConfig", int]:
+def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:
     """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field we cannot honour."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +113,7 @@ def no_weights(names: Iterable[str]) -> str:
 
 
 def read_weights(
-    folder: Path, config: "LlamaConfig", *, vocab_size: int, device: str | torch.device = "cpu"
+    folder: Path, config: ModelConfig, *, vocab_size: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
     """A folder's weights by name, as they are stored, and of a tied head only the embedding; InputError where they are not
     those of the architecture, all of them."""
@@ -166,6 +163,6 @@ class _Undrawn(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _without_weights(config: "LlamaConfig", vocab_size: int) -> "Llama":
+def _without_weights(config: ModelConfig, vocab_size: int) -> LanguageModel:
     with torch.device("meta"), _Undrawn():  # no time spent on drawing weights that are replaced at once
         return architectures()[config.name].build(config, vocab_size=vocab_size)

@@ -7,17 +7,14 @@ ends an answer among those that end generation.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from llm.errors import InputError
 from llm.models.checkpoint import CONFIG, read_config, read_weights, write_model
+from llm.models.interface import ModelConfig
 from llm.tokenizer.chat_template import PLAIN_TEMPLATE, with_fixed_day
 from llm.tokenizer.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:
-    from llm.models.llama.config import LlamaConfig
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 _CHAT = [
@@ -33,7 +30,7 @@ class Candidate:
     """What a folder holds beside its weights, after everything that can be refused by it was checked."""
 
     folder: Path
-    config: "LlamaConfig"
+    config: ModelConfig
     vocab_size: int  # rows of the embedding; the tokenizer may have fewer tokens
     tokenizer: TextTokenizer
 

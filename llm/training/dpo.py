@@ -22,7 +22,7 @@ from llm.data.batch import IGNORE, Batch, collate
 from llm.data.packing import PackedRows
 from llm.device import Precision, autocast
 from llm.errors import Interrupted
-from llm.models.llama.model import Llama
+from llm.models.interface import LanguageModel
 from llm.training.loss import token_losses
 
 POSITIONS = 4096  # of one forward pass of the reference
@@ -54,7 +54,7 @@ class PreferenceLoss:
         return loss.sum(), pairs.sum(), (seen > 0).sum(), seen.sum()
 
 
-def answer_gains(model: Any, batch: Batch) -> Tensor:
+def answer_gains(model: LanguageModel, batch: Batch) -> Tensor:
     """log p(answer) - log p_reference(answer) of each document of each row, (B, documents); their number is even."""
     assert batch.reference is not None  # rows of pairs have one
     hidden = model.hidden(batch.tokens, documents=batch.documents, positions=batch.positions)
@@ -68,7 +68,7 @@ def answer_gains(model: Any, batch: Batch) -> Tensor:
 @torch.no_grad()
 def write_reference(
     folder: Path,
-    model: Llama,
+    model: LanguageModel,
     *,
     precision: Precision,
     report: Callable[..., None],
@@ -76,7 +76,7 @@ def write_reference(
 ) -> None:
     """Keep beside the rows packed in `folder` what `model` gives each of their targets, in the precision of training."""
     rows = PackedRows(folder, seed=None)
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     model.eval()
 
     def log_probabilities(indices: range) -> NDArray[np.float32]:

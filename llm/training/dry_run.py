@@ -7,7 +7,6 @@ checkpoints, and a training that goes on tries no more than what it was restored
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from llm.device import free_memory, is_out_of_memory
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
 from llm.layers.fused_attention import PANEL, UnavailableError, fits, library
+from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, local_part, reshard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
@@ -34,7 +34,7 @@ def settle(
     The micro-batch is only changed where it is `auto`; an InputError says what to do where not even one row fits, or not
     as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
-    model: Any = learner.model
+    model = learner.model
     runtime = _with_kernel(runtime, model, rows.context, group=group, report=report)
     model.fused_attention = runtime.fused_attention
     if auto and runtime.micro_batch > 1:
@@ -68,7 +68,9 @@ def settle(
             return runtime
 
 
-def _with_kernel(runtime: Runtime, model: Any, length: int, *, group: ProcessGroup, report: Callable[..., None]) -> Runtime:
+def _with_kernel(
+    runtime: Runtime, model: LanguageModel, length: int, *, group: ProcessGroup, report: Callable[..., None]
+) -> Runtime:
     """`runtime` with the attention kernel only if it fits and works in every process."""
     if not runtime.fused_attention:
         return runtime

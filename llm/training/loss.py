@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.data.batch import IGNORE, Batch
 from llm.device import Precision, autocast
 from llm.layers.ops import compute_dtype
+from llm.models.interface import LanguageModel
 
 Objective = Callable[[Any, Batch], tuple[Tensor, ...]]
 
@@ -30,7 +31,7 @@ CHUNK_ELEMENTS = 3 * 2**21
 class Learner(nn.Module):
     """Model and objective as one module, which is what data parallelism wraps."""
 
-    def __init__(self, model: nn.Module, objective: Objective, *, precision: Precision) -> None:
+    def __init__(self, model: LanguageModel, objective: Objective, *, precision: Precision) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
@@ -42,7 +43,7 @@ class Learner(nn.Module):
             return self.objective(self.model, batch)
 
 
-def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors)."""
     hidden = model.hidden(batch.tokens, documents=batch.documents, positions=batch.positions).flatten(0, 1)
     targets = batch.targets.flatten()

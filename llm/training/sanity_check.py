@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.data.batch import Batch
 from llm.device import Precision
 from llm.errors import InputError
+from llm.models.interface import LanguageModel
 from llm.training.loss import Learner, Objective
 
 ROWS, LENGTH = 8, 128  # of the batch, at most: a large model, too, is to be done in seconds
@@ -24,7 +25,7 @@ TRIES = 60  # steps to get there
 
 
 def self_check(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     batch: Batch,
     *,
@@ -33,7 +34,7 @@ def self_check(
 ) -> dict[str, float]:
     """What was found on (a corner of) `batch`, or InputError with what is wrong."""
     learner = placed(Learner(copy.deepcopy(model), objective, precision=precision)).eval()  # without dropout
-    copied: Any = learner.model
+    copied = learner.model
     device = next(copied.parameters()).device
     corner = {name: getattr(batch, name)[:ROWS, :LENGTH] for name in ("tokens", "targets", "documents", "positions")}
     batch = replace(batch, rows=batch.rows[:ROWS], **corner).to(device)

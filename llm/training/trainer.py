@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from llm.data.batch import RowSource
 from llm.device import peak_memory
 from llm.errors import InputError, Interrupted, MemoryShortageError, Paused
-from llm.models.interface import count_parameters
+from llm.models.interface import LanguageModel, count_parameters
 from llm.training import checkpoint
 from llm.training.alerts.config import Alerts
 from llm.training.alerts.monitor import MOST_ROLLBACKS, AlertMonitor, RollBack
@@ -50,7 +49,7 @@ LONG = 200  # steps from which on a training is worth a self-check
 
 
 def train(
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     *,
     rows: RowSource,
@@ -115,7 +114,7 @@ def train(
             cores=cores,
             context=rows.context,
             rows_per_step=rows_per_step,
-            flops=steps * tokens_per_step * model.flops_per_token(rows.context),  # type: ignore[operator]  # every one has it
+            flops=steps * tokens_per_step * model.flops_per_token(rows.context),
             shape=shape,
         )
         progress = Progress(steps=steps)
@@ -154,7 +153,7 @@ def train(
         runtime=runtime,
         auto=micro_batch == "auto",
         monitor=AlertMonitor(alerts, warmup_steps=schedule.warmup_steps),
-        flops_per_token=model.flops_per_token(rows.context),  # type: ignore[operator]  # every one has it
+        flops_per_token=model.flops_per_token(rows.context),
         report=report,
         should_stop=should_stop,
     )
@@ -316,11 +315,11 @@ def _check_fit(progress: Progress, optimizer: Optimizer, kind: str) -> None:
 
 
 def _metrics(
-    model: nn.Module, progress: Progress, runtime: Runtime, *, rows: RowSource, tokens_per_step: int
+    model: LanguageModel, progress: Progress, runtime: Runtime, *, rows: RowSource, tokens_per_step: int
 ) -> dict[str, Any]:
     learned, parameters = count_parameters(model)
     computed = progress.tokens - progress.first_tokens
-    flops = computed * model.flops_per_token(rows.context)  # type: ignore[operator]  # every registered model has it
+    flops = computed * model.flops_per_token(rows.context)
     metrics: dict[str, Any] = {
         "parameters": parameters,
         "trained_parameters": learned,

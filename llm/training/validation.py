@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llm.data.batch import RowSource
+from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, reshard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches, most_batches
@@ -62,10 +63,10 @@ def validation_losses(
 
 
 def validate_model(
-    model: nn.Module, validation: Validation, *, runtime: Runtime, should_stop: Callable[[], bool]
+    model: LanguageModel, validation: Validation, *, runtime: Runtime, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
     """The same of a model that is not being trained, computed as a training with `runtime` does."""
     group = ProcessGroup()
-    model.fused_attention = runtime.fused_attention  # type: ignore[assignment]  # every registered model has it
+    model.fused_attention = runtime.fused_attention
     learner = Learner(model.to(group.device), next_token_loss, precision=runtime.precision)
     return validation_losses(learner, validation, group=group, micro_batch=runtime.micro_batch, should_stop=should_stop)

@@ -86,9 +86,6 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
     tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
     if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
         raise RecipeError(f"{recipe.path}: stage.{name}: bench: expected tokens of a pack stage with a tokenizer of its own")
-    architecture = stage.architecture
-    if architecture.context is None:
-        architecture = architecture.model_copy(update={"context": pack.context})
     rows = stage.batch_tokens // pack.context
     if not rows:
         raise RecipeError(
@@ -96,7 +93,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
             f"expected at least one row of {pack.context} tokens"
         )
     workload = Workload(
-        architecture=architecture,
+        architecture=stage.architecture.with_context(pack.context),
         vocab_size=tokenizer.vocab_size,
         context=pack.context,
         rows=rows,

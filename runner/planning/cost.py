@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm.models import architectures
 from runner.artifacts import Checkpoint
@@ -29,6 +29,9 @@ from runner.stages.fields.training import TrainingStage
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain, Pretraining
 from runner.stages.tokenizer import TrainTokenizer
+
+if TYPE_CHECKING:
+    from llm.models.interface import ModelConfig
 
 SAMPLE = 1 << 18  # bytes of a file
 UNPACKED = 3.0  # times the size of a compressed file whose beginning is not looked at
@@ -205,7 +208,7 @@ def _written_shape(found: Mapping[str, Any]) -> Shape | None:
     return None
 
 
-def _shape_of(config: Any, *, vocab_size: int, context: int) -> Shape:
+def _shape_of(config: "ModelConfig", *, vocab_size: int, context: int) -> Shape:
     architecture = architectures()[config.name]
     return Shape(
         parameters=architecture.parameter_count(config, vocab_size=vocab_size),

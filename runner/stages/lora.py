@@ -12,7 +12,7 @@ from runner.stages.fields.chat_training import RowTraining
 from runner.stages.fields.training import is_main_process
 
 if TYPE_CHECKING:
-    from llm.models.llama.model import Llama
+    from llm.models.interface import LanguageModel
     from llm.training.validation import Validation
 
 
@@ -72,7 +72,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         return metrics
 
     def _merge_losses(
-        self, context: Context, model: "Llama", held_out: "Validation", metrics: dict[str, Any]
+        self, context: Context, model: "LanguageModel", held_out: "Validation", metrics: dict[str, Any]
     ) -> dict[str, float]:
         """Of the adapter over four bits, merged into the full weights, and merged into what the four bits stand for."""
         from llm.adapters import lora

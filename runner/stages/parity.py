@@ -155,14 +155,14 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
         assert self.base is not None and self.adapter is not None
         base, adapter = context.open(self.base).folder, context.open(self.adapter).folder
-        adapted = load_checkpoint(base, device=ours.model.lm_head.weight.device)
+        adapted = load_checkpoint(base, device=ours.model.device)
         load_adapter(adapted, adapter)
         peft = StockModel(
             base,
             ends=ours.tokenizer.ends,
             padding=ours.tokenizer.padding,
             adapter=adapter,
-            device=str(ours.model.lm_head.weight.device),
+            device=str(ours.model.device),
         )
         return check_likelihoods(replace(ours, model=adapted), peft, material.prompts[:LIKELIHOODS])
 

@@ -17,7 +17,7 @@ from runner.stages.pack import Pack
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from llm.models.llama.config import LlamaConfig as ArchitectureConfig
+    from llm.models.interface import ModelConfig as ArchitectureConfig
 else:
     ArchitectureConfig = architecture_tables()
 
@@ -53,13 +53,11 @@ class Pretraining(TrainingStage):
         tokens = context.open(self.tokens)
         held_out = TokenShards(tokens.validation)
         rows = TokenRows(tokens.train, context=held_out.context, seed=self.seed)
-        config = self.architecture
-        if config.context is None:
-            config = config.model_copy(update={"context": rows.context})
-        elif config.context < rows.context:
+        config = self.architecture.with_context(rows.context)
+        if config.resolved_context < rows.context:
             raise InputError(
                 f"architecture.context: expected at least the {rows.context} tokens of a row of {str(self.tokens)!r}, "
-                f"got {config.context}"
+                f"got {config.resolved_context}"
             )
         torch.manual_seed(self.seed)
         vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size

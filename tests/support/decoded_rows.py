@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from llm.models.interface import Decoding
 from llm.models.llama.config import LlamaConfig
-from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 
 VOCABULARY = 61

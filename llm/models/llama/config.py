@@ -138,6 +138,17 @@ class LlamaConfig(BaseModel):
             raise ValueError(f"head_size: expected an even number, because rotary embeddings turn pairs, got {self.head_size}")
         return self
 
+    @property
+    def resolved_context(self) -> int:
+        """Longest sequence; ValueError where it is still open."""
+        if self.context is None:
+            raise ValueError("context: expected the longest sequence of the model, got None; set it by `with_context`")
+        return self.context
+
+    def with_context(self, context: int) -> "LlamaConfig":
+        """This configuration, with `context` where it leaves that open."""
+        return self.model_copy(update={"context": context}) if self.context is None else self
+
 
 def parameter_count(config: LlamaConfig, *, vocab_size: int) -> int:
     """How many weights a model has: embedding, layers, norms, and a head of its own where it is not tied."""

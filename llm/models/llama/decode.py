@@ -99,7 +99,7 @@ class Batch:
         self.graph_logits: Tensor | None = None
 
 
-class Decoding:
+class LlamaDecoding:
     """A model while it writes batches: `read` begins one, `step` goes on with it. Call under `torch.inference_mode`.
 
     Every row has its own positions, from 0 in its own slots of the cache, so prompts may differ in length. Reading another
@@ -109,6 +109,7 @@ class Decoding:
 
     def __init__(self, model: Llama) -> None:
         self.model = model
+        self.context = model.context
         self._device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self._final_norm = model.model.norm.weight.float()
         self._layers = [_decoding_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
@@ -125,11 +126,6 @@ class Decoding:
         self._graphs = self._plain and self._device.type == "cuda"
         self._row: CompiledRow | None = None
 
-    @staticmethod
-    def of(model: "Llama | Decoding") -> "Decoding":
-        """The decoding form of `model`; itself if it is one."""
-        return model if isinstance(model, Decoding) else model.decoding()
-
     def compile(self) -> None:
         """Compile the step of a batch of one row, which then takes some 0.6 of the time: 15 s, or 4 from torch's cache.
 
@@ -140,9 +136,7 @@ class Decoding:
             return
         if not has_compiler("cpu"):
             raise InputError("compiling: expected a C++ compiler (CXX, g++ or clang++), got none")
-        context = self.model.config.context
-        assert context is not None  # every checkpoint says it
-        self._row = CompiledRow(self.model, self._make_room(1, context + SPARE_SLOTS).stored[:, 0])
+        self._row = CompiledRow(self.model, self._make_room(1, self.context + SPARE_SLOTS).stored[:, 0])
         self.read([[0]], room=1)
         self.step([0])
 
@@ -278,3 +272,8 @@ class Decoding:
             gate, up = layer.gate_up(self._normal(x, layer.feed_forward_norm)).chunk(2, -1)
             x = x + layer.down(silu(gate).mul_(up))
         return x.view(*tokens.shape, -1)
+
+
+def build(model: Llama) -> LlamaDecoding:
+    """The registry's entry: `model` in its decoding form."""
+    return LlamaDecoding(model)

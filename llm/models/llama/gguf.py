@@ -23,8 +23,7 @@ def write_sizes(writer: "GGUFWriter", config: LlamaConfig) -> None:
     """The fields by which llama.cpp builds the model."""
     from gguf import RopeScalingType
 
-    assert config.context is not None  # every checkpoint says it
-    writer.add_context_length(config.context)
+    writer.add_context_length(config.resolved_context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.layers)
     writer.add_feed_forward_length(config.intermediate_size)

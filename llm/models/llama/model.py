@@ -9,7 +9,7 @@ Letters: B rows, T positions, D hidden size, H heads, K key and value heads, E h
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,8 @@ from llm.layers.attention import Visibility, attend, visibility
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import fits
 from llm.layers.ops import compute_dtype, rms_norm, rotate, swiglu
-from llm.models.interface import numbers_in
+from llm.models.interface import LanguageModel, numbers_in
 from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig, attention_flops
-
-if TYPE_CHECKING:
-    from llm.models.llama.decode import Decoding
 
 
 def frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
@@ -145,16 +142,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """The whole language model, with Transformers' names for modules and weights."""
 
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig, *, vocab_size: int) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
-        self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
-        self.compiled = False  # whether training runs the layers as torch.compile makes them
-        self.fused_attention = False  # whether attention is that of `llm.layers.fused_attention`, where it fits
+        super().__init__(config, vocab_size=vocab_size)
         self.model = Decoder(config, vocab_size=vocab_size)
         self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tied:
@@ -167,6 +161,16 @@ class Llama(nn.Module):
                 nn.init.xavier_uniform_(weight)
                 if self.config.init == "scaled" and name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.data.div_(math.sqrt(2 * self.config.layers))
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding."""
+        return self.model.embed_tokens
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self.model.layers
 
     def forward(self, tokens: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); the arguments are those of `hidden`."""
@@ -201,12 +205,6 @@ class Llama(nn.Module):
         """Cosine and sine, (1 or B, 1, T, E / 2), of position * frequency (Su et al. 2021)."""
         angle = positions[:, None, :, None].float() * frequencies(self.config, device=positions.device)
         return angle.cos(), angle.sin()
-
-    def decoding(self) -> "Decoding":
-        """The form in which the model writes text: `llm.inference.generate` and `llm.inference.likelihood` know no more of an architecture."""
-        from llm.models.llama.decode import Decoding
-
-        return Decoding(self)
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of a forward and backward pass per position: those of `config.flops_per_token`, and those

@@ -13,9 +13,8 @@ from runner.stages.fields.data_tables import PreferenceTable, TrainingTable, pac
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llm.data.batch import RowSource
+    from llm.models.interface import LanguageModel
     from llm.training.loss import Objective
     from llm.training.validation import Validation
 
@@ -71,7 +70,7 @@ class PackedTraining(TrainingStage):
     def learn_rows(
         self,
         context: Context,
-        model: "nn.Module",
+        model: "LanguageModel",
         *,
         mixture: "Sequence[tuple[RowSource, float]]" = (),  # with the share of each in all rows
         objective: "Objective | None" = None,
@@ -123,7 +122,7 @@ class RowTraining(PackedTraining):
             for number, table in enumerate(self.mix):
                 table.prepare(context, base, f"mix-{number}", positions=positions, row_length=row_length)
 
-    def learn_mixed(self, context: Context, model: "nn.Module", base: Checkpoint) -> dict[str, Any]:
+    def learn_mixed(self, context: Context, model: "LanguageModel", base: Checkpoint) -> dict[str, Any]:
         """`learn_rows` with what is mixed in; the metrics tell of that too."""
         metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
         if self.mix:

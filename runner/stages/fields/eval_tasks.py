@@ -23,7 +23,7 @@ from runner.stages.fields.data_tables import RowTable
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
     from llm.inference.likelihood import Progress
-    from llm.models.llama.model import Llama
+    from llm.models.interface import LanguageModel
     from llm.tokenizer.tokenizer import TextTokenizer
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class TextTask(Spec):
         return _of_questions(self, subject, progress)
 
     def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
+        self, model: "LanguageModel", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
     ) -> "Outcome":
         """The scores of its rows."""
         from llm.evaluation.scoring import score_texts
@@ -87,7 +87,7 @@ class ChatTask(RowTable):
         return _of_questions(self, subject, progress)
 
     def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
+        self, model: "LanguageModel", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
     ) -> "Outcome":
         """The scores of its rows."""
         raise NotImplementedError
@@ -112,7 +112,7 @@ class ClassificationTask(ChatTask):
         return labels
 
     def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
+        self, model: "LanguageModel", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
     ) -> "Outcome":
         """The scores of the task."""
         from llm.evaluation.scoring import classify
@@ -287,7 +287,7 @@ class AnswersTask(ChatTask):
         return ("perplexity", "bits_per_byte", *(("chrf", "bleu") if self.max_new_tokens else ()))
 
     def score(
-        self, model: "Llama", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
+        self, model: "LanguageModel", tokenizer: "TextTokenizer", questions: Sequence["Question"], *, progress: "Progress"
     ) -> "Outcome":
         """The scores of the task."""
         from llm.evaluation.scoring import score_answers
@@ -316,7 +316,7 @@ class ComparisonTask(ChatTask):
 
     def score_beside(
         self,
-        model: "Llama",
+        model: "LanguageModel",
         tokenizer: "TextTokenizer",
         questions: Sequence["Question"],
         *,
@@ -362,7 +362,7 @@ Task = Annotated[Table, BeforeValidator(_from_text, json_schema_input_type=Table
 class Subject:
     """What is evaluated."""
 
-    model: "Llama"
+    model: "LanguageModel"
     tokenizer: "TextTokenizer"
     folder: Path  # the same as stock Transformers opens it
     scratch: Path

@@ -15,9 +15,8 @@ from runner.stage import Context, Execution, Semantic, Stage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
-
     from llm.data.batch import RowSource
+    from llm.models.interface import LanguageModel
     from llm.training.loss import Objective
     from llm.training.validation import Validation
 
@@ -78,7 +77,7 @@ class TrainingStage(Stage):
     def learn(
         self,
         context: Context,
-        model: "nn.Module",
+        model: "LanguageModel",
         *,
         rows: "RowSource",
         validation: "Validation | None" = None,
@@ -92,7 +91,7 @@ class TrainingStage(Stage):
         from llm.training.row_log import RowLog
         from llm.training.trainer import train
 
-        model.recompute = self.recompute  # type: ignore[assignment]  # every registered model has it
+        model.recompute = self.recompute
         return train(
             model,
             objective or next_token_loss,

@@ -9,7 +9,6 @@ from llm.errors import InputError
 from llm.inference.generate import Clock, generate, generate_one
 from llm.inference.sampling import Sampling
 from llm.models.llama.config import LlamaConfig, to_transformers
-from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 
 VOCABULARY = 37
@@ -85,7 +84,7 @@ def test_several_tokens_may_end_an_answer(model: Llama) -> None:
 def test_one_prompt_alone_gives_the_same_tokens_one_after_the_other(model: Llama) -> None:
     sampling = Sampling(temperature=1.5, top_k=20, repetition_penalty=1.2, seed=4)
     whole = generate(model, PROMPTS[2:3], max_new_tokens=12, end=[], sampling=sampling)[0]
-    tokens = generate_one(Decoding(model), PROMPTS[2], max_new_tokens=12, end=[], sampling=sampling)
+    tokens = generate_one(model.decoding(), PROMPTS[2], max_new_tokens=12, end=[], sampling=sampling)
     assert [next(tokens) for _ in range(5)] == whole[:5]
     assert list(tokens) == whole[5:]
 

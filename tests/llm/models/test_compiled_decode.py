@@ -10,8 +10,8 @@ from llm import device
 from llm.adapters.lora import Settings, attach
 from llm.errors import InputError
 from llm.inference.generate import generate
+from llm.models.interface import Decoding
 from llm.models.llama import compiled_decode, decode
-from llm.models.llama.decode import Decoding
 from llm.models.llama.model import Llama
 
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 
 @torch.inference_mode()
 def compiled(model: Llama) -> Decoding:
-    decoding = Decoding(model)
+    decoding = model.decoding()
     decoding.compile()
     return decoding
 

@@ -5,19 +5,18 @@ import torch
 from decoded_rows import LENGTHS, computed, decoded, rows_of, small, texts
 
 from llm.adapters.lora import Settings, adapted_layers, attach, quantize
-from llm.models.llama.decode import Decoding
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 2}, {"kv_heads": 1}, {"tied": False, "head_size": 12}])
 def test_step_by_step_gives_what_the_whole_forward_pass_gives(changes: dict[str, object]) -> None:
     model, rows = small(**changes), rows_of(LENGTHS)
-    found = decoded(Decoding(model), rows, read=LENGTHS)
+    found = decoded(model.decoding(), rows, read=LENGTHS)
     torch.testing.assert_close(found, computed(model, rows, read=LENGTHS), atol=1e-5, rtol=1e-5)
 
 
 def test_the_form_for_a_gpu_which_runs_over_all_slots_gives_the_same() -> None:
     model, rows = small(kv_heads=2), rows_of(LENGTHS)
-    decoding = Decoding(model)
+    decoding = model.decoding()
     decoding._over_all_slots = True  # as on a GPU: no other way to see this form on a CPU
     torch.testing.assert_close(
         decoded(decoding, rows, read=LENGTHS), computed(model, rows, read=LENGTHS), atol=1e-5, rtol=1e-5
@@ -29,7 +28,7 @@ def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
     exact = torch.cat(computed(model, rows, read=LENGTHS))
     model.bfloat16()
     own = (torch.cat(computed(model, rows, read=LENGTHS)) - exact).square().mean().sqrt()
-    found = (torch.cat(decoded(Decoding(model), rows, read=LENGTHS)) - exact).square().mean().sqrt()
+    found = (torch.cat(decoded(model.decoding(), rows, read=LENGTHS)) - exact).square().mean().sqrt()
     assert 0 < found < 1.1 * own
 
 
@@ -41,7 +40,7 @@ def test_a_model_with_an_adapter_decodes_as_it_is() -> None:
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
     adapted = computed(model.eval(), rows, read=LENGTHS)
     assert (torch.cat(adapted) - torch.cat(plain)).abs().max() > 0.1
-    torch.testing.assert_close(decoded(Decoding(model), rows, read=LENGTHS), adapted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoded(model.decoding(), rows, read=LENGTHS), adapted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_in_four_bits_decodes_as_it_is() -> None:
@@ -50,13 +49,13 @@ def test_a_model_in_four_bits_decodes_as_it_is() -> None:
     quantize(model, double=False)
     quantized = computed(model, rows, read=LENGTHS)
     assert (torch.cat(quantized) - torch.cat(plain)).abs().max() > 0.01
-    torch.testing.assert_close(decoded(Decoding(model), rows, read=LENGTHS), quantized, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoded(model.decoding(), rows, read=LENGTHS), quantized, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
 def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
     rows = rows_of(LENGTHS)
-    decoding = Decoding(small(kv_heads=2))
+    decoding = small(kv_heads=2).decoding()
     whole = decoded(decoding, rows, read=LENGTHS)
     decoding.read([row[:size] for row, size in zip(rows, LENGTHS, strict=True)], room=8)
     decoding.step([row[size] for row, size in zip(rows, LENGTHS, strict=True)])
@@ -68,7 +67,7 @@ def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
 
 def test_what_an_earlier_batch_left_in_the_cache_is_not_seen() -> None:
     model = small(kv_heads=2)
-    decoding = Decoding(model)
+    decoding = model.decoding()
     for lengths, more in (([20, 3, 9, 14, 2], 4), ([1, 5, 2], 12), ([6] * 7, 2), ([25], 6)):
         rows = rows_of(lengths, more=more)
         torch.testing.assert_close(
@@ -80,7 +79,7 @@ def test_what_an_earlier_batch_left_in_the_cache_is_not_seen() -> None:
 def test_what_was_looked_at_ahead_leaves_no_trace() -> None:
     model = small(kv_heads=2)
     rows, ahead = rows_of(LENGTHS, more=1), torch.tensor(texts([3, 3, 3, 3], seed=9))
-    decoding = Decoding(model)
+    decoding = model.decoding()
     prompts = [row[:-1] for row in rows]
     decoding.read(prompts, room=5)
     for beginning in (ahead, ahead.flip(0)):
