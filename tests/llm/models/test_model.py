@@ -44,10 +44,18 @@ def test_scaled_initialization_shrinks_only_what_writes_into_the_residual_stream
 
 
 def test_happy_llms_preset_has_215_million_parameters() -> None:
-    config = LlamaConfig.model_validate({"preset": "happy-llm-215m"})
+    config = LlamaConfig.model_validate({"preset": "happy-llm-215m", "context": 512})
     with torch.device("meta"):
         model = architectures()["llama"].build(config, vocab_size=6144)
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(215e6, rel=0.005)
+
+
+def test_a_context_that_a_recipe_leaves_open_is_set_before_a_model_is_built() -> None:
+    config = LlamaConfig.model_validate({"preset": "2m"})
+    with pytest.raises(ValueError, match="context: expected the longest sequence of the model, got None"):
+        architectures()["llama"].build(config, vocab_size=VOCABULARY)
+    assert config.with_context(24).resolved_context == 24
+    assert config.with_context(24).with_context(48).resolved_context == 24
 
 
 def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:

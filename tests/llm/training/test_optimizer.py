@@ -60,7 +60,7 @@ def test_a_budget_is_exactly_one_number(wrong: dict[str, int]) -> None:
 
 def model(**changes: object) -> Llama:
     torch.manual_seed(0)
-    config = LlamaConfig.model_validate({"hidden_size": 16, "layers": 2, "heads": 2} | changes)
+    config = LlamaConfig.model_validate({"hidden_size": 16, "layers": 2, "heads": 2, "context": 8} | changes)
     return architectures()["llama"].build(config, vocab_size=11)
 
 
