@@ -139,5 +139,5 @@ def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_
     "wrong", [{"preset": ["2m"]}, {"preset": 3}, {"preset": "3m"}, {"preset": "2m", "rope_base": math.inf}]
 )
 def test_a_wrong_preset_or_number_is_a_fault_of_the_recipe(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"preset: expected one of 2m, .*found|rope_base\n.*finite"):
+    with pytest.raises(ValidationError, match=r"preset: expected one of 2m, .*got|rope_base\n.*finite"):
         LlamaConfig.model_validate(wrong)
