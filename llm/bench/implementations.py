@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llm.adapters import lora
 from llm.bench.workload import Workload
-from llm.data.batch import IGNORE, Batch, Row, RowSource
+from llm.data.batch import IGNORE, Batch, PackedRow, RowSource
 from llm.models import architectures
 from llm.models.interface import LanguageModel
 from llm.training.alerts.config import Alerts
@@ -44,13 +44,13 @@ class CountingRows:
     vocab_size: int
     rows_per_epoch: int = MANY
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`; the stride shows only in two tokens together, so attention is needed to go on."""
         alphabet = min(ALPHABET, self.vocab_size)
         random = np.random.default_rng(index)
         tokens = (int(random.integers(alphabet)) + np.arange(self.context) * int(random.integers(1, STRIDES + 1))) % alphabet
         targets = np.append(tokens[1:], IGNORE)
-        return Row(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.context, dtype=np.int32))
+        return PackedRow(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.context, dtype=np.int32))
 
 
 def build_stockpot_model(workload: Workload) -> LanguageModel:

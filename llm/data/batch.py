@@ -22,7 +22,7 @@ IGNORE = -100  # as a target: nothing is learned here; the value that torch's cr
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One row of a batch: documents, or pieces of them, one after the other."""
 
     tokens: NDArray[np.int64]  # (T,)
@@ -44,7 +44,7 @@ class RowSource(Protocol):
         """Rows until the data has been seen once."""
         ...
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`, which counts on through epochs; the order within epoch e is drawn from (seed, e)."""
         ...
 
@@ -80,7 +80,7 @@ class Batch:
         return Batch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]  # only the last is
 
 
-def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
+def collate(rows: Sequence[PackedRow], indices: Sequence[int]) -> Batch:
     """A batch of `rows`, which are those with `indices` within their optimizer step."""
     import torch
 

@@ -113,7 +113,7 @@ def write_rows(
                     raise Interrupted("stopped while rows were packed")
                 for streams, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
                     for stream in streams:
-                        writer.append(stream.ids, stream.learned, full_length=stream.full_length)
+                        writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
                     writer.end_group(passes)
         numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
         totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
@@ -164,9 +164,9 @@ def _fitted(
         count.cut_prompts += any(stream.cut_prompt for stream in streams)
         count.cut_responses += any(stream.cut_response for stream in streams)
         count.truncated += any(stream.cut_prompt or stream.cut_response for stream in streams)
-        learned = [sum(stream.learned[1:]) for stream in streams]  # the first token is never predicted
-        if all(learned):
-            count.learned_tokens += sum(learned) * row.passes
+        targets = [sum(stream.loss_mask[1:]) for stream in streams]  # the first token is never predicted
+        if all(targets):
+            count.learned_tokens += sum(targets) * row.passes
             attribution.count(count.licenses, row.about.license)
             attribution.count(count.origins, row.about.origin)
             yield streams, row.passes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.data.batch import Row, RowSource
+from llm.data.batch import PackedRow, RowSource
 from llm.data.chat_dataset import Counts, read_turns
 from llm.data.conversations import TextTemplate
 from llm.data.packing import STATISTICS
@@ -39,7 +39,7 @@ class MixedRows:
         """Rows until `main` has been seen once."""
         return math.ceil(self._main.rows_per_epoch / (1 - self._share))
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`, counted on through epochs."""
         before = self._others(index)
         return self._other.row(before) if self._others(index + 1) > before else self._main.row(index - before)
@@ -66,7 +66,7 @@ class JoinedRows:
         self.context = source.context * times
         self.rows_per_epoch = max(1, source.rows_per_epoch // times)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`; the documents of its parts stay apart."""
         parts = [self._source.row(index * self._times + part) for part in range(self._times)]
         documents, count = [], 0
@@ -76,7 +76,7 @@ class JoinedRows:
         tokens, targets = (
             np.concatenate(pieces) for pieces in zip(*((one.tokens, one.targets) for one in parts), strict=True)
         )
-        return Row(tokens, targets, np.concatenate(documents))
+        return PackedRow(tokens, targets, np.concatenate(documents))
 
 
 def write_texts(

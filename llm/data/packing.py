@@ -1,9 +1,9 @@
-"""Token streams packed into rows on disk, and read back as rows. Not what a stream says: that is `llm.data.chat_dataset`'s.
+"""Token streams packed into rows on disk, and read back as a `RowSource`. `llm.data.chat_dataset` makes the streams.
 
-`ids.bin` and `learned.bin` hold all streams end to end; `index.npz` says where each begins and which of them share a row. A
-stream of n tokens takes n - 1 positions: the last is only predicted. Streams may belong together, as the two answers of a
-preference do: they are then documents 2i and 2i + 1 of one row. `reference.bin`, where it is there, holds what another model
-gives each token that is learned, as a log-probability.
+`ids.bin` and `loss_mask.bin` hold all streams end to end; `index.npz` says where each begins and which of them share a row. A
+stream of n tokens takes n - 1 positions: the last token is only a target. Streams may form groups, such as the two answers of a
+preference, which are documents 2i and 2i + 1 of one row. `reference.bin`, if it exists, holds the log-probability that a
+reference model gives each target.
 """
 
 from array import array
@@ -14,16 +14,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.batch import IGNORE, Row
+from llm.data.batch import IGNORE, PackedRow
 from llm.files import whole_file
+
+STATISTICS = "statistics.json"
+FILLED = 0.97  # share of the positions that should be real tokens
+_IDS, _LOSS_MASK, _INDEX, _REFERENCE = "ids.bin", "loss_mask.bin", "index.npz", "reference.bin"
 
 
 def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, each row's lengths summing to at most `capacity`.
 
-    Best-fit decreasing: the longest piece first, each into the row that it fills best, a new row only where none has
-    room. It needs at most 11/9 of the fewest rows possible (Johnson 1973), and on texts of mixed length hardly more than
-    the sum of the lengths. Pieces of equal length are taken in the order given. Every length is in 1..capacity.
+    Best-fit decreasing: the longest piece first, each into the row that it fills best, and a new row only if none has room.
+    It needs at most 11/9 of the fewest rows possible (Johnson 1973), and few more than the sum of the lengths on texts of
+    mixed length. Pieces of equal length keep their order. Every length is in 1..capacity.
     """
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left: the rows that have exactly this much
@@ -46,50 +50,45 @@ def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> list[list[int]]:
     return rows
 
 
-STATISTICS = "statistics.json"
-FILLED = 0.97  # share of the positions computed that should be real tokens
-_IDS, _LEARNED, _INDEX, _REFERENCE = "ids.bin", "learned.bin", "index.npz", "reference.bin"
-
-
 class StreamWriter:
-    """Writes streams into a new folder. Of each it keeps a few bytes in memory, however long it is."""
+    """Writes streams into an empty folder. It keeps a few bytes of each in memory."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ids = (folder / _IDS).open("wb")
-        self._learned = (folder / _LEARNED).open("wb")
+        self._loss_mask = (folder / _LOSS_MASK).open("wb")
         self._lengths = array("i")  # in tokens
         self._full_lengths = array("i")  # before anything was cut
         self._passes = array("i")  # of each group
 
-    def append(self, ids: Sequence[int], learned: Sequence[bool], *, full_length: int) -> None:
+    def append(self, ids: Sequence[int], loss_mask: Sequence[bool], *, full_length: int) -> None:
         """Add one stream."""
         self._ids.write(np.array(ids, dtype=np.int32).tobytes())
-        self._learned.write(np.array(learned, dtype=np.bool_).tobytes())
+        self._loss_mask.write(np.array(loss_mask, dtype=np.bool_).tobytes())
         self._lengths.append(len(ids))
         self._full_lengths.append(full_length)
 
     def end_group(self, passes: int) -> None:
-        """The streams since the last group belong together; all groups are as large. An epoch sees them `passes` times."""
+        """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times."""
         self._passes.append(passes)
 
     def __len__(self) -> int:
-        """Streams so far."""
+        """Number of streams."""
         return len(self._lengths)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """No more streams come."""
+        """Close the files."""
         self._ids.close()
-        self._learned.close()
+        self._loss_mask.close()
 
     def pack(self, *, row_lengths: Sequence[int], padding: int) -> dict[str, Any]:
-        """Decide which groups share a row, and of which length: the first that is filled enough, else the last.
+        """Write which groups share a row; rows have the first of `row_lengths` that is filled enough, else the last.
 
-        Groups are shuffled first, so that rows mix the tables whatever their order. Returns statistics.
+        Groups are shuffled first, so that rows mix the tables. Returns statistics.
         """
         lengths, passes = np.array(self._lengths, dtype=np.int64), np.array(self._passes, dtype=np.int64)
         size = len(lengths) // len(passes)  # of a group
@@ -125,7 +124,7 @@ def _percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
 
 
 class PackedRows:
-    """Packed streams as a RowSource: rows in an order drawn from (seed, epoch), or as packed where `seed` is None."""
+    """Packed streams as a `RowSource`: rows in an order drawn from (seed, epoch), or as packed if `seed` is None."""
 
     def __init__(self, folder: Path, *, seed: int | None) -> None:
         index = np.load(folder / _INDEX)
@@ -134,19 +133,19 @@ class PackedRows:
         self._padding = int(index["padding"])
         self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
         self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")
-        self._learned: NDArray[np.bool_] = np.memmap(folder / _LEARNED, dtype=np.bool_, mode="r")
+        self._loss_mask: NDArray[np.bool_] = np.memmap(folder / _LOSS_MASK, dtype=np.bool_, mode="r")
         self._reference: NDArray[np.float32] | None = None
         if (folder / _REFERENCE).exists():
             self._reference = np.memmap(folder / _REFERENCE, dtype=np.float32, mode="r")
         self._seed = seed
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch asked for last
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # of the last epoch asked for
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows until every stream has been seen as often as its weight says."""
+        """Rows until every stream has been seen as often as its passes say."""
         return len(self._rows) - 1
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`, counted on through epochs."""
         epoch, place = divmod(index, self.rows_per_epoch)
         packed = int(self._order_of(epoch)[place])
@@ -158,20 +157,17 @@ class PackedRows:
         for document, stream in enumerate(self._streams(packed)):
             start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
             end = filled + stop - start - 1
-            ids, learned = self._ids[start:stop], self._learned[start + 1 : stop]
+            ids, loss_mask = self._ids[start:stop], self._loss_mask[start + 1 : stop]
             tokens[filled:end] = ids[:-1]
-            targets[filled:end] = np.where(learned, ids[1:], IGNORE)
+            targets[filled:end] = np.where(loss_mask, ids[1:], IGNORE)
             documents[filled:end] = document
             if reference is not None and self._reference is not None:
-                reference[filled:end] = np.where(learned, self._reference[start + 1 : stop], 0)
+                reference[filled:end] = np.where(loss_mask, self._reference[start + 1 : stop], 0)
             filled = end
-        return Row(tokens, targets, documents, reference)
+        return PackedRow(tokens, targets, documents, reference)
 
     def write_reference(self, log_probabilities: Callable[[range], NDArray[np.float32]], *, rows_at_a_time: int) -> None:
-        """Ask for the log-probability of the target at each position, (B, T), of all rows as packed, and keep them.
-
-        Complete once `reference.bin` is there.
-        """
+        """Write the reference model's log-probability of each target; `log_probabilities` maps rows as packed to (B, T)."""
         with whole_file(self._folder / _REFERENCE) as temporary:
             values = np.memmap(temporary, dtype=np.float32, mode="w+", shape=self._ids.shape)
             for first in range(0, self.rows_per_epoch, rows_at_a_time):
@@ -185,7 +181,7 @@ class PackedRows:
             values.flush()
 
     def _streams(self, packed: int) -> NDArray[np.int64]:
-        """What shares a row, in its order."""
+        """The streams that share a row, in their order."""
         members: NDArray[np.int64] = self._members[self._rows[packed] : self._rows[packed + 1]]
         return members
 
@@ -198,5 +194,5 @@ class PackedRows:
 
 
 def has_reference(folder: Path) -> bool:
-    """Whether `write_reference` has finished there."""
+    """Whether `write_reference` has finished in `folder`."""
     return (folder / _REFERENCE).exists()

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.batch import IGNORE, Row
+from llm.data.batch import IGNORE, PackedRow
 from llm.files import whole_file, write_text
 
 META = "meta.json"
@@ -149,7 +149,7 @@ class TokenRows:
             self.rows_per_epoch = max(self.tokens_per_epoch // context, min(self.tokens_per_epoch, 1))
         self._order = lru_cache(maxsize=2)(self._draw_order)  # neighbours: a step may span the end of an epoch
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Row `index`, which counts on through epochs."""
         epoch, place = divmod(index, self.rows_per_epoch)
         order, ends = self._order(0 if self._seed is None else epoch)
@@ -176,7 +176,7 @@ class TokenRows:
         targets[np.cumsum(pieces)[:-1] - 1] = IGNORE  # nothing is learned across documents
         numbers = np.full(self.context, -1, dtype=np.int32)
         numbers[:count] = which
-        return Row(tokens, targets, numbers)
+        return PackedRow(tokens, targets, numbers)
 
     def _draw_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The documents of an epoch one after the other, and where each ends, counted in tokens of the epoch."""

@@ -1,4 +1,7 @@
-"""Chats cut to a length: what is substituted into a prompt is shortened, never the response."""
+"""Chats cut to the length of a row: text from the data is cut where the assistant does not say it, and never its response.
+
+`fit` cuts one chat, `fit_all` the chats that share a prompt, such as the two answers of a preference.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +9,7 @@ from dataclasses import dataclass, replace
 from llm.data.conversations import Turn
 from llm.tokenizer.tokenizer import TextTokenizer
 
-Encoded = tuple[list[int], list[bool]]  # ids, and which of them are learned
+Encoded = tuple[list[int], list[bool]]  # ids and loss mask
 
 
 @dataclass(frozen=True)
@@ -15,48 +18,56 @@ class Stream:
 
     messages: list[dict[str, str]]
     ids: list[int]
-    learned: list[bool]  # which of `ids` are to be predicted: the assistant's text and the end of its turn
-    full_length: int  # tokens before anything was cut
+    loss_mask: list[bool]  # true where the loss counts the prediction of `ids`: the assistant's text and the end of its turn
+    full_length: int  # tokens before the cut
     cut_prompt: bool = False
     cut_response: bool = False
 
+    @property
+    def answer_start(self) -> int:
+        """The index of the first token of the last answer, with which the stream ends."""
+        start = len(self.ids)
+        while start and self.loss_mask[start - 1]:
+            start -= 1
+        return start
+
 
 def fit(turns: Sequence[Turn], tokenizer: TextTokenizer, *, positions: int, encoded: Encoded | None = None) -> Stream:
-    """The chat as at most `positions` + 1 tokens. `encoded` is the whole chat, where it is known already.
+    """The chat as at most `positions` + 1 tokens. `encoded` is the whole chat, if it is known already.
 
-    Where it is longer, the texts that were substituted into what the assistant does not say lose their ends, the longest
-    first, until it fits. Where the assistant's turns do not fit even alone, these texts keep half of the room together and
-    the stream is cut where the row ends: it then lacks the end token, because the answer goes on.
+    A longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the longest first,
+    until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and the stream
+    is cut at the end of the row: it then has no end token, because the answer goes on.
     """
     limit = positions + 1
-    ids, learned = encoded or _encode(turns, tokenizer)
+    ids, loss_mask = encoded or _encode(turns, tokenizer)
     full_length = len(ids)
     if full_length <= limit:
-        return Stream([turn.message for turn in turns], ids, learned, full_length)
+        return Stream([turn.message for turn in turns], ids, loss_mask, full_length)
     texts = [text for turn in turns for text in turn.substituted()]
     tokens = tokenizer.encode_batch(texts)
-    alone = len(_encode(_refilled(turns, [""] * len(texts)), tokenizer)[0])  # of what may not be cut
+    alone = len(_encode(_refilled(turns, [""] * len(texts)), tokenizer)[0])  # tokens that may not be cut
     room = limit - alone if alone <= limit else limit // 2
     while True:
         cap = _largest_cap([len(spelled) for spelled in tokens], total=room)
         cut = [_head(text, spelled, cap, tokenizer) for text, spelled in zip(texts, tokens, strict=True)]
         shortened = _refilled(turns, cut)
-        ids, learned = _encode(shortened, tokenizer)
+        ids, loss_mask = _encode(shortened, tokenizer)
         excess = len(ids) - limit
         if excess <= 0 or alone > limit or room == 0:
             break
-        room = max(0, room - excess)  # the cut has moved the borders between tokens
+        room = max(0, room - excess)  # the cut has changed how text splits into tokens
     return Stream(
         [turn.message for turn in shortened],
         ids[:limit],
-        learned[:limit],
+        loss_mask[:limit],
         full_length,
         cut_prompt=cut != texts,
         cut_response=excess > 0,
     )
 
 
-def _encode(turns: Sequence[Turn], tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
+def _encode(turns: Sequence[Turn], tokenizer: TextTokenizer) -> Encoded:
     return tokenizer.encode_chat([turn.message for turn in turns])
 
 
@@ -77,7 +88,7 @@ def _largest_cap(lengths: Sequence[int], *, total: int) -> int:
 
 
 def _head(text: str, tokens: Sequence[int], count: int, tokenizer: TextTokenizer) -> str:
-    """The beginning of `text` that the first `count` of its tokens spell, without a character that they spell only in part."""
+    """The beginning of `text` that its first `count` tokens spell, up to the last whole character."""
     if len(tokens) <= count:
         return text
     head = tokenizer.decode(tokens[:count])
@@ -89,7 +100,7 @@ def _head(text: str, tokens: Sequence[int], count: int, tokenizer: TextTokenizer
 def fit_all(
     chats: Sequence[Sequence[Turn]], encoded: Sequence[Encoded], tokenizer: TextTokenizer, *, positions: int
 ) -> list[Stream]:
-    """The chats of one row, whose prompts are one: it is cut to what the longest chat leaves of it."""
+    """`fit` for chats that share their prompt, which is cut in all of them as in the longest chat."""
     order = sorted(range(len(chats)), key=lambda index: -len(encoded[index][0]))
     longest = fit(chats[order[0]], tokenizer, positions=positions, encoded=encoded[order[0]])
     streams = {order[0]: longest}

@@ -15,10 +15,10 @@ RESAMPLES = 1000  # the ends of a 95% interval are then the 25th value from eith
 SEED = 0
 DIGITS = 6  # of a score; in which order cores add numbers shows from the 9th on
 
-Draws = npt.NDArray[np.float64]  # (N,) how often each example was drawn
+Resamples = npt.NDArray[np.float64]  # (N,) how often each example was drawn
 
 
-def resamples(examples: int) -> Iterator[Draws]:
+def resamples(examples: int) -> Iterator[Resamples]:
     """How often each of N examples is drawn, for every resample; the same for the same N on every machine."""
     # RandomState, because its stream is frozen for good (NEP 19), and that of the newer Generator is not.
     random = np.random.RandomState(SEED)
@@ -26,7 +26,7 @@ def resamples(examples: int) -> Iterator[Draws]:
         yield np.bincount(random.randint(examples, size=examples), minlength=examples).astype(np.float64)
 
 
-def resample(examples: int, score: Callable[[Draws], Mapping[str, float]]) -> dict[str, list[float]]:
+def resample(examples: int, score: Callable[[Resamples], Mapping[str, float]]) -> dict[str, list[float]]:
     """For each score, its value in every resample; `score` maps how often each example counts to scores by name."""
     values: dict[str, list[float]] = {}
     for draws in resamples(examples):
@@ -35,7 +35,7 @@ def resample(examples: int, score: Callable[[Draws], Mapping[str, float]]) -> di
     return {name: round_all(of_one) for name, of_one in values.items()}
 
 
-def macro_f1(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: int) -> Callable[[Draws], float]:
+def macro_f1(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: int) -> Callable[[Resamples], float]:
     """Macro-F1 as a function of how often each row counts, from the number of the label that was wanted and found in each.
 
     A label of the rows that a resample has no trace of is left out there: nothing says how well it would be found. One that
@@ -44,7 +44,7 @@ def macro_f1(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels
     hit = wanted == found
     absent = labels - len(np.union1d(wanted, found))
 
-    def score(draws: Draws) -> float:
+    def score(draws: Resamples) -> float:
         hits = np.bincount(wanted[hit], weights=draws[hit], minlength=labels)
         either = np.bincount(wanted, weights=draws, minlength=labels) + np.bincount(found, weights=draws, minlength=labels)
         seen = either > 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llm.evaluation.bootstrap import Draws, rounded
+from llm.evaluation.bootstrap import Resamples, rounded
 from llm.text.documents import language_by_script
 
 BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "thai": "char"}  # languages that write no spaces; "13a" for all others
@@ -29,7 +29,7 @@ class Likeness:
             for name, metric in self._metrics.items()
         }
 
-    def score(self, draws: Draws) -> dict[str, float]:
+    def score(self, draws: Resamples) -> dict[str, float]:
         """Both, 0 to 100, where each pair of texts counts as often as it was drawn."""
         return {name: self._score(name, draws @ counts) for name, counts in self._counts.items()}
 

@@ -14,7 +14,7 @@ from llm.data.batch import IGNORE
 from llm.data.conversations import Template, Turn
 from llm.data.truncation import fit_all
 from llm.errors import InputError
-from llm.evaluation.bootstrap import Draws, resample, rounded
+from llm.evaluation.bootstrap import Resamples, resample, rounded
 from llm.evaluation.scoring import Outcome
 from llm.inference.generate import Clock
 from llm.inference.likelihood import Progress, Window, negative_log_likelihoods
@@ -117,9 +117,7 @@ def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequenc
         streams = _streams(question, tokenizer, model.context)
         cut += any(stream.cut_prompt for stream in streams)
         for stream in streams:
-            start = len(stream.ids)
-            while stream.learned[start - 1]:
-                start -= 1
+            start = stream.answer_start
             windows.append(Window(stream.ids[:-1], [IGNORE] * (start - 1) + stream.ids[start:]))
             owners.append(number)
     clock = Clock()
@@ -147,7 +145,7 @@ def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequenc
             )
     total = len(questions)
 
-    def scores(draws: Draws) -> dict[str, float]:
+    def scores(draws: Resamples) -> dict[str, float]:
         return {name: float(draws @ np.array(of_one)) / total for name, of_one in hits.items()}
 
     facts = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llm.evaluation.bootstrap import Draws, resample, round_all, rounded
+from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import Likeness
 from llm.evaluation.scoring import Answered, Outcome, Question, answer
 from llm.inference.likelihood import Progress
@@ -49,7 +49,7 @@ def compare_models(
     }
     table = np.array([values[name] for name in SCORES])  # (S, N)
 
-    def score(draws: Draws) -> dict[str, float]:
+    def score(draws: Resamples) -> dict[str, float]:
         return dict(zip(SCORES, (table @ draws / draws.sum()).tolist(), strict=True))
 
     examples = [
@@ -75,7 +75,7 @@ def compare_models(
     )
 
 
-def _measures(answered: Answered, tokenizer: TextTokenizer) -> dict[str, Draws]:
+def _measures(answered: Answered, tokenizer: TextTokenizer) -> dict[str, Resamples]:
     """Of every answer: chrF, bits per byte of the wanted one, characters, and the share that repeats itself."""
     likelihoods = answered.likelihoods
     bits = np.array(likelihoods.nats) / np.log(2) / np.array(likelihoods.text_bytes)
@@ -93,5 +93,5 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _wins(change: Draws) -> Draws:
+def _wins(change: Resamples) -> Resamples:
     return np.where(change == 0, 0.5, change > 0)

@@ -16,7 +16,7 @@ from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
 from llm.data.truncation import Stream, fit
 from llm.errors import InputError
-from llm.evaluation.bootstrap import Draws, macro_f1, resample, round_all, rounded
+from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import Likeness
 from llm.inference.generate import Clock, generate
 from llm.inference.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
@@ -55,11 +55,11 @@ class Likelihoods:
     text_bytes: list[int]
 
     @property
-    def score(self) -> Callable[[Draws], dict[str, float]]:
+    def score(self) -> Callable[[Resamples], dict[str, float]]:
         """`perplexity` per token and `bits_per_byte` as a function of how often each entry counts."""
         columns = np.array([self.nats, self.tokens, self.text_bytes], dtype=np.float64)
 
-        def score(draws: Draws) -> dict[str, float]:
+        def score(draws: Resamples) -> dict[str, float]:
             nats, tokens, text_bytes = (columns @ draws).tolist()
             return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes}
 
@@ -135,7 +135,7 @@ def classify(
             f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "
             f"{len(questions):,} rows"
         )
-    spelled = [_learned(tokenizer, name) for name in names]
+    spelled = [_label_tokens(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
     streams = [
         _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", (names[longest],))]), tokenizer, model.context)
@@ -172,7 +172,7 @@ def classify(
     f1 = macro_f1(of_wanted, of_found, len(names))
     hits = (of_wanted == of_found).astype(np.float64)
 
-    def score(draws: Draws) -> dict[str, float]:
+    def score(draws: Resamples) -> dict[str, float]:
         return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
 
     return Outcome(
@@ -228,7 +228,7 @@ def answer(
     """
     context = model.context
     streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
-    starts = [len(stream.ids) - len(_last_run(stream.learned)) for stream in streams]
+    starts = [stream.answer_start for stream in streams]
     windows = [
         Window(stream.ids[:-1], [IGNORE] * (start - 1) + stream.ids[start:])
         for stream, start in zip(streams, starts, strict=True)
@@ -273,7 +273,7 @@ def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_resp
         stream = fit(question.turns, tokenizer, positions=context)
     except InputError as error:
         raise InputError(f"{question.place}: {error}") from error
-    if not any(stream.learned[1:]) or (stream.cut_response and not cut_response):
+    if not any(stream.loss_mask[1:]) or (stream.cut_response and not cut_response):
         raise InputError(
             f"{question.place}: the answer does not fit: it ends at token {stream.full_length:,} with what the prompt always "
             f"says, and the model's context is {context:,}"
@@ -286,21 +286,13 @@ def _prompt(question: Question, tokenizer: TextTokenizer, room: int) -> list[int
     if room < 1:
         raise InputError(f"max_new_tokens: expected less than the model's context; it leaves {room:,} tokens for the prompt")
     stream = _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", ("",))]), tokenizer, room)
-    return stream.ids[: len(stream.ids) - len(_last_run(stream.learned))]
+    return stream.ids[: stream.answer_start]
 
 
-def _last_run(learned: Sequence[bool]) -> list[bool]:
-    """The flags of the last turn of the assistant, with which every stream ends."""
-    size = 0
-    while size < len(learned) and learned[-1 - size]:
-        size += 1
-    return list(learned[len(learned) - size :])
-
-
-def _learned(tokenizer: TextTokenizer, label: str) -> list[int]:
+def _label_tokens(tokenizer: TextTokenizer, label: str) -> list[int]:
     """The tokens of a label as an answer, with the end token."""
-    ids, learned = tokenizer.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
-    return [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    ids, loss_mask = tokenizer.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+    return [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
 
 
 def _prompt_text(stream: Stream) -> str:

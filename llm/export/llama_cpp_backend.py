@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.errors import InputError
-from llm.tokenizer.tokenizer import Message
+from llm.tokenizer.tokenizer import ChatMessage
 
 PACKAGE = "xllamacpp"
 LIKELIEST = 1000  # tokens whose log-probabilities are asked for at a position; an answer with all of 50,000 takes megabytes
@@ -53,7 +53,7 @@ class LlamaCpp:
         tokens: list[int] = self._ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
         return tokens
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A chat up to where the assistant is to answer, rendered from the template in the file."""
         prompt = self._ask("/apply-template", messages=list(messages))["prompt"]
         tokens: list[int] = self._ask("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]

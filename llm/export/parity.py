@@ -18,7 +18,7 @@ from llm.inference.generate import generate
 from llm.models.interface import LanguageModel
 from llm.text.documents import language_by_script
 from llm.text.selection import evenly_spaced
-from llm.tokenizer.tokenizer import Message, TextTokenizer
+from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 
 NEAR_TIE = 1e-4  # logits closer than this may fall either way
 CLOSE = 1e-4  # largest difference of log-probabilities in fp32, as a share of the largest (at least of 1)
@@ -52,7 +52,7 @@ class System(Protocol):
     def encode(self, text: str) -> list[int]:
         """The text alone."""
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A chat up to where the assistant is to answer."""
 
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
@@ -127,7 +127,7 @@ def check_tokens(tokenizer: TextTokenizer, other: System, texts: Sequence[str]) 
     )
 
 
-def check_chats(tokenizer: TextTokenizer, other: System, chats: Sequence[Sequence[Message]]) -> Check:
+def check_chats(tokenizer: TextTokenizer, other: System, chats: Sequence[Sequence[ChatMessage]]) -> Check:
     """Whether the other system renders chats, which end with an answer, into the tokens that were trained."""
 
     def pairs() -> Iterator[tuple[str, list[int], list[int]]]:

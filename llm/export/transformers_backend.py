@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.tokenizer.tokenizer import Message
+from llm.tokenizer.tokenizer import ChatMessage
 
 BATCH = 16  # prompts that are answered at once
 
@@ -36,15 +36,15 @@ class StockModel:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return tokens
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A chat up to where the assistant is to answer."""
         return self._chat(messages, add_generation_prompt=True)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """A whole chat."""
         return self._chat(messages, add_generation_prompt=False)
 
-    def _chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+    def _chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> list[int]:
         tokens: list[int] = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
         )

@@ -14,16 +14,16 @@ READ = 1 << 16  # bytes of a file at a time; a gzip block of this size grows to 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Fault(str):
+class RowFault(str):
     """Stands where the content of a row that cannot be read would be; says why."""
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row as it was read: a line of JSON not yet parsed, fields, or the reason why there are none."""
 
     place: str  # the file, or the dataset
     number: int  # line of the file (row of a parquet file or dataset), from 1
-    content: bytes | dict[str, Any] | Fault
+    content: bytes | dict[str, Any] | RowFault
 
     @property
     def at(self) -> str:
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     def fields(self) -> Mapping[str, Any]:
         """The row parsed; an InputError says why it cannot be, and leaves it to the caller to say where it stands."""
         content = self.content
-        if isinstance(content, Fault):
+        if isinstance(content, RowFault):
             raise InputError(content)
         if isinstance(content, dict):
             return content
@@ -48,7 +48,7 @@ class Row(NamedTuple):
         return fields
 
 
-def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[Row]:
+def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[FileRow]:
     """The rows of `files`, in order. `wanted` are the fields that will be asked for: a table without one is an InputError,
     and columns of a Parquet file that are not wanted are not read (but for those of `credit`).
     """
@@ -81,31 +81,31 @@ def _format(path: Path) -> str:
     return found
 
 
-def _json_lines(path: Path, wanted: set[str]) -> Iterator[Row]:
+def _json_lines(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     place = str(path)
     for number, line in enumerate(_lines(path), start=1):
         content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if content and not content.isspace():
-            yield Row(place, number, content)
+            yield FileRow(place, number, content)
 
 
-def _whole_text(path: Path, wanted: set[str]) -> Iterator[Row]:
+def _whole_text(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     content = b"\n".join(_lines(path)).removeprefix(BYTE_ORDER_MARK)
     try:
-        yield Row(str(path), 1, {"text": content.decode()})
+        yield FileRow(str(path), 1, {"text": content.decode()})
     except UnicodeDecodeError as error:
-        yield Row(str(path), content.count(b"\n", 0, error.start) + 1, Fault(f"is not UTF-8 ({error.reason})"))
+        yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(f"is not UTF-8 ({error.reason})"))
 
 
-def _comma_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+def _comma_separated(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     return _table(path, wanted, "CSV", strict=True)
 
 
-def _tab_separated(path: Path, wanted: set[str]) -> Iterator[Row]:
+def _tab_separated(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     return _table(path, wanted, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Row]:
+def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[FileRow]:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
     table = csv.DictReader(_decoded(path), **form)
     number = 1
@@ -116,15 +116,15 @@ def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Row
         number = table.line_num + 1
         for row in table:
             complete = None not in row and None not in row.values()
-            yield Row(
-                str(path), number, row if complete else Fault(f"does not have the {len(names)} columns of the first line")
+            yield FileRow(
+                str(path), number, row if complete else RowFault(f"does not have the {len(names)} columns of the first line")
             )
             number = table.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{number}: is not {name} ({error})") from error
 
 
-def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
+def _parquet(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,13 +138,13 @@ def _parquet(path: Path, wanted: set[str]) -> Iterator[Row]:
                 batch_size=1024, columns=[name for name in names if name in {*wanted, *attribution.FIELDS}]
             ):
                 for row in batch.to_pylist():
-                    yield Row(str(path), number, row)
+                    yield FileRow(str(path), number, row)
                     number += 1
     except pa.ArrowException as error:
         raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
 
 
-_FORMATS: dict[str, Callable[[Path, set[str]], Iterator[Row]]] = {
+_FORMATS: dict[str, Callable[[Path, set[str]], Iterator[FileRow]]] = {
     ".jsonl": _json_lines,
     ".txt": _whole_text,
     ".csv": _comma_separated,

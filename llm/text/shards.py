@@ -23,7 +23,7 @@ from llm.files import whole_folder
 from llm.text import minhash
 from llm.text.attribution import About, about
 from llm.text.cleaning import Rules, clean, fault
-from llm.text.readers import Row
+from llm.text.readers import FileRow
 from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
 from llm.text.templates import split_text
@@ -103,7 +103,7 @@ def work_on(shard: Shard, *, sources: list[Source], treatment: Treatment, folder
     return ShardFolder(target)
 
 
-def _write(folder: Path, rows: list[Row], source: Source, treatment: Treatment) -> dict[str, Any]:
+def _write(folder: Path, rows: list[FileRow], source: Source, treatment: Treatment) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     bad_rows: list[str] = []
     abouts: dict[About, int] = {}

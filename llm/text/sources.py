@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.text.readers import Row, read_rows
+from llm.text.readers import FileRow, read_rows
 from llm.text.templates import split_text
 
 
@@ -23,7 +23,7 @@ class Shard:
 
     index: int  # counts through all sources
     source: int
-    rows: list[Row]
+    rows: list[FileRow]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
     """All rows of all sources, in order, in shards of about `shard_bytes` bytes; a shard holds rows of one source."""
     index = 0
     for number, source in enumerate(sources):
-        rows: list[Row] = []
+        rows: list[FileRow] = []
         size = 0
         for row in rows_of(source):
             rows.append(row)
@@ -58,7 +58,7 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
             index += 1
 
 
-def rows_of(source: Source) -> Iterator[Row]:
+def rows_of(source: Source) -> Iterator[FileRow]:
     """The rows of a source, in order, as many as its limit lets through."""
     left = source.limit
     for row in _all_rows(source):
@@ -69,14 +69,14 @@ def rows_of(source: Source) -> Iterator[Row]:
         yield row
 
 
-def _all_rows(source: Source) -> Iterator[Row]:
+def _all_rows(source: Source) -> Iterator[FileRow]:
     if source.rows is not None:
         for number, row in enumerate(source.rows(), start=1):
-            yield Row(source.place, number, dict(row))
+            yield FileRow(source.place, number, dict(row))
     yield from read_rows(source.files, {*split_text(source.text)[1::2], *source.where})
 
 
-def _size(row: Row) -> int:
+def _size(row: FileRow) -> int:
     if isinstance(row.content, dict):
         return sum(len(value) for value in row.content.values() if isinstance(value, str)) + 1
     return len(row.content) + 1

@@ -1,11 +1,11 @@
-"""The chat template: how turns of a chat become one text, and which of it is learned. Not tokens: `llm.tokenizer.tokenizer`.
+"""The chat template: how the turns of a chat become one text, and which tokens of it the loss counts.
 
     <|begin|><|user|>Q<|assistant|>A<|end|><|user|>Q2<|assistant|>A2<|end|>
 
-The template is stored once, in the tokenizer's configuration, and rendered by Transformers itself, so that training sees
-exactly what everybody who calls `apply_chat_template` gives the model. What stands between `{% generation %}` and
-`{% endgeneration %}` is learned: the assistant's text and the end token after it. A template from elsewhere may lack these
-marks; then what it adds to a chat where the assistant speaks is learned, up to the first special token after the text.
+The template is stored once, in the tokenizer's configuration, and rendered by Transformers, so that training sees exactly
+what `apply_chat_template` gives at inference. The loss counts what is between `{% generation %}` and `{% endgeneration %}`: the
+assistant's text and the end token after it. A template of another model may lack these marks; the loss then counts what the
+template adds for each turn of the assistant, up to the first special token after its text.
 """
 
 import re
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# For a tokenizer from elsewhere that has no template and no tokens for roles: plain words, and its own begin and end.
+# For a tokenizer of another model that has no template and no tokens for roles: plain words, its own begin and end tokens.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}{% set content = message['content'] | trim %}"
@@ -47,12 +47,12 @@ PLAIN_TEMPLATE = (
 )
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# The day on which a template says today is: the one that Llama's own templates fall back on.
+# The date that templates see as today: the one that Llama's own templates use by default.
 _DAY = {"Y": "2024", "m": "07", "d": "26", "b": "Jul", "B": "July", "a": "Fri", "A": "Friday", "H": "00", "M": "00", "S": "00"}
 
 
 def with_fixed_day(template: str) -> str:
-    """A template that asks for the date, changed to take the same one always: what was learned is what will be rendered."""
+    """A template that asks for today's date, changed to a fixed date, so that training and inference render the same."""
     if "strftime_now" not in template:
         return template
     replaced = "".join(f" | replace('%{directive}', '{value}')" for directive, value in _DAY.items())
@@ -62,18 +62,18 @@ def with_fixed_day(template: str) -> str:
 def render_chats(
     chats: Sequence[Chat], template: str, *, special_tokens: Mapping[str, str], add_generation_prompt: bool = False
 ) -> list[str]:
-    """Each chat as text. `special_tokens` holds bos_token and the like. InputError if the template refuses a chat."""
+    """Each chat as text. `special_tokens` maps names such as bos_token. InputError if the template refuses a chat."""
     texts: list[str]
     texts, _ = _render(chats, template, special_tokens, add_generation_prompt=add_generation_prompt)
     return texts
 
 
-def render_learned(
+def render_with_spans(
     chats: Sequence[Chat], template: str, *, special_tokens: Mapping[str, str], any_special: re.Pattern[str]
 ) -> list[tuple[str, list[Span]]]:
-    """Each chat as text, and the spans of the text that are learned. `any_special` matches every special token.
+    """Each chat as text, and the spans of the text that the loss counts. `any_special` matches every special token.
 
-    InputError if the template refuses a chat, or if what the assistant says cannot be told apart in what it renders.
+    InputError if the template refuses a chat, or if the assistant's turns cannot be located in the rendered text.
     """
     if _MARK.search(template):
         return list(zip(*_render(chats, template, special_tokens, return_assistant_tokens_mask=True), strict=True))
@@ -88,16 +88,16 @@ def render_learned(
 
 
 def _spans(text: str, chat: Chat, before: Iterator[str], any_special: re.Pattern[str]) -> Iterator[Span]:
-    """Where the assistant speaks in `text`; `before` gives the text up to each of its turns."""
+    """The assistant's turns in `text`; `before` gives the text up to each of them."""
     for message in chat:
         if message["role"] != "assistant":
             continue
         start = len(prompt := next(before))
-        content = message["content"].strip()  # most templates cut white space at the ends
+        content = message["content"].strip()  # most templates strip white space
         if not text.startswith(prompt):
             raise _unmarked("an earlier part of a chat changes with what follows")
         if (found := text.find(content, start)) < 0:
-            raise _unmarked("the assistant's text is not written as it is")
+            raise _unmarked("the assistant's text is not rendered unchanged")
         if (end := any_special.search(text, found + len(content))) is None:
             raise _unmarked("no end token follows the assistant's text")
         yield start, end.end()
@@ -105,25 +105,25 @@ def _spans(text: str, chat: Chat, before: Iterator[str], any_special: re.Pattern
 
 def _unmarked(why: str) -> InputError:
     return InputError(
-        f"the chat template does not mark what the assistant says, and it cannot be told apart: {why}; expected a template "
-        "that puts the assistant's text and the end token after it between {% generation %} and {% endgeneration %}"
+        f"the chat template does not mark the assistant's turns, and they cannot be located: {why}; put the assistant's text "
+        "and the end token after it between {% generation %} and {% endgeneration %}"
     )
 
 
 def _render(chats: Sequence[Chat], template: str, special_tokens: Mapping[str, str], **options: bool) -> Any:
     from jinja2 import TemplateError
-    from transformers.utils import chat_template_utils  # half a second, so only where it is used
+    from transformers.utils import chat_template_utils  # takes half a second to import
 
-    render: Any = chat_template_utils.render_jinja_template  # its annotations say that it returns one string
+    render: Any = chat_template_utils.render_jinja_template  # annotated as returning one string
     try:
         return render(conversations=chats, chat_template=template, **options, **special_tokens)
     except (TemplateError, TypeError) as error:
-        raise InputError(f"the chat template does not take this chat: {error}") from error
+        raise InputError(f"the chat template refuses this chat: {error}") from error
 
 
-def learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens overlap a learned span; tokens and spans are both in the order of the text."""
-    learned = [False] * len(offsets)
+def loss_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Which tokens overlap one of the spans; tokens and spans are both in the order of the text."""
+    mask = [False] * len(offsets)
     remaining = iter(spans)
     span = next(remaining, None)
     for place, (first, last) in enumerate(offsets):
@@ -131,5 +131,5 @@ def learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]
             span = next(remaining, None)
         if span is None:
             break
-        learned[place] = last > span[0]
-    return learned
+        mask[place] = last > span[0]
+    return mask

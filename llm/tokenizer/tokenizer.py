@@ -1,12 +1,9 @@
-"""A byte-level BPE: training it, and `TextTokenizer`, which turns documents and chats into token ids and back.
+"""`TextTokenizer`: documents and chats to token ids and back.
 
-The folder it lives in is one that Transformers opens with `AutoTokenizer`: `tokenizer.json`, and `tokenizer_config.json`
-with the chat template inside. Special tokens have the first ids, in this order: begin, end, padding, the roles of a chat,
-the recipe's own. A document that holds the characters of a special token holds them as plain text; only a chat's template
-writes special tokens. What a tokenizer is worth is measured by `llm.tokenizer.report`.
-
-`TextTokenizer` also opens the tokenizers of other models, as `llm.models.import_checkpoint` takes them over: any `tokenizer.json`, with the
-special tokens and the template that stand beside it.
+Its folder is one that Transformers opens with `AutoTokenizer`: `tokenizer.json`, and `tokenizer_config.json` with the chat
+template inside. The characters of a special token inside a document are plain text; only a chat template writes special
+tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models open too: any `tokenizer.json`, with the special
+tokens and the template beside it.
 """
 
 import json
@@ -20,36 +17,32 @@ from tokenizers import AddedToken, Tokenizer
 
 from llm.errors import InputError
 from llm.files import write_text
-from llm.tokenizer.chat_template import (
-    learned_tokens,
-    render_chats,
-    render_learned,
-)
+from llm.tokenizer.chat_template import loss_mask, render_chats, render_with_spans
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"  # where newer versions of Transformers put the chat template
-SPECIAL_FILE = "special_tokens_map.json"  # where older ones put the special tokens
-GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens counts
+TEMPLATE_FILE = "chat_template.jinja"  # the chat template, in newer versions of Transformers
+SPECIAL_FILE = "special_tokens_map.json"  # the special tokens, in older versions
+GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens is used
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-NO_LENGTH_LIMIT = int(1e30)  # what Transformers takes for "none": how long rows may be is the model's business
+NO_LENGTH_LIMIT = int(1e30)  # Transformers' value for "no limit"; the model has the limit
 
-Message = Mapping[str, str]  # role and content
+ChatMessage = Mapping[str, str]  # role and content
 
 
 class TextTokenizer:
     """Text to token ids and back.
 
-    `begin` is the end token in a vocabulary that has no begin token: each document then follows the end of another. `padding`
-    is the end token where there is none for it: it is never seen nor learned. `ends` are all tokens that end an answer, `end`
-    the one that ends a document.
+    `end` ends a document; `ends` are all tokens that end an answer. In a vocabulary without a begin token `begin` is the end
+    token, so that each document follows the end of another; without a padding token `padding` is the end token, since neither
+    attention nor the loss sees padding.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, named: Mapping[str, str], template: str | None, *, ends: Sequence[int] = ()
     ) -> None:
-        """`named` holds eos_token and those of bos_token, pad_token, unk_token that exist; `ends` come beside eos_token."""
-        # Kept apart: it adds special tokens, which are added here by name, and may cut the spaces off a token's place.
+        """`named` holds eos_token and those of bos_token, pad_token, unk_token that exist; `ends` are added to eos_token."""
+        # Removed: it adds special tokens, which are added here by name, and may cut spaces off a token's offsets.
         self._post_processor = tokenizer.post_processor
         tokenizer.post_processor = None
         self._marked = tokenizer  # reads the characters of a special token as that token: for rendered chats
@@ -67,13 +60,13 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The tokenizer in `folder`, which may be a checkpoint's; InputError where a file there cannot be used."""
+        """The tokenizer in `folder`, which may be a checkpoint's; InputError if a file there cannot be used."""
         path = folder / TOKENIZER_FILE
         if not path.exists():
-            raise InputError(f"{path}: is not there; expected a tokenizer as the tokenizers library writes it")
+            raise InputError(f"{path}: expected a tokenizer as the tokenizers library writes it, got no file")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception for whatever it cannot read
+        except Exception as error:  # the library raises a bare Exception if it cannot read a file
             raise InputError(f"{path}: expected a tokenizer as the tokenizers library writes it: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -111,24 +104,24 @@ class TextTokenizer:
         return self._template
 
     def with_template(self, template: str, *, ends: Sequence[int] = ()) -> Self:
-        """The same tokenizer with another chat template, and with `ends` besides the tokens that end an answer already."""
+        """The same tokenizer with another chat template, and with `ends` as further tokens that end an answer."""
         other = copy(self)
         other._template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
         return other
 
     def token_id(self, token: str) -> int:
-        """The id of a token that is in the vocabulary."""
+        """The id of a token; InputError if the vocabulary lacks it."""
         found = self._marked.token_to_id(token)
         if found is None:
             raise InputError(f"the tokenizer has no token {token!r}")
         return found
 
     def encode(self, text: str) -> list[int]:
-        """The text alone, with no special token."""
+        """The text without special tokens."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text alone, on all cores."""
+        """`encode` of many, on all cores."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_document(self, text: str) -> list[int]:
@@ -136,43 +129,43 @@ class TextTokenizer:
         return [self.begin, *self.encode(text), self.end]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text as a whole document, on all cores."""
+        """`encode_document` of many, on all cores."""
         return [[self.begin, *ids, self.end] for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text that the ids spell; special tokens are left out unless asked for."""
+        """The text of the ids, without special tokens unless `special`."""
         return self._marked.decode(list(ids), skip_special_tokens=not special)
 
     def spelled_bytes(self, ids: Sequence[int]) -> int:
-        """How many bytes of text the ids of a byte-level vocabulary stand for: all, unless something was unknown."""
-        # The byte alphabet writes each byte as one character.
+        """Bytes of text that the ids of a byte-level vocabulary stand for: all bytes, unless some were unknown."""
+        # Its alphabet writes each byte as one character.
         return sum(len(self._marked.id_to_token(token) or "") for token in ids)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """A chat as text, special tokens written out; the prompt for an answer ends where the assistant begins."""
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+        """A chat as text with its special tokens, up to where the assistant answers if `add_generation_prompt`."""
         self._refuse_special_tokens(messages)
         (text,) = render_chats(
             [messages], self._chat_template, special_tokens=self._named, add_generation_prompt=add_generation_prompt
         )
         return text
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A chat as ids, up to where the assistant is to answer."""
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The ids of a chat up to where the assistant answers."""
         return self._marked.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """The ids of a chat, and which of them are learned: the assistant's text and the end of its turns."""
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[bool]]:
+        """The ids of a chat and its loss mask, true for the assistant's text and the end of its turns."""
         (encoded,) = self.encode_chats([messages])
         return encoded
 
-    def encode_chats(self, chats: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[tuple[list[int], list[bool]]]:
         """`encode_chat` of many, on all cores."""
         for messages in chats:
             self._refuse_special_tokens(messages)
-        rendered = render_learned(chats, self._chat_template, special_tokens=self._named, any_special=self._any_special)
+        rendered = render_with_spans(chats, self._chat_template, special_tokens=self._named, any_special=self._any_special)
         encodings = self._marked.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
-            _answered(messages, encoding.ids, learned_tokens(encoding.offsets, spans))
+            _without_suffix(messages, encoding.ids, loss_mask(encoding.offsets, spans))
             for messages, encoding, (_, spans) in zip(chats, encodings, rendered, strict=True)
         ]
 
@@ -182,12 +175,12 @@ class TextTokenizer:
             raise InputError("the tokenizer has no chat template; expected one in its tokenizer_config.json")
         return self._template
 
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+    def _refuse_special_tokens(self, messages: Sequence[ChatMessage]) -> None:
         for message in messages:
             if found := self._any_special.search(message["content"]):
                 raise InputError(
-                    f"the {message['role']}'s turn holds {found.group()!r}, a special token of this tokenizer, which "
-                    "would end or begin a turn; expected text without it"
+                    f"the {message['role']}'s turn: expected text without special tokens, got {found.group()!r}, which would "
+                    "end or begin a turn; remove it from the row"
                 )
 
     def save(self, folder: Path) -> None:
@@ -207,23 +200,23 @@ class TextTokenizer:
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _answered(messages: Sequence[Message], ids: list[int], learned: list[bool]) -> tuple[list[int], list[bool]]:
-    """Without what a template writes after the end of the last answer, such as a line break: nothing is learned of it."""
-    if messages[-1]["role"] != "assistant" or True not in learned:
-        return ids, learned
-    length = len(learned) - learned[::-1].index(True)
-    return ids[:length], learned[:length]
+def _without_suffix(messages: Sequence[ChatMessage], ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+    """Without what a template writes after the end of the last answer, such as a line break, which the loss does not count."""
+    if messages[-1]["role"] != "assistant" or True not in mask:
+        return ids, mask
+    length = len(mask) - mask[::-1].index(True)
+    return ids[:length], mask[:length]
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
-    """The tokens that have a role, by Transformers' names of the roles."""
+    """The special tokens that have a name, by Transformers' names."""
     found = _json(folder / SPECIAL_FILE) | {name: value for name, value in _json(folder / CONFIG_FILE).items() if value}
     tokens = {name: found[name] for name in NAMED if found.get(name)}
     return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in tokens.items()}
 
 
 def _template(folder: Path) -> str | None:
-    """The chat template, wherever a version of Transformers puts it; of several that have names, the default."""
+    """The chat template, in any of the places where versions of Transformers put it; of several named ones, the default."""
     if (path := folder / TEMPLATE_FILE).exists():
         return path.read_text(encoding="utf-8")
     found = _json(folder / CONFIG_FILE).get("chat_template")
@@ -242,7 +235,7 @@ def _ends(folder: Path) -> list[int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The table in a file; empty where there is no such file."""
+    """The JSON object in a file; empty if there is no such file."""
     if not path.exists():
         return {}
     try:
@@ -250,5 +243,5 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a table, got {type(found).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found

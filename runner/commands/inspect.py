@@ -178,16 +178,16 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
                     ", answer cut" if stream.cut_response else ""
                 )
                 yield marked
-                yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.learned))
+                yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.loss_mask))
 
 
-def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Text]:
+def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], loss_mask: Sequence[bool]) -> Iterator[Text]:
     """Tokens that stand together and are all learned, or all only read; brackets say it where there are no colours."""
     start = 0
     for stop in range(1, len(ids) + 1):
-        if stop == len(ids) or learned[stop] != learned[start]:
+        if stop == len(ids) or loss_mask[stop] != loss_mask[start]:
             text = _visible(tokenizer.decode(ids[start:stop], special=True))
-            yield Text(f"[{text}]", style=LEARNED) if learned[start] else Text(text, style=MASKED)
+            yield Text(f"[{text}]", style=LEARNED) if loss_mask[start] else Text(text, style=MASKED)
             start = stop
 
 

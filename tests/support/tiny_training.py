@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from llm.bench.implementations import StockpotTraining
 from llm.bench.workload import Workload
-from llm.data.batch import IGNORE, Batch, Row
+from llm.data.batch import IGNORE, Batch, PackedRow
 from llm.data.packing import PackedRows, StreamWriter
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS
@@ -45,7 +45,7 @@ class MadeUpRows:
     rows_per_epoch: int = 64
     seed: int = 0
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         random = np.random.default_rng([self.seed, index])
         border = int(random.integers(4, self.context - 4))
         documents = (np.arange(self.context) >= border).astype(np.int32)
@@ -54,7 +54,7 @@ class MadeUpRows:
         targets = np.append(tokens[1:], IGNORE)
         targets[border - 1] = IGNORE
         targets[: int(random.integers(self.context - 3))] = IGNORE  # as in a chat: the prompt is not learned
-        return Row(tokens.astype(np.int64), targets.astype(np.int64), documents)
+        return PackedRow(tokens.astype(np.int64), targets.astype(np.int64), documents)
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class PoisonedRows(MadeUpRows):
     steps: tuple[int, ...] = (POISONED,)
     rows_per_epoch: int = 1000
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         row = super().row(index)
         marked = index // ROWS in self.steps
         tokens = np.where(np.arange(self.context) == 0, 39 if marked else 0, row.tokens)
-        return Row(tokens, row.targets, row.documents)
+        return PackedRow(tokens, row.targets, row.documents)
 
 
 def tiny_model(**changes: Any) -> Llama:

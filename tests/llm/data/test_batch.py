@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from llm.data.batch import IGNORE, Row, collate
+from llm.data.batch import IGNORE, PackedRow, collate
 
 
-def row_of(documents: list[int]) -> Row:
+def row_of(documents: list[int]) -> PackedRow:
     count = len(documents)
-    return Row(np.arange(count), np.full(count, IGNORE), np.array(documents, dtype=np.int32))
+    return PackedRow(np.arange(count), np.full(count, IGNORE), np.array(documents, dtype=np.int32))
 
 
 def test_positions_restart_at_each_document_and_at_each_row() -> None:

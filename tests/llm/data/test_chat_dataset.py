@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.batch import IGNORE, Row
+from llm.data.batch import IGNORE, PackedRow
 from llm.data.chat_dataset import Table, write_rows
 from llm.data.conversations import Template, Turn
 from llm.data.packing import PackedRows
@@ -55,7 +55,7 @@ def pair(prompt: str, response: str) -> dict[str, str]:
     return {"prompt": prompt, "response": response}
 
 
-def learned_text(row: Row, document: int) -> str:
+def learned_text(row: PackedRow, document: int) -> str:
     chosen = (row.documents == document) & (row.targets != IGNORE)
     return TOKENIZER.decode(row.targets[chosen].tolist(), special=True)
 
@@ -122,7 +122,7 @@ def test_a_response_too_long_by_itself_keeps_part_of_its_prompt_and_lacks_the_en
     assert len(stream.ids) == 49
     assert TOKENIZER.end not in stream.ids
     assert stream.messages[0]["content"].startswith("heart heart")
-    assert 49 // 3 < sum(stream.learned) < 49 * 2 // 3
+    assert 49 // 3 < sum(stream.loss_mask) < 49 * 2 // 3
     assert (stream.cut_prompt, stream.cut_response) == (True, True)
 
 
@@ -136,7 +136,7 @@ def test_whatever_is_fitted_fits_and_loses_answers_only_if_they_alone_are_too_lo
 ) -> None:
     turns = [turn for asked, said in exchanges for turn in (Turn("user", ("", asked, "")), Turn("assistant", (said,)))]
     stream = fit(turns, TOKENIZER, positions=positions)
-    assert len(stream.ids) == len(stream.learned) <= positions + 1
+    assert len(stream.ids) == len(stream.loss_mask) <= positions + 1
     for turn, message in zip(turns, stream.messages, strict=True):
         assert turn.content.startswith(message["content"])
     alone = [turn.with_substituted(iter([""])) for turn in turns]

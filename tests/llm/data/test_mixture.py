@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm.data.batch import IGNORE, Row
+from llm.data.batch import IGNORE, PackedRow
 from llm.data.conversations import TextTemplate
 from llm.data.mixture import JoinedRows, mixed, write_texts
 from llm.data.token_shards import TokenRows
@@ -22,8 +22,8 @@ class Named:
     def __init__(self, name: int, rows_per_epoch: int = 10) -> None:
         self.name, self.rows_per_epoch = name, rows_per_epoch
 
-    def row(self, index: int) -> Row:
-        return Row(np.array([self.name, index, 0, 0]), np.full(4, IGNORE), np.zeros(4, dtype=np.int32))
+    def row(self, index: int) -> PackedRow:
+        return PackedRow(np.array([self.name, index, 0, 0]), np.full(4, IGNORE), np.zeros(4, dtype=np.int32))
 
 
 @pytest.mark.parametrize("shares", [[0.2], [0.3, 0.05], [0.5, 0.25, 0.1], [0.999]])

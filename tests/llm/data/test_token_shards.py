@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data.batch import IGNORE, Row
+from llm.data.batch import IGNORE, PackedRow
 from llm.data.token_shards import META, TokenRows, TokenShards, TokenWriter
 
 PADDING = 2
@@ -28,7 +28,7 @@ def write(
     return documents
 
 
-def learned_pairs(rows: list[Row]) -> list[tuple[int, int]]:
+def learned_pairs(rows: list[PackedRow]) -> list[tuple[int, int]]:
     """(token, target) wherever something is learned."""
     return [
         (int(token), int(target))
@@ -38,7 +38,7 @@ def learned_pairs(rows: list[Row]) -> list[tuple[int, int]]:
     ]
 
 
-def equal(one: Row, other: Row) -> bool:
+def equal(one: PackedRow, other: PackedRow) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("tokens", "targets", "documents"))
 
 

@@ -195,10 +195,10 @@ def test_a_template_of_the_recipe_replaces_the_models_own(published: Callable[[s
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        ("{{ messages", "the chat template does not take this chat: "),
-        ("{{ raise_exception('no') }}", "the chat template does not take this chat: no"),
+        ("{{ messages", "the chat template refuses this chat: "),
+        ("{{ raise_exception('no') }}", "the chat template refuses this chat: no"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no end token follows the assistant's text"),
-        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "the assistant's text is not written as it is"),
+        ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "the assistant's text is not rendered unchanged"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             "an earlier part of a chat changes with what follows",
@@ -218,7 +218,7 @@ def test_a_template_of_which_nothing_could_be_learned_is_refused(
 
 def test_a_chat_that_the_template_refuses_is_an_input_error(adopted: Callable[[str], Path]) -> None:
     tokenizer = TextTokenizer.load(adopted("llama-2"))
-    with pytest.raises(InputError, match="does not take this chat: Only user and assistant roles are supported!"):
+    with pytest.raises(InputError, match="refuses this chat: Only user and assistant roles are supported!"):
         tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, *CHAT])
 
 
@@ -260,7 +260,9 @@ def test_a_tokenizer_without_an_end_token_is_refused(
 def test_a_tokenizer_in_another_form_is_refused(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("llama-2"), tmp_path / "base")
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.raises(InputError, match=r"tokenizer\.json: is not there; expected a tokenizer as the tokenizers library"):
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json: expected a tokenizer as the tokenizers library writes it, got no file"
+    ):
         examine(folder)
 
 

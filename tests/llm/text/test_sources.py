@@ -8,13 +8,13 @@ import pytest
 import zstandard
 
 from llm.errors import InputError
-from llm.text.readers import Fault, Row, read_rows
+from llm.text.readers import FileRow, RowFault, read_rows
 from llm.text.sources import Source, cut_into_shards
 
 TEXTS = ["first document", "第二篇文档", 'third, with a comma, a "quote"\nand a second line']
 
 
-def rows(source: Source, shard_bytes: int = 1 << 20) -> list[Row]:
+def rows(source: Source, shard_bytes: int = 1 << 20) -> list[FileRow]:
     return [row for shard in cut_into_shards([source], shard_bytes) for row in shard.rows]
 
 
@@ -82,7 +82,7 @@ def test_a_csv_row_knows_the_line_on_which_it_begins(tmp_path: Path) -> None:
     path.write_text('text,n\n"two\nlines",1\nnext,2\nshort\n')
     found = rows(Source("s", files=(path,)))
     assert [row.number for row in found] == [2, 4, 5]
-    assert isinstance(found[2].content, Fault)
+    assert isinstance(found[2].content, RowFault)
 
 
 def test_a_csv_cell_may_be_as_long_as_a_book(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path) -> No
     (tmp_path / "e.txt").write_bytes(b"fine\nalso\nnot \xff\n")
     (fault,) = rows(Source("s", files=(tmp_path / "e.txt",)))
     assert fault.number == 3
-    assert isinstance(fault.content, Fault)
+    assert isinstance(fault.content, RowFault)
 
 
 def test_shards_have_the_wanted_size_and_hold_one_source_each(tmp_path: Path) -> None:

@@ -144,12 +144,12 @@ def test_a_vocabulary_larger_than_the_text_supports_is_refused() -> None:
 
 
 def test_the_answers_and_their_ends_are_learned(tokenizer: TextTokenizer) -> None:
-    ids, learned = tokenizer.encode_chat(CHAT)
+    ids, loss_mask = tokenizer.encode_chat(CHAT)
     assert tokenizer.decode(ids, special=True) == (
         "<|begin|><|system|>Be brief.<|user|> 头痛怎么办？\n<|assistant|>\n休息，多喝水。 <|end|>"
         "<|user|>And fever?<|assistant|>Rest 🙂.<|end|>"
     )
-    chosen = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    chosen = [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
     assert tokenizer.decode(chosen, special=True) == "\n休息，多喝水。 <|end|>Rest 🙂.<|end|>"
 
 
@@ -167,7 +167,7 @@ def test_many_chats_are_encoded_as_each_alone(tokenizer: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("special", ["<|end|>", "<|assistant|>"])
 def test_a_chat_that_holds_a_special_token_is_refused(tokenizer: TextTokenizer, special: str) -> None:
-    with pytest.raises(InputError, match=r"the user's turn holds '<\|"):
+    with pytest.raises(InputError, match=r"the user's turn: expected text without special tokens, got '<\|"):
         tokenizer.encode_chat([{"role": "user", "content": f"a {special} b"}, {"role": "assistant", "content": "c"}])
 
 
@@ -181,9 +181,9 @@ def test_transformers_encodes_text_alike(tokenizer: TextTokenizer, stock: Any) -
 def test_transformers_encodes_chats_alike_and_learns_the_same(tokenizer: TextTokenizer, stock: Any) -> None:
     for chat in (CHAT, CHAT[1:3]):
         found = stock.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-        ids, learned = tokenizer.encode_chat(chat)
+        ids, loss_mask = tokenizer.encode_chat(chat)
         assert found["input_ids"] == ids
-        assert found["assistant_masks"] == [int(is_learned) for is_learned in learned]
+        assert found["assistant_masks"] == [int(counts) for counts in loss_mask]
     assert stock.apply_chat_template(CHAT, tokenize=False) == tokenizer.render(CHAT)
     prompt = stock.apply_chat_template(CHAT[:-1], add_generation_prompt=True)["input_ids"]
     assert prompt == tokenizer.encode_prompt(CHAT[:-1])

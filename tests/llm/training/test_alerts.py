@@ -16,7 +16,7 @@ import torch
 from tiny_training import POISONED, ROWS, VOCABULARY, MadeUpRows, PoisonedRows, poisoned, tiny_model, tiny_training
 from torch import Tensor
 
-from llm.data.batch import Row
+from llm.data.batch import PackedRow
 from llm.errors import InputError, Interrupted, Paused
 from llm.training import checkpoint
 from llm.training.alerts.config import Alerts
@@ -36,10 +36,10 @@ class NoiseRows(MadeUpRows):
 
     rows_per_epoch: int = 5
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         row = super().row(index % self.rows_per_epoch)
         tokens = np.random.default_rng([self.seed, index % self.rows_per_epoch]).integers(VOCABULARY, size=self.context + 1)
-        return Row(tokens[:-1], tokens[1:], np.zeros_like(row.documents))
+        return PackedRow(tokens[:-1], tokens[1:], np.zeros_like(row.documents))
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def test_a_rollback_ends_as_if_the_offending_rows_had_not_been_there(tmp_path: P
 
         first: int = POISONED
 
-        def row(self, index: int) -> Row:
+        def row(self, index: int) -> PackedRow:
             gone = POISONED + 1 - self.first
             return PoisonedRows(steps=()).row(index if index < ROWS * self.first else index + ROWS * gone)
 

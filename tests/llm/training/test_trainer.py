@@ -17,7 +17,7 @@ from tiny_training import VOCABULARY, MadeUpRows, tiny_model, tiny_training
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.data.batch import IGNORE, Batch, Row, collate
+from llm.data.batch import IGNORE, Batch, PackedRow, collate
 from llm.errors import InputError, Interrupted
 from llm.files import write_tensors
 from llm.training import checkpoint
@@ -117,7 +117,7 @@ def test_stopped_inside_a_step_or_a_validation_it_ends_the_same_with_every_valid
 
 def test_a_training_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     class Failing(MadeUpRows):
-        def row(self, index: int) -> Row:
+        def row(self, index: int) -> PackedRow:
             if index >= 5 * 13:
                 raise OSError("the disk went away")
             return super().row(index)

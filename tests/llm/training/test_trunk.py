@@ -10,7 +10,7 @@ import torch
 from tiny_training import VOCABULARY, MadeUpRows, tiny_model, tiny_training
 from torch import Tensor
 
-from llm.data.batch import Batch, Row
+from llm.data.batch import Batch, PackedRow
 from llm.errors import InputError, Interrupted
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS
@@ -102,10 +102,10 @@ class MarkedRows(MadeUpRows):
     marked: int = 5
     rows_per_epoch: int = 1000
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         row = super().row(index)
         tokens = np.where(np.arange(self.context) == 0, VOCABULARY - 1 if index // 5 == self.marked else 0, row.tokens)
-        return Row(tokens, row.targets, row.documents)
+        return PackedRow(tokens, row.targets, row.documents)
 
 
 def broken_where_marked(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
