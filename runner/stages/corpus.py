@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from llm.text.templates import split_text
 from runner.artifacts import Corpus
 from runner.files import write_whole
 from runner.input_files import InputFile
 from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
+from runner.stages.fields.data_tables import TextField
 
 if TYPE_CHECKING:
     from llm.text.cleaning import Rules
@@ -35,7 +35,7 @@ class SourceSpec(Spec):
     """Of the Hub dataset."""
     config: Semantic[str | None] = None
     """Of the Hub dataset, where it has several configurations."""
-    text: Semantic[str] = "text"
+    text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
     weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
     """Passes over the source in training: 2.3 is two, and a third for 30% chosen by hash; 0.3 keeps 30% of the documents."""
@@ -47,12 +47,6 @@ class SourceSpec(Spec):
     """Only rows whose fields have these values: { lang = "en" }."""
     limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Rows to read at most."""
-
-    @field_validator("text")
-    @classmethod
-    def _is_field_or_template(cls, text: str) -> str:
-        split_text(text)
-        return text
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceSpec":

@@ -24,7 +24,9 @@ from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, ju
 from runner.graph import inputs_of, plain
 from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
 from runner.stages.fields.answers_page import page
-from runner.stages.fields.eval_tasks import ComparisonTask, Subject, Task
+from runner.stages.fields.eval_tasks import Task
+from runner.stages.fields.eval_tasks.questions import ComparisonTask
+from runner.stages.fields.eval_tasks.task import EvaluatedModel
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
@@ -100,12 +102,12 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
         others = {
             str(task.against): context.open(task.against).folder for task in self.tasks if isinstance(task, ComparisonTask)
         }
-        subject = Subject(model, tokenizer, checkpoint.folder, context.scratch, others, device)
+        evaluated = EvaluatedModel(model, tokenizer, checkpoint.folder, context.scratch, others, device)
         outcomes: dict[str, Outcome] = {}
         for task in self.tasks:
             kept = context.scratch / "tasks" / f"{task.name}.json"
             if not kept.exists():
-                outcome = task.outcome(subject, _progress(context, task.name))
+                outcome = task.outcome(evaluated, _progress(context, task.name))
                 write_whole(kept, json.dumps(vars(outcome), ensure_ascii=False))
             outcomes[task.name] = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         scores = {f"{name}.{metric}": value for name, outcome in outcomes.items() for metric, value in outcome.scores.items()}

@@ -24,7 +24,7 @@ from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity
 from runner.files import write_whole
 from runner.stage import Context, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.fields.data_tables import RowTable
-from runner.stages.fields.parity_inputs import Material, TextTable, rows_of, texts_of
+from runner.stages.fields.parity_inputs import ParityInputs, TextTable, read_rows, read_sentences
 
 if TYPE_CHECKING:
     from llm.export.parity import Check, Ours, System
@@ -87,23 +87,23 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         from llm.tokenizer.tokenizer import TextTokenizer
 
         checkpoint = context.open(self.model)
-        material = Material.of(
+        inputs = ParityInputs.choose(
             TextTokenizer.load(checkpoint.folder),
-            list(texts_of([context.open(corpus).validation for corpus in self.corpora], self.text)),
-            list(rows_of(self.prompts)),
+            list(read_sentences([context.open(corpus).validation for corpus in self.corpora], self.text)),
+            list(read_rows(self.prompts)),
             positions=json.loads(checkpoint.config.read_text(encoding="utf-8"))["max_position_embeddings"],
-            wanted=self.answers,
+            prompts=self.answers,
             max_new_tokens=self.max_new_tokens,
         )
-        chosen = balanced(material.sentences, self.sentences)
+        chosen = balanced(inputs.sentences, self.sentences)
         sentences = [text for texts in chosen.values() for text in texts]
-        checks = list(_until_stopped(context, self._checks(context, material, sentences)))
+        checks = list(_until_stopped(context, self._checks(context, inputs, sentences)))
         told = {"checks": [{"name": check.name, "passed": check.passed, "compared": check.compared} for check in checks]}
         write_whole(Parity(context.work).results, json.dumps(told, indent=2) + "\n")
         return {
             "checks": [{**vars(check), "measured": dict(check.measured)} for check in checks],
             "sentences": {language: len(texts) for language, texts in chosen.items()},
-            "prompts": len(material.prompts),
+            "prompts": len(inputs.prompts),
         }
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
@@ -118,35 +118,35 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             return others
         return [ParityVerdict("", f"{equal.total()} comparisons equal, in {', '.join(equal)}", passed=True), *others]
 
-    def _checks(self, context: Context, material: Material, sentences: list[str]) -> "Iterator[Check]":
+    def _checks(self, context: Context, inputs: ParityInputs, sentences: list[str]) -> "Iterator[Check]":
         import torch
 
         from llm.export.parity import PROBES, Ours, check_answers, check_chats, check_likelihoods, check_tokens
         from llm.export.transformers_backend import StockModel
         from llm.models.checkpoint import load_checkpoint
 
-        folder, tokenizer = context.open(self.model).folder, material.tokenizer
+        folder, tokenizer = context.open(self.model).folder, inputs.tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_checkpoint(folder, device=device)
-        ours = Ours.of(model, tokenizer, material.prompts, max_new_tokens=material.max_new_tokens)
+        ours = Ours.of(model, tokenizer, inputs.prompts, max_new_tokens=inputs.max_new_tokens)
         texts = [*PROBES, *sentences]
 
         def words(other: "System") -> "Iterator[Check]":
             yield check_tokens(tokenizer, other, texts)
             if tokenizer.template is not None:
-                yield check_chats(tokenizer, other, material.chats)
+                yield check_chats(tokenizer, other, inputs.chats)
 
         stock = StockModel(folder, ends=tokenizer.ends, padding=tokenizer.padding, device=device)
         yield from words(stock)
-        yield check_likelihoods(ours, stock, material.prompts[:LIKELIHOODS])
+        yield check_likelihoods(ours, stock, inputs.prompts[:LIKELIHOODS])
         yield check_answers(ours, stock)
         del stock
         if self.base is not None and self.adapter is not None:
-            yield self._adapter_check(context, ours, material)
+            yield self._adapter_check(context, ours, inputs)
         for precision, path in context.open(self.gguf).files().items() if self.gguf is not None else ():
             yield from self._llama_cpp(path, precision, ours, words, cores=context.cores)
 
-    def _adapter_check(self, context: Context, ours: "Ours", material: Material) -> "Check":
+    def _adapter_check(self, context: Context, ours: "Ours", inputs: ParityInputs) -> "Check":
         """Whether stock PEFT computes with the adapter on the stock base what the adapter computes here."""
         from llm.adapters.lora import load_adapter
         from llm.export.parity import check_likelihoods
@@ -164,7 +164,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             adapter=adapter,
             device=str(ours.model.device),
         )
-        return check_likelihoods(replace(ours, model=adapted), peft, material.prompts[:LIKELIHOODS])
+        return check_likelihoods(replace(ours, model=adapted), peft, inputs.prompts[:LIKELIHOODS])
 
     def _llama_cpp(
         self, path: Path, precision: str, ours: "Ours", words: "Callable[[System], Iterator[Check]]", *, cores: int

@@ -1,4 +1,4 @@
-"""Tables of rows in a recipe, as `sft`, `lora`, `dpo` and `evaluate` name them, and how they are packed for training.
+"""Tables of rows in a recipe, as `sft`, `lora`, `dpo` and `evaluate` have them, and how they are packed for training.
 
 data = [{ files = "data/section.jsonl.gz", prompt = "Which section?\\n{text}", response = "{label}" }]
 """
@@ -6,10 +6,10 @@ data = [{ files = "data/section.jsonl.gz", prompt = "Which section?\\n{text}", r
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llm.data.conversations import PreferenceTemplate, Template
-from llm.text.templates import split_template, with_field
+from llm.text.templates import split_template, split_text, with_field
 from runner.input_files import InputFile
 from runner.stage import Context, Semantic, Spec
 
@@ -17,35 +17,48 @@ if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
-class RowTable(Spec):
-    """Rows of files as prompts and responses, or as messages."""
+def _is_text_field(text: str) -> str:
+    split_text(text)
+    return text
+
+
+def _is_template(text: str) -> str:
+    split_template(text)
+    return text
+
+
+def _is_template_with_field(text: str) -> str:
+    with_field(text)
+    return text
+
+
+TextField = Annotated[str, AfterValidator(_is_text_field)]  # a field, or a template over fields
+PromptTemplate = Annotated[str, AfterValidator(_is_template)]
+ResponseTemplate = Annotated[str, AfterValidator(_is_template_with_field)]  # with a field, so that rows differ
+
+
+class FileTable(Spec):
+    """Files of rows."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. As every file of rows or text, it may be one of a
-    dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the whole commit."""
-    prompt: Semantic[str] = "{prompt}"
-    """What the user says; {name} stands for the field of a row. Of a row too long for the model the end of what was
-    substituted here is cut, never the response."""
-    response: Semantic[str] = "{response}"
-    """What the assistant answers, and the only text that is learned."""
-    messages: Semantic[str | None] = None
-    """Instead of prompt and response: the field that holds a list of {role, content}."""
-    words: Semantic[dict[str, str]] = Field(default_factory=dict)
-    """What stands in place of a response that is a label, as { "0" = "no", "1" = "yes" }; by default the label itself."""
+    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. Like every file of rows or text, it may be in a dataset
+    on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
-    @field_validator("prompt", "response")
-    @classmethod
-    def _is_template(cls, text: str) -> str:
-        split_template(text)
-        return text
 
-    @field_validator("response")
-    @classmethod
-    def _depends_on_the_row(cls, response: str) -> str:
-        with_field(response)
-        return response
+class RowTable(FileTable):
+    """Rows of files as prompts and responses, or as messages."""
+
+    prompt: Semantic[PromptTemplate] = "{prompt}"
+    """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
+    substituted here is cut, never the response."""
+    response: Semantic[ResponseTemplate] = "{response}"
+    """What the assistant answers: the text that is learned or scored."""
+    messages: Semantic[str | None] = None
+    """Instead of prompt and response: the field that holds a list of {role, content}."""
+    words: Semantic[dict[str, str]] = Field(default_factory=dict)
+    """Words in place of responses that are labels, as { "0" = "no", "1" = "yes" }; by default the label itself."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -60,37 +73,21 @@ class RowTable(Spec):
         return Template(self.prompt, self.response, self.messages, tuple(self.words.items()))
 
 
-class PreferenceTable(Spec):
-    """Rows of files as a prompt with an answer that is preferred and one that is not."""
+class PreferenceTable(FileTable):
+    """Rows of files as a prompt with a preferred answer and a rejected one."""
 
-    files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
-    prompt: Semantic[str] = "{prompt}"
-    """What the user says; {name} stands for the field of a row. Where a row is too long for the model its end is cut, for both
-    answers alike."""
-    chosen: Semantic[str] = "{chosen}"
-    """The answer that is preferred."""
-    rejected: Semantic[str] = "{rejected}"
-    """The answer that is not."""
+    prompt: Semantic[PromptTemplate] = "{prompt}"
+    """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
+    substituted here is cut, for both answers alike."""
+    chosen: Semantic[ResponseTemplate] = "{chosen}"
+    """The preferred answer."""
+    rejected: Semantic[ResponseTemplate] = "{rejected}"
+    """The rejected answer."""
     messages: Semantic[Annotated[list[str], Field(min_length=2, max_length=2)] | None] = None
-    """Instead of prompt, chosen and rejected: the two fields that hold the messages of the preferred chat and of the other, as
-    ["chosen", "rejected"]; they differ in the last answer."""
+    """Instead of prompt, chosen and rejected: the two fields that hold the messages of the preferred and of the rejected chat,
+    as ["chosen", "rejected"]; the chats differ in the last answer."""
     weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
     """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
-    on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
-    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
-
-    @field_validator("prompt", "chosen", "rejected")
-    @classmethod
-    def _is_template(cls, text: str) -> str:
-        split_template(text)
-        return text
-
-    @field_validator("chosen", "rejected")
-    @classmethod
-    def _depends_on_the_row(cls, text: str) -> str:
-        with_field(text)
-        return text
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -106,7 +103,7 @@ class PreferenceTable(Spec):
 
 
 class TrainingTable(RowTable):
-    """A table that is gone through more or less often than once."""
+    """Rows to learn from, each as often as `weight` says."""
 
     weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
     """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
@@ -122,7 +119,7 @@ def pack_tables(
     longest_row: int | None = None,
     row_length: int | None = None,
 ) -> None:
-    """Pack `tables` into the folder `name` of scratch, unless it is there."""
+    """Pack `tables` into the folder `name` of scratch, unless it exists."""
     from llm.data.chat_dataset import Table, write_rows
 
     if (context.scratch / name).exists():

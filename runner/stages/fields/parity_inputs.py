@@ -1,6 +1,6 @@
-"""What a model is compared by: sentences, chats, and prompts to answer, from what a recipe holds out.
+"""The inputs on which the kind `parity` compares systems: sentences, chats, and prompts to answer, from held-out data.
 
-Rows that are too long are cut as in training; rows and sentences that cannot be used are passed over. For the kind `parity`.
+Rows that are too long are cut as in training; rows and sentences that cannot be used are skipped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,21 +9,18 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import field_validator
-
 from llm.data.conversations import TextTemplate, Turn
 from llm.text.selection import evenly_spaced
-from llm.text.templates import split_text
 from runner.input_files import InputFile
 from runner.stage import Semantic, Spec
-from runner.stages.fields.data_tables import RowTable
+from runner.stages.fields.data_tables import RowTable, TextField
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
-CORPUS_BYTES = 2**20  # of a corpus's held-out documents that are cut into sentences
-MOST_ROWS = 5000  # of the files of a table that sentences and prompts are chosen from
-TURNS = 10  # chats of several turns
+CORPUS_BYTES = 2**20  # sample of a corpus's held-out documents that is cut into sentences
+MAX_ROWS = 5000  # read from the files of a table
+LONG_CHATS = 10  # chats of two turns, made of two chats
 
 Chat = list[dict[str, str]]
 
@@ -32,19 +29,13 @@ class TextTable(Spec):
     """Files of held-out text."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .txt or .csv (also .gz, .zst), or .parquet."""
-    text: Semantic[str] = "text"
+    """Path or glob: .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
-
-    @field_validator("text")
-    @classmethod
-    def _is_field_or_template(cls, text: str) -> str:
-        split_text(text)
-        return text
 
 
 @dataclass(frozen=True)
-class Material:
+class ParityInputs:
     """What is compared."""
 
     tokenizer: "TextTokenizer"
@@ -54,38 +45,38 @@ class Material:
     max_new_tokens: int
 
     @classmethod
-    def of(
+    def choose(
         cls,
         tokenizer: "TextTokenizer",
         sentences: Sequence[str],
         rows: Sequence[Sequence[Turn]],
         *,
         positions: int,  # of the model
-        wanted: int,  # prompts
+        prompts: int,  # most of them
         max_new_tokens: int,
-    ) -> "Material":
-        """Choose from sentences and rows; where there is none, those take part that always do."""
+    ) -> "ParityInputs":
+        """Choose from sentences and rows; without any, `llm.export.parity.PROBES` stand in."""
         from llm.export.parity import PROBES
 
         max_new_tokens = min(max_new_tokens, positions // 2)
         room = positions - max_new_tokens
         special = tokenizer.special_tokens
-        found = [text for text in sentences if not any(token in text for token in special)]
-        texts = found or list(PROBES)
+        usable = [text for text in sentences if not any(token in text for token in special)]
+        texts = usable or list(PROBES)
         if tokenizer.template is None:
-            halves = [tokenizer.encode_document(text)[:-1] for text in evenly_spaced(texts, wanted)]
-            return cls(tokenizer, found, [], [ids[: min(1 + len(ids) // 2, room)] for ids in halves], max_new_tokens)
-        chats = [chat for turns in evenly_spaced(rows, wanted) if (chat := _fitted(turns, tokenizer, room))]
+            halves = [tokenizer.encode_document(text)[:-1] for text in evenly_spaced(texts, prompts)]
+            return cls(tokenizer, usable, [], [ids[: min(1 + len(ids) // 2, room)] for ids in halves], max_new_tokens)
+        chats = [chat for turns in evenly_spaced(rows, prompts) if (chat := _fitted(turns, tokenizer, room))]
         if not chats:
-            pairs = [_row(question, answer) for question, answer in zip(texts, texts[1:] + texts[:1], strict=True)]
-            chats = [chat for turns in evenly_spaced(pairs, wanted) if (chat := _fitted(turns, tokenizer, room))]
-        several = [first + second for first, second in pairwise(chats)][:TURNS]
-        guided = [[{"role": "system", "content": "Answer briefly."}, *chat] for chat in chats[:1]]
-        rendered = chats + [chat for chat in several + guided if _is_taken(chat, tokenizer)]
-        return cls(tokenizer, found, rendered, [tokenizer.encode_prompt(chat[:-1]) for chat in chats], max_new_tokens)
+            pairs = [_turns(question, answer) for question, answer in zip(texts, texts[1:] + texts[:1], strict=True)]
+            chats = [chat for turns in evenly_spaced(pairs, prompts) if (chat := _fitted(turns, tokenizer, room))]
+        long_chats = [first + second for first, second in pairwise(chats)][:LONG_CHATS]
+        with_system = [[{"role": "system", "content": "Answer briefly."}, *chat] for chat in chats[:1]]
+        all_chats = chats + [chat for chat in long_chats + with_system if _is_accepted(chat, tokenizer)]
+        return cls(tokenizer, usable, all_chats, [tokenizer.encode_prompt(chat[:-1]) for chat in chats], max_new_tokens)
 
 
-def texts_of(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iterator[str]:
+def read_sentences(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iterator[str]:
     """Sentences of the held-out documents of corpora and of files."""
     from llm.data.chat_dataset import read_turns
     from llm.errors import InputError
@@ -95,17 +86,17 @@ def texts_of(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iterator[s
     for documents in corpora:
         yield from sentences(document.text for document in sample_documents(documents, CORPUS_BYTES))
     for table in tables:
-        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text)), MOST_ROWS)
+        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text)), MAX_ROWS)
         yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
 
 
-def rows_of(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
-    """The rows of tables as turns, those that end with an answer; an InputError where a table does not pass over a bad one."""
+def read_rows(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
+    """The rows of tables that end with an answer, as turns; InputError at a bad row of a table that does not skip it."""
     from llm.data.chat_dataset import read_turns
     from llm.errors import InputError
 
     for table in tables:
-        for _, turns, _ in islice(read_turns(table.files.fetched(), table.template), MOST_ROWS):
+        for _, turns, _ in islice(read_turns(table.files.fetched(), table.template), MAX_ROWS):
             if isinstance(turns, InputError):
                 if table.on_bad_row == "fail":
                     raise turns
@@ -113,12 +104,12 @@ def rows_of(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
                 yield turns
 
 
-def _row(question: str, answer: str) -> list[Turn]:
+def _turns(question: str, answer: str) -> list[Turn]:
     return [Turn("user", ("", question, "")), Turn("assistant", (answer,))]
 
 
 def _fitted(turns: Sequence[Turn], tokenizer: "TextTokenizer", room: int) -> Chat:
-    """The chat with a prompt of at most `room` tokens, cut as in training; empty where that cannot be."""
+    """The chat with a prompt of at most `room` tokens, cut as in training; empty if it cannot be cut to that."""
     from llm.data.truncation import fit
     from llm.errors import InputError
 
@@ -127,12 +118,12 @@ def _fitted(turns: Sequence[Turn], tokenizer: "TextTokenizer", room: int) -> Cha
     except InputError:
         return []
     chat = [*stream.messages[:-1], turns[-1].message]
-    fits = not stream.cut_response and _is_taken(chat, tokenizer) and len(tokenizer.encode_prompt(chat[:-1])) <= room
+    fits = not stream.cut_response and _is_accepted(chat, tokenizer) and len(tokenizer.encode_prompt(chat[:-1])) <= room
     return chat if fits else []
 
 
-def _is_taken(chat: Chat, tokenizer: "TextTokenizer") -> bool:
-    """Whether the template takes the chat, and none of its texts holds a special token."""
+def _is_accepted(chat: Chat, tokenizer: "TextTokenizer") -> bool:
+    """Whether the template accepts the chat, and none of its texts holds a special token."""
     from llm.errors import InputError
 
     try:

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation beyond text, labels and answers: multiple choice, pairs of texts, and lm-eval."""
+"""The tasks of an evaluation beyond text and answers: multiple choice, labels of the files of GLUE, and lm-eval."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from runner.graph import input_files
 from runner.input_files import InputFile
 from runner.stage import Context
 from runner.stages.evaluate import Evaluate
-from runner.stages.fields.eval_tasks import TaskFolder
+from runner.stages.fields.eval_tasks.lm_eval import TaskFolder
 
 CHOICES = [
     {"question": "What pumps?", "choices": ["the heart", "a liver"], "answer": 0},
@@ -100,10 +100,10 @@ def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two choices, found 1"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two choices, got 1"),
         ({"question": "q", "choices": "ab", "answer": 0}, "expected a list of texts in 'choices'"),
-        ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "found 'c'"),
-        ({"question": "q", "choices": ["a", "b"], "answer": True}, "found True"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "got 'c'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "got True"),
         ({"question": "q", "choices": ["a", "b"]}, "expected the field 'answer'"),
     ],
 )
@@ -112,11 +112,15 @@ def test_a_row_without_a_right_answer_is_refused(row: dict[str, Any], message: s
         ChoiceTemplate("{question}", "choices", "answer").read(row)
 
 
+def glue(name: str, path: Path, *, prompt: str) -> dict[str, Any]:
+    return {"name": name, "task": "classification", "files": str(path), "prompt": prompt, "response": "{label}"}
+
+
 def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(
         'index\tsentence1\tsentence2\tlabel\n0\tThe "heart pumps.\tIt pumps.\t1\n1\tBlood.\tBone\'s "hard\t0\n2\tA\tA\t1\n'
     )
-    task = {"name": "mrpc", "task": "pairs", "files": str(tmp_path / "dev.tsv"), "question": "Do {both} say the same?"}
+    task = glue("mrpc", tmp_path / "dev.tsv", prompt="{sentence1}\n{sentence2}\nDo {{both}} say the same?")
     scores, facts = score(task | {"words": {"0": "no", "1": "yes"}})
     assert set(scores) == {"mrpc.accuracy", "mrpc.macro_f1"}
     assert facts["rows"] == 3 and facts["labels"] == ["no", "yes"]
@@ -127,7 +131,7 @@ def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable
 def test_a_table_separated_by_tabs_names_the_column_that_it_lacks(score: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("question\tsentence\tlabel\na\tb\t1\n")
     with pytest.raises(InputError, match=r"dev\.tsv:1: has no column 'sentence1'; the first line names: question, sentence"):
-        score({"name": "qnli", "task": "pairs", "files": str(tmp_path / "dev.tsv")})
+        score(glue("qnli", tmp_path / "dev.tsv", prompt="{sentence1}\n{sentence2}"))
 
 
 # lm-eval
@@ -180,9 +184,9 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
         ("unsafe_code: true", "unsafe_code is not taken"),
         ("include: other.yaml", "include is not taken"),
         ("dataset_path: owner/name", "dataset_path: expected one of json, csv"),
-        ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, found '\.\./secret\.jsonl'"),
+        ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, got '\.\./secret\.jsonl'"),
         ("dataset_kwargs: { data_files: 'https://x/y.jsonl' }", "in the folder of the task file"),
-        ("dataset_kwargs: { data_files: link.jsonl }", "found 'link.jsonl'"),
+        ("dataset_kwargs: { data_files: link.jsonl }", "got 'link.jsonl'"),
         ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "expected data_files and nothing else"),
         ("doc_to_text: [1]", "doc_to_text: expected a text"),
     ],

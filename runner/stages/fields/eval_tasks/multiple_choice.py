@@ -1,0 +1,53 @@
+"""The task `multiple_choice`: each row has its own answers, one of them right."""
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from llm.text.templates import split_template
+from runner.stage import Semantic
+from runner.stages.fields.data_tables import FileTable
+from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
+
+if TYPE_CHECKING:
+    from llm.evaluation.scoring import Outcome
+    from llm.inference.likelihood import Progress
+
+
+class MultipleChoiceTask(FileTable, EvalTask):
+    """Accuracy of choosing the likeliest of a row's own answers; also with log-probabilities divided by the answers' bytes."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_per_byte")
+
+    task: Semantic[Literal["multiple_choice"]]
+    """Several answers, one of them right."""
+    prompt: Semantic[str] = "{question}"
+    """What the user says; {name} stands for the field of a row."""
+    choices: Semantic[str | Annotated[list[str], Field(min_length=2)]] = "choices"
+    """The field that holds a list of answers (or their { text, label }), or a template for each: ["{A}", "{B}"]."""
+    answer: Semantic[str] = "answer"
+    """The field that says which answer is right: its text, its label, its letter, or its number."""
+    first: Semantic[Literal[0, 1]] = 0
+    """The number of the first answer, where `answer` holds a number."""
+
+    @field_validator("prompt", "choices")
+    @classmethod
+    def _are_templates(cls, value: str | list[str], info: ValidationInfo) -> str | list[str]:
+        for template in [value] if info.field_name == "prompt" else value if isinstance(value, list) else ():
+            split_template(str(template))
+        return value
+
+    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+        """Score the model on the rows of the task."""
+        from llm.evaluation.bootstrap import fingerprint
+        from llm.evaluation.multiple_choice import ChoiceTemplate, choose, read_choices
+
+        choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
+        template = ChoiceTemplate(self.prompt, choices, self.answer, self.first)
+        questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
+        used = self.limited(questions, self.files.pattern)
+        found = choose(evaluated.model, evaluated.tokenizer, questions=used, progress=progress)
+        examples = fingerprint(json.dumps([turn.message for chat in one.chats for turn in chat]) for one in used)
+        return replace(found, facts={**found.facts, "skipped_rows": skipped, "examples": examples})

@@ -1,0 +1,190 @@
+"""The tasks on rows of text and of prompts with responses: `text`, `classification`, `answers` and `compare`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from llm.data.conversations import Template, TextTemplate
+from runner.artifacts import Checkpoint
+from runner.input_files import InputFile
+from runner.stage import Ref, Semantic
+from runner.stages.fields.data_tables import FileTable, RowTable, TextField
+from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
+
+if TYPE_CHECKING:
+    from llm.evaluation.scoring import Outcome, Question
+    from llm.inference.likelihood import Progress
+    from llm.tokenizer.tokenizer import TextTokenizer
+
+
+class QuestionTask(FileTable, EvalTask):
+    """A task whose rows are chats, or documents, that end with the text to score."""
+
+    @property
+    def template(self) -> Template | TextTemplate:
+        """How a row becomes a chat or a document."""
+        raise NotImplementedError
+
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+        """Score the model on `questions`."""
+        raise NotImplementedError
+
+    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+        """Score the model on the rows of the task."""
+        from llm.evaluation.bootstrap import fingerprint
+
+        questions, skipped = self._questions(evaluated.tokenizer)
+        found = self.score(evaluated, questions, progress)
+        examples = fingerprint(json.dumps([turn.message for turn in question.turns]) for question in questions)
+        return replace(found, facts={**found.facts, "skipped_rows": skipped, "examples": examples})
+
+    def _questions(self, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:
+        """The rows to score, and how many were skipped because they cannot be used."""
+        from llm.data.chat_dataset import read_turns
+        from llm.errors import InputError
+        from llm.evaluation.scoring import Question
+
+        questions: list[Question] = []
+        skipped = 0
+        for place, turns, _ in read_turns(self.files.fetched(), self.template):
+            try:
+                if isinstance(turns, InputError):
+                    raise turns
+                if turns[-1].role != "assistant":
+                    raise InputError(
+                        f"{place}: expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s"
+                    )
+                if self.on_bad_row == "skip" and isinstance(self, ChatTask):
+                    tokenizer.encode_chat([turn.message for turn in turns])  # refuses rows that hold special tokens
+            except InputError:
+                if self.on_bad_row == "fail":
+                    raise
+                skipped += 1
+            else:
+                questions.append(Question(place, turns))
+        return self.limited(questions, self.files.pattern), skipped
+
+
+class TextTask(QuestionTask):
+    """Perplexity and bits per byte of whole documents."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "bits_per_byte")
+
+    task: Semantic[Literal["text"]]
+    """Likelihood of text."""
+    files: Semantic[InputFile]
+    """Path or glob: .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    text: Semantic[TextField] = "text"
+    """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
+
+    @property
+    def template(self) -> TextTemplate:
+        """How a row becomes a document."""
+        return TextTemplate(self.text)
+
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+        """Score the likelihood of the documents."""
+        from llm.evaluation.scoring import score_texts
+
+        texts = [question.turns[-1].content for question in questions]
+        return score_texts(evaluated.model, evaluated.tokenizer, texts=texts, progress=progress)
+
+
+class ChatTask(RowTable, QuestionTask):
+    """A task on prompts with responses, or on chats."""
+
+
+class ClassificationTask(ChatTask):
+    """Accuracy and macro-F1 of choosing the likeliest label; the response is the label.
+
+    The labels of pairs of texts too, as GLUE has them (Wang et al. 2018): prompt = "{sentence1}\\n{sentence2}".
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
+    task: Semantic[Literal["classification"]]
+    """Choice among labels."""
+    labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
+    """The labels to choose from; by default those that occur in the rows."""
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
+        for number, label in enumerate(labels or ()):
+            if labels and label in labels[:number]:
+                raise ValueError(f"expected labels that differ, got {label!r} twice")
+        return labels
+
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+        """Score which label is likeliest after each prompt."""
+        from llm.evaluation.scoring import classify
+
+        labels = self.labels and [self.words.get(label, label) for label in self.labels]
+        return classify(evaluated.model, evaluated.tokenizer, questions=questions, labels=labels, progress=progress)
+
+
+class AnswersTask(ChatTask):
+    """Likelihood of the responses after their prompts, and chrF and BLEU of the answers that the model generates."""
+
+    task: Semantic[Literal["answers"]]
+    """Answers to prompts."""
+    max_new_tokens: Semantic[Annotated[int, Field(ge=0)]] = 128
+    """Most tokens of a generated answer; 0 generates none and leaves out chrF and BLEU."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The second parts of the names of its scores."""
+        return ("perplexity", "bits_per_byte", *(("chrf", "bleu") if self.max_new_tokens else ()))
+
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+        """Score the responses, and answers to their prompts."""
+        from llm.evaluation.scoring import score_answers
+
+        return score_answers(
+            evaluated.model,
+            evaluated.tokenizer,
+            questions=questions,
+            max_new_tokens=self.max_new_tokens,
+            progress=progress,
+        )
+
+
+class ComparisonTask(ChatTask):
+    """Answers side by side with those of another model: how often nearer to the response, how much longer, likelier and more
+    repetitive.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "win_rate",
+        "likelihood_win_rate",
+        "chrf_change",
+        "bits_per_byte_change",
+        "length_change",
+        "repetition_change",
+    )
+
+    task: Semantic[Literal["compare"]]
+    """Two models side by side."""
+    against: Semantic[Ref[Checkpoint]]
+    """The other model, usually the one that was adapted."""
+    max_new_tokens: Semantic[Annotated[int, Field(gt=0)]] = 128
+    """Most tokens of a generated answer."""
+
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+        """Score the answers of both models."""
+        from llm.evaluation.pairwise import compare_models
+        from llm.models.checkpoint import load_checkpoint
+        from llm.tokenizer.tokenizer import TextTokenizer
+
+        other = evaluated.others[self.against]
+        return compare_models(
+            evaluated.model,
+            evaluated.tokenizer,
+            lambda: (load_checkpoint(other, device=evaluated.device), TextTokenizer.load(other)),
+            questions=questions,
+            max_new_tokens=self.max_new_tokens,
+            progress=progress,
+        )
