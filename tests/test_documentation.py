@@ -1,4 +1,4 @@
-"""The pages: what they show parses, validates, exists and runs."""
+"""The documentation: commands parse, TOML validates, links resolve, names exist, and examples run."""
 
 import ast
 import json
@@ -35,8 +35,8 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for named, text in fenced if named == language]
 
 
-def shown() -> list[tuple[str, str]]:
-    """Each command line of `run` in a code block of a page, comments and what is not `run` left out."""
+def command_lines() -> list[tuple[str, str]]:
+    """Each command line of `run` in a code block of a page, without comments."""
     found = []
     for page in PAGES:
         for block in blocks(page, "sh"):
@@ -53,14 +53,14 @@ def shown() -> list[tuple[str, str]]:
 
 
 def forms(synopsis: str) -> Iterator[list[str]]:
-    """The shortest and the longest command line that a synopsis stands for."""
+    """The shortest and the longest command line of a synopsis."""
     inner = re.sub(r"\[[@:]\w+\]", "", synopsis).replace("...", "")
     for text in (re.sub(r"\[[^\]]*\]", "", inner), inner.replace("[", " ").replace("]", " ")):
         yield [PLACEHOLDERS.get(word, word) for word in shlex.split(text)]
 
 
-@pytest.mark.parametrize(("page", "command"), shown())
-def test_a_command_line_on_a_page_is_one_that_run_takes(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("page", "command"), command_lines())
+def test_a_command_line_on_a_page_is_accepted(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words in forms(command):
         if words[0] not in cli.VERBS:
             words.insert(0, "run")
@@ -70,14 +70,33 @@ def test_a_command_line_on_a_page_is_one_that_run_takes(page: str, command: str,
             pytest.fail(f"{page}: run {' '.join(words)}: {capsys.readouterr().err}")
 
 
+def inline() -> list[tuple[str, str]]:
+    """Each command that the text of a page names, often without its arguments."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        found += [(page.name, command) for command in dict.fromkeys(re.findall(r"`run ([^`>]+)", text))]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), inline())
+def test_a_command_in_the_text_exists(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)
+    try:
+        cli._parser(words[:1]).parse_args(words if words[0] in cli.VERBS else ["run", *words])
+    except SystemExit:
+        error = capsys.readouterr().err
+        assert "arguments are required" in error, f"{page}: run {command}: {error}"
+
+
 def test_every_command_is_in_both_lists() -> None:
     for page in (ROOT / "README.md", ROOT / "recipes" / "README.zh.md"):
-        told = {command.split()[0] for name, command in shown() if name == page.name}
-        assert {*cli.VERBS} - told <= {"run"}, page
+        listed = {command.split()[0] for name, command in command_lines() if name == page.name}
+        assert {*cli.VERBS} - listed <= {"run"}, page
 
 
 @pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "toml")])
-def test_toml_on_a_page_is_of_a_recipe(page: str, text: str) -> None:
+def test_toml_on_a_page_validates(page: str, text: str) -> None:
     table = _spread(tomli.loads(text))
     faults: list[str] = []
     for name, fields in table.pop("stage", {}).items():
@@ -140,14 +159,14 @@ def test_every_module_says_what_it_is(name: str) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link into the page may name, as GitHub makes it of the headings."""
+    """The anchors of a page, as GitHub makes them from headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if target.startswith("http"):
@@ -159,9 +178,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(other), target
 
 
-def test_the_reference_is_the_present_one() -> None:
+def test_the_reference_is_up_to_date() -> None:
     written = (ROOT / "recipes" / "reference.md").read_text(encoding="utf-8")
-    assert written == recipe_reference(), "write it again: run schema --markdown > recipes/reference.md"
+    assert written == recipe_reference(), "run schema --markdown > recipes/reference.md"
 
 
 def test_the_chinese_page_has_the_figures_of_the_english_ones() -> None:
@@ -174,7 +193,7 @@ def test_the_chinese_page_has_the_figures_of_the_english_ones() -> None:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the packages with the examples of the page in it, each under the name in its first line."""
+    """A copy of the packages with the examples of the page, each in the file that its first line names."""
     root = tmp_path_factory.mktemp("extended")
     for name in ("runner", "llm", "tests/llm", "tests/support"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -213,7 +232,7 @@ def test_the_example_of_a_kind_runs(extended: Path) -> None:
 
 def test_the_example_of_an_architecture_passes_the_contract(extended: Path) -> None:
     chosen = "mistral and (opens_as_it_was or different_lengths or every_linear_layer)"
-    said = python(
+    output = python(
         extended, "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/llm/models/test_architectures.py", "-k", chosen
     )
-    assert re.search(r"[3-9] passed|\d\d passed", said), said
+    assert re.search(r"[3-9] passed|\d\d passed", output), output
