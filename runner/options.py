@@ -1,4 +1,4 @@
-"""What the words of a command line stand for: the recipe, and the cache. Shared by the files that hold verbs."""
+"""Options that several commands share, and what they stand for: the recipe, the cache, the remote, the view."""
 
 import argparse
 import os
@@ -12,14 +12,15 @@ from runner.cache.store import Store, default_cache
 from runner.completion import stages
 from runner.errors import RecipeError
 from runner.recipe.recipe import Recipe, load_recipe
-from runner.reporting.progress import JsonProgress, PlainProgress, Progress
+from runner.recipe.validation import nearest
+from runner.reporting.progress import JsonView, PlainView, RunView
 
 if TYPE_CHECKING:
     from runner.cache.remote import Remote
 
 
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
-    """What every verb takes that loads a recipe."""
+    """The options of every command that loads a recipe."""
     sub.add_argument(
         "--set",
         action="append",
@@ -34,39 +35,41 @@ def add_recipe_options(sub: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="DIR",
-        help="let the recipe read there, besides its own folder; also STOCKPOT_ALLOW_PATH",
+        help="a folder besides its own that the recipe may read; also STOCKPOT_ALLOW_PATH",
     )
 
 
 def add_stage_argument(
     sub: argparse.ArgumentParser, *names: str, help: str = "a stage of the recipe", **settings: Any
 ) -> None:
-    """A stage of the recipe: an argument, or the option `names`; the shell proposes what there is."""
+    """A stage of the recipe as an argument, or as the option `names`; shells complete it."""
     action = sub.add_argument(*(names or ("stage",)), metavar="STAGE", help=help, **settings)
     action.completer = stages  # type: ignore[attr-defined]  # argcomplete reads it there
 
 
 def add_sampling_options(sub: argparse.ArgumentParser) -> None:
-    """How a model that one talks to chooses its words, and how fast."""
-    sub.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)")
-    sub.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that together reach P")
-    sub.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    sub.add_argument("--seed", type=int, default=0, help="of what is left to chance (default: 0)")
-    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    """How a model chooses its tokens in chat and serve."""
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 always takes the most likely token (default: 0.7)")
+    sub.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens that together reach probability P"
+    )
+    sub.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length limit of an answer (default: 256)")
     sub.add_argument(
         "--compile",
         action="store_true",
-        help="on a CPU, a token takes 0.6 of the time, after 15 s of compiling at the first start and 5 s at others",
+        help="compile the model: on a CPU a token takes 0.6 of the time, after 15 s at the first start and 5 s at later ones",
     )
 
 
 def add_cache_option(sub: argparse.ArgumentParser) -> None:
-    """What every verb takes that looks into the cache."""
+    """The option of every command that uses the cache."""
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
 
 
 def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
-    """The recipe that the options name, or the one at `path` with the same options."""
+    """The recipe that the options name, or the one at `path` with the same overrides."""
     overrides = list(options.overrides)
     if getattr(options, "processes", None):
         overrides.append(f"parallel.processes={options.processes}")
@@ -75,9 +78,9 @@ def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: 
 
 
 def add_remote_option(sub: argparse.ArgumentParser) -> None:
-    """What every verb takes that may look elsewhere."""
+    """The option of every command that may use a remote cache."""
     sub.add_argument(
-        "--remote", metavar="ADDRESS", help="a cache elsewhere, instead of STOCKPOT_REMOTE or the recipe's; '' for none"
+        "--remote", metavar="ADDRESS", help="a remote cache instead of STOCKPOT_REMOTE or the recipe's; '' for none"
     )
 
 
@@ -96,12 +99,12 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 
     address = remote_of(options, recipe)
     if address is None:
-        raise RecipeError(f"{recipe.path}: names no [cache] remote; expected one there, in STOCKPOT_REMOTE, or with --remote")
+        raise RecipeError(f"{recipe.path}: expected a [cache] remote there, in STOCKPOT_REMOTE, or with --remote, got none")
     return open_remote(address)
 
 
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
-    """The cache that the options, the environment or the place of the recipe name; without a recipe, that of this folder."""
+    """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current folder."""
     return Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
 
 
@@ -109,22 +112,18 @@ def stage_named(recipe: Recipe, name: str) -> None:
     """RecipeError if the recipe has no such stage."""
     known = [*dict.fromkeys([*recipe.written, *recipe.stages])]
     if name not in known:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"{recipe.path}: found no stage {name!r}; expected one of {', '.join(known)}{hint}")
+        raise RecipeError(f"{recipe.path}: no stage {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
 
 
-def make_progress(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> Progress:
-    """A live view on a terminal, plain lines elsewhere, JSON on standard output where it is asked for.
+def make_view(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> RunView:
+    """A live view on a terminal, plain lines elsewhere, JSON on standard output if `as_json`.
 
-    `expected` gives the seconds that stages are thought to take, as far as known; only the live view asks.
+    `expected` gives the estimated seconds of stages, as far as known; only the live view calls it.
     """
     if as_json:
-        return JsonProgress(sys.stdout)
+        return JsonView(sys.stdout)
     if not sys.stderr.isatty():
-        return PlainProgress(sys.stderr)
-    from runner.reporting.live import LiveProgress
+        return PlainView(sys.stderr)
+    from runner.reporting.live import LiveView
 
-    return LiveProgress(expected())
+    return LiveView(expected())

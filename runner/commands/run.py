@@ -21,7 +21,7 @@ NOT_RUN = 1  # exit code of a run that the user was asked about and did not want
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument(
         "recipe", type=_recipe, metavar="RECIPE", help="a TOML file, or hf://OWNER/NAME[@REVISION] of a published model"
     )
@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
     from runner.execution.stop import StopRequest
     from runner.multi_node.coordinator import Coordinator, opened
     from runner.multi_node.participant import Participant
-    from runner.options import make_progress
+    from runner.options import make_view
     from runner.planning.cost import expected_seconds
     from runner.planning.plan import Plan
     from runner.recipe.first_rows import check_first_rows
@@ -83,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
         if not confirm.agreed(published, yes=options.yes):
             return NOT_RUN
     check_first_rows(recipe)
-    progress = make_progress(lambda: expected_seconds(recipe, store), as_json=options.json)
+    progress = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     stop = StopRequest()
     stop.install()
     try:

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, make_progress, recipe_of, store_of
+from runner.options import add_cache_option, add_recipe_options, make_view, recipe_of, store_of
 from runner.reporting.watch import Watch
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     sub.add_argument("--patience", type=float, metavar="SECONDS", help="end when nothing has run for so long; else never")
     sub.add_argument("--json", action="store_true", help="for programs: one JSON object per event")
@@ -21,7 +21,7 @@ def main(options: argparse.Namespace) -> int:
     recipe, store = recipe_of(options), store_of(options)
     from runner.planning.cost import expected_seconds
 
-    progress = make_progress(lambda: expected_seconds(recipe, store), as_json=options.json)
+    progress = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
         return 0 if Watch(recipe, store, progress).until_done(patience=options.patience) else 1
     finally:

@@ -28,7 +28,7 @@ from runner.planning import outcomes
 from runner.planning.code_digest import code_digest
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
-from runner.reporting.progress import Progress, duration
+from runner.reporting.progress import RunView, duration
 from runner.resources import available_cores
 from runner.stage import Acting
 from runner.tracking.tracker_process import TrackerProcess
@@ -41,7 +41,7 @@ class Scheduler:
         self,
         recipe: Recipe,
         store: Store,
-        progress: Progress,
+        progress: RunView,
         stop: StopRequest,
         *,
         remote: str | None = None,

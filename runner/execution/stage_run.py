@@ -33,7 +33,7 @@ from runner.graph import input_files, plain
 from runner.planning.outcomes import sweep_rows
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
-from runner.reporting.progress import Progress, duration
+from runner.reporting.progress import RunView, duration
 from runner.resources import available_cores
 from runner.stage import Stage
 from runner.tracking.metrics_file import MetricsReader
@@ -70,7 +70,7 @@ class StageRun:
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
 
-    def work(self, progress: Progress, stop: StopRequest, tracker: TrackerProcess, notices: Notices) -> dict[str, Any]:
+    def work(self, progress: RunView, stop: StopRequest, tracker: TrackerProcess, notices: Notices) -> dict[str, Any]:
         """Launches the stage's processes and waits for them; returns what the workers left as result.
 
         A training begins again after faults, as [parallel] says. Raises StageError, or PausedError for an alert.
@@ -111,7 +111,7 @@ class StageRun:
                 faults = {"faults": recovery.faults} if recovery.faults else {}
                 return {"processes": processes, **machines, **faults, **self._result()}
 
-    def join(self, progress: Progress, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
+    def join(self, progress: RunView, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
         """This machine's part of one attempt at a training whose result is that of the machine of rank 0: prepares, calls
         `ready`, launches its processes and waits for their end.
         """
@@ -282,7 +282,7 @@ class MachineError(StageError):
 class _View:
     """What a running stage reports, on its way to whom it concerns."""
 
-    def __init__(self, metrics: MetricsReader, progress: Progress, notices: Notices | None, name: str) -> None:
+    def __init__(self, metrics: MetricsReader, progress: RunView, notices: Notices | None, name: str) -> None:
         self.metrics, self._progress, self._notices, self._name = metrics, progress, notices, name
         self.step = 0  # the furthest that was reported
 

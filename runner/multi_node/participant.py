@@ -21,7 +21,7 @@ from runner.multi_node.connection import Connection, ConnectionClosed, Message
 from runner.multi_node.coordinator import INTERRUPTED, JOIN_SECONDS
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
-from runner.reporting.progress import Progress
+from runner.reporting.progress import RunView
 from runner.resources import process_count
 
 RETRY_SECONDS = 1.0  # between two attempts to connect
@@ -33,7 +33,7 @@ class Participant:
     """One run of one recipe on a machine other than machine 0."""
 
     def __init__(
-        self, recipe: Recipe, store: Store, progress: Progress, stop: StopRequest, *, remote: str | None, layout: Layout
+        self, recipe: Recipe, store: Store, progress: RunView, stop: StopRequest, *, remote: str | None, layout: Layout
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         self._remote, self._layout = remote, layout

@@ -1,6 +1,6 @@
-"""The view of a run on a terminal: all stages, the curve of the one that runs, what is left, and what was noted.
+"""The view of a run on a terminal: all stages, the loss curve of the running one, the time left, and notes.
 
-It is calm: nothing moves but the line of the stage that runs, and notes stay until the end.
+Only the line of the running stage moves, and notes stay until the end.
 """
 
 import time
@@ -16,20 +16,20 @@ from rich.text import Text
 
 from runner.planning.plan import Entry, Plan
 from runner.reporting.graph_drawing import MARKS
-from runner.reporting.progress import SHOWN, Clock, brief, describe, duration, position
+from runner.reporting.progress import FORMATS, Eta, brief, describe, duration, position
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-CURVE = 24  # losses that are drawn
-# In a second. Measured: drawing 15 stages takes 4.4 ms of a core, which makes 0.4% of two cores.
+CURVE = 24  # losses in the curve
+# Per second. Measured by runner.diagnostics.live_view_cost: drawing 15 stages takes 4.4 ms of a core, 0.4% of two cores.
 REFRESHES = 2
-NOTES = 6  # that stay in view; all are printed above when they come
+NOTES = 6  # that stay in view
 AROUND = 12  # stages shown before and after the running one
-WHERE = ("step", "steps", "done", "total", "unit")  # of what is reported: how far a stage is
+POSITION = ("step", "steps", "done", "total", "unit")  # the metrics that tell how far a stage is
 STYLES = {"done": "green", "running": "bold", "ahead": "dim"}
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Values as a row of small bars, the lowest and the highest over all of them."""
+    """Values as a row of small bars, scaled from the lowest value to the highest."""
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -37,8 +37,8 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BLOCKS[round((value - low) * scale)] for value in values)
 
 
-class LiveProgress:
-    """A live view; `expected` has the seconds that stages are thought to take."""
+class LiveView:
+    """A view that is redrawn in place; `expected` has the estimated seconds of stages, as far as known."""
 
     def __init__(self, expected: Mapping[str, float], *, console: Console | None = None) -> None:
         self._expected = dict(expected)
@@ -46,28 +46,28 @@ class LiveProgress:
         self._reasons: dict[str, str] = {}
         self._order: list[str] = []
         self._running: str | None = None
-        self._line: dict[str, Any] = {}  # the last values of each name that the running stage has reported
+        self._line: dict[str, Any] = {}  # the last value of each metric of the running stage
         self._losses: deque[float] = deque(maxlen=CURVE)
-        self._clock, self._began = Clock(), 0.0
+        self._eta, self._began = Eta(), 0.0
         self._notes: deque[str] = deque(maxlen=NOTES)
         self._live = Live(console=console or Console(stderr=True), refresh_per_second=REFRESHES, get_renderable=self.render)
 
     def planned(self, plan: Plan) -> None:
-        """All stages; what is cached is done."""
+        """Shows all stages; the cached ones are done."""
         self._order = [entry.name for entry in plan]
         self._reasons = {entry.name: entry.reason for entry in plan}
         self._outcomes = {entry.name: "cached" for entry in plan if entry.state == "cached"}
         self._live.start()
 
     def started(self, entry: Entry) -> None:
-        """The stage becomes the one that runs."""
-        self._running, self._line, self._clock, self._began = entry.name, {}, Clock(), time.monotonic()
+        """The stage is now the running one."""
+        self._running, self._line, self._eta, self._began = entry.name, {}, Eta(), time.monotonic()
         self._reasons[entry.name] = entry.reason
         self._losses.clear()
 
     def reported(self, line: Mapping[str, Any]) -> None:
-        """Moves the bar and the curve; a note stays."""
-        self._clock.see(line)
+        """Updates bar and curve, or keeps a note."""
+        self._eta.update(line)
         if "note" in line:
             self.note(f"{self._running}: {line['note']}")
             return
@@ -82,15 +82,15 @@ class LiveProgress:
             self._running = None
 
     def note(self, text: str) -> None:
-        """A sentence that stays in view."""
+        """Keeps a message in view."""
         self._notes.append(text)
 
     def close(self) -> None:
-        """Gives the terminal back, with the last view on it."""
+        """Stops redrawing; the last view stays on the terminal."""
         self._live.stop()
 
     def render(self) -> Group:
-        """The view as it is now."""
+        """The view at this moment."""
         table = Table.grid(padding=(0, 2))
         shown = self._window()
         if shown[0] > 0:
@@ -105,11 +105,11 @@ class LiveProgress:
         return Group(table, *foot, *notes)
 
     def seconds_left(self) -> float | None:
-        """Until the recipe is done; None where a stage is ahead of which nothing is known."""
+        """Until the recipe is done; None if the time of a stage ahead is unknown."""
         ahead = [name for name in self._order if name not in self._outcomes and name != self._running]
         if any(name not in self._expected for name in ahead):
             return None
-        now = self._clock.left
+        now = self._eta.seconds
         if now is None and self._running is not None:
             if self._running not in self._expected:
                 return None
@@ -117,7 +117,7 @@ class LiveProgress:
         return (now or 0.0) + sum(self._expected[name] for name in ahead)
 
     def _window(self) -> tuple[int, int]:
-        """Which stages are shown: all, or those around the one that runs."""
+        """The range of stages shown: all, or those around the running one."""
         if len(self._order) <= 2 * AROUND:
             return 0, len(self._order)
         here = self._order.index(self._running) if self._running in self._order else len(self._outcomes)
@@ -130,14 +130,14 @@ class LiveProgress:
         if name in self._outcomes:
             return Text(MARKS["cached"], style=STYLES["done"]), Text(name), Text(self._outcomes[name], style="dim")
         expected = self._expected.get(name)
-        thought = "" if expected is None else f"about {duration(expected)}" if expected else "only if it is needed"
-        return Text(MARKS["waiting"], style=STYLES["ahead"]), Text(name, style=STYLES["ahead"]), Text(thought, style="dim")
+        estimate = "" if expected is None else f"about {duration(expected)}" if expected else "only if it is needed"
+        return Text(MARKS["waiting"], style=STYLES["ahead"]), Text(name, style=STYLES["ahead"]), Text(estimate, style="dim")
 
     def _running_cell(self) -> Any:
         done, total = position(self._line)
         if not self._line:
             return Text(brief(self._reasons.get(str(self._running), "")), style="dim")
-        where = Text(describe({name: self._line[name] for name in WHERE if name in self._line}, self._clock))
+        where = Text(describe({name: self._line[name] for name in POSITION if name in self._line}, self._eta))
         first = Table.grid(padding=(0, 2))
         if done is None or not total:
             first.add_row(where)
@@ -147,26 +147,26 @@ class LiveProgress:
         return Group(first, values) if values else first
 
     def _values(self) -> Text:
-        """What the running stage measures, on one line: where it is narrow, the last of it is cut off."""
+        """The metrics of the running stage on one line, cut off at the end of a narrow terminal."""
         parts = [
             shown.format(self._line[name])
-            for name, shown in SHOWN.items()
+            for name, shown in FORMATS.items()
             if name != "learning_rate" and self._line.get(name) is not None
         ]
         if share := share_of_peak(self._line):
             parts.append(f"{share:.0%} of peak")
-        told = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
         if self._losses:
-            told.append("  ").append(sparkline(self._losses), style="cyan")
+            text.append("  ").append(sparkline(self._losses), style="cyan")
         if self._line.get("learning_rate") is not None:
-            told.append("  " + SHOWN["learning_rate"].format(self._line["learning_rate"]))
-        return told
+            text.append("  " + FORMATS["learning_rate"].format(self._line["learning_rate"]))
+        return text
 
 
 def share_of_peak(line: Mapping[str, Any]) -> float | None:
-    """Operations of a training per second, as a share of what the hardware's fastest matrix product does."""
+    """Floating-point operations per second, as a share of what the fastest matrix product on this hardware does."""
     needed = (line.get("tokens_per_second"), line.get("flops_per_token"), line.get("peak_flops"))
     if any(value is None for value in needed):
         return None
-    tokens, flops, peak = map(float, needed)  # type: ignore[arg-type]  # none is None
+    tokens, flops, peak = map(float, needed)  # type: ignore[arg-type]  # no value is None
     return tokens * flops / peak if peak else None

@@ -1,6 +1,7 @@
-"""What is told while a recipe runs: a line per event for people, or one for programs. A terminal has `runner.reporting.live`.
+"""What a run reports while it goes on: one line per event for people, or one JSON object per event for programs. The view for
+terminals is `runner.reporting.live`.
 
-It is fed with plan entries and with the lines of metrics.jsonl, and never asks a worker anything.
+A view is fed with plan entries and with the lines of metrics.jsonl. It never asks a worker anything.
 """
 
 import contextlib
@@ -12,11 +13,18 @@ from typing import IO, Any, Protocol
 
 from runner.planning.plan import Entry, Plan
 
-LINE_SECONDS = 10.0  # between two lines about the same stage when nobody watches a terminal
+LINE_SECONDS = 10.0  # between two lines about the same stage
+FORMATS = {  # of the metrics that a line shows
+    "loss": "loss {:.3f}",
+    "learning_rate": "learning rate {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "validation_loss": "validation loss {:.3f}",
+    "validation_bits_per_byte": "{:.3f} bits per byte",
+}
 
 
-class Progress(Protocol):
-    """A view of a run."""
+class RunView(Protocol):
+    """What shows a run to the user."""
 
     def planned(self, plan: Plan) -> None:
         """The first plan of the run."""
@@ -31,24 +39,83 @@ class Progress(Protocol):
         """The stage has ended; `outcome` says how, in a few words."""
 
     def note(self, text: str) -> None:
-        """A sentence for the user."""
+        """A message for the user."""
 
     def close(self) -> None:
         """The run has ended."""
 
 
-class PlainProgress:
-    """One line per event: for pipes, logs and CI."""
+class Eta:
+    """The time left for a stage, from its speed since the first report of this run."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self.seconds: float | None = None  # None while it is unknown
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Takes the position in a line of metrics into account."""
+        done, total = position(line)
+        if done is None or total is None:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        elif done > self._first[1]:
+            self.seconds = (now - self._first[0]) / (done - self._first[1]) * (total - done)
+
+
+def position(line: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """How much of a stage is done, and the total, as far as a line of metrics tells."""
+    if "steps" in line:
+        return line.get("step"), line["steps"]
+    return line.get("done"), line.get("total")
+
+
+def describe(line: Mapping[str, Any], eta: Eta) -> str:
+    """A line of metrics as text."""
+    if "note" in line:
+        return str(line["note"])
+    parts = []
+    done, total = position(line)
+    if "step" in line:
+        parts.append(f"step {done}/{total}" if total is not None else f"step {line['step']}")
+    elif done is not None:
+        parts.append(f"{done:,}/{total:,} {line.get('unit', '')}" if total else f"{done:,} {line.get('unit', '')}")
+    parts += [shown.format(line[name]) for name, shown in FORMATS.items() if line.get(name) is not None]
+    if eta.seconds is not None:
+        parts.append(f"{duration(eta.seconds)} left")
+    return "  ".join(part.strip() for part in parts)
+
+
+def brief(reason: str) -> str:
+    """The beginning of a long list of reasons; `run why` has them all."""
+    return textwrap.shorten(reason, 100, placeholder=" ... (`run why` tells all)")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7s, 1:05, 2:03:04 or 12 days."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours / 24:,.0f} days"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class PlainView:
+    """One line per event, for pipes, logs and CI."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._width = 0
         self._name = ""
-        self._clock = Clock()
+        self._eta = Eta()
         self._last_line = 0.0
 
     def planned(self, plan: Plan) -> None:
-        """A line for the stages that are cached; the others speak when they run."""
+        """A line for each cached stage; the others get theirs when they start."""
         self._width = max(len(entry.name) for entry in plan)
         for entry in plan:
             if entry.state == "cached":
@@ -56,41 +123,36 @@ class PlainProgress:
 
     def started(self, entry: Entry) -> None:
         """The stage and why it runs."""
-        self._name, self._clock = entry.name, Clock()
+        self._name, self._eta = entry.name, Eta()
         self._last_line = time.monotonic()
         self._write(entry.name, f"{entry.stage.kind}: {brief(entry.reason)}")
 
     def reported(self, line: Mapping[str, Any]) -> None:
-        """Notes and validations at once, the rest now and then."""
-        self._clock.see(line)
+        """Notes and validations at once, the rest every LINE_SECONDS."""
+        self._eta.update(line)
         now = time.monotonic()
-        rare = "note" in line or "validation_loss" in line
-        if rare or now - self._last_line >= LINE_SECONDS:
-            self._write(self._name, describe(line, self._clock))
-            self._last_line = self._last_line if rare else now
+        at_once = "note" in line or "validation_loss" in line
+        if at_once or now - self._last_line >= LINE_SECONDS:
+            self._write(self._name, describe(line, self._eta))
+            self._last_line = self._last_line if at_once else now
 
     def finished(self, entry: Entry, outcome: str) -> None:
         """How the stage ended."""
         self._write(entry.name, outcome)
 
     def note(self, text: str) -> None:
-        """The sentence on a line of its own."""
-        self._print(text)
+        """The message on a line of its own."""
+        _print(text, self._stream)
 
     def close(self) -> None:
-        """Nothing to put back."""
+        """Nothing to restore."""
 
     def _write(self, name: str, text: str) -> None:
-        self._print(f"{name:<{self._width}}  {text}")
-
-    def _print(self, text: str) -> None:
-        """A line, or nothing once nobody reads any more: that does not end a training."""
-        with contextlib.suppress(BrokenPipeError):
-            print(text, file=self._stream, flush=True)
+        _print(f"{name:<{self._width}}  {text}", self._stream)
 
 
-class JsonProgress:
-    """One JSON object a line for programs: `event`, `stage` where there is one, and what is known of it."""
+class JsonView:
+    """One JSON object per line: `event`, `stage` where there is one, and what is known of it."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -115,7 +177,7 @@ class JsonProgress:
         self._write("finished", stage=entry.name, outcome=outcome)
 
     def note(self, text: str) -> None:
-        """The sentence."""
+        """The message."""
         self._write("note", text=text)
 
     def close(self) -> None:
@@ -123,75 +185,10 @@ class JsonProgress:
         self._write("closed")
 
     def _write(self, event: str, **values: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"event": event, **values}, ensure_ascii=False), file=self._stream, flush=True)
+        _print(json.dumps({"event": event, **values}, ensure_ascii=False), self._stream)
 
 
-class Clock:
-    """Time left, from the pace since the first report of this run."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
-        self.left: float | None = None  # seconds
-
-    def see(self, line: Mapping[str, Any]) -> None:
-        """Takes the position of a line into account."""
-        done, total = position(line)
-        if done is None or total is None:
-            return
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (now, done)
-        elif done > self._first[1]:
-            self.left = (now - self._first[0]) / (done - self._first[1]) * (total - done)
-
-
-def position(line: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """How far a stage is, and of how much, as a line of metrics tells it."""
-    if "steps" in line:
-        return line.get("step"), line["steps"]
-    return line.get("done"), line.get("total")
-
-
-def describe(line: Mapping[str, Any], clock: Clock) -> str:
-    """A line of metrics for a person."""
-    if "note" in line:
-        return str(line["note"])
-    parts = []
-    done, total = position(line)
-    if "step" in line:
-        parts.append(f"step {done}/{total}" if total is not None else f"step {line['step']}")
-    elif done is not None:
-        parts.append(f"{done:,}/{total:,} {line.get('unit', '')}" if total else f"{done:,} {line.get('unit', '')}")
-    for name, shown in SHOWN.items():
-        if line.get(name) is not None:
-            parts.append(shown.format(line[name]))
-    if clock.left is not None:
-        parts.append(f"{duration(clock.left)} left")
-    return "  ".join(part.strip() for part in parts)
-
-
-SHOWN = {
-    "loss": "loss {:.3f}",
-    "learning_rate": "learning rate {:.2e}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "validation_loss": "validation loss {:.3f}",
-    "validation_bits_per_byte": "{:.3f} bits per byte",
-}
-
-
-def brief(reason: str) -> str:
-    """The beginning of a long list of reasons; `run why` has them all."""
-    return textwrap.shorten(reason, 100, placeholder=" ... (`run why` tells all)")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 7s, 1:05, 2:03:04 or 12 days."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 100:
-        return f"{hours / 24:,.0f} days"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _print(text: str, stream: IO[str]) -> None:
+    """A line, or nothing once the reader is gone, which must not end a training."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=stream, flush=True)

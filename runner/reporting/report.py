@@ -60,7 +60,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """What the page shows, in its order."""
 
     name: str
@@ -78,13 +78,13 @@ class Report:
     tables: Sequence[Table] = field(default_factory=list)  # tokenizers, data, cost
 
 
-def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
+def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> RunReport:
     """Everything that the cache knows of a recipe."""
     finished = [entry for entry in plan if entry.record is not None]
     evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
     verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
     missing = [entry.name for entry in plan if entry.record is None and not plan.is_needless(entry.name)]
-    return Report(
+    return RunReport(
         name=recipe.head.name,
         description=recipe.head.description,
         made=now.strftime("%Y-%m-%d %H:%M UTC"),
@@ -101,7 +101,7 @@ def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> Report:
     )
 
 
-def as_html(report: Report) -> str:
+def as_html(report: RunReport) -> str:
     """One page, complete in itself."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -111,7 +111,7 @@ def as_html(report: Report) -> str:
     return environment.get_template("report.html").render(report=report)
 
 
-def as_markdown(report: Report) -> str:
+def as_markdown(report: RunReport) -> str:
     """The same without pictures."""
     parts = [f"# {report.name}", report.description, f"{report.state}; {report.made}"]
     parts += [f"* {text}" for _, text in report.verdicts]

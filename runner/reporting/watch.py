@@ -11,7 +11,7 @@ from runner.artifacts import METRICS
 from runner.cache.store import Store
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
-from runner.reporting.progress import Progress
+from runner.reporting.progress import RunView
 from runner.tracking.metrics_file import MetricsReader
 
 LOOK_SECONDS = 0.5  # between two looks at the metrics
@@ -21,7 +21,7 @@ PLAN_SECONDS = 2.0  # between two looks at what runs
 class Watch:
     """One recipe on one cache, seen from outside."""
 
-    def __init__(self, recipe: Recipe, store: Store, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, store: Store, progress: RunView) -> None:
         self._recipe, self._store, self._progress = recipe, store, progress
         self._running: Entry | None = None
         self._metrics: MetricsReader | None = None

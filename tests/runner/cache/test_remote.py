@@ -114,7 +114,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_recipe(
     )
     capsys.readouterr()
     assert call("push", folder, "--remote", "") == 2
-    assert "names no [cache] remote" in capsys.readouterr().err
+    assert "expected a [cache] remote there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["content", "record"])

@@ -1,4 +1,4 @@
-"""What is told while a recipe runs: the view of a terminal, JSON for programs, and a run that is watched from outside."""
+"""Views of a run: live on a terminal, JSON for programs, and watching a run that was started elsewhere."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from rich.console import Console
 from runner.cache.store import Store
 from runner.planning.plan import Plan
 from runner.recipe.recipe import load_recipe
-from runner.reporting.live import LiveProgress, share_of_peak, sparkline
-from runner.reporting.progress import JsonProgress
+from runner.reporting.live import LiveView, share_of_peak, sparkline
+from runner.reporting.progress import JsonView
 
 RECIPE = """
 name = "tiny"
@@ -46,15 +46,15 @@ def plan(recipe: Path, tmp_path: Path) -> Plan:
     return Plan(load_recipe(recipe), Store(tmp_path / "cache"))
 
 
-def seen(view: LiveProgress, *, width: int = 120) -> str:
+def seen(view: LiveView, *, width: int = 120) -> str:
     console = Console(file=io.StringIO(), width=width)
     with console.capture() as capture:
         console.print(view.render())
     return capture.get()
 
 
-def make_view(expected: dict[str, float]) -> LiveProgress:
-    return LiveProgress(expected, console=Console(file=io.StringIO(), force_terminal=True, width=120))
+def make_view(expected: dict[str, float]) -> LiveView:
+    return LiveView(expected, console=Console(file=io.StringIO(), force_terminal=True, width=120))
 
 
 def test_a_view_shows_states_curve_speed_and_what_is_left(plan: Plan) -> None:
@@ -127,7 +127,7 @@ def test_a_sparkline_reaches_from_lowest_to_highest() -> None:
 
 def test_every_event_for_programs_is_one_json_object(plan: Plan) -> None:
     stream = io.StringIO()
-    told = JsonProgress(stream)
+    told = JsonView(stream)
     told.planned(plan)
     told.started(plan.entries["corpus"])
     told.reported({"step": 1, "loss": 2.5})
@@ -141,7 +141,7 @@ def test_every_event_for_programs_is_one_json_object(plan: Plan) -> None:
 
 @pytest.fixture
 def run(recipe: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts a verb; what still runs in the end is ended."""
+    """Starts a command; those still running are killed after the test."""
     started = []
 
     def start(*words: str) -> "subprocess.Popen[str]":
