@@ -1,4 +1,4 @@
-"""What a shell proposes when Tab is pressed: verbs, options, files, and the stages of the recipe that was named.
+"""Shell completion of commands, options, files, and the stages of the recipe on the command line.
 
 eval "$(register-python-argcomplete run)"       # in ~/.bashrc or ~/.zshrc
 """
@@ -10,25 +10,25 @@ from typing import Any
 
 
 def is_asked() -> bool:
-    """Whether the shell runs this process for its proposals."""
+    """Whether the shell runs this process for completions."""
     return "_ARGCOMPLETE" in os.environ
 
 
-def propose(parser: argparse.ArgumentParser, verbs: Sequence[str]) -> None:
-    """Answer the shell and end the process. `run RECIPE ...` completes as `run run RECIPE ...`, which it is short for."""
+def propose(parser: argparse.ArgumentParser, commands: Sequence[str]) -> None:
+    """Answers the shell and ends the process. `run RECIPE ...` completes as `run run RECIPE ...`, which it is short for."""
     import argcomplete
 
     line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", "0"))
-    command, space, rest = line.partition(" ")
+    program, space, rest = line.partition(" ")
     first, gap, _ = rest.lstrip().partition(" ")
-    if gap and first not in verbs and not first.startswith("-") and point > len(command):
-        os.environ["COMP_LINE"] = f"{command}{space}run {rest}"
+    if gap and first not in commands and not first.startswith("-") and point > len(program):
+        os.environ["COMP_LINE"] = f"{program}{space}run {rest}"
         os.environ["COMP_POINT"] = str(point + len("run "))
     argcomplete.autocomplete(parser)
 
 
 def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """The stages of the recipe on the command line; none where it cannot be read."""
+    """The stages of the recipe on the command line; none if it cannot be read."""
     from runner.errors import RecipeError
     from runner.input_files import AllowedFolders
     from runner.recipe.toml import read_with_parents

@@ -62,7 +62,7 @@ def forms(synopsis: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize(("page", "command"), command_lines())
 def test_a_command_line_on_a_page_is_accepted(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     for words in forms(command):
-        if words[0] not in cli.VERBS:
+        if words[0] not in cli.COMMANDS:
             words.insert(0, "run")
         try:
             cli._parser(words[:1]).parse_args(words)
@@ -83,7 +83,7 @@ def inline() -> list[tuple[str, str]]:
 def test_a_command_in_the_text_exists(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(command)
     try:
-        cli._parser(words[:1]).parse_args(words if words[0] in cli.VERBS else ["run", *words])
+        cli._parser(words[:1]).parse_args(words if words[0] in cli.COMMANDS else ["run", *words])
     except SystemExit:
         error = capsys.readouterr().err
         assert "arguments are required" in error, f"{page}: run {command}: {error}"
@@ -92,7 +92,7 @@ def test_a_command_in_the_text_exists(page: str, command: str, capsys: pytest.Ca
 def test_every_command_is_in_both_lists() -> None:
     for page in (ROOT / "README.md", ROOT / "recipes" / "README.zh.md"):
         listed = {command.split()[0] for name, command in command_lines() if name == page.name}
-        assert {*cli.VERBS} - listed <= {"run"}, page
+        assert {*cli.COMMANDS} - listed <= {"run"}, page
 
 
 @pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "toml")])

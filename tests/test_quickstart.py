@@ -50,7 +50,7 @@ def run(cache: Path, *words: str, **environment: str) -> subprocess.CompletedPro
 
 
 def asked(cache: Path, *words: str) -> tuple[int, str, str]:
-    """What a verb that only reads the cache answers: in this process, since it would only begin one."""
+    """Exit code and output of a command that only reads the cache, run in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
         code = main([*words, "--cache", str(cache)])
     return code, out.getvalue(), error.getvalue()

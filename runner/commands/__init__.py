@@ -1,5 +1,5 @@
-"""One file per verb of the command line; adding a file adds a verb. `_` in its name is `-` on the command line.
+"""One file per command of the command line; adding a file adds a command. `_` in its name is `-` on the command line.
 
-A file has `add_options(sub)`, which says what may follow the verb, and `main(options)`, which does it and returns an exit
-code; the docstring of `main` is the verb's help. What is slow to import is imported inside.
+A file has `add_options(sub)`, which adds the command's arguments, and `main(options)`, which runs it and returns an exit code.
+The docstring of `main` is the command's help. Slow imports are made inside functions.
 """

@@ -10,7 +10,7 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE", help="whose first pretrain stage to measure; else a 28.8M model"
     )

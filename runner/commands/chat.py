@@ -26,7 +26,7 @@ HELP = "/new forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops a
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub, nargs="?", help="whose model; the last finished one by default")
     sub.add_argument("--system", metavar="TEXT", help="a turn of the system to begin with")

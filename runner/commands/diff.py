@@ -9,7 +9,7 @@ from runner.options import add_recipe_options, recipe_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("before", type=Path, metavar="A", help="a TOML file")
     sub.add_argument("after", type=Path, metavar="B", help="another, or the same to see what --set changes")
     add_recipe_options(sub)

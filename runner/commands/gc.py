@@ -9,7 +9,7 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="whose results are kept in any case")
     sub.add_argument(
         "--keep-size",

@@ -9,7 +9,7 @@ from runner.reporting.graph_drawing import draw
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     sub.add_argument("--form", choices=("text", "mermaid", "svg"), default="text", help="of the drawing (default: text)")
     add_recipe_options(sub)

@@ -227,7 +227,7 @@ def _shown(text: str) -> Text:
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub)
     sub.add_argument("--count", type=int, default=5, metavar="N", help="samples of each kind (default: 5)")

@@ -12,7 +12,7 @@ FACTS = ("Hardware", "Time", "Result")  # how lines of a recipe's header begin
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     shipped = Path(__file__).parents[2] / "recipes"
     sub.add_argument(
         "folder", type=Path, nargs="?", default=shipped, metavar="FOLDER", help="whose recipes; else those shipped"

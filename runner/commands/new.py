@@ -165,7 +165,7 @@ HARDWARE: tuple[Hardware, ...] = ("cpu", "gpu")
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="the TOML file to write; beside the shipped data if it names no folder"
     )

@@ -18,7 +18,7 @@ COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_recipe_options(sub)
     add_cache_option(sub)

@@ -17,7 +17,7 @@ SHOWN = 5  # names of what differs
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub)
     sub.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"to train, three times over (default: {STEPS})")

@@ -8,7 +8,7 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     sub.add_argument("--overwrite", action="store_true", help="push also over what somebody else changed on the Hub")
     add_recipe_options(sub)

@@ -16,7 +16,7 @@ from runner.options import (
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_recipe_options(sub)

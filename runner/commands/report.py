@@ -10,7 +10,7 @@ from runner.planning.plan import Plan
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     sub.add_argument("--out", type=Path, metavar="FILE", help="a page .html or text .md; NAME-report.html by default")
     add_recipe_options(sub)

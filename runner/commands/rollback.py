@@ -8,7 +8,7 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stag
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     sub.add_argument("--to", metavar="REVISION", help="a tag or a commit; by default the release before the present one")
     sub.add_argument("--stage", metavar="STAGE", help="the stage that publishes, where there are several")

@@ -5,7 +5,7 @@ import json
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What follows the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("--markdown", action="store_true", help="the reference as a page for people: types, defaults, meanings")
 
 

@@ -9,7 +9,7 @@ from runner.options import add_recipe_options, recipe_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_recipe_options(sub)
 

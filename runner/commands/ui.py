@@ -13,7 +13,7 @@ COMMAND = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
     sub.add_argument("--port", type=int, default=43800, help="(default: 43800)")
     add_cache_option(sub)

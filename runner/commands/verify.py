@@ -8,7 +8,7 @@ from runner.options import add_cache_option, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
     add_cache_option(sub)
 

@@ -7,7 +7,7 @@ from runner.options import add_cache_option, add_recipe_options, add_stage_argum
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """What may follow the verb."""
+    """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub)
     add_recipe_options(sub)

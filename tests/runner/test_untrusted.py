@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_recipe import RECIPE, Folder
 
-from runner.cli import VERBS, main
+from runner.cli import COMMANDS, main
 from runner.credentials import redact
 from runner.errors import RecipeError
 from runner.graph import input_files
@@ -166,24 +166,24 @@ def test_a_recipe_reached_through_a_link_is_bound_to_its_own_folder(place: Path,
     assert load_recipe(tmp_path / "link.toml").head.name == "x"
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "why", "show", "path", "bench", "prove-resume", "gc", "push", "pull"])
-def test_every_verb_that_loads_a_recipe_refuses_and_takes_the_flag_and_the_variable(
-    place: Path, tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["run", "plan", "why", "show", "path", "bench", "prove-resume", "gc", "push", "pull"])
+def test_every_command_that_loads_a_recipe_refuses_and_takes_the_flag_and_the_variable(
+    place: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RecipeError):
         recipe(place, "../private/secret.jsonl")
-    words = [verb, str(place / "recipe.toml"), *(["corpus"] if verb in ("why", "path", "prove-resume") else [])]
-    words += [] if verb == "show" else ["--cache", str(tmp_path / "cache")]
+    words = [command, str(place / "recipe.toml"), *(["corpus"] if command in ("why", "path", "prove-resume") else [])]
+    words += [] if command == "show" else ["--cache", str(tmp_path / "cache")]
     assert main(words) == 2
     assert "--allow-path" in capsys.readouterr().err
-    if verb in ("plan", "why", "show", "gc"):
+    if command in ("plan", "why", "show", "gc"):
         assert main([*words, "--allow-path", str(tmp_path / "private")]) == 0
         monkeypatch.setenv("STOCKPOT_ALLOW_PATH", os.pathsep.join(["/nowhere", str(tmp_path / "private")]))
         assert main(words) == 0
 
 
-def test_the_verbs_above_are_all_that_load_a_recipe() -> None:
-    assert set(VERBS) >= {"run", "plan", "why", "show", "path", "bench", "prove-resume", "gc", "push", "pull"}
+def test_the_commands_above_are_all_that_load_a_recipe() -> None:
+    assert set(COMMANDS) >= {"run", "plan", "why", "show", "path", "bench", "prove-resume", "gc", "push", "pull"}
 
 
 def test_secrets_of_the_environment_and_passwords_in_addresses_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

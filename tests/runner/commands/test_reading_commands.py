@@ -1,4 +1,4 @@
-"""The verbs that only read: diff, graph, list."""
+"""The commands that only read: diff, graph, list."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,12 +14,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.parametrize(("word", "meant"), [("plann", "'plan'"), ("zzz", None)])
-def test_a_word_that_is_neither_a_verb_nor_a_file_is_told(
+def test_a_word_that_is_neither_a_command_nor_a_file_is_an_error(
     word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word, str(QUICKSTART)]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"run {word}: found no such verb; expected a recipe or one of bench, ")
+    assert told.startswith(f"run {word}: no such command; expected a recipe or one of bench, ")
     assert told.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
 
 
