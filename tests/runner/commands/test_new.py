@@ -1,4 +1,4 @@
-"""`run new`: what it writes validates and plans, whatever was answered."""
+"""`run new`: the recipe validates and plans for every combination of answers."""
 
 import itertools
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli import main
-from runner.commands.new import Answers, recipe_text
+from runner.recipe.new_recipe import Answers, recipe_text
 from runner.recipe.recipe import load_recipe
 
 SHIPPED = Path(__file__).parents[3] / "recipes"
@@ -49,7 +49,7 @@ def test_flags_answer_for_scripts_and_the_recipe_plans(folder: Path, capsys: pyt
     assert "--allow-path" not in capsys.readouterr().out
     assert main(["plan", str(path), "--cache", str(folder / "cache")]) == 0
     assert main(["new", str(path), *words]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "expected the name of a new file, but it exists" in capsys.readouterr().err
 
 
 def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
@@ -66,7 +66,7 @@ def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
     ("words", "told"),
     [(["--data", "none.jsonl"], "expected a file"), (["--minutes", "-1"], "more than 0"), (["--repo", "a/b/c"], "owner/name")],
 )
-def test_a_bad_answer_is_told(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_answer_is_an_error(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(folder / "mine.toml"), *words]) == 2
     assert told in capsys.readouterr().err
     assert not (folder / "mine.toml").exists()
