@@ -1,4 +1,4 @@
-"""`run inspect RECIPE STAGE`: what a stage will learn from."""
+"""`run inspect RECIPE STAGE`: samples of what a stage learns from, as it will see them."""
 
 import argparse
 import json
@@ -22,16 +22,43 @@ from runner.stages.tokenizer import TrainTokenizer
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
-
 HEADING, QUIET, GOOD, BAD = "bold", "dim", "green", "red"
-PIECES = ("black on bright_cyan", "black on bright_yellow")  # of tokens side by side
+PIECES = ("black on bright_cyan", "black on bright_yellow")  # adjacent tokens
 LEARNED, MASKED = "black on bright_green", "dim"
 SHOWN = 600  # characters of a text
-SENTENCES = 200  # for round trips
+SENTENCES = 200  # that are encoded and decoded
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_stage_argument(sub)
+    sub.add_argument("--count", type=int, default=5, metavar="N", help="samples of each kind (default: 5)")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Shows rows before and after cleaning, tokens, packed rows, or chats with their loss mask."""
+    from rich.console import Console
+
+    from llm.errors import InputError
+
+    recipe = recipe_of(options)
+    stage_named(recipe, options.stage)
+    if options.count < 1:
+        raise RecipeError(f"--count: expected at least 1, got {options.count}")
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        for line in inspect(Plan(recipe, store_of(options)), options.stage, count=options.count):
+            console.print(line)
+    except InputError as error:
+        raise RecipeError(f"{options.stage}: {error}") from error
+    return 0
 
 
 def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
-    """Lines about the stage `name`, with `count` samples; RecipeError where what it needs is not finished."""
+    """Lines about the stage `name`, with `count` samples; RecipeError if a stage that it needs is not finished."""
     name = plan.named(name).name
     match plan.entries[name].stage:
         case MakeCorpus() as stage:
@@ -52,12 +79,12 @@ def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
 def _folder(plan: Plan, name: str) -> Path:
     entry = plan.entries[name]
     if entry.path is None:
-        raise RecipeError(f"{name}: expected to be finished before it can be looked at, but its state is {entry.state!r}")
+        raise RecipeError(f"{name}: expected a finished stage, but its state is {entry.state!r}; run the recipe first")
     return entry.path
 
 
 def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
-    """The tokenizer that a training on rows will use, from the nearest finished stage that has it."""
+    """The tokenizer that a training on chats uses, from the nearest finished stage above it."""
     from llm.tokenizer.tokenizer import TextTokenizer
 
     above = plan.above(name)
@@ -69,7 +96,7 @@ def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
                 return TextTokenizer.load(artifact.tokenizer.folder)
             case Adapter():
                 continue
-    raise RecipeError(f"{name}: expected a finished tokenizer above it to show rows as they are learned, got none")
+    raise RecipeError(f"{name}: expected a finished tokenizer above it, got none; run the recipe up to there first")
 
 
 def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
@@ -103,8 +130,8 @@ def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
                 yield Text.assemble(("  before  ", QUIET), _shown(raw))
             yield Text.assemble(("  after   " if raw != text else "          ", QUIET), _shown(text))
     if hubs := [spec.hub for spec in stage.sources if spec.hub is not None]:
-        yield Text(f"not shown, since they are on the Hub: {', '.join(hubs)}", style=QUIET)
-    yield Text("duplicates are found only when the whole corpus is made; the record then counts them", style=QUIET)
+        yield Text(f"not shown, because they are on the Hub: {', '.join(hubs)}", style=QUIET)
+    yield Text("duplicates are found only in the whole corpus; its record counts them", style=QUIET)
 
 
 def _tokenizer(folder: Path, corpus: Path, count: int) -> Iterator[Text]:
@@ -124,7 +151,7 @@ def _tokenizer(folder: Path, corpus: Path, count: int) -> Iterator[Text]:
     for ids in encoded[:count]:
         yield _joined(Text(f"{len(ids):4} tokens  ", style=QUIET), _characters(tokenizer, ids))
     failed = [(sentence, ids) for sentence, ids in zip(sentences, encoded, strict=True) if tokenizer.decode(ids) != sentence]
-    yield Text(f"{len(failed)} of {len(sentences)} sentences do not come back as they were", style=BAD if failed else GOOD)
+    yield Text(f"{len(failed)} of {len(sentences)} sentences change when encoded and decoded", style=BAD if failed else GOOD)
     for sentence, ids in failed[:count]:
         yield Text.assemble("  ", _shown(sentence), (" -> ", QUIET), _shown(tokenizer.decode(ids)))
 
@@ -158,9 +185,9 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
     from llm.errors import InputError
 
     positions = stage.context or 1 << 20
-    yield Text.assemble(("through the chat template: ", HEADING), ("[learned]", LEARNED), " ", ("only read", MASKED))
+    yield Text.assemble(("with the chat template: ", HEADING), ("[in the loss]", LEARNED), " ", ("masked", MASKED))
     if stage.context is None:
-        yield Text("shown whole; in training, chats longer than the model's context are cut to it", style=QUIET)
+        yield Text("shown in full; training cuts chats to the model's context", style=QUIET)
     for table in stage.tables()[0]:
         yield Text(f"{table.files}: the first {count} rows", style=HEADING)
         for place, chats, _ in islice(read_chats(table.files.fetched(), table.template), count):
@@ -182,7 +209,7 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
 
 
 def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], loss_mask: Sequence[bool]) -> Iterator[Text]:
-    """Tokens that stand together and are all learned, or all only read; brackets say it where there are no colours."""
+    """Runs of tokens that are all in the loss, or all masked; brackets mark the former where there are no colours."""
     start = 0
     for stop in range(1, len(ids) + 1):
         if stop == len(ids) or loss_mask[stop] != loss_mask[start]:
@@ -192,7 +219,7 @@ def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], loss_mask: Sequence[bo
 
 
 def _characters(tokenizer: "TextTokenizer", ids: Sequence[int]) -> Iterator[Text]:
-    """The tokens of a text, those that spell a character only together in one piece with their number behind."""
+    """The tokens of a text; tokens that make up one character are shown as one piece, followed by their number."""
     start = piece = 0
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop], special=True)
@@ -204,7 +231,7 @@ def _characters(tokenizer: "TextTokenizer", ids: Sequence[int]) -> Iterator[Text
 
 
 def _spelled(tokenizer: "TextTokenizer", ids: Sequence[int]) -> Text:
-    """A token as text; one that is only part of a character as how many bytes it has."""
+    """A token as text, or its number of bytes if it is only part of a character."""
     text = tokenizer.decode(ids, special=True)
     if "\ufffd" in text:
         return Text(f"<{tokenizer.spelled_bytes(ids)} bytes> ", style=QUIET)
@@ -222,33 +249,5 @@ def _visible(text: str) -> str:
 
 
 def _shown(text: str) -> Text:
-    """A text on one line, not too long."""
+    """A text on one line, at most SHOWN characters."""
     return Text(_visible(text[:SHOWN]) + ("…" if len(text) > SHOWN else ""))
-
-
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    add_stage_argument(sub)
-    sub.add_argument("--count", type=int, default=5, metavar="N", help="samples of each kind (default: 5)")
-    add_recipe_options(sub)
-    add_cache_option(sub)
-
-
-def main(options: argparse.Namespace) -> int:
-    """Shows rows before and after cleaning, tokens, packed rows, or chats with what is learned of them."""
-    from rich.console import Console
-
-    from llm.errors import InputError
-
-    recipe = recipe_of(options)
-    stage_named(recipe, options.stage)
-    if options.count < 1:
-        raise RecipeError(f"--count: expected at least 1, got {options.count}")
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        for line in inspect(Plan(recipe, store_of(options)), options.stage, count=options.count):
-            console.print(line)
-    except InputError as error:
-        raise RecipeError(f"{options.stage}: {error}") from error
-    return 0

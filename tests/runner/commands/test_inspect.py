@@ -1,4 +1,4 @@
-"""`run inspect`: what a stage will learn from, shown through the code that stages run."""
+"""`run inspect`: samples of what a stage learns from, made by the code that stages run."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def inspected(recipe: Path, stage: str, capsys: pytest.CaptureFixture[str], *, c
     return found.err if code else found.out
 
 
-def test_a_corpus_shows_what_cleaning_does_and_why_rows_go(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_shows_what_cleaning_does_and_why_rows_are_dropped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = inspected(recipe, "corpus", capsys)
     assert "text.jsonl:1  kept" in told and "before" in told and "after" in told
     assert "text.jsonl:2  dropped: too_short" in told
@@ -71,7 +71,7 @@ def test_a_tokenizer_shows_whole_characters_only(recipe: Path, capsys: pytest.Ca
     told = inspected(recipe, "tokenizer", capsys)
     assert "300 tokens; special: <|begin|>" in told
     assert "疗" in told and "\ufffd" not in told
-    assert "0 of " in told and "do not come back" in told
+    assert "0 of " in told and "sentences change when" in told
 
 
 @pytest.mark.parametrize("stage", ["tokens", "base"])
@@ -80,18 +80,16 @@ def test_packed_rows_show_where_documents_end(stage: str, recipe: Path, capsys: 
     assert "of 48 tokens" in told and "<|end|>|<|begin|>" in told
 
 
-def test_chats_show_what_is_learned_what_is_cut_and_what_cannot_be_used(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chats_show_their_loss_mask_and_what_is_cut_or_unusable(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = inspected(recipe, "chat", capsys)
     assert "<|user|>问：什么是高血压<|assistant|>[一种疾病<|end|>]" in told
     assert "answer cut" in told
     assert "rows.jsonl:3" in told and "cannot be used" in told
 
 
-def test_what_is_not_finished_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_is_not_finished_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = str(recipe.parent / "empty")
     assert main(["inspect", str(recipe), "tokens", "--cache", empty]) == 2
-    assert "tokens: expected to be finished" in capsys.readouterr().err
+    assert "tokens: expected a finished stage" in capsys.readouterr().err
     assert main(["inspect", str(recipe), "chat", "--cache", empty]) == 2
     assert "expected a finished tokenizer above it" in capsys.readouterr().err
