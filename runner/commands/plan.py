@@ -11,6 +11,7 @@ from runner.options import add_cache_option, add_recipe_options, add_stage_argum
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, spare, total
 from runner.planning.plan import Plan, as_json
+from runner.planning.text_table import text_table
 from runner.recipe.first_rows import check_first_rows
 from runner.reporting.progress import duration
 
@@ -59,17 +60,12 @@ def main(options: argparse.Namespace) -> int:
 
 def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
     """A line per stage; columns of cost only where there is something to run."""
-    head = ["stage", "kind", "state", *COLUMNS] if found else ["stage", "kind", "state"]
-    rows = [head]
+    rows = [["stage", "kind", "state", *(COLUMNS if found else ()), "why"]]
     for entry in plan:
-        cost = found.get(entry.name)
-        rows.append([entry.name, entry.stage.kind, entry.state, *(_cells(cost) if found else ())])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    reasons = ["why", *(entry.reason for entry in plan)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), reason]).rstrip()
-        for row, reason in zip(rows, reasons, strict=True)
-    ]
+        rows.append(
+            [entry.name, entry.stage.kind, entry.state, *(_cells(found.get(entry.name)) if found else ()), entry.reason]
+        )
+    lines = text_table(rows)
     return [*lines, *_sums(plan, found)] if found else lines[1:]
 
 

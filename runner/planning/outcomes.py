@@ -1,44 +1,86 @@
-"""What a plan says of gates: sentences for single ones, and a table of every attempt against every gate."""
+"""What a plan says about gates: a line for each verdict, a table of attempts, and a table of a sweep's settings."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from runner.planning.plan import Entry, Plan
+from runner.planning.plan import Plan
+from runner.planning.text_table import text_table
 from runner.recipe.branches import Attempts, Sweep
 from runner.recipe.validation import shown
 
+OUTCOMES = {True: "passed", False: "failed", None: "not judged yet"}
 
-def sweep_rows(plan: Plan, sweep: Sweep) -> list[list[str]]:
-    """A head, and a row for each setting: what it has for each field, what it scored (first what decides), and the outcome."""
-    judges = [plan.entries.get(sweep.judges_of(number)[0]) for number in range(len(sweep.names))]
-    found = [judge.record.data["metrics"] if judge and judge.record else {} for judge in judges]
-    scores = [sweep.score, *dict.fromkeys(name for one in found for name in one.get("scores", {}) if name != sweep.score)]
-    table = [["setting", *map(str, sweep.axes), *scores, ""]]
-    for number, metrics in enumerate(found):
-        values = [shown(value) for value in sweep.values(number)]
-        told = [_score(metrics, score) for score in scores]
-        table.append([sweep.judges_of(number)[0], *values, *told, _setting_outcome(plan, sweep, number)])
-    return table
+
+def passed(plan: Plan) -> list[str]:
+    """Lines on gates that hold, and on attempts and settings of which not all failed."""
+    single = [entry for entry in plan if plan.family_of(entry.name) is None]
+    lines = [f"{entry.name}: {verdict}" for entry in single for verdict in entry.verdicts if verdict.passed]
+    lines += [line for family in _attempts(plan) if not plan.is_lost(family) for line in attempts_table(plan, family)]
+    return lines if _is_lost_sweep(plan) else [*lines, *sweep_table(plan)]
+
+
+def failed(plan: Plan) -> list[str]:
+    """Lines on gates that fail, and on attempts or settings that all failed: with these the run ends in a GateError."""
+    single = [entry for entry in plan if plan.family_of(entry.name) is None]
+    lines = [f"{entry.name}: {verdict}" for entry in single for verdict in entry.failed_gates]
+    for family in _attempts(plan):
+        if plan.is_lost(family):
+            lines += [*attempts_table(plan, family), f"no attempt of {family.stage} passed its gates, so none is used"]
+    if _is_lost_sweep(plan):
+        settings = [entry for entry in plan if plan.family_of(entry.name) is plan.recipe.sweep]
+        lines += [f"{entry.name}: {verdict}" for entry in settings for verdict in entry.failed_gates]
+        lines += [*sweep_table(plan), "no setting of the sweep passed its gates, so none is used"]
+    return lines
+
+
+def attempts(plan: Plan) -> list[str]:
+    """The tables of all attempts, each after an empty line."""
+    return [line for family in _attempts(plan) for line in ("", *attempts_table(plan, family))]
+
+
+def attempts_table(plan: Plan, family: Attempts) -> list[str]:
+    """A line per attempt: what it changes, its score in every gate, and its outcome."""
+    verdicts = [
+        [verdict for judge in family.judges_of(number) if judge in plan.entries for verdict in plan.entries[judge].verdicts]
+        for number in range(len(family.names))
+    ]
+    gates = [verdict.gate for verdict in max(verdicts, key=len)]
+    rows = [[family.stage, "", *gates, ""]]
+    for number, judged in enumerate(verdicts):
+        cells = [f"{verdict.found} {OUTCOMES[verdict.passed]}" for verdict in judged]
+        if len(cells) < len(gates):
+            cells = ["not known"] * len(gates)
+        rows.append([family.names[number][family.stage], family.told(number), *cells, _attempt_outcome(plan, family, number)])
+    return text_table(rows)
 
 
 def sweep_table(plan: Plan) -> list[str]:
-    """The table in columns, below what decides; nothing where the recipe has no sweep or the plan none of its evaluations."""
+    """What decides, and the settings below; nothing without a sweep, or if the plan has none of its evaluations."""
     sweep = plan.recipe.sweep
     if sweep is None or not any(judge in plan.entries for judge in sweep.all_judges):
         return []
-    table = sweep_rows(plan, sweep)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    told = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [f"sweep, {sweep.wanted}:", *told]
+    return [f"sweep, {sweep.wanted}:", *text_table(sweep_rows(plan, sweep))]
+
+
+def sweep_rows(plan: Plan, sweep: Sweep) -> list[list[str]]:
+    """A head, and a row per setting: its values, its scores (the deciding one first), and its outcome."""
+    judges = [plan.entries.get(sweep.judges_of(number)[0]) for number in range(len(sweep.names))]
+    metrics = [judge.record.data["metrics"] if judge and judge.record else {} for judge in judges]
+    names = dict.fromkeys([sweep.score, *(name for one in metrics for name in one.get("scores", {}))])
+    rows = [["setting", *map(str, sweep.axes), *names, ""]]
+    for number, of_setting in enumerate(metrics):
+        values = [shown(value) for value in sweep.values(number)]
+        scores = [_score(of_setting, name) for name in names]
+        rows.append([sweep.judges_of(number)[0], *values, *scores, _setting_outcome(plan, sweep, number)])
+    return rows
 
 
 def _score(metrics: Mapping[str, Any], name: str) -> str:
-    value, ends = metrics.get("scores", {}).get(name), metrics.get("intervals", {}).get(name)
-    return "" if value is None else _number(value) + (f" [{', '.join(map(_number, ends))}]" if ends else "")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+    """`0.8123 [0.79, 0.83]`, with the interval where there is one."""
+    value, interval = metrics.get("scores", {}).get(name), metrics.get("intervals", {}).get(name)
+    if value is None:
+        return ""
+    return f"{value:.4g}" + (f" [{', '.join(f'{end:.4g}' for end in interval)}]" if interval else "")
 
 
 def _setting_outcome(plan: Plan, sweep: Sweep, number: int) -> str:
@@ -50,77 +92,18 @@ def _setting_outcome(plan: Plan, sweep: Sweep, number: int) -> str:
     return {False: "failed its gates", None: "not judged yet", True: ""}[plan.outcome(sweep, number)]
 
 
-OUTCOMES = {True: "passed", False: "failed", None: "not judged yet"}
-
-
-def attempts_table(plan: Plan, family: Attempts) -> list[str]:
-    """Lines with an attempt each: what it changes, what it scored in every gate, and what became of it."""
-    verdicts = [
-        [verdict for judge in family.judges_of(number) if judge in plan.entries for verdict in plan.entries[judge].verdicts]
-        for number in range(len(family.names))
-    ]
-    gates = [verdict.gate for verdict in max(verdicts, key=len)]
-    rows = [[family.stage, "", *gates, ""]]
-    for number, found in enumerate(verdicts):
-        told = [f"{verdict.found} {OUTCOMES[verdict.passed]}" for verdict in found]
-        cells = told if len(told) == len(gates) else ["not known"] * len(gates)
-        rows.append([family.names[number][family.stage], family.told(number), *cells, _attempt_outcome(plan, family, number)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _attempt_outcome(plan: Plan, family: Attempts, number: int) -> str:
-    relied_on = plan.standing[family.stage]
-    passed = plan.outcome(family, number)
-    if number > relied_on:
-        return "not needed" if plan.outcome(family, relied_on) else "waits"
-    return OUTCOMES[passed]
-
-
-def passed(plan: Plan) -> list[str]:
-    """What to tell of gates that hold, and of attempts and settings where not all failed."""
-    lines = [
-        f"{entry.name}: {verdict}"
-        for entry in plan
-        if plan.family_of(entry.name) is None
-        for verdict in entry.verdicts
-        if verdict.passed
-    ]
-    lines += [line for family in _attempts(plan) if not plan.is_lost(family) for line in attempts_table(plan, family)]
-    return lines if _is_lost_sweep(plan) else [*lines, *sweep_table(plan)]
-
-
-def failed(plan: Plan) -> list[str]:
-    """What to tell of gates that fail, and of attempts or settings that all failed: the run cannot end well."""
-    lines = [
-        f"{entry.name}: {verdict}" for entry in plan if plan.family_of(entry.name) is None for verdict in entry.failed_gates
-    ]
-    for family in _attempts(plan):
-        if plan.is_lost(family):
-            lines += [
-                *attempts_table(plan, family),
-                f"no attempt of {family.stage} passed its gates, so none of them is taken",
-            ]
-    if _is_lost_sweep(plan):
-        lines += [f"{entry.name}: {verdict}" for entry in plan if _is_of_sweep(plan, entry) for verdict in entry.failed_gates]
-        lines += [*sweep_table(plan), "no setting of the sweep passed its gates, so none of them is taken"]
-    return lines
-
-
-def attempts(plan: Plan) -> list[str]:
-    """The tables of all attempts, each after an empty line."""
-    return [line for family in _attempts(plan) for line in ("", *attempts_table(plan, family))]
+    current = plan.standing[family.stage]
+    if number > current:
+        return "not needed" if plan.outcome(family, current) else "waits"
+    return OUTCOMES[plan.outcome(family, number)]
 
 
 def _attempts(plan: Plan) -> list[Attempts]:
-    """Those of which the plan has any stage that judges."""
+    """Those that the plan has at least one evaluation of."""
     attempts = [family for family in plan.recipe.families.values() if isinstance(family, Attempts)]
     return [family for family in attempts if any(judge in plan.entries for judge in family.all_judges)]
 
 
 def _is_lost_sweep(plan: Plan) -> bool:
     return plan.recipe.sweep is not None and plan.is_lost(plan.recipe.sweep)
-
-
-def _is_of_sweep(plan: Plan, entry: Entry) -> bool:
-    return plan.recipe.sweep is not None and plan.family_of(entry.name) is plan.recipe.sweep

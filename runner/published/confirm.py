@@ -7,6 +7,7 @@ from runner.cache.digests import FileContent
 from runner.errors import RecipeError
 from runner.graph import input_files
 from runner.planning.plan import RUNNABLE, Plan
+from runner.planning.text_table import text_table
 from runner.published.lockfile import compared, differences
 from runner.published.recipe import Published
 from runner.stage import Stage
@@ -17,9 +18,7 @@ def show(published: Published, plan: Plan) -> None:
     _say(f"{published.name}, now {published.recipe}")
     told = compared(published.lock, plan)
     rows = [(entry.name, entry.stage.kind, entry.state, told[entry.name]) for entry in plan]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        _say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    _say("\n".join(text_table(rows)))
     if lines := list(differences(published.lock)):
         _say("\nunlike what it was made with:")
         _say("\n".join(f"  {line}" for line in lines))

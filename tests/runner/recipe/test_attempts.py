@@ -146,7 +146,7 @@ def test_when_none_passes_nothing_behind_them_runs_and_a_table_says_why(tmp_path
         "medical@1 r = 8 2.2 failed failed",
         "medical@2 r = 4, schedule.learning_rate = 0.0001 1.9 failed failed",
         "medical@3 r = 2 1.8 failed failed",
-        "no attempt of medical passed its gates, so none of them is taken",
+        "no attempt of medical passed its gates, so none is used",
     ]
 
 
@@ -420,7 +420,7 @@ def test_when_no_attempt_passes_the_run_exits_with_4_and_releases_nothing(tuned:
     assert header.split() == ["tuned", "general.bits_per_byte", "at", "most", "0"]
     assert [line.split()[0] for line in (first, second)] == ["tuned@1", "tuned@2"]
     assert all(line.split()[-2:] == ["failed", "failed"] for line in (first, second))
-    assert conclusion == "no attempt of tuned passed its gates, so none of them is taken"
+    assert conclusion == "no attempt of tuned passed its gates, so none is used"
     assert skipped == "not run because of it: publish-parity, publish"
     assert states(tuned, "--set", gates)["publish"] == "skipped"
     path = call(tuned, "path", "tuned", "--set", gates)

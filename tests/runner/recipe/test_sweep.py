@@ -147,7 +147,7 @@ def test_when_no_setting_passes_its_gates_nothing_behind_them_runs(tmp_path: Pat
     assert plan.entries["publish"].reason == "no setting of the sweep passed its gates"
     told = outcomes.failed(plan)
     assert told[0] == "after@1: text.bits_per_byte = 2.5, wanted at most 2: failed"
-    assert told[-1] == "no setting of the sweep passed its gates, so none of them is taken"
+    assert told[-1] == "no setting of the sweep passed its gates, so none is used"
 
 
 GRID = '"stage.base.chat_template" = ["{{ messages }}", "{{ messages[0] }}"]\n"stage.medical.r" = [4, 8]'
