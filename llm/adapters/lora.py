@@ -44,7 +44,7 @@ _NAME = "default"  # of the adapter inside PEFT
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoraConfig:
     """What an adapter is."""
 
     r: int  # rank of the update
@@ -80,7 +80,7 @@ def targets(model: LanguageModel, wanted: Sequence[str] | Literal["all-linear"])
             raise InputError(
                 f"target_modules: expected names of {', '.join(short if tied else [*short, HEAD])} (or longer ones, as "
                 f'{".".join(layers[0].split(".")[-2:])} and {layers[0]}), or "all-linear", got {name!r}'
-                + (f", nearest is {near[0]!r}" if near else "")
+                + (f"; did you mean {near[0]!r}?" if near else "")
             )
     return sorted(set(wanted))
 
@@ -110,7 +110,7 @@ def modules_in_full(model: LanguageModel, wanted: Sequence[str], *, adapted: Seq
             aside = f"; {HEAD!r} is tied and learns with 'embed_tokens'" if tied and name == HEAD else ""
             raise InputError(
                 f"modules_to_save: expected names of {short} (or longer ones, as {modules[-1]}), got {name!r}"
-                + (aside or (f", nearest is {near[0]!r}" if near else ""))
+                + (aside or (f"; did you mean {near[0]!r}?" if near else ""))
             )
         found |= set(possible[name])
     if both := sorted(name for name in found if set(_ends(name)) & set(adapted)):
@@ -159,39 +159,39 @@ def copy_dequantized(source: LanguageModel, target: LanguageModel) -> None:
             weight.data.copy_(dequantize_4bit(stored.data, stored.quant_state))
 
 
-def attach(model: LanguageModel, settings: Settings, *, seed: int) -> None:
+def attach(model: LanguageModel, config: LoraConfig, *, seed: int) -> None:
     """Put a new adapter into `model`, drawn from `seed`; only it and the modules trained in full ask for gradients then.
 
     InputError where a target is no linear layer, or the head's adapter is to have dropout.
     """
-    from peft import LoraConfig
+    import peft
 
-    names = targets(model, settings.target_modules)
-    if HEAD in names and settings.dropout > 0:
+    names = targets(model, config.target_modules)
+    if HEAD in names and config.dropout > 0:
         raise InputError(
-            f"dropout: expected 0 where target_modules names {HEAD!r}, got {settings.dropout}: a mask follows from row and "
+            f"dropout: expected 0 where target_modules names {HEAD!r}, got {config.dropout}: a mask follows from row and "
             "position, and the head is given positions that are learned, without their places"
         )
-    full = modules_in_full(model, settings.modules_to_save, adapted=names)
-    config = LoraConfig(
+    full = modules_in_full(model, config.modules_to_save, adapted=names)
+    peft_config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
         target_modules=names,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         modules_to_save=full or None,
         ensure_weight_tying=model.config.tied and EMBEDDING in full,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _inject(model, config)
+        _inject(model, peft_config)
     for _, layer in adapted_layers(model):
         layer.cast_input_dtype_enabled = False  # to fp32, from which autocast would only cast back: a tenth of a step's time
-        if settings.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
-            layer.lora_dropout[_NAME] = Dropout(settings.dropout)
-        if lora_linear.can_join(layer.get_base_layer(), dropout=settings.dropout, dora=settings.dora):
+        if config.dropout > 0:  # PEFT's own dropout would depend on how rows are spread over processes
+            layer.lora_dropout[_NAME] = Dropout(config.dropout)
+        if lora_linear.can_join(layer.get_base_layer(), dropout=config.dropout, dora=config.dora):
             lora_linear.join(layer, adapter=_NAME)
     for module in full:
         model.get_submodule(module).requires_grad_(True)
@@ -235,9 +235,9 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
 
     Any LoRA adapter that PEFT has written for this architecture will do.
     """
-    from peft import LoraConfig, set_peft_model_state_dict
+    import peft
 
-    config = LoraConfig.from_pretrained(str(folder))
+    config = peft.LoraConfig.from_pretrained(str(folder))
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     plain = dict(model.named_parameters(remove_duplicate=False))
     full = {name: weights.pop(name) for name in list(weights) if name in plain}
@@ -247,7 +247,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     _inject(model, config)
     _check_fit(_state(model), weights, folder)
     _check_fit({name: plain[name] for name in full}, full, folder)
-    set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
+    peft.set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
     _put_in_full(model, full)
     model.eval()
 

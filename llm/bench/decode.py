@@ -16,7 +16,7 @@ from llm.bench.implementations import CountingRows, StockpotTraining, build_tran
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.device import autocast, has_compiler, resolve_precision
-from llm.inference.generate import Clock, generate
+from llm.inference.generate import GenerationTimer, generate
 from llm.models.interface import Decoding, LanguageModel
 from llm.training.config import Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup
@@ -69,7 +69,7 @@ def measure_decode(
         inputs = torch.tensor(prompts, device=device)
 
         def our_answers(decoding: Decoding, prompts: list[list[int]] = prompts) -> list[list[int]]:
-            return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), clock=Clock())
+            return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), timer=GenerationTimer())
 
         def their_answers(inputs: torch.Tensor = inputs) -> list[list[int]]:
             answers: list[list[int]] = theirs.generate(

@@ -213,7 +213,7 @@ class TransformersTraining:
 
 
 FULL, LORA, QLORA = "full", "lora", "qlora"
-SETTINGS = lora.Settings(r=8, alpha=16)  # what `lora` stages do by default: all linear layers
+SETTINGS = lora.LoraConfig(r=8, alpha=16)  # what `lora` stages do by default: all linear layers
 
 
 def training(workload: Workload, name: str, *, group: ProcessGroup) -> StockpotTraining:

@@ -16,8 +16,8 @@ from llm.data.truncation import fit_all
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, resample, rounded
 from llm.evaluation.scoring import Outcome
-from llm.inference.generate import Clock
-from llm.inference.likelihood import Progress, Window, negative_log_likelihoods
+from llm.inference.generate import GenerationTimer
+from llm.inference.likelihood import OnProgress, Window, negative_log_likelihoods
 from llm.models.interface import LanguageModel
 from llm.text.readers import read_rows
 from llm.text.templates import split_template
@@ -106,7 +106,7 @@ def read_choices(files: Sequence[Path], template: ChoiceTemplate, *, skip_bad: b
     return found, skipped
 
 
-def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Choice], progress: Progress) -> Outcome:
+def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Choice], progress: OnProgress) -> Outcome:
     """`accuracy` of taking the likeliest choice, and `accuracy_per_byte` where its log-probability is divided by its bytes.
 
     A prompt that does not fit the model beside the longest choice is cut as in training.
@@ -120,8 +120,8 @@ def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequenc
             start = stream.answer_start
             windows.append(Window(stream.ids[:-1], [IGNORE] * (start - 1) + stream.ids[start:]))
             owners.append(number)
-    clock = Clock()
-    nats = iter(negative_log_likelihoods(model, windows, clock=clock, progress=progress))
+    timer = GenerationTimer()
+    nats = iter(negative_log_likelihoods(model, windows, timer=timer, progress=progress))
     hits: dict[str, list[float]] = {"accuracy": [], "accuracy_per_byte": []}
     wrong = []
     for number, question in enumerate(questions, start=1):
@@ -151,8 +151,8 @@ def choose(model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequenc
     facts = {
         "chance": round(sum(1 / len(question.chats) for question in questions) / total, 4),
         "cut_prompts": cut,
-        "prompt_tokens": clock.prompt_tokens,
-        "prompt_tokens_per_second": round(clock.prompt_tokens / clock.prompt_seconds),
+        "prompt_tokens": timer.prompt_tokens,
+        "prompt_tokens_per_second": round(timer.prompt_tokens / timer.prompt_seconds),
     }
     return Outcome(rounded(scores(np.ones(total))), total, wrong, facts, values=dict(hits), replicates=resample(total, scores))
 

@@ -9,7 +9,7 @@ import numpy as np
 from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import Likeness
 from llm.evaluation.scoring import Answered, Outcome, Question, answer
-from llm.inference.likelihood import Progress
+from llm.inference.likelihood import OnProgress
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -26,7 +26,7 @@ def compare_models(
     *,
     questions: Sequence[Question],
     max_new_tokens: int,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Outcome:
     """`win_rate`, the share of questions to which the model's greedy answer is nearer to the wanted one by chrF than the
     other's, and `likelihood_win_rate`, that of wanted answers that it finds likelier, where a tie is half a win; and by how
@@ -34,7 +34,7 @@ def compare_models(
     it that repeats itself. The other model is in memory only while it answers.
     """
 
-    def half(done: int) -> Progress:
+    def half(done: int) -> OnProgress:
         return lambda part, of: progress(done * of + part, 2 * of)
 
     other = answer(*load_other(), questions=questions, max_new_tokens=max_new_tokens, progress=half(0))

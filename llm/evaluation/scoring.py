@@ -18,8 +18,8 @@ from llm.data.truncation import Stream, fit
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import Likeness
-from llm.inference.generate import Clock, generate
-from llm.inference.likelihood import Progress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
+from llm.inference.generate import GenerationTimer, generate
+from llm.inference.likelihood import OnProgress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -80,7 +80,7 @@ class Likelihoods:
         return {"nats": round_all(self.nats), "tokens": self.tokens, "bytes": self.text_bytes}
 
 
-def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: Progress) -> Outcome:
+def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: OnProgress) -> Outcome:
     """`perplexity` per token and `bits_per_byte` of whole documents, the end token of each included.
 
     A document longer than the model's context is cut into windows that do not overlap; each token is scored once, in view of
@@ -94,9 +94,9 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
         ]
         for ids in tokenizer.encode_documents(texts)
     ]
-    clock = Clock()
+    timer = GenerationTimer()
     windows = [window for document in documents for window in document]
-    nats = iter(negative_log_likelihoods(model, windows, clock=clock, progress=progress))
+    nats = iter(negative_log_likelihoods(model, windows, timer=timer, progress=progress))
     found = Likelihoods(
         nats=[sum(next(nats) for _ in document) for document in documents],
         tokens=[sum(len(window.targets) for window in document) for document in documents],
@@ -105,7 +105,7 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
     return Outcome(
         found.scores,
         len(texts),
-        facts=_speeds(clock),
+        facts=_speeds(timer),
         values=found.values,
         replicates=resample(len(texts), found.score),
     )
@@ -117,7 +117,7 @@ def classify(
     *,
     questions: Sequence[Question],
     labels: Sequence[str] | None = None,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Outcome:
     """`accuracy` and `macro_f1` where the model's label is the likeliest: the largest sum of the log-probabilities of the
     label's tokens, end token included, after the chat up to there. Without `labels`, those that occur are the choice.
@@ -142,13 +142,13 @@ def classify(
         for question in questions
     ]
     prompts = [stream.ids[: -len(spelled[longest])] for stream in streams]
-    clock = Clock()
+    timer = GenerationTimer()
     chosen: list[int] = [0] * len(prompts)
     margins: list[float] = [0.0] * len(prompts)
     done = 0
     decoding = model.decoding()
     for batch in similar_lengths([len(prompt) + len(spelled[longest]) for prompt in prompts]):
-        likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, clock=clock)  # (B, L)
+        likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, timer=timer)  # (B, L)
         for index, row in zip(batch, likelihoods, strict=True):
             chosen[index] = int(row.argmax())
             margins[index] = float(row.max() - row[names.index(wanted[index])])
@@ -165,7 +165,7 @@ def classify(
         for row in range(len(prompts))
         if wanted[row] != found[row]
     ]
-    facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **_speeds(clock)}
+    facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **_speeds(timer)}
     number = {name: index for index, name in enumerate(names)}
     of_wanted = np.array([number[name] for name in wanted])
     of_found = np.array([number[name] for name in found])
@@ -186,7 +186,7 @@ def classify(
 
 
 def score_answers(
-    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
 ) -> Outcome:
     """`perplexity` and `bits_per_byte` of the wanted answers after their prompts, and `chrf` and `bleu` of the model's own
     greedy answers against them, 0 to 100. Without `max_new_tokens`, nothing is generated.
@@ -221,7 +221,7 @@ class Answered:
 
 
 def answer(
-    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: Progress
+    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
 ) -> Answered:
     """The likelihood of the wanted answers after their prompts, as far as they fit the model; and its own, if at most
     `max_new_tokens` are asked for.
@@ -239,9 +239,9 @@ def answer(
         for stream, start, text in zip(streams, starts, wanted, strict=True)
     ]
     total = len(questions) * (2 if max_new_tokens else 1)
-    clock = Clock()
+    timer = GenerationTimer()
     likelihoods = Likelihoods(
-        nats=negative_log_likelihoods(model, windows, clock=clock, progress=lambda done, _: progress(done, total)),
+        nats=negative_log_likelihoods(model, windows, timer=timer, progress=lambda done, _: progress(done, total)),
         tokens=[len(stream.ids) - start for stream, start in zip(streams, starts, strict=True)],
         text_bytes=[len(text.encode()) for text in scored],
     )
@@ -257,14 +257,14 @@ def answer(
             prompts,
             max_new_tokens=max_new_tokens,
             end=tokenizer.ends,
-            clock=clock,
+            timer=timer,
             progress=lambda done: progress(len(questions) + done, total),
         )
         found = [tokenizer.decode(ids) for ids in written]
         facts["unended"] = sum(len(ids) == max_new_tokens for ids in written)
     # The whole question: to score a long answer it may have been cut, but what the model writes follows all of it that fits.
     asked = ["\n".join(turn.content for turn in question.turns[:-1]) for question in questions]
-    return Answered(likelihoods, asked, wanted, found, facts | _speeds(clock))
+    return Answered(likelihoods, asked, wanted, found, facts | _speeds(timer))
 
 
 def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:
@@ -299,11 +299,11 @@ def _prompt_text(stream: Stream) -> str:
     return "\n".join(message["content"] for message in stream.messages[:-1])
 
 
-def _speeds(clock: Clock) -> dict[str, Any]:
+def _speeds(timer: GenerationTimer) -> dict[str, Any]:
     speeds = {
-        "prompt_tokens": clock.prompt_tokens,
-        "prompt_tokens_per_second": round(clock.prompt_tokens / clock.prompt_seconds),
+        "prompt_tokens": timer.prompt_tokens,
+        "prompt_tokens_per_second": round(timer.prompt_tokens / timer.prompt_seconds),
     }
-    if clock.new_tokens:
-        speeds |= {"new_tokens": clock.new_tokens, "new_tokens_per_second": round(clock.new_tokens / clock.new_seconds)}
+    if timer.new_tokens:
+        speeds |= {"new_tokens": timer.new_tokens, "new_tokens_per_second": round(timer.new_tokens / timer.new_seconds)}
     return speeds

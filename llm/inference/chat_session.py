@@ -11,7 +11,7 @@ import torch
 
 from llm.adapters.merge import merge_adapters
 from llm.errors import InputError
-from llm.inference.generate import Clock
+from llm.inference.generate import GenerationTimer
 from llm.inference.sampling import Sampling
 from llm.inference.streaming import stream
 from llm.models.checkpoint import load_checkpoint
@@ -29,20 +29,20 @@ class Answer:
     prompt_tokens: int
     forgotten: int  # messages at the beginning that did not fit any more
     limit: int  # tokens that the answer may have
-    clock: Clock = field(default_factory=Clock)
+    timer: GenerationTimer = field(default_factory=GenerationTimer)
 
     @property
     def new_tokens(self) -> int:
         """Tokens written so far, the end token included."""
-        return self.clock.new_tokens
+        return self.timer.new_tokens
 
     @property
     def is_cut(self) -> bool:
         """Whether it ended because it was as long as it may be."""
-        return self.clock.new_tokens >= self.limit
+        return self.timer.new_tokens >= self.limit
 
 
-class Speaker:
+class ChatSession:
     """A checkpoint, with an adapter or without, ready to write; `compiled` if the step that writes is to be compiled first."""
 
     def __init__(self, checkpoint: Path, adapter: Path | None = None, *, compiled: bool = False) -> None:
@@ -103,7 +103,7 @@ class Speaker:
     def _go_on(
         self, prompt: list[int], max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str], *, forgotten: int
     ) -> Answer:
-        clock = Clock()
+        timer = GenerationTimer()
         pieces = stream(
             self._decoding,
             prompt,
@@ -111,6 +111,6 @@ class Speaker:
             max_new_tokens=max_new_tokens,
             stop=stop,
             sampling=sampling,
-            clock=clock,
+            timer=timer,
         )
-        return Answer(pieces, len(prompt), forgotten, min(max_new_tokens, self.context - len(prompt)), clock)
+        return Answer(pieces, len(prompt), forgotten, min(max_new_tokens, self.context - len(prompt)), timer)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from llm.errors import InputError
-from llm.inference.sampling import Draws, Sampling, Seen, choose
+from llm.inference.sampling import RandomStream, Sampling, Seen, sample_tokens
 from llm.models.interface import Decoding, LanguageModel, as_decoding
 
 
 @dataclass
-class Clock:
+class GenerationTimer:
     """Tokens and seconds of reading prompts and of writing answers, end tokens included; filled in as text is generated."""
 
     prompt_tokens: int = 0
@@ -34,7 +34,7 @@ def generate(
     end: Collection[int],
     sampling: Sampling | None = None,
     batch_size: int = 32,
-    clock: Clock | None = None,
+    timer: GenerationTimer | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
@@ -43,7 +43,7 @@ def generate(
     batch. InputError for a prompt of no token, or of more than the context. Who generates often makes `model.decoding()` once
     and gives that.
     """
-    sampling, clock, decoding = sampling or Sampling(), clock or Clock(), as_decoding(model)
+    sampling, timer, decoding = sampling or Sampling(), timer or GenerationTimer(), as_decoding(model)
     limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
@@ -55,8 +55,8 @@ def generate(
             limits=[limits[index] for index in chosen],
             end=end,
             sampling=sampling,
-            draws=[Draws(sampling.seed, index) for index in chosen],
-            clock=clock,
+            streams=[RandomStream(sampling.seed, index) for index in chosen],
+            timer=timer,
         ):
             for row, token in new:
                 answers[chosen[row]].append(token)
@@ -71,7 +71,7 @@ def generate_one(
     max_new_tokens: int,
     end: Collection[int],
     sampling: Sampling | None = None,
-    clock: Clock | None = None,
+    timer: GenerationTimer | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` gives for this prompt alone, each as soon as it is known."""
     sampling, decoding = sampling or Sampling(), as_decoding(model)
@@ -84,8 +84,8 @@ def generate_one(
         limits=[limit],
         end=end,
         sampling=sampling,
-        draws=[Draws(sampling.seed, 0)],
-        clock=clock or Clock(),
+        streams=[RandomStream(sampling.seed, 0)],
+        timer=timer or GenerationTimer(),
     )
     return (token for new in news for _, token in new)
 
@@ -98,8 +98,8 @@ def steps(
     limits: Sequence[int],
     end: Collection[int],
     sampling: Sampling,
-    draws: Sequence[Draws],
-    clock: Clock,
+    streams: Sequence[RandomStream],
+    timer: GenerationTimer,
 ) -> Iterator[list[tuple[int, int]]]:
     """The new tokens of every step, as (place in `prompts`, token) without end tokens, until all prompts are done.
 
@@ -108,23 +108,23 @@ def steps(
     began = time.perf_counter()
     logits = decoding.read(prompts, room=max(limits))
     seen = Seen(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
-    logits.sum().item()  # a GPU works behind the program's back; the clock wants it done
-    clock.prompt_tokens += sum(map(len, prompts))
-    clock.prompt_seconds += time.perf_counter() - began
+    logits.sum().item()  # a GPU works behind the program's back; the timer wants it done
+    timer.prompt_tokens += sum(map(len, prompts))
+    timer.prompt_seconds += time.perf_counter() - began
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     left = list(limits)  # tokens that may still come
     while True:
         began = time.perf_counter()
         if seen is not None:
             logits = seen.penalized(logits, sampling.repetition_penalty)
-        chosen = choose(logits, sampling, draws=[draws[row] for row in rows])
+        chosen = sample_tokens(logits, sampling, streams=[streams[row] for row in rows])
         new = []
         for row, token in zip(rows, chosen, strict=True):
             if left[row]:
-                clock.new_tokens += 1
+                timer.new_tokens += 1
                 left[row] = 0 if token in end else left[row] - 1
                 new += [(row, token)] if token not in end else []
-        clock.new_seconds += time.perf_counter() - began
+        timer.new_seconds += time.perf_counter() - began
         yield new
         began = time.perf_counter()
         busy = [place for place, row in enumerate(rows) if left[row]]
@@ -138,7 +138,7 @@ def steps(
         if seen is not None:
             seen.add(chosen)
         logits = decoding.step(chosen)
-        clock.new_seconds += time.perf_counter() - began
+        timer.new_seconds += time.perf_counter() - began
 
 
 def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, place: int) -> int:

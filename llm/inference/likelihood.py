@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llm.data.batch import IGNORE
-from llm.inference.generate import Clock
+from llm.inference.generate import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel, as_decoding
 
 BATCH_TOKENS = 4096  # positions of one forward pass, padding included; larger is not faster on 2 cores
 LOGITS = 2**24  # numbers in one piece of logits: 64 MiB
 
-Progress = Callable[[int, int], None]  # rows done, rows in all; may raise to stop
+OnProgress = Callable[[int, int], None]  # rows done, rows in all; may raise to stop
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def negative_log_likelihoods(
     model: LanguageModel,
     windows: Sequence[Window],
     *,
-    clock: Clock | None = None,
-    progress: Progress = lambda done, total: None,
+    timer: GenerationTimer | None = None,
+    progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
     """The sum over the targets of each window, in nats."""
-    clock = clock or Clock()
+    timer = timer or GenerationTimer()
     device = model.device
     result = [0.0] * len(windows)
     done = 0
@@ -55,8 +55,8 @@ def negative_log_likelihoods(
         losses[where] = _token_losses(model, model.hidden(tokens)[where], targets[where])
         for index, loss in zip(batch, losses.sum(1).tolist(), strict=True):
             result[index] = loss
-        clock.prompt_tokens += sum(len(windows[index].tokens) for index in batch)
-        clock.prompt_seconds += time.perf_counter() - began
+        timer.prompt_tokens += sum(len(windows[index].tokens) for index in batch)
+        timer.prompt_seconds += time.perf_counter() - began
         progress(done := done + len(batch), len(windows))
     return result
 
@@ -77,10 +77,10 @@ def label_likelihoods(
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     *,
-    clock: Clock | None = None,
+    timer: GenerationTimer | None = None,
 ) -> Tensor:
     """log P(label | prompt) as (B, L) in float64. Prompts are read once into a cache, and each label behind them."""
-    clock = clock or Clock()
+    timer = timer or GenerationTimer()
     began = time.perf_counter()
     decoding = as_decoding(model)
     logits = decoding.read(prompts, room=max(map(len, labels)))
@@ -94,8 +94,8 @@ def label_likelihoods(
             total = total + rest.gather(-1, spelled[:, 1:, None]).double().sum((1, 2))
         sums.append(total)
     likelihoods = torch.stack(sums, 1)
-    clock.prompt_tokens += sum(len(prompt) for prompt in prompts) + len(prompts) * sum(len(label) - 1 for label in labels)
-    clock.prompt_seconds += time.perf_counter() - began
+    timer.prompt_tokens += sum(len(prompt) for prompt in prompts) + len(prompts) * sum(len(label) - 1 for label in labels)
+    timer.prompt_seconds += time.perf_counter() - began
     return likelihoods
 
 

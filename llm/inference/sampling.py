@@ -40,7 +40,7 @@ class Sampling:
                 raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
 
 
-class Draws:
+class RandomStream:
     """Random numbers of one prompt: a function of the seed and the prompt's place among all, not of its batch."""
 
     def __init__(self, seed: int, index: int) -> None:
@@ -74,12 +74,12 @@ class Seen:
         return torch.where(self._held, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def choose(logits: Tensor, sampling: Sampling, *, draws: Sequence[Draws]) -> list[int]:
+def sample_tokens(logits: Tensor, sampling: Sampling, *, streams: Sequence[RandomStream]) -> list[int]:
     """The next token of each row of logits (B, V), to which the repetition penalty is already applied."""
     if sampling.temperature == 0:
         return [int(token) for token in logits.argmax(-1).tolist()]
     cumulative = distribution(logits, sampling).cumsum(-1)
-    points = torch.tensor([[draw.next()] for draw in draws], device=logits.device, dtype=cumulative.dtype)
+    points = torch.tensor([[stream.next()] for stream in streams], device=logits.device, dtype=cumulative.dtype)
     # The first token whose cumulative probability passes the point. Scaled by the total, so that rounding cannot pass the end.
     places = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
     return [int(token) for token in places[:, 0].tolist()]

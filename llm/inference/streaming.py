@@ -7,7 +7,7 @@ tokenizer that decodes such a torn end as U+FFFD, byte-level or with byte fallba
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from llm.errors import InputError
-from llm.inference.generate import Clock, generate_one
+from llm.inference.generate import GenerationTimer, generate_one
 from llm.inference.sampling import Sampling
 from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -25,7 +25,7 @@ def stream(
     end: Collection[int] | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
-    clock: Clock | None = None,
+    timer: GenerationTimer | None = None,
 ) -> Iterator[str]:
     """Pieces of the text that `generate` gives for `prompt` alone: joined, they are what its tokens decode to.
 
@@ -35,7 +35,7 @@ def stream(
     if "" in stop:
         raise InputError("stop: expected texts of at least one character, got an empty one")
     end = tokenizer.ends if end is None else end
-    tokens = generate_one(model, prompt, max_new_tokens=max_new_tokens, end=end, sampling=sampling, clock=clock)
+    tokens = generate_one(model, prompt, max_new_tokens=max_new_tokens, end=end, sampling=sampling, timer=timer)
     return until(pieces(tokens, decode=tokenizer.decode), stop)
 
 

@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("this CPU is not one for which it is faster")
     program = compiler()
     if program is None or "clang" in Path(program).name:  # whose OpenMP would bring threads of its own beside torch's
-        raise UnavailableError(f"it is built by g++; found {program or 'no C++ compiler'}")
+        raise UnavailableError(f"expected g++ to build it, got {program or 'no C++ compiler'}")
     try:
         name = hashlib.sha256(" ".join([program, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()[:32]
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")

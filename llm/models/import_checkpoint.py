@@ -35,7 +35,7 @@ class Candidate:
     tokenizer: TextTokenizer
 
 
-def examine(folder: Path, *, chat_template: str | None = None) -> Candidate:
+def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Candidate:
     """Check the configuration and the tokenizer of a model folder, whose weights need not be there yet.
 
     `chat_template` replaces its own. InputError says which field is not supported, what was found, and what is.
@@ -51,7 +51,7 @@ def examine(folder: Path, *, chat_template: str | None = None) -> Candidate:
     return Candidate(folder, config, vocab_size, _answering(tokenizer.with_template(template), folder))
 
 
-def adopt(candidate: Candidate, target: Path) -> dict[str, object]:
+def import_checkpoint(candidate: Candidate, target: Path) -> dict[str, object]:
     """Write the model into `target`; returns what a record tells of it."""
     config = candidate.config
     weights = read_weights(candidate.folder, config, vocab_size=candidate.vocab_size)

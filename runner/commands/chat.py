@@ -19,7 +19,7 @@ from runner.planning.plan import Plan
 from runner.serving.models import talkers
 
 if TYPE_CHECKING:
-    from llm.inference.chat_session import Speaker
+    from llm.inference.chat_session import ChatSession
     from llm.inference.sampling import Sampling
 
 HELP = "/new forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _talk(speaker: "Speaker", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
+def _talk(speaker: "ChatSession", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
     from llm.errors import InputError
 
     beginning = [{"role": "system", "content": system}] if system else []

@@ -14,7 +14,7 @@ from runner.recipe.recipe import Recipe
 from runner.resources import available_cores
 
 if TYPE_CHECKING:
-    from llm.inference.chat_session import Speaker
+    from llm.inference.chat_session import ChatSession
 
 TALKS = (Checkpoint, Release, Adapter)
 
@@ -28,14 +28,14 @@ class Talker:
     adapter: Path | None = None  # put over the checkpoint
     made: str = ""  # when, as its record says
 
-    def open(self, *, compiled: Path | None = None) -> "Speaker":
+    def open(self, *, compiled: Path | None = None) -> "ChatSession":
         """The model, loaded; imports torch. `compiled` is where compiled code is kept, if it is to write with such."""
         if compiled is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
-        from llm.inference.chat_session import Speaker
+        from llm.inference.chat_session import ChatSession
 
-        return Speaker(self.checkpoint, self.adapter, compiled=compiled is not None)
+        return ChatSession(self.checkpoint, self.adapter, compiled=compiled is not None)
 
 
 def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talker]:

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from runner.serving.openai_api import ChatRequest, CompletionRequest, Shape, fault, usage
 
 if TYPE_CHECKING:
-    from llm.inference.chat_session import Answer, Speaker
+    from llm.inference.chat_session import Answer, ChatSession
     from llm.inference.sampling import Sampling
 
 PAGE = Path(__file__).parents[1] / "pages" / "talk.html"
@@ -56,7 +56,7 @@ class RefusedError(Exception):
 class Server:
     """The models by name, and the queue before them."""
 
-    def __init__(self, models: Mapping[str, "Speaker"], settings: Settings) -> None:
+    def __init__(self, models: Mapping[str, "ChatSession"], settings: Settings) -> None:
         self._models, self._settings = dict(models), settings
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speaker")
         self._turn = asyncio.Semaphore(1)
@@ -211,7 +211,7 @@ class Server:
         if wanted is not None and request.headers.get("authorization") != f"Bearer {wanted}":
             raise RefusedError(401, "expected the API key that this server was started with", code="invalid_api_key")
 
-    def _model(self, name: str | None) -> tuple[str, "Speaker"]:
+    def _model(self, name: str | None) -> tuple[str, "ChatSession"]:
         chosen = next(iter(self._models)) if name is None else name
         if chosen not in self._models:
             there = ", ".join(self._models)

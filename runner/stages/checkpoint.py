@@ -66,11 +66,11 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Check the small files, then fetch the weights where they are far away, and write the checkpoint."""
-        from llm.models.import_checkpoint import adopt, examine
+        from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 
         if self.folder is not None:
-            candidate = examine(Path(self.folder.pattern), chat_template=self.chat_template)
-            return adopt(candidate, context.work)
+            candidate = inspect_checkpoint(Path(self.folder.pattern), chat_template=self.chat_template)
+            return import_checkpoint(candidate, context.work)
         from runner.hub import download
 
         assert self.repo is not None  # one of the two is there
@@ -80,10 +80,10 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         for name in (*CONFIGS, *TOKENIZER, INDEX):
             if name in snapshot.files and not (name == INDEX and WEIGHTS in snapshot.files):
                 download.fetch(snapshot, name, folder, **wanted)
-        candidate = examine(folder, chat_template=self.chat_template)
+        candidate = inspect_checkpoint(folder, chat_template=self.chat_template)
         for name in _weights(snapshot, folder):
             download.fetch(snapshot, name, folder, **wanted)
-        facts = adopt(candidate, context.work)
+        facts = import_checkpoint(candidate, context.work)
         return {**facts, "repo": self.repo, "revision": self.revision, "commit": snapshot.commit}
 
 

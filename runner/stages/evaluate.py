@@ -30,7 +30,7 @@ from runner.stages.fields.eval_tasks.task import EvaluatedModel
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
-    from llm.inference.likelihood import Progress
+    from llm.inference.likelihood import OnProgress
 
 
 class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
@@ -154,7 +154,7 @@ def _rows(task: Task) -> Any:
     return plain(task, file=lambda file: file.pattern)
 
 
-def _progress(context: Context, name: str) -> "Progress":
+def _progress(context: Context, name: str) -> "OnProgress":
     from llm.errors import Interrupted
 
     def progress(done: int, total: int) -> None:

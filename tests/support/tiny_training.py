@@ -151,7 +151,7 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case.get("adapter"):
         from llm.adapters import lora
 
-        lora.attach(model, lora.Settings(r=2, alpha=4, dropout=0.1), seed=3)
+        lora.attach(model, lora.LoraConfig(r=2, alpha=4, dropout=0.1), seed=3)
     if case.get("objective") == "spare":
         model.spare = nn.Parameter(torch.ones(3))
         changes["objective"] = spare_weight

@@ -253,7 +253,8 @@ def from_transformers(found: Mapping[str, Any], *, dropout: float) -> LlamaConfi
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{place}: found {first['input']!r}: {first['msg']}" if place else first["msg"]) from error
+        message = first["msg"].replace("Input should be", "expected")
+        raise InputError(f"{place}: {message}, got {first['input']!r}" if place else message) from error
 
 
 def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling | None]:

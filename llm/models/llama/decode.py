@@ -83,7 +83,7 @@ def _is_matrix(layer: nn.Module) -> bool:
 
 
 @dataclass
-class Batch:
+class KVCache:
     """What is remembered of a batch of rows. Steps change it in place, since a CUDA graph knows tensors by their addresses."""
 
     stored: Tensor  # (layers, B, 2 K, S, E): the keys, then the values
@@ -185,9 +185,9 @@ class LlamaDecoding:
         """Go on with these rows of the batch alone."""
         batch = self._batch
         chosen = torch.tensor(rows, device=batch.positions.device)
-        self._batch = Batch(batch.stored[:, chosen], batch.positions[chosen], batch.filled)
+        self._batch = KVCache(batch.stored[:, chosen], batch.positions[chosen], batch.filled)
 
-    def _make_room(self, rows: int, slots: int) -> Batch:
+    def _make_room(self, rows: int, slots: int) -> KVCache:
         """An empty batch. The cache stays from one to the next: what an earlier one left gets weight 0, as zeros would."""
         config, (_, most_rows, _, most_slots, _) = self.model.config, self._cache.shape
         if rows > most_rows or slots > most_slots:
@@ -199,8 +199,8 @@ class LlamaDecoding:
             self._angles = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
         positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         if rows == 1 and self._row is not None:
-            return Batch(self._row.cache[:, None], positions, compiled=self._row)
-        return Batch(self._cache[:, :rows, :, :slots], positions)
+            return KVCache(self._row.cache[:, None], positions, compiled=self._row)
+        return KVCache(self._cache[:, :rows, :, :slots], positions)
 
     def _advance(self) -> Tensor:
         logits = self._logits(self._hidden(self._batch.tokens, self._batch.positions)[:, -1])

@@ -47,11 +47,11 @@ class AdapterFields(Spec):
         return bias
 
     @property
-    def adapter(self) -> "lora.Settings":
+    def adapter(self) -> "lora.LoraConfig":
         """The same for `llm.adapters.lora`; imports torch."""
         from llm.adapters import lora
 
-        return lora.Settings(
+        return lora.LoraConfig(
             r=self.r,
             alpha=self.alpha,
             dropout=self.dropout,

@@ -39,8 +39,8 @@ def model_of(layers: int = 2, tied: bool = True) -> Llama:
     return Llama(config, vocab_size=300).eval()
 
 
-def settings_of(**changes: Any) -> lora.Settings:
-    return lora.Settings(**{"r": 4, "alpha": 8, **changes})
+def settings_of(**changes: Any) -> lora.LoraConfig:
+    return lora.LoraConfig(**{"r": 4, "alpha": 8, **changes})
 
 
 def tokens_of(seed: int = 0, rows: int = 2) -> Tensor:
@@ -153,10 +153,10 @@ def test_over_four_bits_modules_are_trained_in_full_too() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (["embed_token"], "found 'embed_token', nearest is 'embed_tokens'"),
-        (["lm_head"], "found 'lm_head'; 'lm_head' is tied and learns with 'embed_tokens'"),
-        (["layernorm"], "found 'layernorm'"),
-        (["q_proj"], "found 'model.layers.0.self_attn.q_proj', which target_modules names too"),
+        (["embed_token"], r"got 'embed_token'; did you mean 'embed_tokens'\?"),
+        (["lm_head"], "got 'lm_head'; 'lm_head' is tied and learns with 'embed_tokens'"),
+        (["layernorm"], "got 'layernorm'"),
+        (["q_proj"], "got 'model.layers.0.self_attn.q_proj', which target_modules names too"),
     ],
 )
 def test_a_module_that_cannot_be_trained_in_full_is_refused_with_the_right_names(wanted: list[str], message: str) -> None:
@@ -305,14 +305,14 @@ def test_a_name_means_the_linear_layers_whose_names_it_ends(
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
-        (["q_proj", "qproj"], "found 'qproj', nearest is 'q_proj'"),
-        (["mlp.q_proj"], "found 'mlp.q_proj', nearest is 'mlp.up_proj'"),
-        (["model.layers.2.mlp.up_proj"], "found 'model.layers.2.mlp.up_proj', nearest is 'model.layers.[01].mlp.up_proj'"),
-        (["roj"], "found 'roj'"),
-        (["embed_tokens"], "found 'embed_tokens'$"),
-        (["q_proj", "norm"], "found 'norm'$"),
-        (["self_attn"], "found 'self_attn'"),
-        (["lmhead"], "found 'lmhead', nearest is 'lm_head'"),
+        (["q_proj", "qproj"], r"got 'qproj'; did you mean 'q_proj'\?"),
+        (["mlp.q_proj"], r"got 'mlp.q_proj'; did you mean 'mlp.up_proj'\?"),
+        (["model.layers.2.mlp.up_proj"], r"got 'model.layers.2.mlp.up_proj'; did you mean 'model.layers.[01].mlp.up_proj'\?"),
+        (["roj"], "got 'roj'"),
+        (["embed_tokens"], "got 'embed_tokens'$"),
+        (["q_proj", "norm"], "got 'norm'$"),
+        (["self_attn"], "got 'self_attn'"),
+        (["lmhead"], r"got 'lmhead'; did you mean 'lm_head'\?"),
     ],
 )
 def test_a_target_that_is_no_linear_layer_is_refused_with_the_right_names_and_the_nearest(

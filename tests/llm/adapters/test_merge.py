@@ -22,7 +22,7 @@ def model_of(hidden_size: int = 32, tied: bool = True) -> Llama:
 
 def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
     """An adapter on `model` that changes it a good deal; its weights are drawn, not learned."""
-    lora.attach(model, lora.Settings(r=3, alpha=5, **kind), seed=seed)
+    lora.attach(model, lora.LoraConfig(r=3, alpha=5, **kind), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_B" in name:

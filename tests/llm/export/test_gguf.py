@@ -19,7 +19,7 @@ from llm.export.parity import PROBES
 from llm.inference.generate import generate
 from llm.models import architectures
 from llm.models.checkpoint import load_checkpoint
-from llm.models.import_checkpoint import adopt, examine
+from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 from llm.tokenizer.pretokenizers import EXPRESSIONS, PreTokenizerName
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -87,7 +87,7 @@ def test_llama_cpp_renders_chats_as_they_were_trained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", foreign_models.FAMILIES)
 def test_models_that_others_made_are_written_with_their_own_tokenizers_and_rotary_scaling(family: str, tmp_path: Path) -> None:
-    adopt(examine(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
+    import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", precision="f32")
     model, tokenizer = load_checkpoint(tmp_path / "model"), TextTokenizer.load(tmp_path / "model")
     stranger = open_in_llama_cpp(tmp_path / "model.gguf", tmp_path / "model")

@@ -7,7 +7,7 @@ import pytest
 from tiny_release import PROMPTS, tiny_checkpoint
 
 from llm.export.ollama import find_frame, modelfile
-from llm.models.import_checkpoint import adopt, examine
+from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 from llm.tokenizer.chat_template import ASSISTANT, END, SYSTEM, USER
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -46,7 +46,7 @@ def test_the_frame_around_texts_rebuilds_chats(tokenizer: TextTokenizer, chat: l
 
 def test_a_template_that_does_more_is_left_to_ollama(tmp_path: Path) -> None:
     """It adds a system's turn where there is none."""
-    adopt(examine(foreign_models.FAMILIES["smollm"](tmp_path / "source")), tmp_path / "model")
+    import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES["smollm"](tmp_path / "source")), tmp_path / "model")
     tokenizer = TextTokenizer.load(tmp_path / "model")
     assert find_frame(tokenizer, adds_begin=False) is None
     assert modelfile(tokenizer, "m.gguf", context=128, adds_begin=False).splitlines()[1] == 'PARAMETER stop "<|im_end|>"'

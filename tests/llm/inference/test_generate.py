@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm.errors import InputError
-from llm.inference.generate import Clock, generate, generate_one
+from llm.inference.generate import GenerationTimer, generate, generate_one
 from llm.inference.sampling import Sampling
 from llm.models.llama.config import LlamaConfig, to_transformers
 from llm.models.llama.model import Llama
@@ -127,8 +127,8 @@ def test_almost_no_temperature_is_greedy(model: Llama) -> None:
 
 
 def test_the_clock_counts_tokens_read_and_written(model: Llama) -> None:
-    clock = Clock()
-    generate(model, PROMPTS, max_new_tokens=4, end=[], clock=clock)
-    assert (clock.prompt_tokens, clock.new_tokens) == (sum(map(len, PROMPTS)), 4 * len(PROMPTS))
-    assert clock.prompt_seconds > 0
-    assert clock.new_seconds > 0
+    timer = GenerationTimer()
+    generate(model, PROMPTS, max_new_tokens=4, end=[], timer=timer)
+    assert (timer.prompt_tokens, timer.new_tokens) == (sum(map(len, PROMPTS)), 4 * len(PROMPTS))
+    assert timer.prompt_seconds > 0
+    assert timer.new_seconds > 0

@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import InputError
-from llm.inference.sampling import Draws, Sampling, Seen, choose, distribution
+from llm.inference.sampling import RandomStream, Sampling, Seen, distribution, sample_tokens
 
 CPU = torch.device("cpu")
 
 
 def test_choices_are_drawn_as_often_as_their_probability() -> None:
     wanted = torch.tensor([0.1, 0.2, 0.7])
-    draws = [Draws(0, index) for index in range(20_000)]
-    counts = torch.bincount(torch.tensor(choose(wanted.log().expand(20_000, 3), Sampling(temperature=1.0), draws=draws)))
+    streams = [RandomStream(0, index) for index in range(20_000)]
+    counts = torch.bincount(
+        torch.tensor(sample_tokens(wanted.log().expand(20_000, 3), Sampling(temperature=1.0), streams=streams))
+    )
     # Standard error of a share: at most sqrt(0.25 / 20,000) = 0.0035; 4 of them.
     assert torch.allclose(counts / 20_000, wanted, atol=0.014)
 

@@ -159,7 +159,7 @@ def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_pa
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("", "it is built by g++; found no C++ compiler"),
+        ("", "expected g++ to build it, got no C++ compiler"),
         ("echo hi >&2; echo 'a.cpp:1: error: what is that' >&2; exit 1", "error: what is that"),
         ('for last; do :; done; echo text > "$last"', ""),  # what the loader says of it
     ],
@@ -237,7 +237,7 @@ def test_an_adapter_learns_what_it_does_without_the_kernel(tmp_path: Path) -> No
     found = []
     for fused in (False, True):
         model = tiny_model(head_size=32, context=32)
-        lora.attach(model, lora.Settings(r=4, alpha=8, target_modules=("v_proj",)), seed=1)
+        lora.attach(model, lora.LoraConfig(r=4, alpha=8, target_modules=("v_proj",)), seed=1)
         metrics = tiny_training(model, tmp_path / str(fused), **TRAINING | {"fused_attention": fused})
         assert metrics["choices"]["fused_attention"] is fused
         found.append(metrics["validation_loss"])

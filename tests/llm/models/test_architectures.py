@@ -379,7 +379,7 @@ def test_saved_opened_and_saved_by_transformers_it_opens_as_it_was(
 def test_every_linear_layer_can_carry_an_adapter(name: str) -> None:
     model = small(name, tied=False)
     linear = [layer for layer, module in model.named_modules() if isinstance(module, nn.Linear)]
-    lora.attach(model, lora.Settings(r=2, alpha=2, target_modules=linear), seed=0)
+    lora.attach(model, lora.LoraConfig(r=2, alpha=2, target_modules=linear), seed=0)
     assert [layer for layer, _ in lora.adapted_layers(model)] == linear
     learned = {weight for weight, tensor in model.named_parameters() if tensor.requires_grad}
     assert learned == {f"{layer}.lora_{factor}.default.weight" for layer in linear for factor in "AB"}

@@ -111,7 +111,7 @@ def test_a_config_that_the_model_cannot_honour_is_refused_by_its_field(
     [
         ({"rope_type": "linear"}, "rope_parameters.factor: expected a number for the rope_type 'linear', got None"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.low_freq_factor: expected a number"),
-        ({"rope_type": "linear", "factor": 0.5}, "factor: found 0.5: Input should be greater than or equal to 1"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor: expected greater than or equal to 1, got 0.5"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
             "low_frequency_factor: expected less than high_frequency_factor, 4.0, got 4.0",

@@ -7,7 +7,7 @@ import torch
 from decoded_rows import computed, decoded, rows_of, small
 
 from llm import device
-from llm.adapters.lora import Settings, attach
+from llm.adapters.lora import LoraConfig, attach
 from llm.errors import InputError
 from llm.inference.generate import generate
 from llm.models.interface import Decoding
@@ -94,7 +94,7 @@ def test_a_row_that_is_left_of_a_batch_goes_on() -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
 def test_a_model_with_an_adapter_stays_as_it_was(targets: Any, rows_stepped: list[int]) -> None:
     model = small(tied=False)
-    attach(model, Settings(r=2, alpha=4, target_modules=targets), seed=1)
+    attach(model, LoraConfig(r=2, alpha=4, target_modules=targets), seed=1)
     decoded(compiled(model.eval()), rows_of([3]), read=[3])
     assert not rows_stepped
 

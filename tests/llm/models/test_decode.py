@@ -4,7 +4,7 @@ import pytest
 import torch
 from decoded_rows import LENGTHS, computed, decoded, rows_of, small, texts
 
-from llm.adapters.lora import Settings, adapted_layers, attach, quantize
+from llm.adapters.lora import LoraConfig, adapted_layers, attach, quantize
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 2}, {"kv_heads": 1}, {"tied": False, "head_size": 12}])
@@ -35,7 +35,7 @@ def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
 def test_a_model_with_an_adapter_decodes_as_it_is() -> None:
     model, rows = small(kv_heads=2), rows_of(LENGTHS)
     plain = computed(model, rows, read=LENGTHS)
-    attach(model, Settings(r=2, alpha=4), seed=1)
+    attach(model, LoraConfig(r=2, alpha=4), seed=1)
     for _, layer in adapted_layers(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
     adapted = computed(model.eval(), rows, read=LENGTHS)

@@ -19,7 +19,7 @@ from llm.data.conversations import Template
 from llm.data.packing import PackedRows
 from llm.errors import InputError
 from llm.models.checkpoint import load_checkpoint
-from llm.models.import_checkpoint import adopt, examine
+from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 from llm.tokenizer.tokenizer import TextTokenizer
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -54,7 +54,7 @@ def adopted(published: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("adopted")
     for name in FAMILIES:
         (folder / name).mkdir()
-        adopt(examine(published(name)), folder / name)
+        import_checkpoint(inspect_checkpoint(published(name)), folder / name)
     return folder.__truediv__
 
 
@@ -165,13 +165,13 @@ def test_what_a_template_ends_an_answer_with_ends_generation_too(published: Call
     for name in ("config.json", "generation_config.json"):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(config | {"eos_token_id": 330}))
-    tokenizer = examine(folder).tokenizer
+    tokenizer = inspect_checkpoint(folder).tokenizer
     assert [tokenizer.decode([end], special=True) for end in tokenizer.ends] == ["<|endoftext|>", "<|im_end|>"]
 
 
 def test_a_model_without_a_template_gets_plain_words(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("llama-2"), tmp_path / "base")
-    tokenizer = examine(folder).tokenizer
+    tokenizer = inspect_checkpoint(folder).tokenizer
     assert tokenizer.render(CHAT) == (
         "<s>User: What does the heart do?\n\nAssistant: It pumps  blood, 患者.</s>"
         "User: And the lungs?\n\nAssistant: They breathe.</s>"
@@ -186,7 +186,7 @@ def test_a_template_of_the_recipe_replaces_the_models_own(published: Callable[[s
         "{% for message in messages %}{% if message.role == 'user' %}Q {{ message.content }} A"
         "{% else %}{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     )
-    tokenizer = examine(published("llama-2"), chat_template=template).tokenizer
+    tokenizer = inspect_checkpoint(published("llama-2"), chat_template=template).tokenizer
     assert tokenizer.render(CHAT[:2]) == "Q What does the heart do? A It pumps  blood, 患者.</s>"
     ids, learned = tokenizer.encode_chat(CHAT[:2])
     assert tokenizer.decode(ids[learned.index(True) :], special=True) == "It pumps  blood, 患者.</s>"
@@ -213,7 +213,7 @@ def test_a_template_of_which_nothing_could_be_learned_is_refused(
     published: Callable[[str], Path], template: str, complaint: str
 ) -> None:
     with pytest.raises(InputError, match=re.escape(complaint)):
-        examine(published("tinyllama"), chat_template=template)
+        inspect_checkpoint(published("tinyllama"), chat_template=template)
 
 
 def test_a_chat_that_the_template_refuses_is_an_input_error(adopted: Callable[[str], Path]) -> None:
@@ -224,7 +224,7 @@ def test_a_chat_that_the_template_refuses_is_an_input_error(adopted: Callable[[s
 
 def test_a_vocabulary_without_begin_and_padding_does_with_its_end(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("smollm"), tmp_path / "base", bos_token=None, pad_token=None)
-    tokenizer = examine(folder).tokenizer
+    tokenizer = inspect_checkpoint(folder).tokenizer
     assert tokenizer.encode_document("x") == [tokenizer.end, *tokenizer.encode("x"), tokenizer.end]
     assert tokenizer.special_ids == {"bos_token_id": None, "eos_token_id": tokenizer.end, "pad_token_id": None}
 
@@ -254,7 +254,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(
     published: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(InputError, match=complaint):
-        examine(copied(published("llama-2"), tmp_path / "base", **changes))
+        inspect_checkpoint(copied(published("llama-2"), tmp_path / "base", **changes))
 
 
 def test_a_tokenizer_in_another_form_is_refused(published: Callable[[str], Path], tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_tokenizer_in_another_form_is_refused(published: Callable[[str], Path]
     with pytest.raises(
         InputError, match=r"tokenizer\.json: expected a tokenizer as the tokenizers library writes it, got no file"
     ):
-        examine(folder)
+        inspect_checkpoint(folder)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[str], Path], tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[
     with pytest.raises(
         InputError, match=r"config\.json: vocab_size: expected room for all 409 tokens of tokenizer\.json, got 400"
     ):
-        examine(folder)
+        inspect_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -299,18 +299,18 @@ def test_weights_that_are_not_a_llamas_are_refused_by_their_name(
     folder = copied(published("llama-2"), tmp_path / "base")
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     with pytest.raises(InputError, match=re.escape(complaint)):
-        adopt(examine(folder), tmp_path)
+        import_checkpoint(inspect_checkpoint(folder), tmp_path)
 
 
 def test_a_tied_head_that_is_stored_must_be_the_embedding(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("smollm"), tmp_path / "base")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
-    adopt(examine(folder), tmp_path)
+    import_checkpoint(inspect_checkpoint(folder), tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"config\.json: tie_word_embeddings: expected false, got true"):
-        adopt(examine(folder), tmp_path)
+        import_checkpoint(inspect_checkpoint(folder), tmp_path)
 
 
 def test_buffers_of_old_versions_are_left_out(published: Callable[[str], Path], tmp_path: Path) -> None:
@@ -318,5 +318,5 @@ def test_buffers_of_old_versions_are_left_out(published: Callable[[str], Path], 
     weights = load_file(folder / "model.safetensors")
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(weights | old, folder / "model.safetensors")
-    adopt(examine(folder), tmp_path)
+    import_checkpoint(inspect_checkpoint(folder), tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()

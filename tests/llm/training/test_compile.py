@@ -42,7 +42,7 @@ def stop_after(steps: int) -> Any:
 
 def adapted() -> Llama:
     model = tiny_model()
-    lora.attach(model, lora.Settings(r=4, alpha=8, dropout=0.1), seed=1)
+    lora.attach(model, lora.LoraConfig(r=4, alpha=8, dropout=0.1), seed=1)
     return model
 
 

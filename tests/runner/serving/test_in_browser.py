@@ -17,7 +17,7 @@ import pytest
 import torch
 import uvicorn
 
-from llm.inference.chat_session import Speaker
+from llm.inference.chat_session import ChatSession
 from llm.inference.sampling import Sampling
 from llm.models.checkpoint import save_checkpoint
 from llm.models.llama.config import LlamaConfig
@@ -60,7 +60,7 @@ def browser() -> "Iterator[Browser]":
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speaker]:
+def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]:
     """Two models with random weights and a context that takes long to fill."""
     folder = tmp_path_factory.mktemp("speakers")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
@@ -70,12 +70,12 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Speaker]:
         torch.manual_seed(seed)
         model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=2, context=8192), vocab_size=tokenizer.vocab_size)
         save_checkpoint(folder / name, model, folder / "tokenizer")
-        found[name] = Speaker(folder / name)
+        found[name] = ChatSession(folder / name)
     return found
 
 
 @contextmanager
-def served(speakers: dict[str, Speaker], *, key: str | None = None) -> Iterator[str]:
+def served(speakers: dict[str, ChatSession], *, key: str | None = None) -> Iterator[str]:
     """Where the page is."""
     settings = Settings(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
     with socket.socket() as listening:
@@ -91,7 +91,7 @@ def served(speakers: dict[str, Speaker], *, key: str | None = None) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def address(speakers: dict[str, Speaker]) -> Iterator[str]:
+def address(speakers: dict[str, ChatSession]) -> Iterator[str]:
     with served(speakers) as found:
         yield found
 
@@ -170,7 +170,7 @@ def test_a_new_conversation_amid_an_answer_begins_empty(browser: "Browser", addr
     page.close()
 
 
-def test_a_server_with_a_key_asks_for_it(browser: "Browser", speakers: dict[str, Speaker]) -> None:
+def test_a_server_with_a_key_asks_for_it(browser: "Browser", speakers: dict[str, ChatSession]) -> None:
     from browser import Watched
 
     with served(speakers, key="not-a-secret") as address:

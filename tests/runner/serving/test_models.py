@@ -60,7 +60,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
 def test_it_talks_with_the_cores_that_a_run_may_use_unless_threads_are_named(
     said: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("llm.inference.chat_session.Speaker", lambda *paths, compiled: None)
+    monkeypatch.setattr("llm.inference.chat_session.ChatSession", lambda *paths, compiled: None)
     monkeypatch.setenv("STOCKPOT_CORES", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", said or "")
     if said is None:

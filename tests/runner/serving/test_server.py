@@ -14,7 +14,7 @@ import pytest
 import torch
 import uvicorn
 
-from llm.inference.chat_session import Speaker
+from llm.inference.chat_session import ChatSession
 from llm.inference.sampling import Sampling
 from llm.models.checkpoint import save_checkpoint
 from llm.models.llama.compiled_decode import CompiledRow
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, Speaker]:
+def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, ChatSession]:
     """Two models, of which `tuned` writes with a compiled step."""
     folder = tmp_path_factory.mktemp("speakers")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
@@ -39,12 +39,12 @@ def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> d
         torch.manual_seed(seed)
         config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=96)
         save_checkpoint(folder / name, Llama(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
-        found[name] = Speaker(folder / name, compiled=name == "tuned")
+        found[name] = ChatSession(folder / name, compiled=name == "tuned")
     return found
 
 
 @pytest.fixture(scope="module")
-def address(speakers: dict[str, Speaker]) -> Iterator[str]:
+def address(speakers: dict[str, ChatSession]) -> Iterator[str]:
     """Where a server with both models and a queue of two listens."""
     settings = Settings(sampling=Sampling(temperature=0.0), max_new_tokens=16, queue=2, api_key=KEY)
     listening = socket.socket()
@@ -73,7 +73,7 @@ def test_the_client_lists_the_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "tuned"])
-def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[str, Speaker], name: str) -> None:
+def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[str, ChatSession], name: str) -> None:
     answer = client.chat.completions.create(model=name, messages=asked("什么是高血压？"), max_tokens=12)
     expected = speakers[name].answer(asked("什么是高血压？"), max_new_tokens=12)
     assert answer.choices[0].message.content == "".join(expected.pieces)
@@ -115,7 +115,7 @@ def test_a_stream_gives_the_same_in_pieces_and_never_half_a_character(client: op
     assert chunks[-2].choices[0].finish_reason == "length"
 
 
-def test_text_goes_on_without_a_template(client: openai.OpenAI, speakers: dict[str, Speaker]) -> None:
+def test_text_goes_on_without_a_template(client: openai.OpenAI, speakers: dict[str, ChatSession]) -> None:
     found = client.completions.create(model="tuned", prompt="Asthma is", max_tokens=8)
     assert found.choices[0].text == "".join(speakers["tuned"].continuation("Asthma is", max_new_tokens=8).pieces)
 
@@ -137,7 +137,7 @@ def test_a_stop_text_ends_the_answer(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_long_conversation_forgets_its_beginning(speakers: dict[str, Speaker]) -> None:
+def test_a_long_conversation_forgets_its_beginning(speakers: dict[str, ChatSession]) -> None:
     turns = [{"role": role, "content": "asthma is a disease"} for _ in range(8) for role in ("user", "assistant")]
     answer = speakers["base"].answer([*turns, *asked("why")], max_new_tokens=8)
     assert answer.forgotten > 0 and answer.forgotten % 2 == 0, "a question goes with its answer"

@@ -29,7 +29,7 @@ def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_bas
     torch.manual_seed(0)
     model = Llama(LlamaConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, context=32), vocab_size=tokenizer.vocab_size)
     save_checkpoint(tmp_path / "base", model.eval(), tmp_path / "tokenizer")
-    lora.attach(model, lora.Settings(r=2, alpha=4), seed=0)
+    lora.attach(model, lora.LoraConfig(r=2, alpha=4), seed=0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.normal_(std=0.1)

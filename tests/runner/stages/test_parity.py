@@ -15,7 +15,7 @@ from tiny_release import TEXTS, tiny_checkpoint
 
 from llm.adapters import lora
 from llm.models.checkpoint import load_checkpoint
-from llm.models.import_checkpoint import adopt, examine
+from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 from llm.models.llama import gguf as llama
 from runner.artifacts import Gguf, Parity
 from runner.recipe.recipe import load_recipe
@@ -116,7 +116,7 @@ def test_the_adapter_alone_is_compared_in_peft_on_the_stock_base(
     checkpoint: Path, rows: Path, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
     model = load_checkpoint(checkpoint)
-    lora.attach(model, lora.Settings(r=2, alpha=4), seed=0)
+    lora.attach(model, lora.LoraConfig(r=2, alpha=4), seed=0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -142,7 +142,7 @@ def test_a_model_without_held_out_text_is_compared_by_the_texts_that_are_always_
 def test_models_that_others_made_are_the_same_everywhere(
     family: str, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
-    adopt(examine(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
+    import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
     files = written(tmp_path / "model", make_context, "f32")
     context = make_context(inputs={"release": tmp_path / "model", "gguf": files})
     metrics = CheckParity.model_validate({"model": "release", "gguf": "gguf", "max_new_tokens": 8}).run(context)

@@ -12,7 +12,7 @@ from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import Progress
+    from llm.inference.likelihood import OnProgress
 
 
 class TaskFolder(InputFile):
@@ -51,7 +51,7 @@ class LmEvalTask(EvalTask):
     limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Most rows to use, the first ones."""
 
-    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+    def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Run the benchmark."""
         from llm.evaluation.lm_eval_harness import evaluate_folder
 

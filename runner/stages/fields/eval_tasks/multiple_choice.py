@@ -13,7 +13,7 @@ from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import Progress
+    from llm.inference.likelihood import OnProgress
 
 
 class MultipleChoiceTask(FileTable, EvalTask):
@@ -39,7 +39,7 @@ class MultipleChoiceTask(FileTable, EvalTask):
             split_template(str(template))
         return value
 
-    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+    def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
         from llm.evaluation.bootstrap import fingerprint
         from llm.evaluation.multiple_choice import ChoiceTemplate, choose, read_choices

@@ -16,7 +16,7 @@ from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
-    from llm.inference.likelihood import Progress
+    from llm.inference.likelihood import OnProgress
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
@@ -28,11 +28,11 @@ class QuestionTask(FileTable, EvalTask):
         """How a row becomes a chat or a document."""
         raise NotImplementedError
 
-    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the model on `questions`."""
         raise NotImplementedError
 
-    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+    def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
         from llm.evaluation.bootstrap import fingerprint
 
@@ -85,7 +85,7 @@ class TextTask(QuestionTask):
         """How a row becomes a document."""
         return TextTemplate(self.text)
 
-    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the likelihood of the documents."""
         from llm.evaluation.scoring import score_texts
 
@@ -118,7 +118,7 @@ class ClassificationTask(ChatTask):
                 raise ValueError(f"expected labels that differ, got {label!r} twice")
         return labels
 
-    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score which label is likeliest after each prompt."""
         from llm.evaluation.scoring import classify
 
@@ -139,7 +139,7 @@ class AnswersTask(ChatTask):
         """The second parts of the names of its scores."""
         return ("perplexity", "bits_per_byte", *(("chrf", "bleu") if self.max_new_tokens else ()))
 
-    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the responses, and answers to their prompts."""
         from llm.evaluation.scoring import score_answers
 
@@ -173,7 +173,7 @@ class ComparisonTask(ChatTask):
     max_new_tokens: Semantic[Annotated[int, Field(gt=0)]] = 128
     """Most tokens of a generated answer."""
 
-    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "Progress") -> "Outcome":
+    def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the answers of both models."""
         from llm.evaluation.pairwise import compare_models
         from llm.models.checkpoint import load_checkpoint

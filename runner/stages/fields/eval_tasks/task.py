@@ -12,7 +12,7 @@ from runner.stage import Semantic, Spec
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import Progress
+    from llm.inference.likelihood import OnProgress
     from llm.models.interface import LanguageModel
     from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -39,7 +39,7 @@ class EvalTask(Spec):
     limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
     """Most rows to use, spread evenly over the files."""
 
-    def outcome(self, evaluated: EvaluatedModel, progress: "Progress") -> "Outcome":
+    def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
         raise NotImplementedError
 
