@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pydoc
 import re
 import shlex
 import shutil
@@ -70,13 +71,14 @@ def test_a_command_line_on_a_page_is_accepted(page: str, command: str, capsys: p
             pytest.fail(f"{page}: run {' '.join(words)}: {capsys.readouterr().err}")
 
 
+def text_of(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def inline() -> list[tuple[str, str]]:
     """Each command that the text of a page names, often without its arguments."""
-    found = []
-    for page in PAGES:
-        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        found += [(page.name, command) for command in dict.fromkeys(re.findall(r"`run ([^`>]+)", text))]
-    return found
+    return [(page.name, command) for page in PAGES for command in dict.fromkeys(re.findall(r"`run ([^`>]+)", text_of(page)))]
 
 
 @pytest.mark.parametrize(("page", "command"), inline())
@@ -115,28 +117,23 @@ def test_toml_on_a_page_validates(page: str, text: str) -> None:
     assert not [fault for fault in faults if not fault.endswith(": is missing")], page
 
 
-def layout() -> list[Path]:
-    """The folders in the README's tree, relative to the root."""
-    tree = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("recipes/"))
+def tree() -> list[Path]:
+    """The folders named in the README's tree, relative to the root; captions name those inside a folder."""
+    block = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("recipes/"))
     folders: list[Path] = []
-    for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\w+)/ ", line).groups()  # type: ignore[union-attr]
-        parents = [folder for folder in folders if len(folder.parts) == 1] if indent else []
-        folders.append(parents[-1] / name if parents else Path(name))
+    for line in block.splitlines():
+        indent, name, caption = re.match(r"( *)(\w+)/ +(.*)", line).groups()  # type: ignore[union-attr]
+        top = next((folder for folder in reversed(folders) if len(folder.parts) == 1), Path())
+        folder = top / name if indent else Path(name)
+        folders += [folder, *(folder / inner for inner in re.findall(r"\b(\w+(?:/\w+)*)/(?!\w)", caption))]
     return folders
 
 
-def test_every_folder_in_the_tree_exists() -> None:
-    assert [folder for folder in layout() if not (ROOT / folder).is_dir()] == []
-
-
-def test_every_package_is_in_the_tree() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = {*layout()}
-    for package in (
-        path.parent.relative_to(ROOT) for name in ("runner", "llm") for path in (ROOT / name).rglob("__init__.py")
-    ):
-        assert package in named or (package.parent in named and f"{package.name}/" in text), package
+def test_the_tree_names_every_folder_of_the_two_packages_and_no_other() -> None:
+    packages = {path.parent for name in ("runner", "llm") for path in (ROOT / name).rglob("__init__.py")}
+    named = {ROOT / folder for folder in tree()}
+    assert not packages - named
+    assert not [folder for folder in named if not folder.is_dir()]
 
 
 def test_the_layers_on_the_page_are_those_that_import_linter_holds() -> None:
@@ -158,16 +155,26 @@ def test_every_module_says_what_it_is(name: str) -> None:
     assert not silent
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_in_the_text_exist(page: Path) -> None:
+    spans = re.findall(r"`([\w./]+)`", text_of(page))
+    for span in spans:
+        if re.match(r"(runner|llm|tests)/|.*/\w+\.(py|cpp)$", span):
+            assert any((folder / span).exists() for folder in (ROOT, ROOT / "runner", ROOT / "llm")), span
+        if re.match(r"(runner|llm)\.", span):
+            assert pydoc.locate(span), span
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page, as GitHub makes them from headings."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = text_of(page)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = text_of(page)
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if target.startswith("http"):
             continue
