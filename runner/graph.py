@@ -1,6 +1,6 @@
-"""The graph of stages: its edges, its order, and what makes two stages the same (identity).
+"""The graph of stages: its edges, its order, and the identity of a stage, from which its cache key is made.
 
-Pure functions over stages; nothing here touches the cache. Input files are known by the digests that the caller gives.
+Pure functions over stages; nothing here touches the cache. The caller gives the digests of input files.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ from pydantic import BaseModel
 from runner.input_files import InputFile
 from runner.stage import Identity, Ref, Spec, Stage
 
-KEY_FORMAT = 1  # raised when the form of an identity changes: every key changes with it
+KEY_FORMAT = 1  # raised when the structure of an identity changes, which changes every key
 
 
 def edges(stage: Stage, *, read_only: bool = False) -> Iterator[tuple[str, Ref[Any]]]:
-    """Each reference of a stage to another, with the dotted field that holds it; `read_only`: of artifacts that it reads."""
+    """Each reference of a stage to another, with its dotted field; `read_only`: only those to artifacts that it reads."""
     return ((field, leaf) for field, leaf in _leaves(stage, semantic_only=read_only) if isinstance(leaf, Ref))
 
 
 def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
-    """Each path or glob of input files of a stage, with the dotted field that holds it."""
+    """Each path or glob of input files of a stage, with its dotted field."""
     return ((field, leaf) for field, leaf in _leaves(stage) if isinstance(leaf, InputFile))
 
 
 def tables(value: Any, field: str = "") -> Iterator[tuple[str, BaseModel]]:
-    """Each table within a stage, itself not, with its dotted field."""
+    """Each table inside a stage, with its dotted field."""
     match value:
         case BaseModel():
             if field:
@@ -62,7 +62,7 @@ def plain(
     file: Callable[[InputFile], Any] = str,
     semantic_only: bool = False,
 ) -> Any:
-    """A stage as plain data, with references and files as `ref` and `file` show them; None values are left out."""
+    """A stage as plain data, with references and files converted by `ref` and `file`; None values are left out."""
 
     def convert(item: Any) -> Any:
         match item:
@@ -91,14 +91,12 @@ def _kept_fields(model: BaseModel, semantic_only: bool) -> Iterator[str]:
 
 
 def renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
-    """The stage with its references changed: each name to what `names` has for it."""
+    """The stage with its references renamed by `names`; names that are not in it stay."""
 
     def convert(item: Any) -> Any:
         match item:
             case Ref():
-                ref = type(item)(names.get(item, item))
-                ref.wants = item.wants
-                return ref
+                return Ref.to(item.artifact, names.get(item, item))
             case BaseModel():
                 return item.model_copy(update={name: convert(getattr(item, name)) for name in type(item).model_fields})
             case dict():
@@ -112,12 +110,12 @@ def renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
 
 
 def inputs_of(stages: Mapping[str, Stage]) -> dict[str, list[str]]:
-    """For each stage the stages whose artifacts it reads, without repetition: what its key depends on."""
+    """For each stage, the stages whose artifacts it reads, each once. Its key depends on these."""
     return {name: _refs(stage, read_only=True) for name, stage in stages.items()}
 
 
 def sources_of(stages: Mapping[str, Stage]) -> dict[str, list[str]]:
-    """For each stage the stages that come before it: its inputs, and those it names in fields that are no part of its key."""
+    """For each stage, the stages that run before it: its inputs, and those named by fields that are not part of its key."""
     return {name: _refs(stage, read_only=False) for name, stage in stages.items()}
 
 
@@ -126,14 +124,14 @@ def _refs(stage: Stage, *, read_only: bool) -> list[str]:
 
 
 def in_order(sources: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names in topological order, ties as written. There is no cycle."""
+    """Names in topological order, ties as written. The graph must not have a cycle."""
     waiting = {name: len(sources[name]) for name in sources}
     readers: dict[str, list[str]] = {name: [] for name in sources}
     for name, before in sources.items():
         for source in before:
             readers[source].append(name)
     order: list[str] = []
-    ready = [(place, name) for place, name in enumerate(sources) if not waiting[name]]  # a heap: as written first
+    ready = [(place, name) for place, name in enumerate(sources) if not waiting[name]]  # a heap, the first as written on top
     places = {name: place for place, name in enumerate(sources)}
     while ready:
         _, name = heapq.heappop(ready)
@@ -146,18 +144,18 @@ def in_order(sources: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def ancestors(sources: Mapping[str, Sequence[str]], *names: str) -> set[str]:
-    """All stages that come before one of `names`, directly or not; it is not among them unless it comes before another."""
-    found, open_names = set[str](), list(names)
-    while open_names:
-        for source in sources[open_names.pop()]:
+    """All stages before any of `names`, directly or not; a name itself is included only if it is before another one."""
+    found, waiting = set[str](), list(names)
+    while waiting:
+        for source in sources[waiting.pop()]:
             if source not in found:
                 found.add(source)
-                open_names.append(source)
+                waiting.append(source)
     return found
 
 
 def find_cycle(sources: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names along a cycle, the first repeated at the end; empty if there is none. Names that are not keys are ignored."""
+    """The names along a cycle, the first repeated at the end; empty if there is none. Names that are not keys are ignored."""
     done: set[str] = set()
     for start in sources:
         path: list[str] = []
@@ -179,7 +177,7 @@ def find_cycle(sources: Mapping[str, Sequence[str]]) -> list[str]:
 def identity(stage: Stage, *, artifacts: Mapping[str, str], files: Callable[[InputFile], list[list[str]]]) -> dict[str, Any]:
     """What decides the result of a stage: kind, version, semantic fields, and the content of its inputs.
 
-    `artifacts` maps the names of stages to the digests of their artifacts; `files` gives [format, digest] of each file.
+    `artifacts` has the digest of each stage's artifact by name; `files` gives [format, digest] of each file.
     """
     fields = plain(
         stage,
@@ -187,7 +185,7 @@ def identity(stage: Stage, *, artifacts: Mapping[str, str], files: Callable[[Inp
         file=lambda file: {"content": files(file)},
         semantic_only=True,
     )
-    fields |= stage.decided()
+    fields |= stage.extra_identity()
     return {"format": KEY_FORMAT, "kind": stage.kind, "version": stage.version, "fields": fields}
 
 
@@ -198,12 +196,12 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two identities, a line each: `schedule.learning_rate: 0.001 -> 0.003`."""
+    """The changes between two identities, a line each: `schedule.learning_rate: 0.001 -> 0.003`."""
     return changes(*({**one["fields"], "version": one["version"]} for one in (old, new)))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two tables of plain data, a line for each dotted name."""
+    """The changes between two tables of plain data, a line for each dotted name."""
     before, after = dict(_flat(old)), dict(_flat(new))
     names = list(dict.fromkeys([*before, *after]))
     return [_difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]

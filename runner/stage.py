@@ -1,4 +1,4 @@
-"""The one page that the author of a new kind of stage reads: Stage, Ref, InputFile, Context, Parallel.
+"""What the author of a new kind of stage needs: Stage, Ref, Context, Parallel.
 
 A kind is a subclass of `Stage` in a file of its own under `runner/stages/`:
 
@@ -16,9 +16,9 @@ A kind is a subclass of `Stage` in a file of its own under `runner/stages/`:
             return {"documents": 1000}
 
 Every field says whether it decides the result (`Semantic`, part of the cache key) or only how the result is computed
-(`Execution`, never part of it). The module is imported while planning, so torch and whatever is slow to import is imported
-inside `run`; where workers can be forked, what `imports` names of it is imported once for all stages. `run` may be called
-again in the same `context.work` after a crash, and goes on from what it finds there.
+(`Execution`, never part of it). The module is imported while planning, so torch and other slow modules are imported inside
+`run`; where workers can be forked, the modules named by `imports` are imported once for all stages. After a crash, `run` is
+called again in the same `context.work`, and continues from what it finds there.
 """
 
 import abc
@@ -54,21 +54,21 @@ Execution = Annotated[T, Identity.EXECUTION]
 class Ref(str, Generic[A]):
     """The name of another stage, typed by the artifact that is needed from it: `Ref[Corpus]`."""
 
-    wants: type[A]
+    artifact: type[A]
 
     @classmethod
-    def to(cls, wants: type[A], name: str) -> "Ref[A]":
-        """The reference to the stage `name`, which makes what it `wants`."""
+    def to(cls, artifact: type[A], name: str) -> "Ref[A]":
+        """The reference to the stage `name`, which makes an `artifact`."""
         ref: Ref[A] = cls(name)
-        ref.wants = wants
+        ref.artifact = artifact
         return ref
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        (wants,) = get_args(source)
+        (artifact,) = get_args(source)
 
         def with_type(name: str) -> "Ref[A]":
-            return cls.to(wants, str(name))
+            return cls.to(artifact, str(name))
 
         return core_schema.no_info_after_validator_function(
             with_type, core_schema.str_schema(strict=True), serialization=core_schema.to_string_ser_schema()
@@ -89,84 +89,84 @@ class Parallel(Spec):
     """Where and how to run; never part of any stage's identity."""
 
     processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Processes of a training on each machine; "auto" is one per GPU here, else one."""
+    """Processes of a training on each machine; "auto" is one per GPU, or one without GPUs."""
     machines: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Machines that train together, each with a run of its own; "auto" is as Slurm or torchrun say, else one."""
+    """Machines that train together, each with its own `run`; "auto" takes the number from Slurm or torchrun, else one."""
     machine_rank: Execution[Annotated[int, Field(ge=0)] | Literal["auto"]] = "auto"
-    """Which of the machines this is; that of rank 0 makes what is not trained, and writes."""
+    """Rank of this machine. Rank 0 also runs all stages that do not train, and writes the results."""
     main_address: Execution[str | None] = None
-    """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the next one are used there."""
+    """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the port after it are used there."""
     strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
-    """How processes share a training: "ddp" has the whole model in each and sums gradients; "fsdp" (FSDP2) spreads weights,
-    gradients and optimizer state over them, and a layer gathers its weights to compute. One process alone does neither."""
+    """How processes share a training: with "ddp" each has the whole model, and gradients are summed; with "fsdp" (FSDP2) weights,
+    gradients and optimizer state are sharded, and each layer gathers its weights to compute. One process alone does neither."""
     find_unused_parameters: Execution[bool] = False
-    """Of "ddp": look in each step for weights that are not used; it costs time, and is needed only where there are some."""
+    """For "ddp": find weights without a gradient in each step. Costs time; needed only if the model has such weights."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
-    """Of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
+    """Precision of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
     compile: Execution[bool | Literal["auto"]] = "auto"
-    """Whether layers run as torch.compile makes them; "auto" is where a training is long enough to gain by it."""
+    """Whether layers are compiled by torch.compile; "auto" compiles if the training is long enough to save time."""
     fused_attention: Execution[bool | Literal["auto"]] = "auto"
-    """Whether attention has a kernel of its own, which the machine's C++ compiler makes; "auto" is where a training in bf16 is
-    long enough, on CPUs with AVX512-BF16."""
+    """Whether attention uses Stockpot's own CPU kernel, built by the machine's C++ compiler; "auto" uses it on CPUs with
+    AVX512-BF16 if a training in bf16 is long enough to save time."""
     retries: Execution[int] = Field(2, ge=0)
-    """How often a training begins again from its last checkpoint after a worker died, a group failed, memory ran out or a step
-    did not end; a fault at a later step than any before begins the count anew. Faults of data or recipe are not retried."""
+    """How often a training restarts from its last checkpoint after a worker died, a process group failed, memory ran out or a
+    step did not end. The count starts again after a fault at a later step than before. Faults of data or recipe are not retried."""
     fallback: Execution[Literal["single", "none"]] = "single"
-    """What follows when retries are used up: "single" goes on with one process and the same global batch."""
+    """What to do when retries are used up: "single" continues with one process and the same global batch; "none" fails."""
     rejoin_minutes: Execution[float] = Field(2.0, gt=0, le=10_000)
-    """How long each retry waits for a machine that is gone, and the others for that of rank 0, to be there again."""
+    """How long each retry waits for a lost machine to come back, and the other machines for that of rank 0."""
     timeout_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
-    """How long the processes of a training wait for each other, when they form a group and when they compute together."""
+    """How long the processes of a training wait for each other, while forming a group and in each collective operation."""
     stall_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
-    """A step that has not ended after this long, and after 20 times the longest step, counts as a fault; until the first step
-    has ended it is four times as long, and ten minutes at least."""
+    """A step that takes longer than this, and longer than 20 times the longest step so far, counts as a fault. The first step
+    may take four times as long, and at least ten minutes."""
 
     @field_validator("find_unused_parameters")
     @classmethod
-    def _of_ddp(cls, wanted: bool, info: ValidationInfo) -> bool:
-        if wanted and info.data.get("strategy") == "fsdp":
-            raise ValueError('expected strategy = "ddp" beside true, got "fsdp"')
-        return wanted
+    def _needs_ddp(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("strategy") == "fsdp":
+            raise ValueError('expected false with strategy = "fsdp", got true; strategy = "ddp" can find them')
+        return value
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a running stage may know of its surroundings."""
+    """What a running stage knows of the run."""
 
     name: str  # of the stage in its recipe, for messages
     work: Path  # the artifact's files are written here, under their final names
-    scratch: Path  # inside work; what a restart may reuse; gone when the stage is finished
+    scratch: Path  # inside work, for what a restart may reuse; deleted when the stage is finished
     inputs: Mapping[str, Path]  # stage name -> folder of its finished artifact
-    records: Mapping[str, Mapping[str, Any]]  # stage name -> record of it; every ancestor
+    records: Mapping[str, Mapping[str, Any]]  # stage name -> its record; of every ancestor
     recipe: str  # the resolved recipe, as TOML
     parallel: Parallel
     cores: int  # processor cores this stage may use
-    report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, followed by progress and trackers
-    should_stop: Callable[[], bool]  # true once the run was asked to end: checkpoint, then raise llm.errors.Interrupted
+    report: Callable[..., None]  # report(step=3, loss=1.2): one line of metrics.jsonl, which progress and trackers read
+    should_stop: Callable[[], bool]  # true once the run has to stop: checkpoint, then raise llm.errors.Interrupted
     row_log: Path | None = None  # a file of this process, for the rows that a training learns from
-    beginning: Path | None = None  # a finished artifact of the same kind, which has some of the work behind it
+    beginning: Path | None = None  # a finished artifact of the same kind to continue from
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # input files, by stage and field
-    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting this is made from: a head and a row of each
+    settings: Sequence[Sequence[str]] = ()  # of the sweep that this is the best setting of: a header, then a row for each
 
     def open(self, ref: Ref[A]) -> A:
-        """The finished artifact that the stage `ref` made."""
-        return ref.wants(self.inputs[ref])
+        """The finished artifact of the stage `ref`."""
+        return ref.artifact(self.inputs[ref])
 
 
 class Verdict(Protocol):
-    """The judgement of one gate; as text it is a sentence with the value, the wanted value and the outcome."""
+    """The result of one gate; as text, a sentence with the value, the bound and the outcome."""
 
     @property
     def passed(self) -> bool | None:
-        """Whether the score is what the recipe asks; None while a score that it is compared with is missing."""
+        """Whether the score satisfies the gate; None while a score that it is compared with is missing."""
 
     @property
     def gate(self) -> str:
-        """What was asked: `section.macro_f1 at least 0.9`."""
+        """The condition: `section.macro_f1 at least 0.9`."""
 
     @property
     def found(self) -> str:
-        """What was found: the value with its interval."""
+        """The value with its interval."""
 
 
 @dataclass(frozen=True)
@@ -178,98 +178,98 @@ class Lineage:
 
 
 @dataclass(frozen=True)
-class Acting:
-    """How a run lets an effect act."""
+class EffectContext:
+    """What an effect may do, and how it reaches the user."""
 
-    overwrite: bool = False  # also over what somebody else changed meanwhile
-    note: Callable[[str], None] = lambda sentence: None  # tells the user of what takes time
+    overwrite: bool = False  # whether to overwrite changes by others
+    note: Callable[[str], None] = lambda sentence: None  # shows the user a sentence
     sleep: Callable[[float], None] = time.sleep  # seconds; raises KeyboardInterrupt once the user asks to stop
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What is left to do in the world once an artifact exists: a push, say."""
+    """What remains to be done outside the cache once an artifact exists, such as a push."""
 
-    sentence: str  # what acting will do; or, where nothing is to be done now, why, and how the user gets it done
-    act: Callable[[Acting], str] | None  # does it and returns a sentence on what was done; None: nothing to do now
+    sentence: str  # what `act` will do; without it, why nothing is done now and what the user can do
+    act: Callable[[EffectContext], str] | None  # returns a sentence on what was done; None: nothing to do now
 
 
 class Stage(Spec):
     """One node of the graph: parameters as fields, work as `run`."""
 
     kind: ClassVar[str]
-    version: ClassVar[int]  # raised when the same fields come to mean another result
+    version: ClassVar[int]  # raised when the same fields give another result
     makes: ClassVar[type[Artifact]]
     imports: ClassVar[tuple[str, ...]] = ()  # modules that it needs and that take seconds to import
-    trains: ClassVar[bool] = False  # run under `accelerate launch`, in as many processes as [parallel] says
+    trains: ClassVar[bool] = False  # whether it runs in as many processes as [parallel] says
 
     registry: ClassVar[dict[str, type["Stage"]]] = {}
 
     def __init_subclass__(
         cls, *, kind: str | None = None, version: int = 1, makes: type[Artifact] | None = None, **options: Any
     ) -> None:
-        """Register the class under its kind; a class without one only holds what several kinds share."""
+        """Register the class under its kind; a class without a kind only holds what several kinds share."""
         super().__init_subclass__(**options)
         if kind is not None and makes is not None:
             cls.kind, cls.version, cls.makes = kind, version, makes
             Stage.registry[kind] = cls
 
     def parallel_fault(self, parallel: Parallel) -> str | None:
-        """Why it cannot run as [parallel] says (the field at odds, what was found, what is wanted); None if it can."""
+        """Why the stage cannot run as [parallel] says, beginning with the field; None if it can."""
         return None
 
     def completed(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
-        """The stage `name` with what the recipe left out: itself, perhaps changed, and stages that it adds to `stages`."""
+        """The stage, perhaps changed, as `name`, and the stages that it adds to `stages` because the recipe left them out."""
         return {name: self}
 
-    def parted(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
-        """The ordinary stages that the stage `name` among `stages` stands for, itself last: what they share with those of
-        other recipes is found in the cache (`runner.recipe.branches`).
+    def expanded(self, name: str, stages: Mapping[str, "Stage"]) -> Mapping[str, "Stage"]:
+        """The ordinary stages that the stage `name` is split into, itself last, so that other recipes can reuse their results
+        (`runner.recipe.branches`).
         """
         return {name: self}
 
-    def behind(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-        """How much of the work for the identity `mine` a result with the identity `other` has behind it, if it can be gone on
-        from; else 0. The result must not depend on whether it was.
+    def reusable_work(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+        """How much of the work for the identity `mine` is done in a result with the identity `other`; 0 if it cannot be
+        continued. The result must not depend on whether it was continued.
         """
         return 0
 
     @property
-    def tries(self) -> Sequence[Mapping[str, Any]]:
-        """What to change where a gate behind this stage fails, one attempt after the other (`runner.recipe.branches`)."""
+    def attempted_changes(self) -> Sequence[Mapping[str, Any]]:
+        """The fields that each attempt changes; an attempt runs after a gate failed the one before (`runner.recipe.branches`)."""
         return ()
 
     @property
-    def judged(self) -> bool:
+    def has_gates(self) -> bool:
         """Whether it has gates."""
         return False
 
     @property
-    def scored(self) -> Sequence[str]:
-        """The scores in its record, as `task.metric`; one that ends in a point begins names that are known only then."""
+    def score_names(self) -> Sequence[str]:
+        """The scores in its record, as `task.metric`; one that ends in a dot is the prefix of names that are not known before."""
         return ()
 
-    def faults_beside(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:
-        """What is wrong with it among the stages of its recipe, each fault with its place: `gates[0].above: wants ...`."""
+    def faults_among(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:
+        """What does not fit the other stages of the recipe, each fault with its place: `gates[0].above: expected ...`."""
         yield from ()
 
     def prepare(self, context: Context) -> None:
-        """Work for one process before a training group is formed (tokenizing, say); writes into context.scratch."""
+        """Work for one process before a process group is formed, such as tokenizing; writes into context.scratch."""
 
     @abc.abstractmethod
     def run(self, context: Context) -> Metrics:
-        """Do the work; return what the record should tell. Called in every process of a training."""
+        """Do the work, in every process of a training; returns the metrics for the record."""
 
-    def decided(self) -> Mapping[str, Any]:
-        """What else than the semantic fields decides the result, by field, as it enters the key: of a field that does so only
-        with some of its values.
-        """
+    def extra_identity(self) -> Mapping[str, Any]:
+        """Execution fields that decide the result with some of their values: by field, what of it enters the key."""
         return {}
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
-        """Judges what `run` returned, on every run and while planning; what reads the artifact waits until all gates pass."""
+        """The results of the gates on what `run` returned, on every run and while planning. Stages that read the artifact wait
+        until all gates pass.
+        """
         return ()
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
-        """What is left to do once the artifact exists, None if nothing; `receipts` is a folder for notes of what was done."""
+        """What remains to be done once the artifact exists, None if nothing; `receipts` is a folder for notes of what was done."""
         return None

@@ -20,7 +20,7 @@ def main(options: argparse.Namespace) -> int:
     from runner.cache.store import Waiting
     from runner.hub.receipts import Journal
     from runner.planning.plan import Plan
-    from runner.stage import Acting
+    from runner.stage import EffectContext
     from runner.stages.publish import Publish
 
     recipe, store = recipe_of(options), store_of(options)
@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
                 f"{entry.name}: expected a finished release, got the state {entry.state}{reason}; run the recipe first"
             )
     receipts = store.root / "receipts"
-    acting = Acting(overwrite=options.overwrite, note=lambda sentence: print(sentence, flush=True))
+    acting = EffectContext(overwrite=options.overwrite, note=lambda sentence: print(sentence, flush=True))
     for entry, stage in entries:
         assert entry.record is not None and entry.path is not None and stage.target is not None
         last = Journal.read(receipts, stage.target).last

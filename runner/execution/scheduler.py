@@ -30,7 +30,7 @@ from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
 from runner.resources import available_cores
-from runner.stage import Acting
+from runner.stage import EffectContext
 from runner.tracking.tracker_process import TrackerProcess
 
 
@@ -50,7 +50,7 @@ class Scheduler:
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
-        self._acting = Acting(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
+        self._acting = EffectContext(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
         self._mirror = Mirror(remote, note=progress.note, tick=self._stop.raise_if_requested, upload=upload)
         self._tracker = TrackerProcess(store.root, recipe.head.tracking.to)
         self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)

@@ -158,7 +158,7 @@ def _shape(recipe: Recipe, plan: Plan, name: str, known: dict[str, Shape | None]
     elif (path := plan.entries[name].path) and issubclass(stage.makes, Checkpoint):
         known[name] = _written_shape(json.loads(Checkpoint(path).config.read_text(encoding="utf-8")))
     else:
-        bases = [str(ref) for _, ref in edges(stage) if issubclass(ref.wants, Checkpoint)]
+        bases = [str(ref) for _, ref in edges(stage) if issubclass(ref.artifact, Checkpoint)]
         known[name] = _shape(recipe, plan, bases[0], known) if bases else None
     return known[name]
 

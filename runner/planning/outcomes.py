@@ -50,7 +50,9 @@ def attempts_table(plan: Plan, family: Attempts) -> list[str]:
         cells = [f"{verdict.found} {OUTCOMES[verdict.passed]}" for verdict in judged]
         if len(cells) < len(gates):
             cells = ["not known"] * len(gates)
-        rows.append([family.names[number][family.stage], family.told(number), *cells, _attempt_outcome(plan, family, number)])
+        rows.append(
+            [family.names[number][family.stage], family.describe(number), *cells, _attempt_outcome(plan, family, number)]
+        )
     return text_table(rows)
 
 
@@ -59,7 +61,7 @@ def sweep_table(plan: Plan) -> list[str]:
     sweep = plan.recipe.sweep
     if sweep is None or not any(judge in plan.entries for judge in sweep.all_judges):
         return []
-    return [f"sweep, {sweep.wanted}:", *text_table(sweep_rows(plan, sweep))]
+    return [f"sweep, {sweep.criterion}:", *text_table(sweep_rows(plan, sweep))]
 
 
 def sweep_rows(plan: Plan, sweep: Sweep) -> list[list[str]]:

@@ -257,7 +257,7 @@ class Plan:
         if isinstance(family, Sweep):
             if self.is_lost(family):
                 return replace(entry, state="skipped", reason="no setting of the sweep passed its gates")
-            return replace(entry, state="waiting", reason=f"for the {family.wanted} of {len(family.names)} settings")
+            return replace(entry, state="waiting", reason=f"for the {family.criterion} of {len(family.names)} settings")
         if self.is_lost(family):
             return replace(entry, state="skipped", reason=f"no attempt of {family.stage} passed")
         judges = family.judges_of(self.standing[family.stage])
@@ -279,7 +279,7 @@ class Plan:
     def _beginning(self, stage: Stage, what: Mapping[str, Any]) -> Record | None:
         """The finished result that has most of the work behind it, of those that the stage can go on from."""
         alike = [record for record in self._all_records if record.kind == stage.kind]
-        behind = [(stage.behind(what, record.data["identity"]), record) for record in alike]
+        behind = [(stage.reusable_work(what, record.data["identity"]), record) for record in alike]
         able = [(amount, record) for amount, record in behind if amount and self._store.has_artifact(record)]
         return max(able, key=lambda pair: pair[0], default=(0, None))[1]
 
@@ -338,7 +338,7 @@ def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
         told["attempt"] = {
             "of": family.stage,
             "number": number + 1,
-            "changes": family.told(number),
+            "changes": family.describe(number),
             "stands": plan.stands(entry.name),
         }
     return told
@@ -356,4 +356,4 @@ def _sweep_as_json(plan: Plan, sweep: Sweep) -> dict[str, Any]:
         }
         for number in range(len(sweep.names))
     ]
-    return {"wanted": sweep.wanted, "best": None if best is None else best + 1, "settings": settings}
+    return {"wanted": sweep.criterion, "best": None if best is None else best + 1, "settings": settings}

@@ -8,7 +8,7 @@ that has not failed its gates, of a sweep (`runner.recipe.sweep`) the setting wi
 only runs once the one before it has failed, is the business of `runner.planning.plan`; here are pure functions over stages, and names
 are no part of any key.
 
-Last, a stage that stands for several (`Stage.parted`) becomes those: a pretraining with a "wsd" schedule its trunk and what
+Last, a stage that stands for several (`Stage.expanded`) becomes those: a pretraining with a "wsd" schedule its trunk and what
 follows. One in a branch stays whole, since trunks would be trained of attempts that are never needed.
 """
 
@@ -69,7 +69,7 @@ class Branches:
         """The evaluations that are over before a branch begins."""
         return []
 
-    def told(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """What a branch changes, in short."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Attempts(Branches):
         """What judges the attempt before."""
         return self.judges_of(number - 1) if number else []
 
-    def told(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """`r = 4, schedule.learning_rate = 0.001`."""
         leaves = _leaves(self.changes[number][self.stage])
         return ", ".join(f"{name} = {shown(value)}" for name, value in leaves) or "as written"
@@ -108,7 +108,7 @@ class Sweep(Branches):
     highest: bool  # whether the highest is the best, or the lowest
 
     @property
-    def wanted(self) -> str:
+    def criterion(self) -> str:
         """`highest after.section.macro_f1`."""
         return f"{'highest' if self.highest else 'lowest'} {self.judges[0]}.{self.score}"
 
@@ -116,7 +116,7 @@ class Sweep(Branches):
         """What a setting has for each axis."""
         return [axis.values[index] for axis, index in zip(self.axes, self.choices[number], strict=True)]
 
-    def told(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """`medical.r = 4, medical.alpha = 16`."""
         return ", ".join(f"{axis} = {shown(value)}" for axis, value in zip(self.axes, self.values(number), strict=True))
 
@@ -179,7 +179,7 @@ def _with_tables(kind: type[Stage], attempt: Mapping[str, Any]) -> dict[str, Any
 def branches(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The stages from one with attempts to the gates behind it, itself first, and those of them that have gates."""
     above = {name: ancestors(inputs_of(stages), name) for name in stages}
-    judges = tuple(name for name in stages if stages[name].judged and (stage == name or stage in above[name]))
+    judges = tuple(name for name in stages if stages[name].has_gates and (stage == name or stage in above[name]))
     between = [
         name for name in stages if stage in above[name] and (name in judges or any(name in above[judge] for judge in judges))
     ]
@@ -187,16 +187,16 @@ def branches(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], 
 
 
 def expand(
-    written: Mapping[str, Stage], families: Mapping[str, Branches], standing: Mapping[str, int] | None = None
+    written: Mapping[str, Stage], families: Mapping[str, Branches], chosen: Mapping[str, int] | None = None
 ) -> dict[str, Stage]:
-    """Ordinary stages: those of every branch, and stages behind them that read the branch which is `standing` (by the stage
+    """Ordinary stages: those of every branch, and stages behind them that read the branch which is `chosen` (by the stage
     that names the family; the first branch where nothing is said).
     """
     owners = {member: family for family in families.values() for member in family.members}
     stands = {
         member: name
         for family in families.values()
-        for member, name in family.names[(standing or {}).get(family.stage, 0)].items()
+        for member, name in family.names[(chosen or {}).get(family.stage, 0)].items()
     }
     stages: dict[str, Stage] = {}
     for name, stage in written.items():
@@ -212,7 +212,7 @@ def expand(
     branched = {name for family in families.values() for name in family.places}
     parts: dict[str, Stage] = {}
     for name, stage in stages.items():
-        parts |= {name: stage} if name in branched else stage.parted(name, stages)
+        parts |= {name: stage} if name in branched else stage.expanded(name, stages)
     return parts
 
 

@@ -39,9 +39,9 @@ class Recipe:
         """Ordinary stages, those of every branch among them; what reads from branches reads the first."""
         return expand(self.written, self.families)
 
-    def with_branches(self, standing: Mapping[str, int]) -> Mapping[str, Stage]:
-        """The same where what reads from branches reads those that are `standing`, by the stage that names the family."""
-        return expand(self.written, self.families, standing)
+    def with_branches(self, chosen: Mapping[str, int]) -> Mapping[str, Stage]:
+        """The same where what reads from branches reads those that are `chosen`, by the stage that names the family."""
+        return expand(self.written, self.families, chosen)
 
     @property
     def sweep(self) -> Sweep | None:
@@ -63,9 +63,9 @@ class Recipe:
         names = [*self.names_of(name), *(family.all_judges if family else ())]
         return {*names, *ancestors(sources(self.stages, self.families), *names)}
 
-    def resolved(self, standing: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def resolved(self, chosen: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the branches
-        that are `standing` it has these alone, as if they had been written.
+        that are `chosen` it has these alone, as if they had been written.
         """
         folder = self.path.parent.resolve()
 
@@ -76,10 +76,10 @@ class Recipe:
 
         def table(name: str, stage: Stage) -> dict[str, Any]:
             family = self.family_of(name)
-            if standing is not None and family is not None:
-                stage = family.changed[standing[family.stage]].get(name, stage)
+            if chosen is not None and family is not None:
+                stage = family.changed[chosen[family.stage]].get(name, stage)
             fields = {"kind": stage.kind, **plain(stage, file=relative)}
-            if standing is None and isinstance(family, Attempts) and name == family.stage:
+            if chosen is None and isinstance(family, Attempts) and name == family.stage:
                 tries = [plain(changed[name], file=relative) for changed in family.changed]
                 pairs = zip(family.changes, tries, strict=True)
                 fields["attempts"] = [{key: attempt[key] for key in change[name]} for change, attempt in pairs]
@@ -89,7 +89,7 @@ class Recipe:
         head = plain(self.head)
         del head["alerts"]["notify"]
         if (sweep := self.sweep) is not None:
-            if standing is None:
+            if chosen is None:
                 tables = [{n: plain(s, file=relative) for n, s in changed.items()} for changed in sweep.changed]
                 head["sweep"] = resolved_sweep(sweep, tables=tables)
             else:
@@ -127,14 +127,16 @@ def load_recipe(
             stages[name] = stage
     seed = head.seed if head else 0
     tried = {
-        name: _tried(name, stage_tables[name], stage, seed, alerts, faults) for name, stage in stages.items() if stage.tries
+        name: _tried(name, stage_tables[name], stage, seed, alerts, faults)
+        for name, stage in stages.items()
+        if stage.attempted_changes
     }
     faults.extend(_reference_faults(stages, broken))
     faults.extend(_file_faults(stages, folders, absent))
     if not faults:
         for name, stage in list(stages.items()):
             stages |= stage.completed(name, stages)
-        faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_beside(stages))
+        faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_among(stages))
     families: dict[str, Branches] = {}
     attempts = _attempts(stages, tried, faults) if not faults else {}
     families |= attempts
@@ -207,7 +209,7 @@ def _tried(
 ) -> list[tuple[dict[str, Any], Stage]]:
     """Each attempt of a stage: what it changes, and the stage with it."""
     tried = []
-    for number, change in enumerate(changes_of(type(stage), stage.tries)):
+    for number, change in enumerate(changes_of(type(stage), stage.attempted_changes)):
         place = f"stage.{name}.attempts[{number}]"
         if fixed := [key for key in ("kind", "attempts") if key in change]:
             faults.append(f"{place}.{fixed[0]}: is the same in all attempts; expected it outside of them")
@@ -266,11 +268,11 @@ def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator
             if ref not in stages:
                 dangling = True
                 yield f"{place}: expected the name of a stage, got {str(ref)!r}{nearest(ref, [*stages, *broken])}"
-            elif not issubclass(stages[ref].makes, ref.wants):
+            elif not issubclass(stages[ref].makes, ref.artifact):
                 made = stages[ref].makes.__name__
-                able = [other for other in stages if issubclass(stages[other].makes, ref.wants) and other != name]
+                able = [other for other in stages if issubclass(stages[other].makes, ref.artifact) and other != name]
                 hint = f"; these make it: {listed(able)}" if able else ""
-                yield f"{place}: expected {ref.wants.__name__}, but {str(ref)!r} makes {made}{hint}"
+                yield f"{place}: expected {ref.artifact.__name__}, but {str(ref)!r} makes {made}{hint}"
     if not dangling and (cycle := find_cycle(sources_of(stages))):
         yield f"stage.{cycle[0]}: expected stages without a cycle, got {' -> '.join(cycle)}"
 

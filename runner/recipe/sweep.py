@@ -267,7 +267,7 @@ class _Variants:
 
 def _learned(stage: Stage) -> Any:
     """What decides the result of a stage, apart from the content of its inputs."""
-    return plain(stage, file=lambda file: file.pattern, semantic_only=True), dict(stage.decided())
+    return plain(stage, file=lambda file: file.pattern, semantic_only=True), dict(stage.extra_identity())
 
 
 def _is_execution(kind: type[BaseModel], path: Sequence[str]) -> bool:
@@ -289,7 +289,7 @@ def _deciding(
 ) -> tuple[str | None, str]:
     """The evaluation whose score decides, and that score."""
     named, place = (table.highest, "highest") if table.highest is not None else (str(table.lowest), "lowest")
-    known = {f"{name}.{score}": (name, score) for name, stage in stages.items() for score in stage.scored}
+    known = {f"{name}.{score}": (name, score) for name, stage in stages.items() for score in stage.score_names}
     if named in known and not named.endswith("."):
         return known[named]
     for beginning, (name, _) in known.items():

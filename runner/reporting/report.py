@@ -132,7 +132,7 @@ def _settings(plan: Plan) -> Table | None:
     if sweep is None:
         return None
     head, *rows = outcomes.sweep_rows(plan, sweep)
-    return Table(f"Settings, {sweep.wanted}", head, rows)
+    return Table(f"Settings, {sweep.criterion}", head, rows)
 
 
 def _scores(evaluations: Sequence[Entry]) -> Table | None:

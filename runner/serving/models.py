@@ -61,7 +61,7 @@ def _talker(recipe: Recipe, plan: Plan, name: str, finished: Sequence[str]) -> T
         raise RecipeError(f"{name}: expected a finished model, but its state is {entry.state!r}{hint}")
     if not issubclass(entry.stage.makes, Adapter):
         return Talker(name, entry.path, made=_made(entry))
-    base = next(str(ref) for _, ref in edges(entry.stage) if issubclass(ref.wants, Checkpoint))
+    base = next(str(ref) for _, ref in edges(entry.stage) if issubclass(ref.artifact, Checkpoint))
     folder = plan.entries[base].path
     if folder is None:
         raise RecipeError(

@@ -20,9 +20,19 @@ from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
-from runner.gates import SHOWN, TRAIN_GAP, Gate, Measured, Verdict, interval, judge, last_trainings, train_gap, unknown_score
+from runner.gates import (
+    DEFAULT_CONFIDENCE,
+    TRAIN_GAP,
+    EvaluationResult,
+    Gate,
+    interval,
+    judge,
+    last_trainings,
+    train_gap,
+    unknown_score,
+)
 from runner.graph import inputs_of, plain
-from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage
+from runner.stage import Context, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.fields.answers_page import page
 from runner.stages.fields.eval_tasks import Task
 from runner.stages.fields.eval_tasks.questions import ComparisonTask
@@ -46,12 +56,12 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     """What the scores have to be. Judged on every run; what needs this stage is not run while a gate fails."""
 
     @property
-    def judged(self) -> bool:
+    def has_gates(self) -> bool:
         """Whether it has gates."""
         return bool(self.gates)
 
     @property
-    def scored(self) -> Sequence[str]:
+    def score_names(self) -> Sequence[str]:
         """The scores of every task; of one that another library scores only the beginning of their names."""
         return [f"{task.name}.{metric}" for task in self.tasks for metric in (task.metrics or ("",))]
 
@@ -60,14 +70,14 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"expected a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
-        known = [TRAIN_GAP, *(score for score in self.scored if not score.endswith("."))]
-        open_names = tuple(score for score in self.scored if score.endswith("."))  # known only when they are there
+        known = [TRAIN_GAP, *(score for score in self.score_names if not score.endswith("."))]
+        open_names = tuple(score for score in self.score_names if score.endswith("."))  # known only when they are there
         for gate in self.gates:
             if gate.score not in known and not gate.score.startswith(open_names):
                 raise ValueError(unknown_score(gate.score, known))
         return self
 
-    def faults_beside(self, stages: Mapping[str, Stage]) -> Iterator[str]:
+    def faults_among(self, stages: Mapping[str, Stage]) -> Iterator[str]:
         """Gates that can never be judged."""
         for number, gate in enumerate(self.gates):
             if gate.above is not None:
@@ -113,7 +123,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
         scores = {f"{name}.{metric}": value for name, outcome in outcomes.items() for metric, value in outcome.scores.items()}
         counts = {name: outcome.rows for name, outcome in outcomes.items()}
         intervals = {
-            f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, SHOWN)]
+            f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
             for name, outcome in outcomes.items()
             for score, values in outcome.replicates.items()
         }
@@ -142,11 +152,11 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """The judgement of every gate."""
-        found = Measured.of(metrics)
+        found = EvaluationResult.of(metrics)
         others = {name for gate in self.gates if (name := gate.above) is not None and name in lineage.records}
         if any(gate.score == TRAIN_GAP for gate in self.gates):
             found = replace(found, scores={**found.scores, **train_gap(self.model, lineage)})
-        return judge(self.gates, found, {str(name): Measured.of(lineage.records[name]["metrics"]) for name in others})
+        return judge(self.gates, found, {str(name): EvaluationResult.of(lineage.records[name]["metrics"]) for name in others})
 
 
 def _rows(task: Task) -> Any:

@@ -89,7 +89,7 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
     """Whether a training with a "wsd" schedule that names no trunk gets one, the stage `NAME-trunk`, so that a longer budget
     or another decay goes on from it; only with a budget of tokens or steps. What is learned is the same."""
 
-    def faults_beside(self, stages: Mapping[str, Stage]) -> Iterator[str]:
+    def faults_among(self, stages: Mapping[str, Stage]) -> Iterator[str]:
         """What differs from its trunk that may not."""
         trunk = stages[self.trunk] if self.trunk is not None else None
         if not isinstance(trunk, Trunk):
@@ -108,7 +108,7 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
                 f"{name!r} has {behind}"
             )
 
-    def parted(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
+    def expanded(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
         """Its trunk, where it should have one and does not, and itself, going on from it."""
         steps = self.steps(stages)
         if self.trunk is not None or not self.keep_trunk or self.schedule.kind != "wsd" or steps is None:
@@ -162,12 +162,12 @@ class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
         """No: it looks at held-out rows only on its way."""
         return False
 
-    def parted(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
+    def expanded(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
         """Itself, with its budget in steps."""
         steps = self.steps(stages)
         return {name: self if steps is None else self.model_copy(update={"budget": type(self.budget)(steps=steps)})}
 
-    def behind(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    def reusable_work(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
         """The steps of a shorter one; none where an alert may go back behind its end."""
         steps: int | None = other["fields"].get("budget", {}).get("steps")
         alike = {**other, "fields": {**other["fields"], "budget": mine["fields"]["budget"]}} == mine

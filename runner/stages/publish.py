@@ -28,7 +28,7 @@ from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
 from runner.hub.receipts import Journal
 from runner.hub.target import Target, how_to_push
-from runner.stage import Acting, Context, Effect, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
+from runner.stage import Context, Effect, EffectContext, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.evaluate import Evaluate
 from runner.stages.fields.chat_training import RowTraining
 from runner.stages.fields.data_tables import RowTable
@@ -95,7 +95,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         scored = [stage for stage in map(stages.get, self.scores) if isinstance(stage, Evaluate)]
         tables: list[RowTable] = [task for stage in scored for task in stage.tasks if isinstance(task, RowTable)]
         tables = tables or [table for stage in trainings for table in stage.validation or stage.data]
-        bases = [] if self.adapter is None else [ref for _, ref in edges(stages[self.adapter]) if ref.wants is Checkpoint]
+        bases = [] if self.adapter is None else [ref for _, ref in edges(stages[self.adapter]) if ref.artifact is Checkpoint]
         rows = {(table.files.pattern, table.template): RowTable.model_construct(**_as_rows(table)) for table in tables}
         return CheckParity(
             model=self.model,
@@ -189,7 +189,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         act = partial(self.push, artifact, digest, receipts)
         return Effect(f"tags what {target} holds" if pushes else f"pushes to {target}", act)
 
-    def push(self, artifact: Path, digest: str, receipts: Path, acting: Acting) -> str:
+    def push(self, artifact: Path, digest: str, receipts: Path, acting: EffectContext) -> str:
         """Push the release, whatever the receipts say; returns a sentence with its address."""
         from runner.hub.push import Order, push
         from runner.hub.retries import Retries

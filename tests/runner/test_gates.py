@@ -13,16 +13,16 @@ from pydantic import ValidationError
 
 from llm.evaluation.bootstrap import resample
 from runner.errors import RecipeError
-from runner.gates import Gate, Measured, interval, judge, train_gap
+from runner.gates import EvaluationResult, Gate, interval, judge, train_gap
 from runner.stage import Lineage
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 SPREAD = " ".join(f"{0.80 + step * 0.0002:.4f}" for step in range(1001))  # evenly from 0.8 to 1.0
 
 
-def found(scores: Mapping[str, float], **replicates: str) -> Measured:
+def found(scores: Mapping[str, float], **replicates: str) -> EvaluationResult:
     named = {name.replace("__", "."): text for name, text in replicates.items()}
-    return Measured(scores, named, {"a": "rows"})
+    return EvaluationResult(scores, named, {"a": "rows"})
 
 
 @given(value=numbers, bound=numbers)
@@ -91,7 +91,7 @@ def test_a_gate_with_above_waits_for_the_other_scores_and_refuses_those_of_other
     gate = Gate.model_validate({"score": "a.b", "at_most": 0.05, "above": "before"})
     (verdict,) = judge([gate], found({"a.b": 1.0}))
     assert verdict.passed is None and str(verdict).endswith("wanted at most 0.05 above before: not judged yet")
-    (verdict,) = judge([gate], found({"a.b": 1.0}), {"before": Measured({"a.b": 1.0}, {}, {"a": "others"})})
+    (verdict,) = judge([gate], found({"a.b": 1.0}), {"before": EvaluationResult({"a.b": 1.0}, {}, {"a": "others"})})
     assert verdict.passed is False and str(verdict).endswith("failed, since before scored other rows")
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_score_far_from_any_name_is_reported_with_all_names() -> None
         ({}, "exactly one of at_least and at_most"),
         ({"at_least": 0.5, "at_most": 0.9}, "exactly one of at_least and at_most"),
         ({"at_least": 0.5, "confidence": 95}, "less than 1"),
-        ({"score": "train_gap", "at_most": 0.1, "confidence": 0.9}, "confidence is for scores of examples"),
+        ({"score": "train_gap", "at_most": 0.1, "confidence": 0.9}, "confidence: expected no value"),
     ],
 )
 def test_a_gate_that_means_nothing_is_refused(fields: dict[str, float], message: str) -> None:
@@ -137,7 +137,7 @@ def test_the_train_gap_is_that_of_the_last_training_and_the_larger_of_two() -> N
     del records["medicine"]["metrics"]["validation_loss"]
     assert train_gap("merged", Lineage(inputs, records)) == {"train_gap": pytest.approx(0.2)}
     (verdict,) = judge([Gate(score="train_gap", at_most=0.05)], found({}))
-    assert verdict.passed is False and "no training behind the model told a loss on held-out rows" in str(verdict)
+    assert verdict.passed is False and "no training of the model measured a loss on held-out rows" in str(verdict)
 
 
 def test_judging_imports_no_torch_and_no_hub() -> None:

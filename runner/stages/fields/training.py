@@ -55,7 +55,7 @@ class TrainingStage(Stage):
     """What is watched while training; fields that are not set here are those of [alerts]. An alert whose action is `skip` or
     `rollback` decides what is learned, and is part of the key."""
 
-    def decided(self) -> dict[str, Any]:
+    def extra_identity(self) -> dict[str, Any]:
         """The alerts that change what is learned."""
         learned = self.alerts.learned()
         return {"alerts": learned} if learned else {}
@@ -65,7 +65,7 @@ class TrainingStage(Stage):
     gates judge it, once the one before it has failed; the first that passes is the one that everything behind them takes."""
 
     @property
-    def tries(self) -> Sequence[Mapping[str, Any]]:
+    def attempted_changes(self) -> Sequence[Mapping[str, Any]]:
         """The attempts."""
         return self.attempts
 

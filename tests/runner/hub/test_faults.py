@@ -11,7 +11,7 @@ from releases import MADE_BY_THE_HUB, REPO, Releases, digest_of, held_by, summar
 from runner.errors import StageError
 from runner.hub.receipts import Journal
 from runner.hub.retries import Retries
-from runner.stage import Acting
+from runner.stage import EffectContext
 from runner.stages.publish import Publish
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
@@ -146,7 +146,7 @@ def pushes_with_random_faults(hub: Hub, releases: Releases, count: int) -> dict[
             assert effect is not None and effect.act is not None
             waiting = len(hub.fault_at)
             try:
-                effect.act(Acting(sleep=lambda seconds: None))
+                effect.act(EffectContext(sleep=lambda seconds: None))
                 complete = True
             except StageError:
                 figures["failed at first"] += 1

@@ -199,12 +199,15 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
         ("parallel.processes=0", "parallel.processes: expected greater than or equal to 1, got 0"),
         (
             "parallel={strategy='fsdp',find_unused_parameters=true}",
-            'parallel.find_unused_parameters: found true beside strategy = "fsdp"; expected strategy = "ddp"',
+            'parallel.find_unused_parameters: expected false with strategy = "fsdp", got true; strategy = "ddp" can find them',
         ),
         ("stage.base.budget={epochs=inf}", "stage.base.budget.epochs: expected a finite number, got inf"),
         ("stage.base.architecture={preset=[1]}", "stage.base.architecture"),
         ("stage.base.architecture.heads=5", "hidden_size: expected a multiple of heads, got hidden_size 192 and heads 5"),
-        ("stage.after.gates=[{score='section.f1',at_least=0.9}]", "a gate names the score 'section.f1'"),
+        (
+            "stage.after.gates=[{score='section.f1',at_least=0.9}]",
+            "score of a gate: expected one of this evaluation, got 'section.f1'",
+        ),
         (
             "stage.after.tasks=[{name='t',task='text',files='data/section_dev.jsonl.gz',text='{text}',limt=3}]",
             "tasks[0].limt: is not",

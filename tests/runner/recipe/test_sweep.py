@@ -258,7 +258,7 @@ def test_attempts_behind_a_sweep_are_over_its_best_setting(tmp_path: Path, store
 def test_fields_may_be_written_as_tables_and_set_from_the_command_line(tmp_path: Path) -> None:
     path = write(tmp_path)
     tables = load_recipe(path, ["sweep.stage.medical.r=[2, 3]", "sweep.stage.medical.learning_rate=[1e-3]"])
-    assert tables.sweep is not None and tables.sweep.told(1) == "medical.r = 3, medical.schedule.learning_rate = 0.001"
+    assert tables.sweep is not None and tables.sweep.describe(1) == "medical.r = 3, medical.schedule.learning_rate = 0.001"
     again = tmp_path / "again.toml"
     again.write_text(tomli_w.dumps(tables.resolved()), encoding="utf-8")
     assert load_recipe(again).stages == tables.stages

@@ -20,7 +20,7 @@ from runner.artifacts import Release
 from runner.cache.store import digest_of
 from runner.errors import StageError
 from runner.hub.model_card import Model, model_card
-from runner.stage import Acting, Context
+from runner.stage import Context, EffectContext
 from runner.stages.publish import Publish
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
@@ -370,7 +370,7 @@ def test_a_release_is_pushed_once_and_opens_from_the_hub(hub: Hub, context: Cont
     effect = stage.effect(context.work, digest=digest, receipts=tmp_path / "receipts")
     assert effect is not None
     assert effect.act is not None
-    assert TOKEN not in effect.sentence + effect.act(Acting())
+    assert TOKEN not in effect.sentence + effect.act(EffectContext())
     assert stage.effect(context.work, digest=digest, receipts=tmp_path / "receipts") is None
 
     pushed = hub.repositories[f"{OWNER}/tiny"].at("main")
@@ -395,7 +395,7 @@ def test_a_push_that_fails_is_due_again(hub: Hub, context: Context, tmp_path: Pa
         assert effect is not None
         assert effect.act is not None
         with pytest.raises(StageError):
-            effect.act(Acting())
+            effect.act(EffectContext())
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "", "a b", "/a", "a/"])

@@ -143,10 +143,10 @@ def test_only_a_shorter_trunk_that_is_otherwise_the_same_has_work_behind_it() ->
         return {"kind": "trunk", "version": 1, "fields": {"seed": 1, "budget": {"steps": steps}, **fields}}
 
     trunk = Trunk.model_construct(budget=Budget(steps=20))
-    assert trunk.behind(identity(20), identity(12)) == 12
-    assert trunk.behind(identity(20), identity(28)) == 0
-    assert trunk.behind(identity(20), identity(12, seed=2)) == 0
-    assert trunk.behind(identity(20), {**identity(12), "version": 2}) == 0
+    assert trunk.reusable_work(identity(20), identity(12)) == 12
+    assert trunk.reusable_work(identity(20), identity(28)) == 0
+    assert trunk.reusable_work(identity(20), identity(12, seed=2)) == 0
+    assert trunk.reusable_work(identity(20), {**identity(12), "version": 2}) == 0
     careful = Trunk.model_validate(
         {
             "tokens": "tokens",
@@ -156,4 +156,4 @@ def test_only_a_shorter_trunk_that_is_otherwise_the_same_has_work_behind_it() ->
             "alerts": {"not_finite": {"action": "rollback"}},
         }
     )
-    assert careful.behind(identity(20), identity(12)) == 0, "a rollback may go back behind the end of the shorter one"
+    assert careful.reusable_work(identity(20), identity(12)) == 0, "a rollback may go back behind the end of the shorter one"
