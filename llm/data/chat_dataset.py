@@ -17,7 +17,7 @@ from llm.data.truncation import Encoded, Stream, fit_all
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
 from llm.text import attribution
-from llm.text.attribution import About
+from llm.text.attribution import Attribution
 from llm.text.readers import read_rows
 from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -56,7 +56,7 @@ class TurnsOfRow(NamedTuple):
 
     place: str  # file:line
     turns: list[Turn] | InputError  # for a row that cannot be used, the error that says why, with the place
-    about: About
+    about: Attribution
 
 
 def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
@@ -70,17 +70,17 @@ class ChatsOfRow(NamedTuple):
 
     place: str
     chats: list[list[Turn]] | InputError
-    about: About
+    about: Attribution
 
 
 def read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[ChatsOfRow]:
     """The rows of `files` as chats, in order."""
     for row in read_rows(files, template.fields):
-        about = About()
+        about = Attribution()
         chats: list[list[Turn]] | InputError
         try:
             fields = row.fields()
-            about = attribution.about(fields)
+            about = Attribution.of(fields)
             chats = template.chats(fields)
         except InputError as error:
             chats = InputError(f"{row.at}: {error}")
@@ -132,7 +132,7 @@ def write_rows(
 class _Chosen(NamedTuple):
     place: str
     chats: list[list[Turn]]
-    about: About
+    about: Attribution
     passes: int
 
 

@@ -22,7 +22,7 @@ from llm.export import GgufPrecision
 from llm.files import whole_file
 from llm.models import architectures
 from llm.models.checkpoint import CONFIG, read_config, read_weights
-from llm.tokenizer.pretokenizers import name_of
+from llm.tokenizer.pretokenizers import pre_tokenizer_name_of
 from llm.tokenizer.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
 
     stored = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     pieces = bool(stored["model"].get("byte_fallback"))
-    pre_tokenizer = "default" if pieces else name_of(stored)
+    pre_tokenizer = "default" if pieces else pre_tokenizer_name_of(stored)
     if pre_tokenizer is None:
         raise InputError(
             f"{folder / TOKENIZER_FILE}: expected a byte-level BPE whose pre-tokenizer is one of those in llm/tokenizer/pretokenizers.py, "

@@ -1,1 +1,1 @@
-"""Text from many places to one cleaned corpus: reading, cleaning, duplicates, and the passes over shards between them."""
+"""Text from files to a cleaned corpus: readers, cleaning, deduplication, and the work on shards that applies them."""

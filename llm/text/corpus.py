@@ -1,6 +1,6 @@
-"""From sources to a cleaned corpus on disk: one pass over shards, one merge over hashes, one filter into two files.
+"""Builds a cleaned corpus from sources: one pass over shards, one merge over hashes, one filter into two files.
 
-The result depends on the sources and the treatment alone: not on the number of cores, nor on how rows were cut into shards.
+The result depends only on the sources and the config, not on the number of cores or on how rows were cut into shards.
 """
 
 import functools
@@ -19,17 +19,17 @@ from llm.files import whole_file
 from llm.text import attribution
 from llm.text.deduplication import EXACT, KEPT, NEAR, find_duplicates
 from llm.text.executor import Executor
-from llm.text.shards import EXAMPLES, ShardFolder, Treatment, work_on
+from llm.text.shards import EXAMPLES, CorpusConfig, ShardFolder, process_shard
 from llm.text.sources import Source, cut_into_shards
 
-PLACES = 5  # files that an error names
+PLACES = 5  # files that an error names at most
 TOTALS = ("read", "kept", "train", "validation", "characters", "bytes", "passes")
 REASONS = {EXACT: "exact_duplicate", NEAR: "near_duplicate"}
 
 
 def build_corpus(
     sources: Sequence[Source],
-    treatment: Treatment,
+    config: CorpusConfig,
     *,
     train: Path,
     validation: Path,
@@ -39,17 +39,17 @@ def build_corpus(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Write the documents to `train` and `validation`; return counts, in all and per source.
+    """Write the documents to `train` and `validation`; return counts, in total and per source.
 
-    Finished shards stay in `scratch` and are reused by the next call with the same rows and treatment.
-    Raises InputError where a row is bad (unless the treatment skips it) or nothing is left.
+    Finished shards stay in `scratch` and are reused by the next call with the same rows and config.
+    InputError if a row is bad (unless the config skips it) or if no document is left.
     """
     folder = scratch / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob("*.*"):  # of a run that was killed
         shutil.rmtree(unfinished)
     picklable = [replace(source, files=(), rows=None) for source in sources]
-    work = functools.partial(work_on, sources=picklable, treatment=treatment, folder=folder)
+    work = functools.partial(process_shard, sources=picklable, config=config, folder=folder)
     shards: list[ShardFolder] = []
     read = 0
     for shard in executor.map(work, cut_into_shards(sources, shard_bytes)):
@@ -59,7 +59,7 @@ def build_corpus(
         if should_stop():
             raise Interrupted
     report(note=f"looking for duplicates among {sum(shard.summary['documents'] for shard in shards):,} documents")
-    verdicts = find_duplicates(shards, similarity=treatment.similarity, scratch=scratch)
+    verdicts = find_duplicates(shards, similarity=config.similarity, scratch=scratch)
     if should_stop():
         raise Interrupted
     with whole_file(train) as train_path, whole_file(validation) as validation_path:
@@ -108,14 +108,12 @@ def _filter(
         of_source["dropped"].update(summary["dropped"])
         of_source["dropped"].update({reason: n for key, reason in REASONS.items() if (n := int((verdict == key).sum()))})
         of_source["bad_rows"] += summary["bad_rows"][: EXAMPLES - len(of_source["bad_rows"])]
-        _count_abouts(of_source, summary["abouts"], np.bincount(facts["about"][kept], minlength=len(summary["abouts"])))
+        named = summary["attributions"]
+        documents = np.bincount(facts["attribution"][kept], minlength=len(named)).tolist()
+        for values, count in zip(named, documents, strict=True):
+            for name, value in zip(("licenses", "origins", "languages"), values, strict=True):
+                attribution.count(of_source[name], value, count)
     return counts
-
-
-def _count_abouts(of_source: dict[str, Any], abouts: list[list[str | None]], documents: NDArray[np.int64]) -> None:
-    for about, count in zip(abouts, documents.tolist(), strict=True):
-        for name, value in zip(("licenses", "origins", "languages"), about, strict=True):
-            attribution.count(of_source[name], value, count)
 
 
 def _nothing_left(sources: Sequence[Source], totals: dict[str, int], counts: list[dict[str, Any]]) -> str:
@@ -125,6 +123,6 @@ def _nothing_left(sources: Sequence[Source], totals: dict[str, int], counts: lis
     held_out = [f"held out for validation {totals['validation']:,}"] if totals["validation"] else []
     more = f" and {len(places) - PLACES:,} more" if places[PLACES:] else ""
     return (
-        f"{', '.join(places[:PLACES])}{more}: no document is left to learn from; {totals['read']:,} were read: "
-        f"{', '.join(reasons + held_out) or 'no rows at all'}"
+        f"{', '.join(places[:PLACES])}{more}: expected documents to train on, got none of {totals['read']:,} rows: "
+        f"{', '.join(reasons + held_out) or 'there are no rows'}; loosen the rule that drops them, or add text"
     )

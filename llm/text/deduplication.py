@@ -1,8 +1,8 @@
-"""The one merge between two passes over the shards: which documents are a copy, or nearly one, of an earlier document.
+"""Finds documents that are a copy or a near copy of an earlier one: the merge over all shards.
 
-Of documents that are equal, or whose MinHash signatures agree closely enough, the first in source order stays. One column
-of hashes is in memory at a time: eight bytes per document, and as much again for its order. Signatures are read from disk
-for the few pairs that share a band. The result depends on the documents and their order alone.
+Of documents that are equal, or whose MinHash signatures are similar enough, the first in source order is kept. One column of
+hashes is in memory at a time: eight bytes per document, and as much again for its order. Signatures are read from disk for the
+few pairs that share a band. The result depends only on the documents and their order.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from llm.text import minhash
 from llm.text.shards import ShardFolder
 
 KEPT, EXACT, NEAR = 0, 1, 2
-LEADERS = 64  # documents of one band that the others are compared with; more would be quadratic on boilerplate
-PAIRS = 1 << 16  # compared at a time
+LEADERS = 64  # documents of one band that the others are compared with; without a bound, boilerplate takes quadratic time
+PAIRS = 1 << 16  # pairs compared at a time
 
 Indices = NDArray[np.int64]
 Alike = Callable[[Indices, Indices], NDArray[np.bool_]]
@@ -61,7 +61,7 @@ def _mark_near(verdicts: NDArray[np.uint8], shards: Sequence[ShardFolder], *, si
 
 
 def _mark(verdicts: NDArray[np.uint8], hashes: minhash.Hashes, verdict: int, alike: Alike) -> None:
-    """Among kept documents of equal hash, give `verdict` to each that is like an earlier one."""
+    """Give `verdict` to each kept document that is `alike` to an earlier one of equal hash."""
     documents, starts = _groups(verdicts, hashes)
     for _ in range(LEADERS):
         if not len(documents):
@@ -75,21 +75,21 @@ def _mark(verdicts: NDArray[np.uint8], hashes: minhash.Hashes, verdict: int, ali
             [alike(leader[at : at + PAIRS], follower[at : at + PAIRS]) for at in range(0, len(follower), PAIRS)]
         )
         verdicts[follower[equal]] = verdict
-        # Those unlike the first of their group are compared among themselves in the next round.
+        # Documents unlike the first of their group are compared with each other in the next round.
         group = np.repeat(np.arange(len(starts)), lengths)[follows][~equal]
-        documents, starts = _of_several(follower[~equal], group)
+        documents, starts = _repeated(follower[~equal], group)
 
 
 def _groups(verdicts: NDArray[np.uint8], hashes: minhash.Hashes) -> tuple[Indices, Indices]:
-    """Kept documents that share their hash with another, group by group in source order, and where each group starts."""
+    """Kept documents that share their hash with another, grouped and in source order, and the start of each group."""
     documents = np.flatnonzero(verdicts == KEPT)
     hashes = hashes[documents]
     order = np.argsort(hashes, kind="stable")
-    return _of_several(documents[order], hashes[order])
+    return _repeated(documents[order], hashes[order])
 
 
-def _of_several(documents: Indices, keys: NDArray[np.int64] | minhash.Hashes) -> tuple[Indices, Indices]:
-    """Of documents sorted by key, those whose key occurs more than once, and where each key's run starts."""
+def _repeated(documents: Indices, keys: NDArray[np.int64] | minhash.Hashes) -> tuple[Indices, Indices]:
+    """Of documents sorted by key, those whose key occurs more than once, and the start of each key's run."""
     same = keys[1:] == keys[:-1]
     repeated = np.zeros(len(keys), dtype=bool)
     repeated[1:] = same

@@ -1,7 +1,7 @@
-"""The documents of a cleaned corpus, as the stages after it read them: one JSON object a line. Not where corpora are made.
+"""Reads the documents of a cleaned corpus, one JSON object a line. `llm.text.corpus` writes it.
 
-A cleaned corpus is our own file, so its lines are trusted. Which documents belong to a sample is decided by the hash of
-their text: adding a document moves no other in or out.
+A cleaned corpus is our own file, so its lines are trusted. The hash of a document's text decides whether a sample has it, so
+adding a document moves no other in or out.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llm.text.selection import hash_share
 
-SCRIPT_SAMPLE = 1000  # characters of a document that its language is judged by
+SCRIPT_SAMPLE = 1000  # characters at the start of a document that decide its language
 _KANA = "ja"
 _SCRIPTS = {
     "zh": r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]",
@@ -37,12 +37,12 @@ class Document:
 
     text: str
     passes: int  # how often an epoch of training sees it
-    told_language: str | None  # what its source says
-    line_bytes: int  # of its line in the file, for progress
+    told_language: str | None  # the language that its source gives
+    line_bytes: int  # length of its line in the file, for progress
 
     @cached_property
     def language(self) -> str:
-        """The language that its source tells, else the one that its script suggests."""
+        """The language that its source gives, else the one of its script."""
         return self.told_language or language_by_script(self.text)
 
     @cached_property
@@ -60,16 +60,16 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def sample_documents(path: Path, wanted_bytes: int) -> Iterator[Document]:
-    """About `wanted_bytes` of the documents of `path`, in order: those whose hash falls under the share that is wanted."""
+    """About `wanted_bytes` of the documents of `path`, in order: those whose hash share is below the wanted share."""
     share = wanted_bytes / max(path.stat().st_size, 1)
     return (document for document in read_documents(path) if hash_share(document.text) < share)
 
 
 def language_by_script(text: str) -> str:
-    """The language that most of the letters suggest: Han is Chinese, plain Latin English; else the name of the script.
+    """The language of most letters: Chinese for Han, English for plain Latin, else the name of the script.
 
-    A Han character counts as three letters, as it does in bytes; a tenth of kana makes a text Japanese. Accented letters
-    count for "latin" many times over, since English has none and the languages that do still write most letters plain.
+    A Han character counts as three letters, as in UTF-8; a tenth of kana makes a text Japanese. An accented letter counts 50
+    times for "latin", since English has none and other Latin languages have few.
     """
     beginning = text[:SCRIPT_SAMPLE]
     counts = {name: len(pattern.findall(beginning)) for name, pattern in _PATTERNS.items()}

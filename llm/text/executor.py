@@ -1,7 +1,7 @@
-"""Who does the work on shards: an executor has one method, `map`. Here that is processes of this machine.
+"""Executors run a function over shards with one method, `map`: here, in processes of this machine.
 
-A cluster's engine takes their place by offering the same method: functions are pure and picklable, and leave what they
-make on the file system.
+A cluster engine can replace them with the same method: the functions are pure and picklable, and write their results to the
+file system.
 """
 
 import multiprocessing
@@ -23,12 +23,12 @@ class Executor(Protocol):
     """Maps a picklable function over shards."""
 
     def map(self, function: Callable[[S], R], shards: Iterable[S]) -> Iterator[R]:
-        """Results in the order of the shards, which are drawn as they are needed: memory does not grow with their number."""
+        """Results in the order of the shards, which are read as needed: memory does not grow with their number."""
         ...
 
 
 class LocalProcesses:
-    """Processes of this machine, one per core; with one core or one shard, this process alone."""
+    """Processes of this machine, one per core; with one core or one shard, only this process."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
@@ -37,10 +37,10 @@ class LocalProcesses:
         """Results in the order of the shards; at most two shards per process are in flight."""
         shards = iter(shards)
         first = list(islice(shards, 2))
-        if self.cores == 1 or len(first) == 1:  # nothing to share: processes take longer to start than a small shard does
+        if self.cores == 1 or len(first) == 1:  # starting a process takes longer than a small shard
             yield from map(function, chain(first, shards))
             return
-        # Spawned, not forked: whoever calls may have threads.
+        # Spawned, not forked: the caller may have threads.
         pool = ProcessPoolExecutor(self.cores, multiprocessing.get_context("spawn"), initializer=_enter)
         in_flight: deque[Future[R]] = deque()
         try:
@@ -52,17 +52,17 @@ class LocalProcesses:
                 yield in_flight.popleft().result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process working on the corpus was killed, most likely for want of memory; what it had finished is kept, "
-                "and the next run goes on from there"
+                "a process of the corpus stage was killed, most likely because memory ran out; finished shards are kept: set "
+                "STOCKPOT_CORES to fewer cores and run again"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _enter() -> None:
-    """What a new process does first: leave Ctrl-C to its parent, use one thread, and end when the parent is gone."""
+    """Set up a new process: leave Ctrl-C to its parent, use one thread, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = "1"  # rensa would start a thread per core in each process
+    os.environ["RAYON_NUM_THREADS"] = "1"  # else rensa starts a thread per core in each process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,9 +1,9 @@
-"""Signatures of texts: how alike two documents are, from 128 bytes each.
+"""MinHash signatures: an estimate of how similar two documents are, from 128 bytes each.
 
-A text becomes a set of shingles, runs of five tokens; a token is a word where the script has spaces between words, and a
-single character where it has none (Chinese, Japanese, Thai), so that one rule serves mixed text. The MinHash signature of
-the set estimates the Jaccard similarity of two sets (Broder 1997); equal bands of it find the pairs worth comparing.
-`rensa` makes the signatures; hashing whole batches with numpy instead of a Python string per shingle is what makes it fast.
+A text becomes a set of shingles, runs of five tokens. A token is a word in scripts that put spaces between words and a single
+character in others (Chinese, Japanese, Thai), so that one rule works for mixed text. The signature of the set estimates the
+Jaccard similarity of two sets (Broder 1997); equal bands of it find the pairs to compare. `rensa` computes signatures; numpy
+hashes the shingles of a whole batch at once, which is fast.
 """
 
 import unicodedata
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
-SLOTS = 128  # of a signature: the estimate is off by sqrt(J (1 - J) / 128), 0.035 at a similarity of 0.8
-SEED = 1  # of the hash functions; not a setting: it must be one and the same for all that is ever compared
+SLOTS = 128  # of a signature: the standard error is sqrt(J (1 - J) / 128), 0.035 at a similarity of 0.8
+SEED = 1  # of the hash functions; not configurable, because only signatures of one seed can be compared
 SHINGLE = 5  # tokens
-RECALL = 0.99  # of pairs exactly at the wanted similarity, at least this share meets in some band
+RECALL = 0.99  # at least this share of the pairs exactly at the wanted similarity share a band
 
 _SPACE, _LETTER, _ALONE = 0, 1, 2  # classes of characters
 _UNSPACED = (
@@ -33,7 +33,7 @@ _UNSPACED = (
 
 
 def banding(similarity: float) -> tuple[int, int]:
-    """Bands and rows per band: the longest (most selective) bands that still find RECALL of the pairs at `similarity`."""
+    """Bands and rows per band: the longest (most selective) bands that find RECALL of the pairs at `similarity`."""
     for rows in range(16, 1, -1):
         bands = SLOTS // rows
         if 1 - (1 - similarity**rows) ** bands >= RECALL:
@@ -42,7 +42,7 @@ def banding(similarity: float) -> tuple[int, int]:
 
 
 def signatures(texts: Sequence[str], fallback: Hashes) -> NDArray[np.uint32]:
-    """One signature per text, (texts, SLOTS). A text without a word has its hash in `fallback` as its only shingle."""
+    """One signature per text, (texts, SLOTS). The only shingle of a text without words is its hash in `fallback`."""
     import rensa
 
     shingles, offsets = shingle_hashes(texts, fallback)
@@ -51,7 +51,7 @@ def signatures(texts: Sequence[str], fallback: Hashes) -> NDArray[np.uint32]:
 
 
 def band_hashes(signatures: NDArray[np.uint32], *, bands: int, rows: int) -> Hashes:
-    """One hash per band and text, (bands, texts): equal where all `rows` slots of the band are."""
+    """One hash per band and text, (bands, texts): equal if all `rows` slots of the band are equal."""
     slots = signatures[:, : bands * rows].reshape(len(signatures), bands, rows)
     hashes: Hashes = np.zeros(slots.shape[:2], dtype=np.uint64)
     for row in range(rows):
@@ -59,18 +59,18 @@ def band_hashes(signatures: NDArray[np.uint32], *, bands: int, rows: int) -> Has
     return np.ascontiguousarray(hashes.T)
 
 
-def short(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """The low byte of each slot: as good an estimate in a quarter of the memory (Li and König 2010); see `equal_slots`."""
+def low_bytes(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """The low byte of each slot: an estimate as good, in a quarter of the memory (Li and König 2010); see `equal_slots`."""
     return signatures.astype(np.uint8)
 
 
 def equal_slots(similarity: float) -> float:
-    """Share of equal low bytes that two texts of this similarity have: the rest is equal by chance one time in 256."""
+    """Share of equal low bytes of two texts of this similarity: slots that differ have equal low bytes once in 256."""
     return similarity + (1 - similarity) / 256
 
 
 def shingle_hashes(texts: Sequence[str], fallback: Hashes) -> tuple[Hashes, NDArray[np.int64]]:
-    """The shingles of all texts one after the other, and where each text's begin (texts + 1 offsets)."""
+    """The shingles of all texts end to end, and where those of each text begin (texts + 1 offsets)."""
     lowered = [text.lower() for text in texts]
     ends = np.cumsum([len(text) + 1 for text in lowered])
     points = np.frombuffer("\n".join([*lowered, ""]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -83,7 +83,7 @@ def shingle_hashes(texts: Sequence[str], fallback: Hashes) -> tuple[Hashes, NDAr
     for ahead in range(1, SHINGLE):
         following = np.concatenate([tokens[ahead:], np.zeros(min(ahead, len(tokens)), dtype=np.uint64)])
         hashes = _mix(hashes) + np.where(index + ahead < end, following, np.uint64(0))
-    # A text of fewer tokens than a shingle is one shingle.
+    # A text with fewer tokens than a shingle is one shingle.
     kept = (index + SHINGLE <= end) | (index == np.repeat(first, last - first))
     counts = np.where(last > first, np.maximum(last - first - SHINGLE + 1, 1), 0)
     wordless = np.flatnonzero(counts == 0)
@@ -120,7 +120,7 @@ def _mix(values: Hashes) -> Hashes:
 
 @cache
 def _classes() -> NDArray[np.uint8]:
-    """The class of each code point up to U+FFFF, which also stands for all beyond: Han, emoji, each a token of its own."""
+    """The class of each code point up to U+FFFF; U+FFFF stands for all code points above it (Han, emoji): a token each."""
     classes = np.array([unicodedata.category(chr(point))[0] in "LMN" for point in range(0x10000)], dtype=np.uint8)
     for low, high in _UNSPACED:
         classes[low : high + 1] *= _ALONE

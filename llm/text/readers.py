@@ -1,4 +1,13 @@
-"""Rows out of files of any format: JSON lines, CSV, TSV, Parquet, plain text."""
+"""Reads rows from files. The format of a file is its suffix:
+
+* `.jsonl`: one JSON object a line
+* `.csv`, `.tsv`: the first line names the fields; in `.tsv` a quotation mark is an ordinary character
+* `.txt`: the whole file is one document, in the field `text`
+* `.parquet`
+
+All but `.parquet` may also have `.gz` or `.zst`. Reading is sequential and cheap: a line of JSON is parsed by `FileRow.fields`,
+so that other processes may do it.
+"""
 
 import csv
 import json
@@ -10,16 +19,16 @@ from typing import Any, NamedTuple, Protocol
 from llm.errors import InputError
 from llm.text import attribution
 
-READ = 1 << 16  # bytes of a file at a time; a gzip block of this size grows to at most 64 MiB
+READ = 1 << 16  # bytes read at a time; a gzip block of this size decompresses to at most 64 MiB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RowFault(str):
-    """Stands where the content of a row that cannot be read would be; says why."""
+    """Why a row cannot be read, in place of its content."""
 
 
 class FileRow(NamedTuple):
-    """One row as it was read: a line of JSON not yet parsed, fields, or the reason why there are none."""
+    """One row as read: a line of JSON not yet parsed, fields, or the reason why it cannot be read."""
 
     place: str  # the file, or the dataset
     number: int  # line of the file (row of a parquet file or dataset), from 1
@@ -27,11 +36,11 @@ class FileRow(NamedTuple):
 
     @property
     def at(self) -> str:
-        """Where it stands, for messages."""
+        """Its place, for messages."""
         return f"{self.place}:{self.number}"
 
     def fields(self) -> Mapping[str, Any]:
-        """The row parsed; an InputError says why it cannot be, and leaves it to the caller to say where it stands."""
+        """The row parsed; InputError, without the place, if that fails."""
         content = self.content
         if isinstance(content, RowFault):
             raise InputError(content)
@@ -40,24 +49,24 @@ class FileRow(NamedTuple):
         try:
             fields = json.loads(content.decode())
         except UnicodeDecodeError as error:
-            raise InputError(f"is not UTF-8 (byte {error.start + 1}: {error.reason})") from error
+            raise InputError(_not_utf8(error, f"byte {error.start + 1}: ")) from error
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"is not JSON ({error}); expected one object a line") from error
+            raise InputError(f"expected one JSON object per line, got a line that is not JSON: {error}") from error
         if not isinstance(fields, dict):
-            raise InputError(f"is a JSON {type(fields).__name__}; expected an object")
+            raise InputError(f"expected one JSON object per line, got a {type(fields).__name__}")
         return fields
 
 
 def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[FileRow]:
-    """The rows of `files`, in order. `wanted` are the fields that will be asked for: a table without one is an InputError,
-    and columns of a Parquet file that are not wanted are not read (but for those of `credit`).
+    """The rows of `files`, in order. `wanted` are the fields that the caller uses: InputError for a table without one of them.
+    Of a Parquet file, only these columns and those of `llm.text.attribution` are read.
     """
     for path in files:
         yield from _FORMATS[_format(path)](path, wanted)
 
 
 def field_names(path: Path) -> list[str]:
-    """What the fields of a file's rows are called, by its first row; an InputError if there is none."""
+    """The names of the fields of a file, from its first row; InputError if there is none."""
     if _format(path) == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -66,7 +75,7 @@ def field_names(path: Path) -> list[str]:
             return list(pq.read_schema(path).names)
         except pa.ArrowException as error:
             raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
-    if _format(path) == ".txt":  # which would be read whole
+    if _format(path) == ".txt":  # `read_rows` would read it whole
         return ["text"]
     for row in read_rows([path], set()):
         return list(row.fields())
@@ -94,7 +103,7 @@ def _whole_text(path: Path, wanted: set[str]) -> Iterator[FileRow]:
     try:
         yield FileRow(str(path), 1, {"text": content.decode()})
     except UnicodeDecodeError as error:
-        yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(f"is not UTF-8 ({error.reason})"))
+        yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(_not_utf8(error)))
 
 
 def _comma_separated(path: Path, wanted: set[str]) -> Iterator[FileRow]:
@@ -112,16 +121,18 @@ def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Fil
     try:
         names = table.fieldnames or []
         if missing := sorted(wanted.difference(names)):
-            raise InputError(f"{path}:1: has no column {missing[0]!r}; the first line names: {', '.join(names)}")
+            raise InputError(f"{path}:1: expected a column {missing[0]!r} in the first line, got only {', '.join(names)}")
         number = table.line_num + 1
         for row in table:
             complete = None not in row and None not in row.values()
             yield FileRow(
-                str(path), number, row if complete else RowFault(f"does not have the {len(names)} columns of the first line")
+                str(path),
+                number,
+                row if complete else RowFault(f"expected the {len(names)} columns of the first line, got another number"),
             )
             number = table.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: is not {name} ({error})") from error
+        raise InputError(f"{path}:{number}: expected {name}: {error}") from error
 
 
 def _parquet(path: Path, wanted: set[str]) -> Iterator[FileRow]:
@@ -132,7 +143,7 @@ def _parquet(path: Path, wanted: set[str]) -> Iterator[FileRow]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if missing := sorted(wanted.difference(names)):
-                raise InputError(f"{path}: has no column {missing[0]!r}; its columns are: {', '.join(names)}")
+                raise InputError(f"{path}: expected a column {missing[0]!r}, got only {', '.join(names)}")
             number = 1
             for batch in file.iter_batches(
                 batch_size=1024, columns=[name for name in names if name in {*wanted, *attribution.FIELDS}]
@@ -158,14 +169,18 @@ def _decoded(path: Path) -> Iterator[str]:
         try:
             yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode() + "\n"
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: is not UTF-8 ({error.reason})") from error
+            raise InputError(f"{path}:{number}: {_not_utf8(error)}") from error
+
+
+def _not_utf8(error: UnicodeDecodeError, place: str = "") -> str:
+    return f"expected UTF-8, got other bytes ({place}{error.reason}); convert it, for example with `iconv -f GB18030 -t UTF-8`"
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines without their "\\n"; what follows the last one is a line if it is not empty."""
+    """Lines without their "\\n"; text after the last "\\n" is a line too."""
     import zstandard
 
-    rest: list[bytes] = []  # the pieces of a line that is longer than a block
+    rest: list[bytes] = []  # pieces of a line that is longer than a block
     number = 1
     try:
         for block in _blocks(path):
@@ -177,13 +192,15 @@ def _lines(path: Path) -> Iterator[bytes]:
                 rest = [others[-1]]
                 number += len(others)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
-        raise InputError(f"{path}:{number}: the compressed file is damaged after this line ({error})") from error
+        raise InputError(
+            f"{path}:{number}: the compressed file is damaged after this line ({error}); fetch it again"
+        ) from error
     if last := b"".join(rest):
         yield last
 
 
 class _Decoder(Protocol):
-    """What zlib's and zstandard's decompression objects share."""
+    """The interface that zlib's and zstandard's decompression objects share."""
 
     @property
     def eof(self) -> bool: ...
@@ -193,11 +210,11 @@ class _Decoder(Protocol):
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed; a file that ends too early is an EOFError (`zstandard.open` says nothing then)."""
+    """The decompressed bytes of a file; EOFError if it ends too early (`zstandard.open` would not notice)."""
     import zstandard
 
     decoders: dict[str, Callable[[], _Decoder]] = {
-        ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with a gzip header, whose checksum is verified
+        ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: gzip header, and the checksum is verified
         ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
     }
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Parts of many items, chosen by the hash of each or by its place, and batches of them. The choice is the same on every run."""
+"""Choices among many items, by hash or by place, and batches of items. All are the same on every run."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b

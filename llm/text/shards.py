@@ -1,7 +1,7 @@
-"""The work on one shard, as a pure function: parse, clean, judge, hash, sign; and the folder that holds the result.
+"""The work on one shard, as a pure function: parse, clean, drop, hash and sign its rows, and write the result to a folder.
 
-Nothing here looks at another shard, so the result of a document does not depend on how rows were cut into shards. A folder
-under its final name is complete, and is reused by a later run that brings the same rows and the same settings.
+It looks at no other shard, so the result for a document does not depend on how rows were cut into shards. A folder under its
+final name is complete, and a later run with the same rows and config reuses it.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from llm.errors import InputError
 from llm.files import whole_folder
 from llm.text import minhash
-from llm.text.attribution import About, about
-from llm.text.cleaning import Rules, clean, fault
+from llm.text.attribution import Attribution
+from llm.text.cleaning import Rules, clean, drop_reason
 from llm.text.readers import FileRow
 from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
 from llm.text.templates import split_text
 
-BATCH = 1 << 18  # characters that are signed together: enough to forget Python's overhead, few enough for the cache
-EXAMPLES = 5  # bad rows that are quoted in the record
+BATCH = 1 << 18  # characters signed together: enough to hide Python's overhead, few enough for the CPU's cache
+EXAMPLES = 5  # bad rows quoted in the record
 
 FACTS = np.dtype(
     [
@@ -37,35 +37,35 @@ FACTS = np.dtype(
         ("bytes", np.uint32),
         ("passes", np.uint32),
         ("validation", np.bool_),
-        ("about", np.uint32),  # index into the shard's list of Abouts
+        ("attribution", np.uint32),  # index into the shard's list of attributions
     ]
 )
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """What is done to every document, apart from its source's own settings."""
+class CorpusConfig:
+    """How documents are cleaned, split and deduplicated, in all sources."""
 
     rules: Rules = field(default_factory=Rules)
     validation: float = 0.01  # share of the documents that is held out
-    similarity: float | None = 0.8  # from which a later document is a near duplicate; None looks for none
+    similarity: float | None = 0.8  # at which a later document is a near duplicate; None keeps near duplicates
     skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """The result of one shard, on disk. Line i of the documents, row i of the facts and column i of the hashes go together."""
+    """The result of one shard on disk. Line i of the documents, row i of the facts and column i of the hashes correspond."""
 
     folder: Path
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Counts: read, dropped by reason, documents; bad rows; what the rows say of themselves."""
+        """Counts (read, dropped by reason, documents), bad rows, attributions."""
         summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
         return summary
 
     def documents(self) -> bytes:
-        """Lines of the corpus."""
+        """Lines of the corpus, UTF-8."""
         return (self.folder / "documents.jsonl").read_bytes()
 
     def facts(self) -> NDArray[np.void]:
@@ -78,7 +78,7 @@ class ShardFolder:
         return np.array(np.load(self.folder / "digests.npy", mmap_mode="r")[half])
 
     def band(self, band: int) -> minhash.Hashes:
-        """One band's hash of each document."""
+        """The hash of one band of each document."""
         return np.array(np.load(self.folder / "bands.npy", mmap_mode="r")[band])
 
     def signatures(self) -> NDArray[np.uint8]:
@@ -87,26 +87,26 @@ class ShardFolder:
         return signatures
 
 
-def work_on(shard: Shard, *, sources: list[Source], treatment: Treatment, folder: Path) -> ShardFolder:
-    """Do the work on a shard, unless `folder` has the result of the same work already."""
+def process_shard(shard: Shard, *, sources: list[Source], config: CorpusConfig, folder: Path) -> ShardFolder:
+    """Process a shard into `folder`, unless the result of the same rows and config is there."""
     source = replace(sources[shard.source], files=(), rows=None)
     target = folder / f"{shard.index:06d}"
-    work = pickle.dumps((shard.rows, repr(source), repr(treatment), minhash.SEED))
+    work = pickle.dumps((shard.rows, repr(source), repr(config), minhash.SEED))
     identity = hashlib.blake2b(work, digest_size=16).hexdigest()
     if target.exists():
         if ShardFolder(target).summary["identity"] == identity:
             return ShardFolder(target)
         shutil.rmtree(target)
     with whole_folder(target) as temporary:
-        summary = _write(temporary, shard.rows, source, treatment)
+        summary = _write(temporary, shard.rows, source, config)
         (temporary / "summary.json").write_text(json.dumps({"identity": identity, "source": shard.source, **summary}))
     return ShardFolder(target)
 
 
-def _write(folder: Path, rows: list[FileRow], source: Source, treatment: Treatment) -> dict[str, Any]:
+def _write(folder: Path, rows: list[FileRow], source: Source, config: CorpusConfig) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     bad_rows: list[str] = []
-    abouts: dict[About, int] = {}
+    attributions: dict[Attribution, int] = {}
     facts: list[tuple[int, int, int, bool, int]] = []
     digests: list[bytes] = []
     texts: list[str] = []
@@ -120,58 +120,63 @@ def _write(folder: Path, rows: list[FileRow], source: Source, treatment: Treatme
                     continue
                 text = clean(text_of(fields, parts))
             except InputError as error:
-                if not treatment.skip_bad_rows:
+                if not config.skip_bad_rows:
                     raise InputError(f"{row.at}: {error}") from error
                 dropped["bad_row"] += 1
                 bad_rows.append(f"{row.at}: {error}")
                 continue
             encoded = text.encode()
-            if reason := fault(text, encoded, rules=treatment.rules):
+            if reason := drop_reason(text, encoded, rules=config.rules):
                 dropped[reason] += 1
                 continue
             digest = hashlib.blake2b(encoded, digest_size=16).digest()
-            held_out = share_of(digest[:8]) < treatment.validation
+            held_out = share_of(digest[:8]) < config.validation
             times = passes(source.weight, share_of(digest[8:]))
             if not times:
                 dropped["unselected"] += 1
                 continue
-            said = about(fields)
-            said = said._replace(language=said.language or source.language)
+            attribution = Attribution.of(fields)
+            attribution = attribution._replace(language=attribution.language or source.language)
             times = 1 if held_out else times
-            documents.write(_line(text, source.name, times, said.language))
-            facts.append((len(text), len(encoded), times, held_out, abouts.setdefault(said, len(abouts))))
+            documents.write(_line(text, source.name, times, attribution.language))
+            number = attributions.setdefault(attribution, len(attributions))
+            facts.append((len(text), len(encoded), times, held_out, number))
             digests.append(digest)
             texts.append(text)
     np.save(folder / "facts.npy", np.array(facts, dtype=FACTS))
-    hashes = np.ascontiguousarray(np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2).T)
-    np.save(folder / "digests.npy", hashes)
-    if treatment.similarity is not None:
-        signed = np.zeros((len(texts), minhash.SLOTS), dtype=np.uint32)
-        for start, stop in _batches(texts):
-            signed[start:stop] = minhash.signatures(texts[start:stop], hashes[0, start:stop])
-        bands, rows_per_band = minhash.banding(treatment.similarity)
-        np.save(folder / "bands.npy", minhash.band_hashes(signed, bands=bands, rows=rows_per_band))
-        np.save(folder / "signatures.npy", minhash.short(signed))
+    _write_hashes(folder, texts, digests, similarity=config.similarity)
     return {
         "read": len(rows),
         "documents": len(texts),
         "dropped": dropped,
         "bad_rows": bad_rows[:EXAMPLES],
-        "abouts": list(abouts),
+        "attributions": list(attributions),
     }
 
 
+def _write_hashes(folder: Path, texts: list[str], digests: list[bytes], *, similarity: float | None) -> None:
+    hashes = np.ascontiguousarray(np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2).T)
+    np.save(folder / "digests.npy", hashes)
+    if similarity is not None:
+        signed = np.zeros((len(texts), minhash.SLOTS), dtype=np.uint32)
+        for start, stop in _batches(texts):
+            signed[start:stop] = minhash.signatures(texts[start:stop], hashes[0, start:stop])
+        bands, rows_per_band = minhash.banding(similarity)
+        np.save(folder / "bands.npy", minhash.band_hashes(signed, bands=bands, rows=rows_per_band))
+        np.save(folder / "signatures.npy", minhash.low_bytes(signed))
+
+
 def text_of(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
-    """Fixed text and values of fields, joined; `parts` as `split_text` gives them."""
+    """Fixed text and values of fields, joined; `parts` are those of `split_text`."""
     return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
 
 
 def _value(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
-        raise InputError(f"has no field {name!r}; its fields are: {', '.join(fields) or 'none'}")
+        raise InputError(f"expected the field {name!r}, got only {', '.join(map(repr, fields)) or 'no field'}")
     if not isinstance(value := fields[name], str):
-        found = json.dumps(value, ensure_ascii=False, default=str)
-        raise InputError(f"field {name!r}: expected a string, got {found[:80]}")
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        raise InputError(f"field {name!r}: expected a string, got {shown[:80]}")
     return value
 
 

@@ -1,15 +1,8 @@
-"""Where text comes from: files and iterables of rows, read one after the other and cut into shards of work.
-
-Reading is sequential and cheap: decompress, split into lines, hand on. Parsing and everything after it happens in
-`llm.text.shards`, in as many processes as there are cores. Nothing here judges a text.
-
-A file's format is its suffix: `.jsonl` (an object a line), `.txt` (the whole file is one document, its field is `text`),
-`.csv` and `.tsv` (the first line names the fields; in `.tsv` a quotation mark is a character like any other), each also with
-`.gz` or `.zst`, and `.parquet`.
-"""
+"""The sources of a corpus, read one after the other and cut into shards of work. `llm.text.shards` processes the shards."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +21,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a corpus. Rows come from `files`, or from `rows` where the caller knows how to get them."""
+    """One source of a corpus. Its rows come from `files`, or from the caller's `rows`."""
 
     name: str
     files: tuple[Path, ...] = ()
     rows: Callable[[], Iterable[Mapping[str, Any]]] | None = field(default=None, compare=False)
-    place: str = ""  # what `rows` are called in messages
+    place: str = ""  # the name of `rows` in messages
     text: str = "text"  # a field, or a template over fields: "{title}\n{text}"
-    weight: float = 1.0  # passes over the source; a fraction chooses documents by hash
-    language: str | None = None  # of rows that do not tell theirs in a field `language`
-    where: Mapping[str, str | int | bool] = field(default_factory=dict)  # only rows whose fields equal these
-    limit: int | None = None  # rows read at most
+    weight: float = 1.0  # passes over the source; a fraction selects documents by hash
+    language: str | None = None  # of rows without a field `language`
+    where: Mapping[str, str | int | bool] = field(default_factory=dict)  # keeps only rows whose fields equal these
+    limit: int | None = None  # rows to read at most
 
 
 def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Shard]:
-    """All rows of all sources, in order, in shards of about `shard_bytes` bytes; a shard holds rows of one source."""
+    """All rows of all sources, in order, in shards of about `shard_bytes` bytes; a shard has rows of one source."""
     index = 0
     for number, source in enumerate(sources):
         rows: list[FileRow] = []
@@ -59,14 +52,8 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
 
 
 def rows_of(source: Source) -> Iterator[FileRow]:
-    """The rows of a source, in order, as many as its limit lets through."""
-    left = source.limit
-    for row in _all_rows(source):
-        if left is not None:
-            if left == 0:
-                return
-            left -= 1
-        yield row
+    """The rows of a source, in order, up to its limit."""
+    return islice(_all_rows(source), source.limit)
 
 
 def _all_rows(source: Source) -> Iterator[FileRow]:

@@ -1,4 +1,4 @@
-"""Templates over the fields of a row: `"Which section?\\n{text}"`. What is made of a filled one is the caller's business.
+"""Templates over the fields of a row, such as `"Which section?\\n{text}"`.
 
 This module is imported while planning, so it imports nothing that is slow.
 """
@@ -9,9 +9,9 @@ from string import Formatter
 
 @cache
 def split_template(template: str) -> tuple[str, ...]:
-    """Fixed text and names of fields in turn: `"a {b} c"` gives `("a ", "b", " c")`; braces are written double.
+    """Fixed text and names of fields in turn: `"a {b} c"` gives `("a ", "b", " c")`; literal braces are doubled.
 
-    Raises ValueError where braces do not match or hold something other than a name.
+    ValueError if braces do not match or hold anything other than the name of a field.
     """
     parts = [""]
     try:
@@ -20,22 +20,25 @@ def split_template(template: str) -> tuple[str, ...]:
             if field is None:
                 continue
             if not field.isidentifier() or form or conversion:
-                raise ValueError("between braces it: expected the name of a field, and nothing else")
+                shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+                raise ValueError(f"expected only the name of a field in braces, got {shown!r}")
             parts += [field, ""]
     except ValueError as error:
-        raise ValueError(f"{template!r} is not a template: {error} (a brace that is meant literally is doubled)") from None
+        raise ValueError(f"{template!r} is not a template: {error} (double a literal brace)") from None
     return tuple(parts)
 
 
 @cache
 def split_text(text: str) -> tuple[str, ...]:
-    """The same of a setting that always names a field: without a brace it is the name itself, `"body"` for `"{body}"`."""
+    """`split_template` for a setting that always names a field; without braces it is the name: `"body"` for `"{body}"`."""
     return ("", text, "") if "{" not in text else with_field(text)
 
 
 def with_field(template: str) -> tuple[str, ...]:
-    """`split_template`, and a ValueError where no field is named: every row would say the same."""
+    """`split_template`, with a ValueError if no field is named, because every row would give the same text."""
     parts = split_template(template)
     if len(parts) == 1:
-        raise ValueError(f"{template!r} says the same for every row; expected the name of a field in braces, such as {{text}}")
+        raise ValueError(
+            f"{template!r}: expected the name of a field in braces, such as {{text}}, got the same text for every row"
+        )
     return parts

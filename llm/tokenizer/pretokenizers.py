@@ -1,7 +1,7 @@
-"""How text is cut into words before byte pairs are merged: by name, as llama.cpp knows them.
+"""Pre-tokenizers, which split text into words before byte pairs are merged, by their names in llama.cpp.
 
-llama.cpp holds a fixed list of these and reads only the name from a GGUF file, so a tokenizer must use one of its regular
-expressions, with no normalizer before it, or exported models split words in another way than they were trained.
+llama.cpp has a fixed list of them and reads only the name from a GGUF file. So a tokenizer must use one of its regular
+expressions and no normalizer, or an exported model splits words differently than in training.
 Source of the expressions: `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-BYTES = 256  # tokens that every vocabulary holds, so that nothing is ever unknown
+BYTES = 256  # tokens that every vocabulary has, so that no text is unknown
 
 PreTokenizerName = Literal["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-v3"]
 
@@ -20,7 +20,7 @@ _WORDS_AND_LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"  # each alone
 
-# Each expression cuts the pieces that the one before it left.
+# Each expression splits the pieces of the one before it.
 EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT_2,),
     "smollm": (_DIGIT, _GPT_2),
@@ -33,54 +33,54 @@ EXPRESSIONS: dict[str, tuple[str, ...]] = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
-# The same, as tokenizers from elsewhere write them.
+# The same, as tokenizers of other models write them.
 _ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-ELSEWHERE: dict[str, tuple[str, ...]] = {
+OTHER_SPELLINGS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_ANY_CASE + "|" + _WORDS_AND_LINES % r"\p{N}{1,3}",),
     "qwen2": (_ANY_CASE + "|" + _WORDS_AND_LINES % r"\p{N}",),
 }
 
-# A word that is itself a token is that token, whatever its merges say: llama.cpp does so for this name alone.
+# A word that is a token is encoded as it without any merges: llama.cpp does so only for this name.
 WHOLE_WORDS_FIRST = frozenset({"llama-bpe"})
 
 
 def pre_tokenizer(name: PreTokenizerName) -> "PreTokenizer":
-    """The pre-tokenizer of that name, which gives words as bytes."""
+    """The pre-tokenizer of that name, which gives words in the byte alphabet."""
     from tokenizers import Regex, pre_tokenizers
 
     splits = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in EXPRESSIONS[name]]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def name_of(tokenizer: Mapping[str, Any]) -> PreTokenizerName | None:
-    """The name of the pre-tokenizer in a `tokenizer.json`; None where it is none of these, or not all that cuts the text.
+def pre_tokenizer_name_of(tokenizer: Mapping[str, Any]) -> PreTokenizerName | None:
+    """The name of the pre-tokenizer in a `tokenizer.json`; None if it is none of these, or if something else splits text too.
 
-    Whether whole words come first is not compared: it matters only to words that no merges lead to.
+    WHOLE_WORDS_FIRST is not compared: it matters only to words that no merges produce.
     """
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or tokenizer.get("normalizer"):
         return None
-    found = _cuts(tokenizer.get("pre_tokenizer") or {})
+    found = _expressions(tokenizer.get("pre_tokenizer") or {})
     names: tuple[PreTokenizerName, ...] = get_args(PreTokenizerName)
     for name in names:
-        if found in (EXPRESSIONS[name], ELSEWHERE.get(name)):
+        if found in (EXPRESSIONS[name], OTHER_SPELLINGS.get(name)):
             return name
     return None
 
 
-def _cuts(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The expressions that a pre-tokenizer cuts by, one after the other, if it then gives words as bytes."""
+def _expressions(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The expressions that a pre-tokenizer splits by, in order; None if it does not give words in the byte alphabet."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = parts[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
-    cuts: list[str] = []
+    found: list[str] = []
     for part in parts[:-1]:
         match part:
             case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
-                cuts.append(expression)
+                found.append(expression)
             case {"type": "Digits", "individual_digits": True}:
-                cuts.append(_DIGIT)
+                found.append(_DIGIT)
             case _:
                 return None
-    return (*cuts, _GPT_2) if last.get("use_regex", True) else tuple(cuts)
+    return (*found, _GPT_2) if last.get("use_regex", True) else tuple(found)

@@ -1,7 +1,4 @@
-"""What a tokenizer is worth, measured on text: bytes per token, what it cannot spell, and its length against others.
-
-All of it is for the record of a tokenizer; nothing here decides what the tokenizer is.
-"""
+"""Measures a tokenizer on text, for its record: bytes per token, unknown bytes, lengths against other tokenizers."""
 
 import heapq
 import re
@@ -23,7 +20,7 @@ _SENTENCE = re.compile(r"[^\n。！？!?.]+[。！？!?.]*[”’」』\"')]*[^\
 
 
 def measured_documents(validation: Path, train: Path, *, wanted_bytes: int = MEASURED_BYTES) -> list[Document]:
-    """Documents to measure on: held-out ones chosen by hash, filled up from those of training where they are too few."""
+    """Documents to measure on: held-out ones chosen by hash, and training documents if these are too few."""
     documents = list(sample_documents(validation, wanted_bytes))
     missing = wanted_bytes - validation.stat().st_size
     if missing > 0:
@@ -32,7 +29,7 @@ def measured_documents(validation: Path, train: Path, *, wanted_bytes: int = MEA
 
 
 def sample_sentences(documents: Sequence[Document], count: int = SENTENCES) -> list[str]:
-    """The `count` sentences with the smallest hashes, drawn from the documents; fewer where there are not as many."""
+    """The `count` sentences of the documents with the smallest hashes, or all if there are fewer."""
     sentences = {found for document in documents for found in _SENTENCE.findall(document.text) if found.strip()}
     return heapq.nsmallest(count, sentences, key=lambda sentence: (hash_share(sentence), sentence))
 
@@ -44,10 +41,10 @@ def report(
     english_only: TextTokenizer | None,
     others: Mapping[str, Tokenizer],
 ) -> dict[str, Any]:
-    """What the record says of `tokenizer`, as JSON.
+    """The measurements for the record of `tokenizer`, as JSON.
 
-    `sequence_length` holds ratios, by language and for all of the text: tokens of this tokenizer for each byte, and for each
-    token of the English-only tokenizer (null where there is none to compare with) and of each of `others`; under 1 is shorter.
+    `sequence_length` holds ratios, by language and for all text: tokens of this tokenizer per byte, per token of the
+    English-only tokenizer (null if there is none) and per token of each of `others`; below 1 is shorter.
     """
     texts = [document.text for document in documents]
     languages = [document.language for document in documents]
@@ -70,18 +67,18 @@ def report(
 
 
 def load_other(path: Path) -> Tokenizer:
-    """A `tokenizer.json` to compare with."""
+    """The tokenizer in a `tokenizer.json`, to compare with."""
     try:
         other = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for whatever it cannot read
-        raise InputError(f"{path}: expected a tokenizer.json as the tokenizers library writes it: {error}") from error
+    except Exception as error:  # the library raises a bare Exception if it cannot read a file
+        raise InputError(f"{path}: expected a tokenizer.json of the tokenizers library, got another file: {error}") from error
     other.no_truncation()
     other.no_padding()
     return other
 
 
 def _faults(tokenizer: TextTokenizer, sentences: Sequence[str]) -> dict[str, Any]:
-    """What is lost between text and ids: text that no token stands for, and sentences that do not come back."""
+    """Losses between text and ids: bytes that no token stands for, and sentences that do not decode to themselves."""
     encoded = tokenizer.encode_batch(sentences)
     size = sum(len(sentence.encode()) for sentence in sentences)
     spelled = sum(map(tokenizer.spelled_bytes, encoded))

@@ -63,11 +63,11 @@ class TextTokenizer:
         """The tokenizer in `folder`, which may be a checkpoint's; InputError if a file there cannot be used."""
         path = folder / TOKENIZER_FILE
         if not path.exists():
-            raise InputError(f"{path}: expected a tokenizer as the tokenizers library writes it, got no file")
+            raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got no file")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception if it cannot read a file
-            raise InputError(f"{path}: expected a tokenizer as the tokenizers library writes it: {error}") from error
+            raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got another file: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         named = _named_tokens(folder)
@@ -113,7 +113,7 @@ class TextTokenizer:
         """The id of a token; InputError if the vocabulary lacks it."""
         found = self._marked.token_to_id(token)
         if found is None:
-            raise InputError(f"the tokenizer has no token {token!r}")
+            raise InputError(f"expected a tokenizer with the token {token!r}, got one without it")
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -172,7 +172,7 @@ class TextTokenizer:
     @property
     def _chat_template(self) -> str:
         if self._template is None:
-            raise InputError("the tokenizer has no chat template; expected one in its tokenizer_config.json")
+            raise InputError("expected a chat template in tokenizer_config.json, got none; set chat_template on the stage")
         return self._template
 
     def _refuse_special_tokens(self, messages: Sequence[ChatMessage]) -> None:

@@ -1,4 +1,7 @@
-"""Byte-level BPE trained from text."""
+"""Trains a byte-level BPE from text.
+
+Special tokens have the first ids, in this order: begin, end, padding, the roles of a chat, the recipe's own.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,10 +25,10 @@ def train_bpe(
     special_tokens: Sequence[str] = (),
     allow_smaller: bool = False,
 ) -> TextTokenizer:
-    """A BPE of `vocab_size` tokens, special ones included, learned from `texts`; `special_tokens` come after the usual ones.
+    """A BPE of `vocab_size` tokens, special tokens included, trained on `texts`; `special_tokens` come after the usual ones.
 
-    A pair of tokens is merged only where it was seen `min_frequency` times. InputError where the text has too few such
-    pairs for that vocabulary, unless `allow_smaller`. Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
+    A pair of tokens is merged only if it occurs `min_frequency` times. InputError if the text has too few such pairs for the
+    vocabulary, unless `allow_smaller`. Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
     """
     specials = [*SPECIAL_TOKENS, *special_tokens]
     tokenizer = Tokenizer(models.BPE())
@@ -46,8 +49,8 @@ def train_bpe(
     )
     if (found := tokenizer.get_vocab_size()) < vocab_size and not allow_smaller:
         raise InputError(
-            f"a vocabulary of {vocab_size:,} is larger than the text supports: found {found:,} tokens, and after them no pair "
-            f"that occurs {min_frequency} times; expected a smaller vocab_size or more text"
+            f"vocab_size: expected at most {found:,}, got {vocab_size:,}: no further pair of tokens occurs {min_frequency} "
+            "times in the text; lower vocab_size or min_frequency, or add text"
         )
     named = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
     return TextTokenizer(tokenizer, named, CHAT_TEMPLATE)

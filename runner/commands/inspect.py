@@ -101,7 +101,7 @@ def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
 
 def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
     from llm.errors import InputError
-    from llm.text.cleaning import clean, fault
+    from llm.text.cleaning import clean, drop_reason
     from llm.text.shards import text_of
     from llm.text.sources import rows_of
     from llm.text.templates import split_text
@@ -120,7 +120,7 @@ def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
                 yield Text.assemble((f"{row.at}  ", QUIET), ("dropped: filtered by `where`", BAD))
                 continue
             text = clean(raw)
-            reason = fault(text, text.encode(), rules=stage.rules())
+            reason = drop_reason(text, text.encode(), rules=stage.rules())
             yield Text.assemble(
                 (f"{row.at}  ", QUIET),
                 (f"dropped: {reason}", BAD) if reason else ("kept", GOOD),

@@ -113,14 +113,14 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
         """Build the corpus with all cores."""
         from llm.text.corpus import build_corpus
         from llm.text.executor import LocalProcesses
-        from llm.text.shards import Treatment
+        from llm.text.shards import CorpusConfig
 
         corpus = Corpus(context.work)
         commits = _pin(self.sources, context.scratch / "commits.json")
         sources = [_source(spec, name, commits) for spec, name in zip(self.sources, self.names(), strict=True)]
         metrics = build_corpus(
             sources,
-            Treatment(
+            CorpusConfig(
                 rules=self.rules(),
                 validation=self.validation,
                 similarity=self.similarity if self.near_duplicates else None,

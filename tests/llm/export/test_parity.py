@@ -76,7 +76,7 @@ def test_rotary_channels_in_the_order_of_transformers_are_found(
 
 
 def test_another_pre_tokenizer_is_found(ours: Ours, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "name_of", lambda tokenizer: "qwen2")  # which cuts numbers into digits
+    monkeypatch.setattr(gguf, "pre_tokenizer_name_of", lambda tokenizer: "qwen2")  # which cuts numbers into digits
     write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
     assert "tokens" in faults(ours, tmp_path / "model.gguf", checkpoint)
 

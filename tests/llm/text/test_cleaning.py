@@ -2,11 +2,11 @@ import random
 
 import pytest
 
-from llm.text.cleaning import Rules, clean, compressed, fault, repeated_lines
+from llm.text.cleaning import Rules, clean, compressed_share, drop_reason, repeated_line_share
 
 
 def why(text: str, **rules: float) -> str | None:
-    return fault(text, text.encode(), rules=Rules(**rules))  # type: ignore[arg-type]
+    return drop_reason(text, text.encode(), rules=Rules(**rules))  # type: ignore[arg-type]
 
 
 def test_composed_and_decomposed_characters_become_one() -> None:
@@ -50,7 +50,7 @@ def test_a_document_of_lines_it_had_before_is_repetition() -> None:
 
 
 def test_repeated_lines_are_counted_in_characters() -> None:
-    assert repeated_lines("abc\nabc\n\n\nabcdef") == 0.25  # 3 of 12
+    assert repeated_line_share("abc\nabc\n\n\nabcdef") == 0.25  # 3 of 12
 
 
 def test_a_phrase_over_and_over_in_one_line_is_repetition_in_any_script() -> None:
@@ -62,5 +62,5 @@ def test_a_phrase_over_and_over_in_one_line_is_repetition_in_any_script() -> Non
 def test_ordinary_text_is_not_repetition() -> None:
     draw = random.Random(0)
     prose = " ".join("".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(2000))
-    assert compressed(prose.encode()) > 0.3
+    assert compressed_share(prose.encode()) > 0.3
     assert why(prose) is None

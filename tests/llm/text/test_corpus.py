@@ -12,7 +12,7 @@ from llm.errors import InputError, Interrupted
 from llm.text.cleaning import Rules
 from llm.text.corpus import build_corpus
 from llm.text.executor import LocalProcesses
-from llm.text.shards import Treatment
+from llm.text.shards import CorpusConfig
 from llm.text.sources import Source
 
 ROOT = Path(__file__).parents[3]
@@ -32,11 +32,11 @@ def prose(seed: int, words: int = 60) -> str:
 
 def build(folder: Path, sources: list[Source], *, cores: int = 1, shard_bytes: int = 4000, executor=None, **options: Any):
     """The counts, and the two files' documents."""
-    treatment = options.pop("treatment", Treatment())
+    config = options.pop("config", CorpusConfig())
     folder.mkdir(parents=True, exist_ok=True)
     counts = build_corpus(
         sources,
-        treatment,
+        config,
         train=folder / "train.jsonl",
         validation=folder / "validation.jsonl",
         scratch=folder,
@@ -71,8 +71,8 @@ def crowd() -> list[Source]:
 
 @pytest.mark.parametrize(("cores", "shard_bytes"), [(1, 1), (1, 10**9), (2, 1700)])
 def test_the_result_depends_on_neither_cores_nor_shard_size(tmp_path: Path, cores: int, shard_bytes: int) -> None:
-    wanted = build(tmp_path / "wanted", crowd(), executor=InOrder(), shard_bytes=9000, treatment=Treatment(validation=0.1))
-    found = build(tmp_path / "found", crowd(), cores=cores, shard_bytes=shard_bytes, treatment=Treatment(validation=0.1))
+    wanted = build(tmp_path / "wanted", crowd(), executor=InOrder(), shard_bytes=9000, config=CorpusConfig(validation=0.1))
+    found = build(tmp_path / "found", crowd(), cores=cores, shard_bytes=shard_bytes, config=CorpusConfig(validation=0.1))
     assert found == wanted
     for name in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes()
@@ -80,7 +80,7 @@ def test_the_result_depends_on_neither_cores_nor_shard_size(tmp_path: Path, core
 
 def test_of_copies_and_near_copies_the_first_in_source_order_stays(tmp_path: Path) -> None:
     sources = [rows("a", [prose(1), prose(2)]), rows("b", [prose(3), prose(2) + " yes", prose(1)])]
-    counts, train, _ = build(tmp_path, sources, treatment=Treatment(validation=0))
+    counts, train, _ = build(tmp_path, sources, config=CorpusConfig(validation=0))
     assert texts(train) == [prose(1), prose(2), prose(3)]
     assert [document["source"] for document in train] == ["a", "a", "b"]
     assert counts["sources"]["b"]["dropped"] == {"exact_duplicate": 1, "near_duplicate": 1}
@@ -89,35 +89,35 @@ def test_of_copies_and_near_copies_the_first_in_source_order_stays(tmp_path: Pat
 def test_chinese_near_copies_are_found(tmp_path: Path) -> None:
     draw = random.Random(3)
     text = "".join(chr(draw.randrange(0x4E00, 0x5E00)) for _ in range(200))
-    _, train, _ = build(tmp_path, [rows("a", [text, f"{text[:100]}，{text[100:]}了。"])], treatment=Treatment(validation=0))
+    _, train, _ = build(tmp_path, [rows("a", [text, f"{text[:100]}，{text[100:]}了。"])], config=CorpusConfig(validation=0))
     assert texts(train) == [text]
 
 
 def test_near_copies_stay_where_they_are_not_looked_for(tmp_path: Path) -> None:
     source = rows("a", [prose(1), prose(1) + " yes", prose(1)])
-    _, train, _ = build(tmp_path, [source], treatment=Treatment(validation=0, similarity=None))
+    _, train, _ = build(tmp_path, [source], config=CorpusConfig(validation=0, similarity=None))
     assert texts(train) == [prose(1), prose(1) + " yes"]
 
 
 def test_copies_are_found_after_cleaning(tmp_path: Path) -> None:
     source = rows("a", ["un caf\u00e9 s'il vous pla\u00eet", " un cafe\u0301 s'il vous pla\u00eet\r\n"])
-    counts, _, _ = build(tmp_path, [source], treatment=Treatment(validation=0))
+    counts, _, _ = build(tmp_path, [source], config=CorpusConfig(validation=0))
     assert counts["sources"]["a"]["dropped"] == {"exact_duplicate": 1}
 
 
 def test_adding_a_document_moves_no_other(tmp_path: Path) -> None:
     documents = [prose(seed) for seed in range(400)]
-    _, train, validation = build(tmp_path / "a", [rows("a", documents)], treatment=Treatment(validation=0.2))
+    _, train, validation = build(tmp_path / "a", [rows("a", documents)], config=CorpusConfig(validation=0.2))
     assert 50 < len(validation) < 110  # of 400 at 0.2: within four standard deviations of 80
     more = [prose(1000), *documents, prose(1001)]
-    _, new_train, new_validation = build(tmp_path / "b", [rows("a", more)], treatment=Treatment(validation=0.2))
+    _, new_train, new_validation = build(tmp_path / "b", [rows("a", more)], config=CorpusConfig(validation=0.2))
     assert set(texts(train)) <= set(texts(new_train))
     assert set(texts(validation)) <= set(texts(new_validation))
 
 
 def test_a_smaller_share_of_validation_is_part_of_a_larger_one(tmp_path: Path) -> None:
     held_out = [
-        set(texts(build(tmp_path / str(share), [rows("a", map(prose, range(300)))], treatment=Treatment(validation=share))[2]))
+        set(texts(build(tmp_path / str(share), [rows("a", map(prose, range(300)))], config=CorpusConfig(validation=share))[2]))
         for share in (0.05, 0.2)
     ]
     assert held_out[0] < held_out[1]
@@ -126,7 +126,7 @@ def test_a_smaller_share_of_validation_is_part_of_a_larger_one(tmp_path: Path) -
 @pytest.mark.parametrize(("weight", "low", "high"), [(0.25, 0.25, None), (1, 1, 1), (2.25, 2, 3), (3, 3, 3)])
 def test_weight_is_the_passes_over_a_source(tmp_path: Path, weight: float, low: float, high: int | None) -> None:
     source = rows("a", map(prose, range(400)), weight=weight)
-    counts, train, validation = build(tmp_path, [source], treatment=Treatment(validation=0.1))
+    counts, train, validation = build(tmp_path, [source], config=CorpusConfig(validation=0.1))
     assert counts["passes"] == sum(document["passes"] for document in train)
     assert counts["passes"] / (400 * 0.9) == pytest.approx(weight, rel=0.3)
     assert {document["passes"] for document in validation} == {1}
@@ -148,7 +148,7 @@ def test_a_larger_weight_keeps_what_a_smaller_one_kept(tmp_path: Path) -> None:
 def test_documents_carry_their_source_and_their_language_if_it_is_known(tmp_path: Path) -> None:
     told = [{"text": prose(1), "language": "fr"}, {"text": prose(2)}]
     sources = [Source("a", rows=lambda: told, place="a", language="en"), rows("b", [prose(3)])]
-    _, train, _ = build(tmp_path, sources, treatment=Treatment(validation=0))
+    _, train, _ = build(tmp_path, sources, config=CorpusConfig(validation=0))
     assert [{key: value for key, value in document.items() if key != "text"} for document in train] == [
         {"source": "a", "passes": 1, "language": "fr"},
         {"source": "a", "passes": 1, "language": "en"},
@@ -159,7 +159,7 @@ def test_documents_carry_their_source_and_their_language_if_it_is_known(tmp_path
 def test_a_template_joins_fields_and_a_filter_chooses_rows(tmp_path: Path) -> None:
     found = [{"title": f"T{n}", "body": prose(n), "lang": lang} for n, lang in enumerate(["en", "zh", "en"])]
     source = Source("a", rows=lambda: found, place="a", text="{title}\n{body}", where={"lang": "en"})
-    counts, train, _ = build(tmp_path, [source], treatment=Treatment(validation=0))
+    counts, train, _ = build(tmp_path, [source], config=CorpusConfig(validation=0))
     assert texts(train) == [f"T0\n{prose(0)}", f"T2\n{prose(2)}"]
     assert counts["sources"]["a"]["dropped"] == {"filtered": 1}
 
@@ -176,7 +176,7 @@ def test_counts_tell_what_was_kept_what_was_dropped_and_whom_to_credit(tmp_path:
     ]
     rules = Rules(max_characters=4000)
     counts, _, _ = build(
-        tmp_path, [Source("a", rows=lambda: found, place="a")], treatment=Treatment(rules=rules, validation=0)
+        tmp_path, [Source("a", rows=lambda: found, place="a")], config=CorpusConfig(rules=rules, validation=0)
     )
     length = sum(len(row["text"]) for row in found[:3])
     assert counts["sources"]["a"] == {
@@ -199,19 +199,19 @@ def test_counts_tell_what_was_kept_what_was_dropped_and_whom_to_credit(tmp_path:
 def test_a_row_that_says_half_a_character_of_itself_is_a_document_without_it(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1) + " \ud83d", "language": "\ud83d", "license": "MIT"}))
     source = Source("a", files=(tmp_path / "a.jsonl",))
-    counts, train, _ = build(tmp_path / "out", [source], treatment=Treatment(validation=0))
+    counts, train, _ = build(tmp_path / "out", [source], config=CorpusConfig(validation=0))
     assert train == [{"text": prose(1), "source": "a", "passes": 1}]
     assert counts["sources"]["a"]["licenses"] == {"MIT": 1}
 
 
 BAD_LINES = [
-    (b'{"text": "no end', r"a\.jsonl:3: is not JSON"),
-    (b'["a", "list"]', r"a\.jsonl:3: is a JSON list; expected an object"),
-    (b'{"body": "x"}', r"a\.jsonl:3: has no field 'text'; its fields are: body"),
+    (b'{"text": "no end', r"a\.jsonl:3: expected one JSON object per line, got a line that is not JSON"),
+    (b'["a", "list"]', r"a\.jsonl:3: expected one JSON object per line, got a list"),
+    (b'{"body": "x"}', r"a\.jsonl:3: expected the field 'text', got only 'body'"),
     (b'{"text": 7}', r"a\.jsonl:3: field 'text': expected a string, got 7"),
     (b'{"text": null}', r"a\.jsonl:3: field 'text': expected a string, got null"),
-    (b'{"text": "\xff"}', r"a\.jsonl:3: is not UTF-8"),
-    (b"[" * 100_000, r"a\.jsonl:3: is not JSON"),
+    (b'{"text": "\xff"}', r"a\.jsonl:3: expected UTF-8"),
+    (b"[" * 100_000, r"a\.jsonl:3: expected one JSON object per line, got a line that is not JSON"),
 ]
 
 
@@ -224,8 +224,8 @@ def test_a_bad_row_is_an_error_with_its_line_or_is_counted_where_the_recipe_says
     path.write_bytes(b"\n".join([good[0], good[1], line, good[2]]))
     source = Source("a", files=(path,))
     with pytest.raises(InputError, match=message):
-        build(tmp_path / "fail", [source], treatment=Treatment(validation=0))
-    counts, train, _ = build(tmp_path / "skip", [source], treatment=Treatment(validation=0, skip_bad_rows=True))
+        build(tmp_path / "fail", [source], config=CorpusConfig(validation=0))
+    counts, train, _ = build(tmp_path / "skip", [source], config=CorpusConfig(validation=0, skip_bad_rows=True))
     assert texts(train) == [prose(0), prose(1), prose(2)]
     assert counts["sources"]["a"]["dropped"] == {"bad_row": 1}
     assert len(counts["sources"]["a"]["bad_rows"]) == 1
@@ -234,7 +234,7 @@ def test_a_bad_row_is_an_error_with_its_line_or_is_counted_where_the_recipe_says
 def test_the_first_bad_row_is_told_whichever_process_meets_one_first(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{prose(seed)}"}}\n' if seed % 50 else "bad\n" for seed in range(1, 400)))
-    with pytest.raises(InputError, match=r"a\.jsonl:50: is not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl:50: expected one JSON object per line"):
         build(tmp_path / "out", [Source("a", files=(path,))], cores=2, shard_bytes=2000)
 
 
@@ -242,13 +242,15 @@ def test_an_empty_result_is_an_error_that_tells_where_and_why(tmp_path: Path) ->
     for number in range(7):
         (tmp_path / f"{number}.txt").write_text("x")
     files = tuple(sorted(tmp_path.glob("*.txt")))
-    with pytest.raises(InputError, match=r"0\.txt, .*/4\.txt and 3 more: no document is left .* 8 were read: too_short 8"):
+    with pytest.raises(
+        InputError, match=r"0\.txt, .*/4\.txt and 3 more: expected documents to train on, got none of 8 rows: too_short 8;"
+    ):
         build(tmp_path / "c", [Source("f", files=files), rows("a", ["y"])])
     with pytest.raises(
-        InputError, match=r"^a-rows: no document is left to learn from; 3 were read: too_short 2, repetition 1"
+        InputError, match=r"^a-rows: expected documents to train on, got none of 3 rows: too_short 2, repetition 1;"
     ):
         build(tmp_path / "a", [rows("a", ["x", "y", "ha " * 900])])
-    with pytest.raises(InputError, match="no rows at all"):
+    with pytest.raises(InputError, match="got none of 0 rows: there are no rows"):
         build(tmp_path / "b", [rows("a", [])])
 
 
@@ -268,11 +270,11 @@ def test_an_interrupted_build_goes_on_from_its_finished_shards(tmp_path: Path) -
     assert {path: path.stat().st_ino for path in finished} == finished
 
 
-def test_finished_shards_are_not_reused_for_other_rows_or_another_treatment(tmp_path: Path) -> None:
+def test_finished_shards_are_not_reused_for_other_rows_or_another_config(tmp_path: Path) -> None:
     build(tmp_path, [rows("a", map(prose, range(50)))])
     _, train, validation = build(tmp_path, [rows("a", map(prose, range(50, 100)))])
     assert set(texts(train) + texts(validation)) == {prose(seed) for seed in range(50, 100)}
-    _, train, _ = build(tmp_path, [rows("b", map(prose, range(50, 100)), weight=2)], treatment=Treatment(validation=0))
+    _, train, _ = build(tmp_path, [rows("b", map(prose, range(50, 100)), weight=2)], config=CorpusConfig(validation=0))
     assert {(document["source"], document["passes"]) for document in train} == {("b", 2)}
     assert len(train) == 50
 
@@ -282,7 +284,7 @@ import sys
 from pathlib import Path
 from llm.text.corpus import build_corpus
 from llm.text.executor import LocalProcesses
-from llm.text.shards import Treatment
+from llm.text.shards import CorpusConfig
 from llm.text.sources import Source
 
 def wait(**values):
@@ -291,7 +293,7 @@ def wait(**values):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    build_corpus([Source("a", files=(folder / "a.jsonl",))], Treatment(), train=folder / "train.jsonl",
+    build_corpus([Source("a", files=(folder / "a.jsonl",))], CorpusConfig(), train=folder / "train.jsonl",
                  validation=folder / "validation.jsonl", scratch=folder, executor=LocalProcesses(2), shard_bytes=2000,
                  report=wait, should_stop=lambda: False)
 """

@@ -24,7 +24,7 @@ def shingles(text: str) -> set[int]:
 
 
 def estimate(first: str, second: str) -> float:
-    signed = minhash.short(minhash.signatures([first, second], np.array([1, 2], dtype=np.uint64)))
+    signed = minhash.low_bytes(minhash.signatures([first, second], np.array([1, 2], dtype=np.uint64)))
     equal = float((signed[0] == signed[1]).mean())
     return (equal - 1 / 256) / (1 - 1 / 256)
 

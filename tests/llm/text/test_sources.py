@@ -97,7 +97,7 @@ def test_a_table_without_the_column_is_an_error_that_lists_its_columns(tmp_path:
         path.write_text("title,body\nx,y\n")
     else:
         pq.write_table(pa.table({"title": ["x"], "body": ["y"]}), path)
-    with pytest.raises(InputError, match=rf"{name}.*no column 'text'.*title, body"):
+    with pytest.raises(InputError, match=rf"{name}.*expected a column 'text'.*title, body"):
         rows(Source("s", files=(path,)))
 
 

@@ -28,5 +28,5 @@ def test_a_text_setting_with_braces_has_to_name_a_field_in_them(text: str) -> No
 
 def test_what_depends_on_the_row_names_a_field() -> None:
     assert with_field("a {b}") == ("a ", "b", "")
-    with pytest.raises(ValueError, match="'label' says the same for every row"):
+    with pytest.raises(ValueError, match="'label': expected the name of a field in braces"):
         with_field("label")

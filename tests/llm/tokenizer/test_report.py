@@ -80,5 +80,5 @@ def test_training_documents_are_measured_only_where_held_out_ones_are_too_few(tm
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer\.json as the tokenizers library writes it"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer\.json of the tokenizers library"):
         load_other(tmp_path / "tokenizer.json")

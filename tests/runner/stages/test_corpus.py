@@ -114,7 +114,7 @@ def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_con
     for number, (change, reason) in enumerate(changes):
         changed = stage(tmp_path, sources=[{"files": "a.jsonl"}], **settings | change).run(make_context(str(number)))
         assert changed["sources"]["source-1"]["dropped"].get(reason, 0) == dropped[reason] - 1, change
-    with pytest.raises(InputError, match=r"a\.jsonl:8: is not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl:8: expected one JSON object per line"):
         stage(tmp_path, sources=[{"files": "a.jsonl"}], **settings | {"on_bad_row": "fail"}).run(make_context("fail"))
 
 
@@ -249,7 +249,7 @@ def test_a_folder_that_is_called_like_a_hub_dataset_is_not_read_in_its_place(
     [
         ({"hub": "owner/missing"}, "owner/missing: the Hub has no such dataset at revision 'main'"),
         ({"hub": "owner/tiny", "split": "tset"}, f"owner/tiny@{COMMIT[:8]}: split 'tset' cannot be read"),
-        ({"hub": "owner/tiny"}, f"owner/tiny@{COMMIT[:8]}/train:1: has no field 'text'; its fields are: title, body"),
+        ({"hub": "owner/tiny"}, f"owner/tiny@{COMMIT[:8]}/train:1: expected the field 'text', got only 'title', 'body'"),
     ],
 )
 def test_what_is_wrong_with_a_hub_source_is_told(

@@ -143,7 +143,7 @@ def test_a_limit_takes_rows_from_the_whole_file(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("not json", r"rows.jsonl:2: is not JSON"),
+        ("not json", r"rows.jsonl:2: expected one JSON object per line"),
         ('{"text": "no label here"}', r"rows.jsonl:2: .*'label'"),
         ('{"text": "x", "label": "lung"}', r"rows.jsonl:2: expected one of the labels 'organ', 'symptom', got 'lung'"),
         ('{"text": "x <|end|>", "label": "organ"}', r"rows.jsonl:2: .*'<\|end\|>'"),
@@ -245,7 +245,7 @@ def test_two_tasks_of_one_name_are_refused(rows: Path) -> None:
         ({"weight": 2.0}, "Extra inputs"),
         ({"labels": ["organ", "symptom", "organ"]}, "expected labels that differ, got 'organ' twice"),
         ({"labels": ["organ"]}, "at least 2 items"),
-        ({"response": "label"}, "'label' says the same for every row; expected the name of a field in braces"),
+        ({"response": "label"}, "'label': expected the name of a field in braces"),
     ],
 )
 def test_a_wrong_task_is_refused(fields: dict[str, Any], message: str, rows: Path) -> None:

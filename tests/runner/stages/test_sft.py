@@ -100,7 +100,7 @@ def test_rows_may_be_shorter_than_the_model_allows_but_not_longer(
     ("table", "complaint"),
     [
         ({"prompt": "{text"}, "is not a template"),
-        ({"response": "label"}, "'label' says the same for every row"),
+        ({"response": "label"}, "'label': expected the name of a field in braces"),
         ({"messages": "chat", "prompt": "{text}"}, "expected either messages or prompt and response, got both"),
         ({"weight": 0}, "greater than 0"),
         ({"on_bad_row": "ignore"}, "'fail' or 'skip'"),
