@@ -12,23 +12,24 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="whose first pretrain stage to measure; else a 28.8M model"
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="measures its first pretrain stage; else a 28.8M model"
     )
-    sub.add_argument("--json", action="store_true", help="for programs")
-    sub.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10), at least three rounds")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--seconds", type=float, default=10.0, help="per measurement (default: 10), at least three rounds")
     sub.add_argument(
         "--only",
         metavar="WHAT",
-        help="some of matmul,train,decode,memory,machinery,processes,lora; or learning, which trains twice for --seconds",
+        help="some of matmul,train,decode,memory,machinery,processes,lora, or learning, which trains twice for --seconds",
     )
-    sub.add_argument("--no-compile", action="store_true", help="compile nothing, neither ours nor Transformers")
+    sub.add_argument("--no-compile", action="store_true", help="compile neither our code nor Transformers")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures speed and memory on this machine, ours beside stock Transformers'."""
-    from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job, show
+    """Measures speed and memory on this machine, compared with stock Transformers."""
+    from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job
+    from runner.diagnostics.bench_tables import show
 
     settings = {"seconds": options.seconds, "compiled": not options.no_compile, "only": chosen(options.only)}
     if options.recipe is not None:
@@ -37,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError("--set: expected a RECIPE to change, got none")
     else:
         job = reference_job(**settings)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the worker ends and its folder goes then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it also ends the worker and removes its folder
     result = measure(job)
     if options.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))

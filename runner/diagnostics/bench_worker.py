@@ -1,6 +1,6 @@
-"""The process that measures for `run bench`: job file in, result file out. It brings the report and the tracker of real runs.
+"""The process that measures for `run bench`: job file in, result file out.
 
-Everything is measured in this one process, so that speeds compare; only peak memory has processes of its own.
+Everything is measured in this one process, so that speeds are comparable; only peak memory has processes of its own.
 """
 
 import contextlib
@@ -24,18 +24,22 @@ from runner.tracking.tracker_process import TrackerProcess
 if TYPE_CHECKING:
     import psutil
 
-QUIET_SECONDS = 1.0  # between two looks at a tracker that starts
-QUIET_SHARE = 0.1  # of a core: less than this, it has started
+    from llm.bench.workload import Workload
+    from llm.models.interface import LanguageModel
+    from llm.training.distributed.process_group import ProcessGroup
+
+QUIET_SECONDS = 1.0  # between two checks whether the tracker has started
+QUIET_SHARE = 0.1  # of a core; a tracker that uses less has started
 START_SECONDS = 60.0
 
 
 def main() -> int:
-    """Measures what the job in the folder named on the command line asks for."""
+    """Runs the job in the folder that the command line names."""
     folder = Path(sys.argv[1])
     watch_parent()
     try:
         result = run(BenchJob.read(folder / JOB), folder)
-    except InputError as error:  # memory that is too small, say
+    except InputError as error:  # such as too little memory
         _say(f"bench: {error}")
         return EXIT_FAILED
     write_whole(folder / RESULT, json.dumps(result))
@@ -43,15 +47,13 @@ def main() -> int:
 
 
 def run(job: BenchJob, folder: Path) -> dict[str, Any]:
-    """The whole result."""
+    """Runs the measurements of the job, in the order of this function."""
     import torch
 
-    from llm.bench import data_parallel, decode, learning, lora, matmul, memory, overhead, train_step
+    from llm.bench import data_parallel, lora, memory, train_step
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
-    from llm.data.token_shards import TokenRows
     from llm.models.interface import count_parameters
-    from llm.training.config import Schedule
     from llm.training.distributed.process_group import ProcessGroup
 
     workload = Workload.model_validate_json(json.dumps(job.workload))
@@ -69,60 +71,83 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         },
         "seconds": job.seconds,
     }
-    if "matmul" in job.only or "train" in job.only:
-        _say("matrix products")
-        shapes = matmul.shapes(model, tokens=workload.tokens_per_step, device=group.device)
-        result["matmul"] = matmul.measure_matmul(shapes, seconds=job.seconds, device=group.device)
-    if "train" in job.only:
-        _say("training steps" + (", after compiling Transformers" if job.compiled else ""))
-        peaks = result["matmul"]
-        result["train"] = train_step.measure_train_step(
-            workload, peaks, seconds=job.seconds, compiled=job.compiled, group=group
-        )
-    if "decode" in job.only:
-        _say("decoding, after teaching the model to count")
-        result["decode"] = decode.measure_decode(workload, model, seconds=job.seconds, compiled=job.compiled, group=group)
+    result |= _model_speeds(job, workload, model, group)
     del model
     if "memory" in job.only:
         _say("peak memory")
         result["memory"] = memory.measure_memory(workload)
     if "machinery" in job.only:
         _say("data, tracking and checkpoints")
-        rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", workload)
-        with _tracking(folder / "run") as tracking:
-            found = overhead.measure_overhead(
-                workload,
-                rows,
-                tracking=tracking,
-                checkpoint_every=job.checkpoint_every,
-                checkpoint_minutes=job.checkpoint_minutes,
-                seconds=job.seconds,
-                scratch=folder / "checkpoints",
-                group=group,
-            )
-        about = {"tracker": tracking.name, "rows": "of the recipe" if job.tokens else "made up"}
-        result["machinery"] = found | about
+        result["machinery"] = _overhead(job, workload, group, folder)
     if PACE in job.only:
         result[PACE] = train_step.measure_stockpot_step(workload, seconds=job.seconds, group=group)
     if PROCESSES in job.only:
         _say("steps by one process and by two, after they have started")
         result[PROCESSES] = data_parallel.measure_data_parallel(workload, seconds=job.seconds)
     if LORA in job.only:
-        _say("fine-tuning by LoRA and QLoRA beside all weights")
+        _say("fine-tuning with LoRA and QLoRA, compared with all weights")
         result[LORA] = lora.measure_lora(workload, seconds=job.seconds, group=group)
     if LEARNING in job.only:
         _say(f"learning, twice for {job.seconds:.0f} s")
-        assert job.tokens and job.held_out and job.schedule  # the job of a recipe has them
-        text = learning.Text(Path(job.tokens), Path(job.held_out))
-        schedule = Schedule.model_validate_json(json.dumps(job.schedule))
-        result[LEARNING] = learning.measure_learning(
-            workload, text, schedule=schedule, seconds=job.seconds, scratch=folder / "learning", say=_say
-        )
+        result[LEARNING] = _learning(job, workload, folder)
     return result
 
 
+def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", group: "ProcessGroup") -> dict[str, Any]:
+    """Matrix products, training steps and decoding of one model."""
+    from llm.bench import decode, matmul, train_step
+
+    found: dict[str, Any] = {}
+    if "matmul" in job.only or "train" in job.only:
+        _say("matrix products")
+        shapes = matmul.shapes(model, tokens=workload.tokens_per_step, device=group.device)
+        found["matmul"] = matmul.measure_matmul(shapes, seconds=job.seconds, device=group.device)
+    if "train" in job.only:
+        _say("training steps" + (", after compiling Transformers" if job.compiled else ""))
+        found["train"] = train_step.measure_train_step(
+            workload, found["matmul"], seconds=job.seconds, compiled=job.compiled, group=group
+        )
+    if "decode" in job.only:
+        _say("decoding, after teaching the model to count")
+        found["decode"] = decode.measure_decode(workload, model, seconds=job.seconds, compiled=job.compiled, group=group)
+    return found
+
+
+def _overhead(job: BenchJob, workload: "Workload", group: "ProcessGroup", folder: Path) -> dict[str, Any]:
+    """What data, tracking and checkpoints add to a step."""
+    from llm.bench import overhead
+    from llm.data.token_shards import TokenRows
+
+    rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", workload)
+    with _tracking(folder / "run") as tracking:
+        found = overhead.measure_overhead(
+            workload,
+            rows,
+            tracking=tracking,
+            checkpoint_every=job.checkpoint_every,
+            checkpoint_minutes=job.checkpoint_minutes,
+            seconds=job.seconds,
+            scratch=folder / "checkpoints",
+            group=group,
+        )
+    return {**found, "tracker": tracking.name, "rows": "of the recipe" if job.tokens else "made up"}
+
+
+def _learning(job: BenchJob, workload: "Workload", folder: Path) -> dict[str, Any]:
+    """Held-out loss of two trainings after the same time."""
+    from llm.bench import learning
+    from llm.training.config import Schedule
+
+    assert job.tokens and job.held_out and job.schedule  # a job of a recipe has them
+    text = learning.Text(Path(job.tokens), Path(job.held_out))
+    schedule = Schedule.model_validate_json(json.dumps(job.schedule))
+    return learning.measure_learning(
+        workload, text, schedule=schedule, seconds=job.seconds, scratch=folder / "learning", say=_say
+    )
+
+
 class Untracked:
-    """The report of a real run, where no tracker is installed."""
+    """The metrics file of a real run, without a tracker."""
 
     name = "none installed"
 
@@ -130,12 +155,12 @@ class Untracked:
         self.report = MetricsWriter(metrics)
 
     def processor_seconds(self) -> float:
-        """Nobody works."""
+        """No process, no time."""
         return 0.0
 
 
 class Tracked(Untracked):
-    """The report of a real run, with the tracker's process behind it."""
+    """The metrics file of a real run, followed by the tracker's process."""
 
     name = "aim"
 
@@ -144,14 +169,14 @@ class Tracked(Untracked):
         self._process = process
 
     def processor_seconds(self) -> float:
-        """Of the tracker's process, until now."""
+        """Of the tracker's process, so far."""
         times = self._process.cpu_times()
         return float(times.user + times.system)
 
 
 @contextlib.contextmanager
 def _tracking(folder: Path) -> Iterator[Untracked]:
-    """What follows a training, started and idle."""
+    """The tracking of a training, started and idle."""
     folder.mkdir()
     metrics = folder / METRICS
     if find_spec("aim") is None:
@@ -172,7 +197,7 @@ def _tracking(folder: Path) -> Iterator[Untracked]:
 
 
 def _wait_until_started(tracked: Tracked, cache: Path) -> None:
-    """Returns when the tracker has opened its run and does little else."""
+    """Returns when the tracker has opened its run and is idle."""
     deadline, before = time.monotonic() + START_SECONDS, 0.0
     while time.monotonic() < deadline:
         time.sleep(QUIET_SECONDS)

@@ -1,4 +1,4 @@
-"""`run bench` as a user calls it, on a recipe of which nothing has run; with so little time, only relations are tested."""
+"""`run bench` as a user calls it, on a recipe that has not run; with so little time, only relations are tested."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from runner.cache.store import Store
-from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job, show
+from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job
+from runner.diagnostics.bench_tables import show
 from runner.errors import RecipeError, StageError
 from runner.recipe.recipe import load_recipe
 
@@ -74,7 +75,7 @@ def test_it_measures_the_model_and_step_of_the_recipe(result: dict[str, Any]) ->
     assert result["machine"]["threads"] >= 1 and "torch" in result["machine"]["versions"]
 
 
-def test_every_figure_is_there_and_agrees_with_its_neighbours(result: dict[str, Any]) -> None:
+def test_every_figure_is_there_and_they_agree(result: dict[str, Any]) -> None:
     assert min(result["matmul"][precision]["gflops"] for precision in ("fp32", "bf16")) > 0
     steps = result["train"]["candidates"]
     assert set(steps) == {"ours", "ours_muon", "transformers_fp32", "transformers_bf16"}
@@ -102,7 +103,7 @@ def test_every_figure_is_there_and_agrees_with_its_neighbours(result: dict[str, 
     assert machinery["rows"] == "made up"  # no tokens are in the cache
 
 
-def test_people_get_a_table_of_each_measurement(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_measurement_is_shown_as_a_table(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     show(result)
     printed = capsys.readouterr().out
     for text in (
@@ -119,7 +120,7 @@ def test_people_get_a_table_of_each_measurement(result: dict[str, Any], capsys: 
     assert "None" not in printed and "nan" not in printed
 
 
-def test_adapting_is_measured_beside_training_all_weights(result: dict[str, Any]) -> None:
+def test_fine_tuning_with_adapters_is_compared_with_training_all_weights(result: dict[str, Any]) -> None:
     ways = result["lora"]["ways"]
     assert list(ways) == ["full", "lora", "qlora"]
     assert ways["full"]["trained_share"] == ways["full"]["time_of_full"] == ways["full"]["memory_of_full"] == 1
@@ -137,7 +138,7 @@ def test_adapting_is_measured_beside_training_all_weights(result: dict[str, Any]
 def test_a_recipe_without_pretraining_is_refused(recipe: Path) -> None:
     done = run(recipe, str(recipe.with_name("base.toml")))
     assert done.returncode == 2
-    assert "found no stage of kind 'pretrain'" in done.stderr and not done.stdout
+    assert "expected a stage of kind 'pretrain'" in done.stderr and not done.stdout
 
 
 def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
@@ -145,25 +146,27 @@ def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
     assert done.returncode == 2 and "expected a RECIPE" in done.stderr
 
 
-def test_an_unknown_measurement_is_refused_with_the_right_names() -> None:
+def test_an_unknown_measurement_is_refused_and_the_known_ones_are_listed() -> None:
     assert chosen(None) == ["matmul", "train", "decode", "memory", "machinery"]
     assert chosen("decode,train") == ["train", "decode"]
     assert chosen("processes,train") == ["train", "processes"]
-    with pytest.raises(RecipeError, match=r"expected some of matmul,train,decode,memory,machinery, got 'speed'"):
+    with pytest.raises(
+        RecipeError, match=r"expected some of matmul,train,decode,memory,machinery,processes,lora,learning, got 'speed'"
+    ):
         chosen("train,speed")
 
 
-def test_learning_wants_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> None:
+def test_learning_needs_a_recipe_whose_tokens_are_in_the_cache(recipe: Path) -> None:
     assert chosen("learning") == ["learning"]
-    with pytest.raises(RecipeError, match="learning: expected a recipe"):
+    with pytest.raises(RecipeError, match="learning: expected a RECIPE"):
         reference_job(seconds=1.0, compiled=False, only=["learning"])
     done = run(recipe, str(recipe), "--only", "learning")
     assert done.returncode == 2 and "--until tokens` makes them" in done.stderr
 
 
-def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_process_and_two_are_measured_in_turns_on_the_same_step(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     job = recipe_job(load_recipe(recipe), Store(recipe.parent / "cache"), seconds=0.1, compiled=False, only=["processes"])
-    found = measure(replace(job, subject={**job.subject, "cores": 2}))
+    found = measure(replace(job, workload={**job.workload, "cores": 2}))
     candidates = found["processes"]["candidates"]
     assert {name: one["processes"] for name, one in candidates.items()} == {"one": 1, "ddp": 2, "fsdp": 2}
     for one in candidates.values():
@@ -174,7 +177,7 @@ def test_one_process_and_two_take_the_same_step_in_turns(recipe: Path, capfd: py
     printed = capfd.readouterr().out
     assert "2 processes, fsdp" in printed and f"{candidates['ddp']['tokens_per_second']:,.0f}" in printed
     with pytest.raises(StageError):
-        measure(replace(job, subject={**job.subject, "cores": 1}))
+        measure(replace(job, workload={**job.workload, "cores": 1}))
 
 
 def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:
@@ -183,14 +186,14 @@ def test_a_batch_without_a_row_is_refused(recipe: Path) -> None:
         recipe_job(small, Store(recipe.parent / "cache"), seconds=1.0, compiled=False, only=["train"])
 
 
-def test_a_worker_that_fails_is_told_and_its_words_stand_above(capfd: pytest.CaptureFixture[str]) -> None:
-    job = replace(reference_job(seconds=1.0, compiled=False, only=["train"]), subject={"vocab_size": "many"})
+def test_a_failed_worker_is_an_error_and_its_messages_are_above(capfd: pytest.CaptureFixture[str]) -> None:
+    job = replace(reference_job(seconds=1.0, compiled=False, only=["train"]), workload={"vocab_size": "many"})
     with pytest.raises(StageError, match="its worker ended with exit code 1"):
         measure(job)
     assert "vocab_size" in capfd.readouterr().err
 
 
-def test_ended_in_the_middle_it_leaves_no_folder_behind(tmp_path: Path) -> None:
+def test_a_terminated_bench_leaves_no_folder_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "runner.cli", "bench", "--only", "matmul", "--json"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
