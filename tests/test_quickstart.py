@@ -191,7 +191,7 @@ def test_an_adapter_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(ca
     assert done.returncode == 0, done.stdout + done.stderr
     proof = json.loads(done.stdout)
     assert proof["equal"] and proof["kind"] == "lora"
-    assert "ended bit for bit as if undisturbed" in asked(cache, "why", str(RECIPE), "medical")[1]
+    assert "ended bit for bit like an uninterrupted training" in asked(cache, "why", str(RECIPE), "medical")[1]
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("release", "merge"), ("after", "evaluate"), ("publish", "publish")])

@@ -1,4 +1,4 @@
-"""`run prove-resume RECIPE STAGE`: a training that is killed ends as one that is not."""
+"""`run prove-resume RECIPE STAGE`: a training that is killed and resumed ends like an uninterrupted one."""
 
 import argparse
 import json
@@ -13,29 +13,29 @@ from runner.options import add_cache_option, add_recipe_options, add_stage_argum
 
 DIFFERENT = 3  # exit code
 STEPS = 16  # by default
-SHOWN = 5  # names of what differs
+SHOWN = 5  # names of parts that differ
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(sub)
-    sub.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"to train, three times over (default: {STEPS})")
-    sub.add_argument("--processes", metavar="N", help="of the training, instead of [parallel]")
-    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"steps to train (default: {STEPS})")
+    sub.add_argument("--processes", metavar="N", help="processes of the training, instead of [parallel]")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Trains a few steps of a stage with and without a kill in between, and compares all that is left."""
+    """Trains a few steps of a stage with and without a kill, and compares the results bit for bit."""
     from runner.diagnostics.resume_check import prove, sentence
 
     if options.steps < 1:
         raise RecipeError(f"--steps: expected at least 1, got {options.steps}")
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the workers end and their folder goes then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it also ends the workers and removes their folder
     proof = prove(
         recipe, store_of(options), options.stage, steps=options.steps, tell=lambda text: print(text, file=sys.stderr)
     )
@@ -52,7 +52,7 @@ def _show(proof: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{proof['stage']} ({proof['kind']}), {proof['steps']} steps", title_justify="left")
-    for heading in ("compared", "what there is", "with and without a kill"):
+    for heading in ("compared", "size", "with and without a kill"):
         table.add_column(heading)
     for check in proof["checks"]:
         different = check["different"]

@@ -1,8 +1,8 @@
-"""`run prove-resume`: whether a training, killed and run again, ends bit for bit where one ends that was left alone.
+"""`run prove-resume`: a training that is killed and resumed must end bit for bit like an uninterrupted one.
 
-The stage is trained for a few steps by the same workers as in a run, in a folder of its own: once undisturbed; once until its
-processes are killed (SIGKILL) some steps behind a checkpoint, and on from there. What `runner.diagnostics.resume_diff` finds in both is
-compared. A proof is kept beside the records, as `proofs/<key>.json` under the key of the stage, and is no part of them.
+The stage is trained for a few steps by the same workers as in a run, in a folder of its own: once without interruption, and
+once until its processes are killed (SIGKILL) some steps after a checkpoint, and on from there. The outputs are compared by
+`runner.diagnostics.resume_diff`. The result is kept in the cache, in `proofs/<key>.json` under the key of the stage.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from runner import resources
 from runner.cache.record import Record
 from runner.cache.store import Store, Waiting
 from runner.credentials import redact
-from runner.diagnostics.resume_diff import Remains, compare
+from runner.diagnostics.resume_diff import TrainingOutput, compare
 from runner.errors import RecipeError, StageError
 from runner.execution import launch
 from runner.execution.job import ERROR, JOB, RESULT, Job
@@ -39,56 +39,39 @@ from runner.stages.fields.training import TrainingStage
 from runner.stages.pretrain import Pretrain
 
 PROOFS = "proofs"  # in the cache
-PARTS = 4  # checkpoints in as many steps
-TRIES = 3  # at killing a training that may be over before the kill comes
+PARTS = 4  # checkpoints of a proof
+TRIES = 3  # at killing a training before it ends
 POLL_SECONDS = 0.001
 
 
 def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Trains, kills, trains on and compares; returns the verdict as JSON, after keeping it in the cache.
+    """Trains, kills, resumes and compares; returns the proof as JSON, after saving it in the cache.
 
-    `steps` is rounded up to a multiple of PARTS. Raises RecipeError for a stage that does not train, StageError where what it
-    reads is not finished or a training fails.
+    `steps` is rounded up to a multiple of PARTS. Raises RecipeError for a stage that does not train, and StageError if an
+    input is not finished or a training fails.
     """
     plan = Plan(recipe, store, until=name)
     entry = plan.entries[name]
     if not isinstance(entry.stage, TrainingStage):
-        raise RecipeError(f"stage {name!r}: is of kind {entry.stage.kind!r}; expected one that trains")
+        raise RecipeError(f"stage {name!r}: expected a stage that trains, but its kind is {entry.stage.kind!r}")
     missing = [source for source in plan.inputs(name) if plan.entries[source].path is None]
     if missing or entry.key is None:
         raise StageError(
             f"stage {name!r}: expected {', '.join(missing)} finished; `run {recipe.path} --until {missing[-1]}` does it"
         )
-    steps = -(-steps // PARTS) * PARTS
     sources = {source: plan.record(source) for source in plan.inputs(name)}
     with _folder(store, entry.key) as (folder, log), store.reading(sources.values(), waiting=Waiting()):
         for source, record in sources.items():
             if not store.has_artifact(record, reread=True):
-                raise StageError(
-                    f"stage {source!r}: its artifact does not match its record; running the recipe makes it again"
-                )
-        processes, cores = resources.process_count(recipe.head.parallel), available_cores()
-        first = _first_step(entry.stage, sources)
-        every = steps // PARTS
-        end = -(-(first + steps) // every) * every
+                raise StageError(f"stage {source!r}: its artifact does not match its record; run the recipe to rebuild it")
+        first, every = _first_step(entry.stage, sources), -(-steps // PARTS)
+        end = -(-(first + PARTS * every) // every) * every
         short = replace(entry, stage=_shortened(entry.stage, end, every=every), beginning=None)
+        processes, cores = resources.process_count(recipe.head.parallel), available_cores()
         job = job_of(short, plan, recipe, store, work=folder, processes=processes, cores=cores)
         job = replace(job, parallel=plain(_as_it_trained(recipe.head.parallel, entry)))
         training = _Training(name, job, folder, log, compiled=store.compiled)
-        tell(f"{name}: trains {steps} steps undisturbed")
-        whole = training.begin("whole")
-        if type(entry.stage).prepare is not Stage.prepare:
-            training.prepare(whole)
-        prepared = shutil.copytree(whole.work, folder / "prepared")
-        training.run(whole)
-        tell(f"{name}: trains them again, until it is killed")
-        parts = training.run_until_killed(prepared, steps=end)
-        killed, before = max(line.step for line in parts.rows()) + 1, parts.processes()
-        tell(f"{name}: was killed in step {killed + 1}, and goes on")
-        training.run(parts)
-        checks = compare(whole, parts, entry.stage, steps=range(first, end))
-        result = json.loads((parts.scratch / RESULT).read_text(encoding="utf-8"))
-        continued = min(line.step for line in parts.rows() if line.process not in before)
+        result = _kill_and_compare(training, entry.stage, range(first, end), tell)
     proof = {
         "kind": entry.stage.kind,
         "key": entry.key,
@@ -96,52 +79,75 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         "recipe": recipe.head.name,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code": code_digest(type(entry.stage)),
-        "equal": not any(check.different for check in checks),
-        "steps": end,
-        "killed_after_step": killed,
-        "continued_after_step": continued,
-        "choices": result["metrics"]["choices"],
-        "checks": [asdict(check) for check in checks],
+        **result,
     }
-    write_whole(_place(store, entry.key), json.dumps(proof, indent=2, ensure_ascii=False) + "\n")
+    write_whole(_proof_path(store, entry.key), json.dumps(proof, indent=2, ensure_ascii=False) + "\n")
     return proof
 
 
+def _kill_and_compare(
+    training: "_Training", stage: TrainingStage, steps: range, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains `steps` without interruption and with one, and compares the outputs."""
+    name = training.name
+    tell(f"{name}: trains up to step {steps.stop} without interruption")
+    whole = training.begin("whole")
+    if type(stage).prepare is not Stage.prepare:
+        training.prepare(whole)
+    prepared = shutil.copytree(whole.work, training.folder / "prepared")
+    training.run(whole)
+    tell(f"{name}: trains again, to be killed")
+    resumed = training.run_until_killed(prepared, steps=steps.stop)
+    killed, before = max(step.step for step in resumed.steps()) + 1, resumed.processes()
+    tell(f"{name}: was killed in step {killed + 1} and resumes")
+    training.run(resumed)
+    checks = compare(whole, resumed, stage, steps=steps)
+    result = json.loads((resumed.scratch / RESULT).read_text(encoding="utf-8"))
+    return {
+        "equal": not any(check.different for check in checks),
+        "steps": steps.stop,
+        "killed_after_step": killed,
+        "continued_after_step": min(step.step for step in resumed.steps() if step.process not in before),
+        "choices": result["metrics"]["choices"],
+        "checks": [asdict(check) for check in checks],
+    }
+
+
 def proof_of(store: Store, key: str) -> dict[str, Any] | None:
-    """The last proof that was made of the training with this key."""
+    """The last proof for the training with this key; None without one."""
     try:
-        proof: dict[str, Any] = json.loads(_place(store, key).read_text(encoding="utf-8"))
+        proof: dict[str, Any] = json.loads(_proof_path(store, key).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return proof
 
 
 def sentence(proof: Mapping[str, Any]) -> str:
-    """The verdict in a line."""
+    """The result in one line."""
     different = [check["name"] for check in proof["checks"] if check["different"]]
     choices = proof["choices"]
     processes = f"{choices['processes']} process{'es' if choices['processes'] > 1 else ''}"
     how = f"{processes}, {'compiled' if choices['compiled'] else 'eager'}, {choices['precision']}"
-    when = f"killed after step {proof['killed_after_step']} of {proof['steps']}, went on after {proof['continued_after_step']}"
-    verdict = f"ended with other {', '.join(different)}" if different else "ended bit for bit as if undisturbed"
+    when = f"killed after step {proof['killed_after_step']} of {proof['steps']}, resumed after {proof['continued_after_step']}"
+    verdict = f"differs in {', '.join(different)}" if different else "ended bit for bit like an uninterrupted training"
     return f"{when}, {verdict} ({how})"
 
 
-def _place(store: Store, key: str) -> Path:
+def _proof_path(store: Store, key: str) -> Path:
     return store.root / PROOFS / f"{key}.json"
 
 
 @contextlib.contextmanager
 def _folder(store: Store, key: str) -> Iterator[tuple[Path, IO[bytes]]]:
-    """An empty folder of this proof's own, and the log of its workers, which is also the lock on it."""
+    """An empty folder for one proof, and the log of its workers, which is also its lock."""
     folder = store.root / PROOFS / f"{key}.work"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".log").open("ab") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StageError(f"{log.name}: another process is proving the same; wait for it") from None
-        shutil.rmtree(folder, ignore_errors=True)  # of a proof that was ended
+            raise StageError(f"{log.name}: another process proves the same stage; wait for it") from None
+        shutil.rmtree(folder, ignore_errors=True)  # of a proof that was killed
         folder.mkdir()
         try:
             yield folder, log
@@ -150,12 +156,12 @@ def _folder(store: Store, key: str) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def _first_step(stage: TrainingStage, sources: Mapping[str, Record]) -> int:
-    """The step at which a training begins: the end of its trunk, if it goes on from one."""
+    """The step at which a training starts: the last of its trunk, if it has one."""
     return int(sources[stage.trunk].data["metrics"]["steps"]) if isinstance(stage, Pretrain) and stage.trunk else 0
 
 
 def _shortened(stage: TrainingStage, end: int, *, every: int) -> TrainingStage:
-    """The same training up to an early `end`, with a look at held-out text and a checkpoint after each of a few steps."""
+    """The same training up to step `end`, with a validation and a checkpoint every few steps."""
     return stage.model_copy(
         update={
             "budget": Budget(steps=end),
@@ -168,80 +174,86 @@ def _shortened(stage: TrainingStage, end: int, *, every: int) -> TrainingStage:
 
 
 def _as_it_trained(parallel: Parallel, entry: Entry) -> Parallel:
-    """[parallel], where what is "auto" is what the finished stage found, which in so few steps might be something else."""
+    """[parallel] with each "auto" as the finished stage resolved it, since a short training might resolve it differently."""
     if entry.record is None:
         return parallel
     choices = entry.record.data["metrics"]["choices"]
-    found = {"precision": choices["precision"], "compile": choices["compiled"]}
-    found["fused_attention"] = choices.get("fused_attention", False)  # which older records lack
-    return parallel.model_copy(update={name: value for name, value in found.items() if getattr(parallel, name) == "auto"})
+    resolved = {
+        "precision": choices["precision"],
+        "compile": choices["compiled"],
+        "fused_attention": choices["fused_attention"],
+    }
+    return parallel.model_copy(update={name: value for name, value in resolved.items() if getattr(parallel, name) == "auto"})
 
 
 class _Training:
-    """Runs the workers of one training in folders of its own."""
+    """Runs the workers of one training in folders below `folder`."""
 
     def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes], *, compiled: Path) -> None:
-        self._name, self._job, self._folder, self._log, self._compiled = name, job, folder, log, compiled
+        self.name, self.folder = name, folder
+        self._job, self._log, self._compiled = job, log, compiled
 
-    def begin(self, name: str, *, prepared: Path | None = None) -> Remains:
-        """A folder for a training, new, or a copy of one in which it was prepared."""
-        remains = Remains(self._folder / name, self._folder / f"{name}-rows")
-        for folder in (remains.work, remains.row_logs):
+    def begin(self, name: str, *, prepared: Path | None = None) -> TrainingOutput:
+        """The folder for a training, empty or a copy of `prepared`."""
+        output = TrainingOutput(self.folder / name, self.folder / f"{name}-rows")
+        for folder in (output.work, output.row_logs):
             shutil.rmtree(folder, ignore_errors=True)
         if prepared is not None:
-            shutil.copytree(prepared, remains.work)
-        remains.scratch.mkdir(parents=True, exist_ok=True)
-        remains.row_logs.mkdir()
-        replace(self._job, work=str(remains.work), row_logs=str(remains.row_logs)).write(remains.scratch / JOB)
-        return remains
+            shutil.copytree(prepared, output.work)
+        output.scratch.mkdir(parents=True, exist_ok=True)
+        output.row_logs.mkdir()
+        replace(self._job, work=str(output.work), row_logs=str(output.row_logs)).write(output.scratch / JOB)
+        return output
 
-    def prepare(self, remains: Remains) -> None:
-        """What comes before a training group is formed."""
-        command = launch.plain_command(remains.scratch / JOB, "--prepare")
+    def prepare(self, output: TrainingOutput) -> None:
+        """Runs the preparation of the stage, before its process group exists."""
+        command = launch.plain_command(output.scratch / JOB, "--prepare")
         with self._launched(command, threads=self._job.cores) as process:
-            self._end(process, remains)
+            self._end(process, output)
 
-    def run(self, remains: Remains) -> None:
-        """The training, from where it is to its end; StageError if it fails."""
-        with self._training(remains) as process:
-            self._end(process, remains)
+    def run(self, output: TrainingOutput) -> None:
+        """Trains from the last checkpoint to the end; StageError if it fails."""
+        with self._training(output) as process:
+            self._end(process, output)
 
-    def run_until_killed(self, prepared: Path, *, steps: int) -> Remains:
-        """Begins a training and kills all of its processes once it has done a step behind a checkpoint."""
+    def run_until_killed(self, prepared: Path, *, steps: int) -> TrainingOutput:
+        """Starts a training and kills all of its processes once a step after a checkpoint is done."""
         for _ in range(TRIES):
-            remains = self.begin("parts", prepared=prepared)
-            with self._training(remains) as process:
-                while process.poll() is None and not _is_behind_a_checkpoint(remains):
+            output = self.begin("resumed", prepared=prepared)
+            with self._training(output) as process:
+                while process.poll() is None and not _is_past_a_checkpoint(output):
                     time.sleep(POLL_SECONDS)
                 running = process.poll() is None
-                for number in [*remains.processes(), process.pid] if running else []:
+                for number in [*output.processes(), process.pid] if running else []:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(number, signal.SIGKILL)
                 code = process.wait()
             if not running and code != 0:
-                self._fail(code, remains)
-            if remains.checkpoints()[-1:] != [steps] and not (remains.scratch / RESULT).exists():
-                return remains
-        raise StageError(f"stage {self._name!r}: ended {TRIES} times before it could be killed; more --steps take longer")
+                self._fail(code, output)
+            if output.checkpoints()[-1:] != [steps] and not (output.scratch / RESULT).exists():
+                return output
+        raise StageError(f"stage {self.name!r}: ended {TRIES} times before it could be killed; pass more --steps")
 
-    def _training(self, remains: Remains) -> contextlib.AbstractContextManager[launch.Process]:
+    def _training(self, output: TrainingOutput) -> contextlib.AbstractContextManager[launch.Process]:
         processes = self._job.processes
-        command = launch.training_command(remains.scratch / JOB, processes)
+        command = launch.training_command(output.scratch / JOB, processes)
         return self._launched(command, threads=max(1, self._job.cores // processes))
 
     def _launched(self, command: list[str], *, threads: int) -> contextlib.AbstractContextManager[launch.Process]:
         return launch.started(command, log=self._log, environment=launch.environment_of(threads, compiled=self._compiled))
 
-    def _end(self, process: launch.Process, remains: Remains) -> None:
+    def _end(self, process: launch.Process, output: TrainingOutput) -> None:
         if (code := process.wait()) != 0:
-            self._fail(code, remains)
+            self._fail(code, output)
 
-    def _fail(self, code: int, remains: Remains) -> None:
-        error = remains.scratch / ERROR
-        said = json.loads(error.read_text(encoding="utf-8"))["message"] if error.exists() else f"ended with exit code {code}"
-        raise StageError(f"stage {self._name!r}: {redact(said)}\n(log: {self._log.name})")
+    def _fail(self, code: int, output: TrainingOutput) -> None:
+        error = output.scratch / ERROR
+        message = (
+            json.loads(error.read_text(encoding="utf-8"))["message"] if error.exists() else f"ended with exit code {code}"
+        )
+        raise StageError(f"stage {self.name!r}: {redact(message)}\n(log: {self._log.name})")
 
 
-def _is_behind_a_checkpoint(remains: Remains) -> bool:
-    checkpoints = remains.checkpoints()
-    return bool(checkpoints) and max((line.step for line in remains.rows()), default=-1) >= checkpoints[-1]
+def _is_past_a_checkpoint(output: TrainingOutput) -> bool:
+    checkpoints = output.checkpoints()
+    return bool(checkpoints) and max((step.step for step in output.steps()), default=-1) >= checkpoints[-1]

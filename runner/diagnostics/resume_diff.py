@@ -1,6 +1,6 @@
-"""What a training leaves (checkpoints, artifact, the rows it saw), read without torch, and whether two left the same.
+"""Compares two trainings by their outputs: checkpoints, artifact, and the rows of every step. Reads them without torch.
 
-Files of tensors are compared by the bytes of each tensor, so equal means bit for bit.
+Tensors are compared by their bytes, so equal means bit for bit.
 """
 
 import hashlib
@@ -14,80 +14,82 @@ from typing import Any
 from runner.artifacts import SCRATCH
 from runner.stage import Stage
 
-CHECKPOINTS = "checkpoints/step-" + "[0-9]" * 8  # in scratch, as llm.training.checkpoint names those that are complete
-TIMES = "seconds"  # in the counters of a checkpoint: the one that differs between any two trainings
+CHECKPOINTS = "checkpoints/step-" + "[0-9]" * 8  # in scratch; llm.training.checkpoint names complete ones like this
+SECONDS = "seconds"  # the counter of a checkpoint that differs between any two trainings
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that both trainings left, and whether it is the same."""
+    """One kind of output of two trainings, and whether it is equal."""
 
     name: str
-    what: str  # how much of it there is
-    different: list[str]  # names of what differs
+    what: str  # its size
+    different: list[str]  # names of the parts that differ
 
 
 @dataclass(frozen=True)
-class Remains:
-    """The folders in which one training worked."""
+class TrainingOutput:
+    """The folders that one training wrote."""
 
     work: Path
     row_logs: Path  # one file per process
 
     @property
     def scratch(self) -> Path:
-        """Where its checkpoints are."""
+        """The folder of its checkpoints."""
         return self.work / SCRATCH
 
     def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints."""
+        """The steps of the complete checkpoints, in order."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.scratch.glob(CHECKPOINTS))
 
-    def rows(self) -> list["Rows"]:
-        """The rows of steps, as each process wrote them, in the order of the steps' ends within each process."""
-        return [Rows(**json.loads(line)) for path in sorted(self.row_logs.glob("*.jsonl")) for line in _whole_lines(path)]
+    def steps(self) -> list["StepRows"]:
+        """The logged steps of each process, in the order in which the process finished them."""
+        return [StepRows(**json.loads(line)) for path in sorted(self.row_logs.glob("*.jsonl")) for line in _whole_lines(path)]
 
     def processes(self) -> set[int]:
-        """The ids of the processes that have done a step."""
-        return {line.process for line in self.rows()}
+        """The ids of the processes that have finished a step."""
+        return {step.process for step in self.steps()}
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What one process learned from in one step; a line of its log."""
+class StepRows:
+    """The rows that one process learned from in one step; a line of `llm.training.row_log`."""
 
     process: int
     step: int  # counted from 0
-    rows: Mapping[str, str]  # place in the step -> digest of the content
+    rows: Mapping[str, str]  # index in the step -> digest of the content
 
 
-def compare(whole: Remains, parts: Remains, stage: Stage, *, steps: range) -> list[Check]:
-    """Everything that a training of `steps` left, once done in one go and once in parts."""
+def compare(whole: TrainingOutput, resumed: TrainingOutput, stage: Stage, *, steps: range) -> list[Check]:
+    """Compares an uninterrupted training of `steps` with one that was killed and resumed."""
     return [
-        _rows(whole, parts, steps=steps),
-        *_states(whole, parts, end=steps.stop),
-        _artifacts(whole, parts, stage),
+        _rows(whole, resumed, steps=steps),
+        *_states(whole, resumed, end=steps.stop),
+        _artifacts(whole, resumed, stage),
     ]
 
 
-def _rows(whole: Remains, parts: Remains, *, steps: range) -> Check:
-    """Each time that a step was done, also one that a kill undid, it has to have learned from the same rows."""
-    wanted = {(line.step, place): digest for line in whole.rows() for place, digest in line.rows.items()}
+def _rows(whole: TrainingOutput, resumed: TrainingOutput, *, steps: range) -> Check:
+    """Every run of a step must have learned from the same rows, also one that a kill undid."""
+    expected = {(step.step, index): digest for step in whole.steps() for index, digest in step.rows.items()}
     different, seen = set(), set()
-    for line in parts.rows():
-        for place, digest in line.rows.items():
-            seen.add((line.step, place))
-            if wanted.get((line.step, place)) != digest:
-                different.add((line.step, place))
-    different |= wanted.keys() - seen
-    missing = sorted(set(steps) - {step for step, _ in wanted})
-    names = [f"step {step}, row {place}" for step, place in sorted(different)] + [f"step {step}: no rows" for step in missing]
-    return Check("rows", f"{len(wanted):,} rows in {len(steps)} steps, {len(set(wanted.values())):,} different ones", names)
+    for step in resumed.steps():
+        for index, digest in step.rows.items():
+            seen.add((step.step, index))
+            if expected.get((step.step, index)) != digest:
+                different.add((step.step, index))
+    different |= expected.keys() - seen
+    missing = sorted(set(steps) - {number for number, _ in expected})
+    names = [f"step {number}, row {index}" for number, index in sorted(different)]
+    names += [f"step {number}: no rows" for number in missing]
+    what = f"{len(expected):,} rows in {len(steps)} steps, {len(set(expected.values())):,} different ones"
+    return Check("rows", what, names)
 
 
-def _states(whole: Remains, parts: Remains, *, end: int) -> Iterator[Check]:
-    """Weights, optimizer and counters, as the checkpoint after the last step keeps them."""
-    one, other = (remains.scratch / "checkpoints" / f"step-{end:08d}" for remains in (whole, parts))
+def _states(whole: TrainingOutput, resumed: TrainingOutput, *, end: int) -> Iterator[Check]:
+    """Weights, optimizer state and counters in the checkpoint after the last step."""
+    one, other = (output.scratch / "checkpoints" / f"step-{end:08d}" for output in (whole, resumed))
     for file in sorted({path.name for folder in (one, other) for path in folder.glob("*.safetensors")}, reverse=True):
         tensors, others = _Tensors(one / file), _Tensors(other / file)
         size = sum(tensors.sizes.values())
@@ -97,8 +99,8 @@ def _states(whole: Remains, parts: Remains, *, end: int) -> Iterator[Check]:
     yield Check("counters", f"{len(counters)} of them", _differing(counters, others_counters))
 
 
-def _artifacts(whole: Remains, parts: Remains, stage: Stage) -> Check:
-    digests, others = (stage.makes(remains.work).digests() for remains in (whole, parts))
+def _artifacts(whole: TrainingOutput, resumed: TrainingOutput, stage: Stage) -> Check:
+    digests, others = (stage.makes(output.work).digests() for output in (whole, resumed))
     return Check("artifact", f"{len(digests)} files", _differing(digests, others))
 
 
@@ -109,16 +111,16 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _counters(path: Path) -> dict[str, Any]:
-    """What a training counts: steps, tokens, losses, the best validation; not how long it took."""
+    """The counters of a training: steps, tokens, losses, the best validation; without its time."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
     except FileNotFoundError:
         return {}
-    return {name: value for name, value in facts["progress"].items() if name != TIMES}
+    return {name: value for name, value in facts["progress"].items() if name != SECONDS}
 
 
 class _Tensors:
-    """A safetensors file: the length of a header, the header as JSON, and the tensors' bytes."""
+    """A safetensors file: the length of the header, the header as JSON, and the bytes of the tensors."""
 
     def __init__(self, path: Path) -> None:
         self._data = path.read_bytes() if path.exists() else b"\x02" + bytes(7) + b"{}"
@@ -134,7 +136,7 @@ class _Tensors:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Of each tensor: over its type, shape and bytes."""
+        """Of the type, shape and bytes of each tensor."""
         found = {}
         for name, facts in self._tensors.items():
             begin, end = (self._start + offset for offset in facts["data_offsets"])
@@ -145,7 +147,7 @@ class _Tensors:
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a log of rows that no kill cut short."""
+    """The complete lines of a row log; a kill may have cut one short."""
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line.startswith("{") and line.endswith("}}"):
             yield line

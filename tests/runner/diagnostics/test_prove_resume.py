@@ -1,4 +1,4 @@
-"""`run prove-resume`: equal where it is equal, and every way to be different is found."""
+"""`run prove-resume`: equal trainings are equal, and every difference is found."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from llm.data.batch import Batch
 from llm.training.row_log import RowLog
 from runner.artifacts import SCRATCH
 from runner.cli import main
-from runner.diagnostics.resume_diff import Remains, compare
+from runner.diagnostics.resume_diff import TrainingOutput, compare
 from runner.stages.pretrain import Pretrain
 
 PRETRAIN = """
@@ -64,7 +64,7 @@ def proof(folder: Folder, stage: str, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_a_training_that_is_killed_ends_as_if_it_had_not_been(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_is_killed_ends_like_an_uninterrupted_one(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     recipe_in(folder)
     found = proof(folder, "base", "--processes", "1", "--steps", "13")
     assert found["equal"], found
@@ -76,12 +76,12 @@ def test_a_training_that_is_killed_ends_as_if_it_had_not_been(folder: Folder, ca
     assert checks["rows"].startswith("128 rows in 16 steps")
     assert [path.suffix for path in sorted((folder.cache / "proofs").iterdir())] == [".json", ".log"]
     assert main(["why", str(folder.recipe), "base", "--cache", str(folder.cache)]) == 0
-    assert "ended bit for bit as if undisturbed (1 process, eager" in capsys.readouterr().out
+    assert "ended bit for bit like an uninterrupted training (1 process, eager" in capsys.readouterr().out
     assert folder.states()["base"] == "run", "a proof is no result"
 
 
 @pytest.mark.long
-def test_a_trunk_and_its_decay_end_as_if_they_had_not_been_killed(folder: Folder) -> None:
+def test_a_trunk_and_its_decay_that_are_killed_end_like_uninterrupted_ones(folder: Folder) -> None:
     recipe_in(folder)
     folder.write(RECIPE + PRETRAIN + 'budget = { steps = 41 }\nschedule = { kind = "wsd", decay_steps = 20 }\n')
     found = proof(folder, "base-trunk", "--steps", "16")
@@ -98,18 +98,18 @@ def test_a_stage_that_does_not_train_or_lacks_its_inputs_is_refused(
     recipe_in(folder, FINE_TUNING)
     place = ("--cache", str(folder.cache))
     assert main(["prove-resume", str(folder.recipe), "tokens", *place]) == 2
-    assert "is of kind 'pack'; expected one that trains" in capsys.readouterr().err
+    assert "expected a stage that trains, but its kind is 'pack'" in capsys.readouterr().err
     assert main(["prove-resume", str(folder.recipe), "chat", *place]) == 3
     assert "expected base finished" in capsys.readouterr().err
     assert not (folder.cache / "proofs").exists()
 
 
 @pytest.fixture
-def remains(tmp_path: Path) -> Callable[[str], Remains]:
-    """What a training of two steps of two rows would leave."""
+def output(tmp_path: Path) -> Callable[[str], TrainingOutput]:
+    """Makes the output of a training of two steps of two rows."""
 
-    def make(name: str) -> Remains:
-        found = Remains(tmp_path / name, tmp_path / f"{name}-rows")
+    def make(name: str) -> TrainingOutput:
+        found = TrainingOutput(tmp_path / name, tmp_path / f"{name}-rows")
         checkpoint = found.scratch / "checkpoints" / "step-00000002"
         checkpoint.mkdir(parents=True)
         for file in ("weights", "optimizer"):
@@ -130,56 +130,56 @@ def batch_of(first: int) -> Batch:
     return Batch(tokens, tokens + 1, torch.zeros(1, 6, dtype=torch.int32), tokens * 0, torch.tensor([first % 4]))
 
 
-def different(whole: Remains, parts: Remains) -> dict[str, list[str]]:
+def different(whole: TrainingOutput, resumed: TrainingOutput) -> dict[str, list[str]]:
     stage = Pretrain.model_construct()
-    return {check.name: check.different for check in compare(whole, parts, stage, steps=range(2)) if check.different}
+    return {check.name: check.different for check in compare(whole, resumed, stage, steps=range(2)) if check.different}
 
 
-def test_the_same_remains_are_equal_but_for_the_time_they_took(remains: Callable[[str], Remains]) -> None:
-    assert different(remains("whole"), remains("parts")) == {}
+def test_equal_outputs_differ_only_in_their_times(output: Callable[[str], TrainingOutput]) -> None:
+    assert different(output("whole"), output("resumed")) == {}
 
 
-def test_whatever_differs_is_found_and_named(remains: Callable[[str], Remains]) -> None:
-    whole = remains("whole")
+def test_every_difference_is_found_and_named(output: Callable[[str], TrainingOutput]) -> None:
+    whole = output("whole")
     for name in ("weights", "optimizer"):
-        parts = remains(f"other-{name}")
-        path = parts.scratch / "checkpoints" / "step-00000002" / f"{name}.safetensors"
+        resumed = output(f"other-{name}")
+        path = resumed.scratch / "checkpoints" / "step-00000002" / f"{name}.safetensors"
         flip(path, path.stat().st_size * 8 - 1)  # of the last tensor
-        assert different(whole, parts) == {name: ["b"]}
+        assert different(whole, resumed) == {name: ["b"]}
         tensors = load_file(path)
         del tensors["a"]
         save_file(tensors, path)
-        assert different(whole, parts) == {name: ["a", "b"]}
-    parts = remains("other-best")
-    state = parts.scratch / "checkpoints" / "step-00000002" / "state.json"
+        assert different(whole, resumed) == {name: ["a", "b"]}
+    resumed = output("other-best")
+    state = resumed.scratch / "checkpoints" / "step-00000002" / "state.json"
     state.write_text(state.read_text().replace("3.0", "2.9"))
-    assert different(whole, parts) == {"counters": ["best"]}
-    parts = remains("other-artifact")
-    (parts.work / "config.json").touch()
-    assert different(whole, parts) == {"artifact": ["config.json"]}
+    assert different(whole, resumed) == {"counters": ["best"]}
+    resumed = output("other-artifact")
+    (resumed.work / "config.json").touch()
+    assert different(whole, resumed) == {"artifact": ["config.json"]}
 
 
-def test_rows_that_are_other_ones_missing_or_only_undone_by_a_kill_are_found(remains: Callable[[str], Remains]) -> None:
-    whole, parts = remains("whole"), remains("parts")
-    log = parts.row_logs / "0.jsonl"
+def test_rows_that_differ_or_are_missing_are_found_and_repeated_ones_are_not(output: Callable[[str], TrainingOutput]) -> None:
+    whole, resumed = output("whole"), output("resumed")
+    log = resumed.row_logs / "0.jsonl"
     written = log.read_text()
     RowLog(log)(1, [batch_of(4), batch_of(5)])
-    assert different(whole, parts) == {}, "a step that was done again, from the same rows"
+    assert different(whole, resumed) == {}, "a step that was done again, from the same rows"
     RowLog(log)(1, [batch_of(4), batch_of(9)])
-    assert different(whole, parts) == {"rows": ["step 1, row 1"]}
+    assert different(whole, resumed) == {"rows": ["step 1, row 1"]}
     log.write_text(written.rpartition("\n{")[0])
-    assert different(whole, parts) == {"rows": ["step 1, row 0", "step 1, row 1"]}
+    assert different(whole, resumed) == {"rows": ["step 1, row 0", "step 1, row 1"]}
     log.write_text(written[:-20])  # as a kill leaves it
-    assert different(whole, parts) == {"rows": ["step 1, row 0", "step 1, row 1"]}
-    shutil.rmtree(parts.work / SCRATCH / "checkpoints")
-    assert set(different(whole, parts)) == {"rows", "weights", "optimizer", "counters"}
+    assert different(whole, resumed) == {"rows": ["step 1, row 0", "step 1, row 1"]}
+    shutil.rmtree(resumed.work / SCRATCH / "checkpoints")
+    assert set(different(whole, resumed)) == {"rows", "weights", "optimizer", "counters"}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("compiled", ["true", "false"])
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("stage", ["base", "chat", "lora", "qlora"])
-def test_every_training_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(
+def test_every_training_that_is_killed_ends_bit_for_bit_like_an_uninterrupted_one(
     trained: Folder, stage: str, processes: str, compiled: str
 ) -> None:
     found = proof(trained, stage, "--processes", processes, "--set", f"parallel.compile={compiled}")
