@@ -1,23 +1,33 @@
-"""`run RECIPE`: does what is not in the cache."""
+"""`run RECIPE`: runs the stages whose results are not in the cache."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.options import (
     add_cache_option,
     add_recipe_options,
     add_remote_option,
     add_stage_argument,
+    make_view,
     recipe_of,
     remote_of,
     stage_named,
     store_of,
 )
+from runner.recipe.recipe import Recipe
+from runner.reporting.progress import RunView
+
+if TYPE_CHECKING:
+    from runner.execution.node_layout import Layout
 
 HF = "hf://"
-NOT_RUN = 1  # exit code of a run that the user was asked about and did not want
+NOT_RUN = 1  # exit code if the user is asked and declines
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -28,29 +38,24 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_recipe_options(sub)
     add_cache_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
-    add_stage_argument(sub, "--force", help="make its artifact again", action="append", default=[])
+    add_stage_argument(sub, "--force", help="run this stage even if its result is cached", action="append", default=[])
     add_remote_option(sub)
-    sub.add_argument("--json", action="store_true", help="for programs: one JSON object per event, on standard output")
-    sub.add_argument("--overwrite", action="store_true", help="push also over what somebody else changed on the Hub")
-    of_published = sub.add_argument_group("of a published model")
-    of_published.add_argument("--yes", action="store_true", help="run it without asking")
-    of_published.add_argument(
-        "--data", action="append", default=[], type=Path, metavar="DIR", help="where its input files may be, under any name"
+    sub.add_argument("--json", action="store_true", help="print one JSON object per event on standard output")
+    sub.add_argument("--overwrite", action="store_true", help="push even if somebody else changed the Hub repository")
+    published = sub.add_argument_group("published models")
+    published.add_argument("--yes", action="store_true", help="run it without asking")
+    published.add_argument(
+        "--data", action="append", default=[], type=Path, metavar="DIR", help="a folder with its input files, under any names"
     )
     sub.add_argument("--processes", metavar="N", help="processes of each training on a machine, instead of [parallel]")
-    sub.add_argument("--machines", type=int, metavar="N", help="machines that train together, each with such a run")
-    sub.add_argument("--machine-rank", type=int, metavar="K", help="which of them this is, from 0")
-    sub.add_argument("--main-address", metavar="HOST[:PORT]", help="where the machine of rank 0 is")
+    sub.add_argument("--machines", type=int, metavar="N", help="machines that train together; each runs this command")
+    sub.add_argument("--machine-rank", type=int, metavar="K", help="the rank of this machine, from 0")
+    sub.add_argument("--main-address", metavar="HOST[:PORT]", help="address of the machine of rank 0")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Does what is not in the cache."""
+    """Runs the stages whose results are not in the cache."""
     from runner.execution.node_layout import LayoutOptions, layout_of
-    from runner.execution.scheduler import Scheduler
-    from runner.execution.stop import StopRequest
-    from runner.multi_node.coordinator import Coordinator, opened
-    from runner.multi_node.participant import Participant
-    from runner.options import make_view
     from runner.planning.cost import expected_seconds
     from runner.planning.plan import Plan
     from runner.recipe.first_rows import check_first_rows
@@ -65,14 +70,9 @@ def main(options: argparse.Namespace) -> int:
     elif options.yes or options.data:
         raise RecipeError("--yes and --data: expected a published model, hf://OWNER/NAME")
     recipe = recipe_of(options, absent=store.digests.promised)
-    for name in [*options.force, *([options.until] if options.until else [])]:
-        stage_named(recipe, name)
-    if options.until:
-        for name in options.force:
-            if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
-                raise RecipeError(f"--force {name}: expected a stage that --until {options.until} runs")
-    asked = LayoutOptions(options.machines, options.machine_rank, options.main_address)
-    layout, remote = layout_of(recipe.head.parallel, asked), remote_of(options, recipe)
+    _check_stages(recipe, until=options.until, force=options.force)
+    machines = LayoutOptions(options.machines, options.machine_rank, options.main_address)
+    layout, remote = layout_of(recipe.head.parallel, machines), remote_of(options, recipe)
     if published is not None:
         from runner.published import confirm
 
@@ -83,27 +83,11 @@ def main(options: argparse.Namespace) -> int:
         if not confirm.agreed(published, yes=options.yes):
             return NOT_RUN
     check_first_rows(recipe)
-    progress = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
-    stop = StopRequest()
-    stop.install()
+    view = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
-        if layout.machines == 1:
-            Scheduler(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite).run(
-                until=options.until, force=options.force
-            )
-        elif layout.is_main:
-            source = remote if recipe.head.cache.upload else None
-            rejoin = 60 * recipe.head.parallel.rejoin_minutes
-            with opened(
-                Coordinator(layout, store.root, remote=source, note=progress.note, stop=stop, rejoin_seconds=rejoin)
-            ) as coordinator:
-                run = Scheduler(recipe, store, progress, stop, remote=remote, overwrite=options.overwrite, peers=coordinator)
-                run.run(until=options.until, force=options.force)
-        else:
-            joining = Participant(recipe, store, progress, stop, remote=remote, layout=layout)
-            joining.run(until=options.until, force=bool(options.force))
+        _execute(options, recipe, store, view, layout=layout, remote=remote)
     finally:
-        progress.close()
+        view.close()
     if published is not None:
         from runner.published.lockfile import results
 
@@ -111,6 +95,45 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_stages(recipe: Recipe, *, until: str | None, force: Sequence[str]) -> None:
+    """RecipeError if the options name stages that the recipe does not have, or that do not fit together."""
+    for name in [*force, *([until] if until else [])]:
+        stage_named(recipe, name)
+    for name in force:
+        if until and not recipe.needed(until).issuperset(recipe.names_of(name)):
+            raise RecipeError(f"--force {name}: expected a stage that --until {until} runs")
+
+
+def _execute(
+    options: argparse.Namespace, recipe: Recipe, store: Store, view: RunView, *, layout: "Layout", remote: str | None
+) -> None:
+    """Runs the recipe on this machine, alone or in the part that its rank has."""
+    from runner.execution.scheduler import Scheduler
+    from runner.execution.stop import StopRequest
+
+    stop = StopRequest()
+    stop.install()
+    if not layout.is_main:
+        from runner.multi_node.participant import Participant
+
+        Participant(recipe, store, view, stop, remote=remote, layout=layout).run(
+            until=options.until, force=bool(options.force)
+        )
+        return
+    with contextlib.ExitStack() as stack:
+        peers = None
+        if layout.machines > 1:
+            from runner.multi_node.coordinator import Coordinator, opened
+
+            source = remote if recipe.head.cache.upload else None
+            rejoin = 60 * recipe.head.parallel.rejoin_minutes
+            peers = stack.enter_context(
+                opened(Coordinator(layout, store.root, remote=source, note=view.note, stop=stop, rejoin_seconds=rejoin))
+            )
+        scheduler = Scheduler(recipe, store, view, stop, remote=remote, overwrite=options.overwrite, peers=peers)
+        scheduler.run(until=options.until, force=options.force)
+
+
 def _recipe(text: str) -> Path | str:
-    """The path of a recipe; the address of a published model stays text, for a path knows no double slash."""
+    """The path of a recipe, or the address of a published model as text, since Path would merge its slashes."""
     return text if text.startswith(HF) else Path(text)

@@ -1,1 +1,1 @@
-"""What tells of the machine and of promises: benchmarks, and a resumed run beside an uninterrupted one."""
+"""Measurements of the machine and of promises: benchmarks, and the comparison of resumed with uninterrupted trainings."""

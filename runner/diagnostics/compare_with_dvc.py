@@ -1,10 +1,10 @@
-"""How long nothing takes: a fully cached quickstart beside `dvc repro` of as many trivial stages, and a plan of 1,000 stages.
+"""Measures the time of doing nothing: a fully cached quickstart, `dvc repro` of as many trivial stages, and a plan of 1,000 stages.
 
     python -m runner.diagnostics.compare_with_dvc [--rounds 10] [--json]
 
-Both are called as a user calls them, in processes of their own, and take turns, so that what else the machine does meets them
-alike; a ratio is the median over rounds of the quotient in each. DVC is the one on PATH, else one that is installed into a
-throw-away environment. The quickstart runs first where it is not in the cache yet. Not a test: it judges the machine, too.
+Each is called as a user calls it, in a process of its own. They take turns, so that other load on the machine affects all of
+them; the ratio is the median over rounds. DVC is the one on PATH, else it is installed into a temporary environment. The
+quickstart runs first if it is not in the cache yet. Not a test, because the result depends on the machine.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from runner.recipe.recipe import load_recipe
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
 MANY = 1000  # stages of the plan
-SHARE = 0.5  # of DVC's time that a fully cached quickstart may take
-SECONDS = 1.0  # that the plan may take
-WARM = 2  # rounds that are not counted
+SHARE = 0.5  # limit for a fully cached quickstart, of DVC's time
+SECONDS = 1.0  # limit for the plan
+WARM_UP = 2  # rounds that are not counted
 
 
 def main() -> int:
-    """Measures, prints, and exits with 0 if both take as little as is wanted."""
-    parser = argparse.ArgumentParser(description="A fully cached quickstart and a plan of 1,000 stages, beside DVC.")
+    """Measures and prints; returns 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(description="A fully cached quickstart and a plan of 1,000 stages, compared with DVC.")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--cache", type=Path, help="of the quickstart (default: that of the project)")
     parser.add_argument("--json", action="store_true")
@@ -44,9 +44,9 @@ def main() -> int:
         place = Path(folder)
         run = [sys.executable, "-m", "runner.cli"]
         cached = [*run, "run", str(QUICKSTART), "--cache", str(options.cache or ROOT / "cache")]
-        call(cached, ROOT)  # whatever is not in the cache yet
+        call(cached, ROOT)  # makes what is not in the cache yet
         stages = load_recipe(QUICKSTART).stages
-        dvc = found_or_installed(place / "venv")
+        dvc = dvc_command(place / "venv")
         pipeline(place / "few", dvc, len(stages))
         many = many_stages(place / "many")
         plan = [*run, "plan", str(many), "--cache", str(many.parent / "cache"), "--json"]
@@ -75,16 +75,16 @@ def main() -> int:
         seconds = result["seconds"]
         print(f"fully cached quickstart, {len(stages)} stages: {seconds['quickstart']:.2f} s")
         print(
-            f"dvc {version} repro of as many trivial stages: {seconds['dvc']:.2f} s; ours is {share:.2f} of it, wanted {SHARE}"
+            f"dvc {version} repro of as many trivial stages: {seconds['dvc']:.2f} s; ours is {share:.2f} of it (limit {SHARE})"
         )
-        print(f"plan of {MANY:,} finished stages: {seconds['plan']:.2f} s, wanted {SECONDS}")
+        print(f"plan of {MANY:,} finished stages: {seconds['plan']:.2f} s (limit {SECONDS})")
     return 0 if share < SHARE and statistics.median(found["plan"]) < SECONDS else 1
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, in an order that turns around from round to round."""
+    """Seconds of each candidate in each round; the order is reversed from round to round."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(-WARM, rounds):
+    for number in range(-WARM_UP, rounds):
         for name in list(candidates)[:: 1 if number % 2 else -1]:
             begun = time.perf_counter()
             candidates[name]()
@@ -94,16 +94,16 @@ def measure(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> d
 
 
 def call(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
-    """A command that has to succeed."""
+    """Runs a command that must succeed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip has compiled dvc to bytecode; ours may be kept as well
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as pip keeps DVC's bytecode, ours may be kept
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done
 
 
-def found_or_installed(folder: Path) -> list[str]:
-    """The command `dvc`."""
+def dvc_command(folder: Path) -> list[str]:
+    """The command `dvc`, installed into `folder` if it is not on PATH."""
     if path := shutil.which("dvc"):
         return [path]
     venv.create(folder, with_pip=True)
@@ -112,7 +112,7 @@ def found_or_installed(folder: Path) -> list[str]:
 
 
 def pipeline(folder: Path, dvc: list[str], stages: int) -> None:
-    """A pipeline of trivial stages, each reading what the one before it made, that has run."""
+    """Makes and runs a pipeline of trivial stages, each of which reads the output of the one before."""
     folder.mkdir()
     (folder / "file-0").write_text("begin\n")
     table = {
@@ -130,7 +130,7 @@ def pipeline(folder: Path, dvc: list[str], stages: int) -> None:
 
 
 def many_stages(folder: Path) -> Path:
-    """A recipe of MANY stages over one corpus, and a cache that says that all of them have run; their files are small."""
+    """Makes a recipe of MANY stages over one corpus, and a cache in which all of them are finished, with tiny artifacts."""
     folder.mkdir()
     (folder / "text.txt").write_text("The heart pumps blood.\n")
     tables = ['name = "many"', '[stage.corpus]\nkind = "corpus"\nsources = [{ files = "text.txt" }]']
