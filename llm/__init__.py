@@ -1,1 +1,1 @@
-"""The model and how it learns, from text to weights. Knows nothing of recipes, caches and processes."""
+"""The model and its training, from text to weights. Recipes, caches and processes are in `runner`."""

@@ -1,1 +1,1 @@
-"""What a model learns from, as rows of tokens: conversations, packing, shards, batches."""
+"""Training data as rows of tokens: conversations, truncation, packing, token shards, mixtures, batches."""

@@ -1,8 +1,7 @@
-"""Chats for training: rows of data to token streams that fit a model, packed into rows by `llm.data.packing`.
+"""Makes training rows from files of chats: read, select by weight, tokenize, cut to the context, and pack.
 
-That happens once, in one process and without torch, and takes no more memory for more rows but for a few bytes each. What a
-stream looks like (which special tokens, what is learned) is the tokenizer's business, and what a row of data says is
-`llm.data.conversations`'.
+It runs once, in one process without torch; memory grows by a few bytes per row. `llm.data.conversations` makes turns from rows,
+the tokenizer makes tokens and the loss mask from turns, and `llm.data.packing` packs them.
 """
 
 import json
@@ -16,75 +15,74 @@ from llm.data.packing import STATISTICS, StreamWriter
 from llm.data.truncation import Encoded, Stream, fit_all
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
-from llm.text import attribution
-from llm.text.attribution import Attribution
+from llm.text.attribution import Attribution, count_value
 from llm.text.readers import read_rows
 from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
 
-_BATCH = 1024  # rows that are tokenized at a time
+_BATCH = 1024  # rows tokenized at a time
 
 
 @dataclass(frozen=True)
 class Table:
-    """Files of rows to learn from, and how."""
+    """Files of rows to train on, and how to use them."""
 
     files: tuple[Path, ...]
-    template: Template | PreferenceTemplate  # of all tables of a training the same
-    weight: float = 1.0  # passes per epoch; a fraction keeps rows by the hash of their content
-    skip_bad: bool = False  # count rows that cannot be used, instead of raising
+    template: Template | PreferenceTemplate  # of the same type in all tables of a training
+    weight: float = 1.0  # passes per epoch; a fraction selects rows by the hash of their content
+    skip_bad: bool = False  # count rows that cannot be used instead of raising
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one table."""
+    """Counts of the rows of one table."""
 
     rows: int = 0  # read
-    bad: int = 0  # could not be used, and were skipped
+    bad: int = 0  # cannot be used, and were skipped
     unselected: int = 0  # left out by a weight below 1
     cut_prompts: int = 0
     cut_responses: int = 0
-    truncated: int = 0  # rows of which either was cut
-    dropped: int = 0  # nothing to learn was left within the context
-    learned_tokens: int = 0  # in one epoch, all passes
-    licenses: dict[str, int] = field(default_factory=dict)  # what the rows that are learned from say, where they do
-    origins: dict[str, int] = field(default_factory=dict)  # their field `source`
+    truncated: int = 0  # rows whose prompt or response was cut
+    dropped: int = 0  # no target was left within the context
+    learned_tokens: int = 0  # targets in one epoch, all passes
+    licenses: dict[str, int] = field(default_factory=dict)  # rows used, by their field `license`
+    origins: dict[str, int] = field(default_factory=dict)  # rows used, by their field `source`
 
 
 class TurnsOfRow(NamedTuple):
-    """What became of one row of data."""
+    """One row of data as turns."""
 
     place: str  # file:line
-    turns: list[Turn] | InputError  # for a row that cannot be used, the error that says why, with the place
-    about: Attribution
+    turns: list[Turn] | InputError  # for a row that cannot be used, the error, with the place
+    attribution: Attribution
 
 
 def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
     """The rows of `files` as turns, in order."""
-    for place, chats, about in read_chats(files, template):
-        yield TurnsOfRow(place, chats if isinstance(chats, InputError) else chats[0], about)
+    for place, chats, attribution in read_chats(files, template):
+        yield TurnsOfRow(place, chats if isinstance(chats, InputError) else chats[0], attribution)
 
 
 class ChatsOfRow(NamedTuple):
-    """The same with all chats of a row: one, or two of a preference."""
+    """One row of data as chats: one, or the two of a preference."""
 
     place: str
     chats: list[list[Turn]] | InputError
-    about: Attribution
+    attribution: Attribution
 
 
 def read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[ChatsOfRow]:
     """The rows of `files` as chats, in order."""
     for row in read_rows(files, template.fields):
-        about = Attribution()
+        attribution = Attribution()
         chats: list[list[Turn]] | InputError
         try:
             fields = row.fields()
-            about = Attribution.of(fields)
+            attribution = Attribution.of(fields)
             chats = template.chats(fields)
         except InputError as error:
             chats = InputError(f"{row.at}: {error}")
-        yield ChatsOfRow(row.at, chats, about)
+        yield ChatsOfRow(row.at, chats, attribution)
 
 
 def write_rows(
@@ -93,24 +91,24 @@ def write_rows(
     *,
     tokenizer: TextTokenizer,
     context: int,
-    longest_row: int | None = None,  # default: as long as a row's chats may be
-    row_length: int | None = None,  # default: what fills rows
+    longest_row: int | None = None,  # default: the length of a row's chats
+    row_length: int | None = None,  # default: the first length that fills rows
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Pack `tables` under `folder`, which is complete once it exists; returns statistics.
+    """Pack `tables` into `folder`, which is complete once it exists; returns statistics.
 
-    A chat has at most `context` positions. So has a row (twice as many where chats come in pairs), unless too little of it
-    would be real tokens: then rows are twice as long, and again, up to `longest_row`. Chats of a row do not see each other, so
-    length costs only time in attention.
+    A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs), unless too few of them would
+    be real tokens: then the length is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows cost
+    only time in attention.
     """
     counts = [Counts() for _ in tables]
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
         for table, count in zip(tables, counts, strict=True):
-            for batch in in_batches(_chosen(table, count), _BATCH):
+            for batch in in_batches(_selected(table, count), _BATCH):
                 report(done=sum(count.rows for count in counts), unit="rows")
                 if should_stop():
-                    raise Interrupted("stopped while rows were packed")
+                    raise Interrupted("stopped while packing rows")
                 for streams, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
                     for stream in streams:
                         writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
@@ -119,7 +117,9 @@ def write_rows(
         totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
         if not len(writer):
             names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
-            raise InputError(f"{names}: expected rows to learn from, got none: {json.dumps(totals)}")
+            raise InputError(
+                f"{names}: expected rows to train on, got none: {json.dumps(totals)}; `run inspect` shows why each is left out"
+            )
         row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
         while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
             row_lengths.append(2 * row_lengths[-1])
@@ -129,31 +129,31 @@ def write_rows(
     return statistics
 
 
-class _Chosen(NamedTuple):
+class _SelectedRow(NamedTuple):
     place: str
     chats: list[list[Turn]]
-    about: Attribution
+    attribution: Attribution
     passes: int
 
 
-def _chosen(table: Table, count: Counts) -> Iterator[_Chosen]:
+def _selected(table: Table, count: Counts) -> Iterator[_SelectedRow]:
     """The usable rows of a table that its weight selects."""
-    for place, chats, about in read_chats(table.files, table.template):
+    for place, chats, attribution in read_chats(table.files, table.template):
         count.rows += 1
         if isinstance(chats, InputError):
             if not table.skip_bad:
                 raise chats
             count.bad += 1
         elif times := _passes(chats, table.weight):
-            yield _Chosen(place, chats, about, times)
+            yield _SelectedRow(place, chats, attribution, times)
         else:
             count.unselected += 1
 
 
 def _fitted(
-    batch: Sequence[_Chosen], table: Table, count: Counts, *, tokenizer: TextTokenizer, positions: int
+    batch: Sequence[_SelectedRow], table: Table, count: Counts, *, tokenizer: TextTokenizer, positions: int
 ) -> Iterator[tuple[list[Stream], int]]:
-    """(streams, passes) of the rows of a batch of which something can be learned."""
+    """(streams, passes) of the rows of a batch that have targets."""
     for row, encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
         if isinstance(encoded, InputError):
             if not table.skip_bad:
@@ -167,15 +167,15 @@ def _fitted(
         targets = [sum(stream.loss_mask[1:]) for stream in streams]  # the first token is never predicted
         if all(targets):
             count.learned_tokens += sum(targets) * row.passes
-            attribution.count(count.licenses, row.about.license)
-            attribution.count(count.origins, row.about.origin)
+            count_value(count.licenses, row.attribution.license)
+            count_value(count.origins, row.attribution.origin)
             yield streams, row.passes
         else:
             count.dropped += 1
 
 
-def _encoded(batch: Sequence[_Chosen], tokenizer: TextTokenizer) -> list[list[Encoded] | InputError]:
-    """All chats of a batch at once, on all cores; where one is refused, each row alone, with the error in its place."""
+def _encoded(batch: Sequence[_SelectedRow], tokenizer: TextTokenizer) -> list[list[Encoded] | InputError]:
+    """All chats of a batch at once, on all cores; if one is refused, row by row, with the error in place of its chats."""
     rows = [[[turn.message for turn in turns] for turns in row.chats] for row in batch]
     try:
         encoded = iter(tokenizer.encode_chats([chat for chats in rows for chat in chats]))
@@ -192,7 +192,7 @@ def _encoded_or_refused(chats: list[list[dict[str, str]]], tokenizer: TextTokeni
 
 
 def _passes(chats: Sequence[Sequence[Turn]], weight: float) -> int:
-    """How often an epoch sees these chats; what a fraction leaves out depends on their text alone."""
+    """How often an epoch sees these chats; what a fraction leaves out depends only on their text."""
     if weight % 1 == 0:
         return int(weight)
     text = json.dumps([[turn.role, turn.content] for turns in chats for turn in turns])

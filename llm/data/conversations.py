@@ -1,7 +1,7 @@
-"""A row of data as the turns of a chat, by a template: `"Which section?\\n{text}"` and `{"text": ...}` make a user's turn.
+"""Templates that make the turns of a chat from a row: `"Which section?\\n{text}"` and `{"text": ...}` make a user's turn.
 
-Nothing here knows tokens. A turn remembers which of its text was substituted from the row, because only that may be cut
-when a row is too long for a model. This module is imported while planning, so it imports nothing that is slow.
+A turn keeps which parts of its text come from the row, because only these may be cut if the chat is too long for the model.
+This module is imported while planning, so it imports nothing that is slow.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. `parts` alternates between fixed text and text of the row, and begins and ends with fixed text."""
+    """One turn of a chat. `parts` alternates between fixed text and text of the row, and begins and ends with fixed text."""
 
     role: str
     parts: tuple[str, ...]
@@ -28,26 +28,26 @@ class Turn:
 
     @property
     def message(self) -> dict[str, str]:
-        """The turn as chat templates take it."""
+        """The turn as a message for chat templates."""
         return {"role": self.role, "content": self.content}
 
     def substituted(self) -> tuple[str, ...]:
-        """The parts that came from the row."""
+        """The parts that come from the row."""
         return self.parts[1::2]
 
     def with_substituted(self, texts: Iterator[str]) -> "Turn":
-        """The same turn with as many of `texts` as it has substituted parts in their place."""
+        """The same turn with its substituted parts replaced by the next of `texts`."""
         return Turn(self.role, tuple(next(texts) if place % 2 else part for place, part in enumerate(self.parts)))
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes turns: a prompt and a response as templates, or the field that holds a list of messages."""
+    """Makes turns from a row: by a template of prompt and response, or from the field that holds a list of messages."""
 
     prompt: str = "{prompt}"
     response: str = "{response}"
     messages: str | None = None
-    words: tuple[tuple[str, str], ...] = ()  # what stands for each response, which is a label then
+    words: tuple[tuple[str, str], ...] = ()  # (label, text): replaces a response that is a label
 
     @property
     def fields(self) -> set[str]:
@@ -57,7 +57,7 @@ class Template:
         return {*split_template(self.prompt)[1::2], *split_template(self.response)[1::2]}
 
     def turns(self, row: Mapping[str, Any]) -> list[Turn]:
-        """The turns of `row`; an InputError says what it lacks, and leaves it to the caller to say where the row is."""
+        """The turns of `row`; InputError, without the row's place, if it cannot be used."""
         if self.messages is not None:
             turns = list(_turns_of_messages(row, self.messages))
         else:
@@ -65,12 +65,12 @@ class Template:
                 Turn("user", _filled(row, split_template(self.prompt), purpose="prompt")),
                 Turn("assistant", ("".join(_filled(row, split_template(self.response), purpose="response")),)),
             ]
-        return [*turns[:-1], self._in_words(turns[-1])] if self.words else turns
+        return [*turns[:-1], self._label_as_text(turns[-1])] if self.words else turns
 
-    def _in_words(self, answer: Turn) -> Turn:
+    def _label_as_text(self, answer: Turn) -> Turn:
         words = dict(self.words)
         if answer.content not in words:
-            raise InputError(f"expected a label of words, {', '.join(map(repr, words))}, got {answer.content!r}")
+            raise InputError(f"expected one of the labels in words, {', '.join(map(repr, words))}, got {answer.content!r}")
         return Turn(answer.role, (words[answer.content],))
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
@@ -80,12 +80,12 @@ class Template:
 
 @dataclass(frozen=True)
 class PreferenceTemplate:
-    """How a row becomes two chats that differ in the last answer: the chosen one and the rejected one."""
+    """Makes two chats from a row, which differ in the last answer: the chosen and the rejected one."""
 
     prompt: str = "{prompt}"
     chosen: str = "{chosen}"
     rejected: str = "{rejected}"
-    messages: tuple[str, str] | None = None  # instead: the fields with the messages of the chosen and of the rejected chat
+    messages: tuple[str, str] | None = None  # instead: the fields with the messages of both chats
 
     @property
     def fields(self) -> set[str]:
@@ -93,15 +93,15 @@ class PreferenceTemplate:
         return set().union(*(template.fields for template in self._templates()))
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
-        """The chosen and the rejected chat of `row`; errors as of `Template.turns`."""
+        """The chosen and the rejected chat of `row`; errors as in `Template.turns`."""
         chosen, rejected = (template.turns(row) for template in self._templates())
         if [turn.message for turn in chosen[:-1]] != [turn.message for turn in rejected[:-1]]:
-            raise InputError("expected the same turns before the chosen and the rejected answer, got others")
+            raise InputError("expected the same turns before the chosen and the rejected answer, got different ones")
         for name, turns in (("chosen", chosen), ("rejected", rejected)):
             if turns[-1].role != "assistant":
                 raise InputError(f"expected the assistant's turn last in the {name} chat, got the {turns[-1].role}'s")
         if chosen[-1].content == rejected[-1].content:
-            raise InputError("expected two different answers; the chosen and the rejected one are the same")
+            raise InputError("expected different chosen and rejected answers, got the same text twice")
         return [chosen, rejected]
 
     def _templates(self) -> tuple[Template, Template]:
@@ -112,7 +112,7 @@ class PreferenceTemplate:
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """How a row becomes a document: the turn of an assistant, and nothing before it."""
+    """Makes a document from a row: one turn of the assistant."""
 
     text: str = "text"  # a field, or a template
 
@@ -122,7 +122,7 @@ class TextTemplate:
         return set(split_text(self.text)[1::2])
 
     def turns(self, row: Mapping[str, Any]) -> list[Turn]:
-        """The one turn of `row`; errors as of `Template.turns`."""
+        """The one turn of `row`; errors as in `Template.turns`."""
         return [Turn("assistant", ("".join(_filled(row, split_text(self.text), purpose="text")),))]
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
@@ -133,7 +133,7 @@ class TextTemplate:
 def _filled(row: Mapping[str, Any], parts: tuple[str, ...], *, purpose: str) -> tuple[str, ...]:
     filled = tuple(_text(row, part) if place % 2 else part for place, part in enumerate(parts))
     if not "".join(filled).strip():
-        raise InputError(f"the {purpose} is empty: it was filled with nothing but white space")
+        raise InputError(f"the {purpose}: expected text, got only white space")
     return filled
 
 
@@ -142,17 +142,17 @@ def _text(row: Mapping[str, Any], field: str) -> str:
         raise InputError(f"expected the field {field!r}, got only {', '.join(map(repr, row)) or 'no field at all'}")
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"expected a text or a number in {field!r}, got {_name_of_type(value)}")
+        raise InputError(f"expected text or a number in {field!r}, got {_json_type(value)}")
     return _encodable(str(value), repr(field))
 
 
 def _encodable(text: str, where: str) -> str:
-    """`text`, unless it holds what JSON can write and UTF-8 cannot: half of a surrogate pair."""
+    """`text`; InputError if it holds half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"expected a text of whole characters in {where}, got {text[error.start]!r}, half of a surrogate pair"
+            f"expected whole characters in {where}, got {text[error.start]!r}, half of a surrogate pair"
         ) from error
     return text
 
@@ -162,25 +162,25 @@ def _turns_of_messages(row: Mapping[str, Any], field: str) -> Iterator[Turn]:
         raise InputError(f"expected the field {field!r}, got only {', '.join(map(repr, row)) or 'no field at all'}")
     messages = row[field]
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(f"expected a list of messages in {field!r}, got {_name_of_type(messages)}")
+        raise InputError(f"expected a list of messages in {field!r}, got {_json_type(messages)}")
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if "assistant" not in roles:
-        raise InputError(f"expected at least one turn of the assistant in {field!r}, got none to learn from")
+        raise InputError(f"expected at least one turn of the assistant in {field!r}, got none")
     for number, message in enumerate(messages):
         if roles[number] not in ROLES:
-            raise InputError(f"expected a role of {', '.join(ROLES)} in {field}[{number}], got {roles[number]!r}")
+            raise InputError(f"{field}[{number}].role: expected one of {', '.join(ROLES)}, got {roles[number]!r}")
         if not isinstance(content := message.get("content"), str):
-            raise InputError(f"expected a text as content of {field}[{number}], got {_name_of_type(content)}")
+            raise InputError(f"{field}[{number}].content: expected text, got {_json_type(content)}")
         _encodable(content, f"{field}[{number}]")
         if roles[number] == "assistant":
             if not content.strip():
-                raise InputError(f"the assistant's turn {field}[{number}] is empty")
+                raise InputError(f"{field}[{number}].content: expected the assistant's text, got none")
             yield Turn("assistant", (content,))
         else:
             yield Turn(message["role"], ("", content, ""))
 
 
-def _name_of_type(value: object) -> str:
-    """What a value is, in the words of JSON."""
-    names = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+def _json_type(value: object) -> str:
+    """The type of a value in the words of JSON."""
+    names = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
     return "an empty list" if value == [] else names.get(type(value), f"a {type(value).__name__}")

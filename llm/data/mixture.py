@@ -1,7 +1,7 @@
-"""Rows of several sources as one: a fixed share of the rows comes from each, by the row's index alone.
+"""Mixes several sources of rows into one, each with a fixed share of the rows.
 
-Which source a row is from depends on its index, so neither a restart nor the number of processes changes it, and after any
-number of rows each source has had its share of them, to within one row.
+The source of a row depends only on its index, so a restart or another number of processes does not change it. After any number
+of rows each source has had its share of them, to within one row.
 """
 
 import json
@@ -19,15 +19,15 @@ from llm.data.packing import STATISTICS
 from llm.data.token_shards import TokenWriter
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
-from llm.text import attribution
+from llm.text.attribution import count_value
 from llm.text.selection import in_batches
 from llm.tokenizer.tokenizer import TextTokenizer
 
-_BATCH = 256  # documents that are tokenized at a time
+_BATCH = 256  # documents tokenized at a time
 
 
 class MixedRows:
-    """Rows of `main`, of which a `share` is replaced by rows of `other`; an epoch is one of `main`."""
+    """Rows of `main` with a `share` of rows of `other`; an epoch is one of `main`."""
 
     def __init__(self, main: RowSource, other: RowSource, *, share: float) -> None:
         assert main.context == other.context
@@ -40,7 +40,7 @@ class MixedRows:
         return math.ceil(self._main.rows_per_epoch / (1 - self._share))
 
     def row(self, index: int) -> PackedRow:
-        """Row `index`, counted on through epochs."""
+        """Row `index`, counted through all epochs."""
         before = self._others(index)
         return self._other.row(before) if self._others(index + 1) > before else self._main.row(index - before)
 
@@ -52,14 +52,14 @@ class MixedRows:
 def mixed(main: RowSource, others: Sequence[tuple[RowSource, float]]) -> RowSource:
     """`main` with a share of all rows from each of `others`; the shares sum to less than 1."""
     rows, left = main, 1.0 - sum(share for _, share in others)
-    for other, share in others:  # each has a share of what is mixed until then
+    for other, share in others:  # its share of the rows that are mixed so far
         rows = MixedRows(rows, other, share=share / (left + share))
         left += share
     return rows
 
 
 class JoinedRows:
-    """Rows that are `times` as long, each made of that many rows of `source`."""
+    """Rows that are `times` as long, each made of `times` rows of `source`."""
 
     def __init__(self, source: RowSource, times: int) -> None:
         self._source, self._times = source, times
@@ -67,7 +67,7 @@ class JoinedRows:
         self.rows_per_epoch = max(1, source.rows_per_epoch // times)
 
     def row(self, index: int) -> PackedRow:
-        """Row `index`; the documents of its parts stay apart."""
+        """Row `index`; the documents of its parts stay separate."""
         parts = [self._source.row(index * self._times + part) for part in range(self._times)]
         documents, count = [], 0
         for part in parts:
@@ -90,7 +90,7 @@ def write_texts(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """The texts of `files` as tokens under `folder`, complete once it is there; `llm.data.token_shards` reads it, and statistics."""
+    """Write the texts of `files` as token shards, and statistics, into `folder`, which is complete once it exists."""
     count = Counts()
     with (
         whole_folder(folder) as temporary,
@@ -101,7 +101,7 @@ def write_texts(
                 writer.append(ids, passes=1, text_bytes=len(text.encode()))
             report(done=writer.documents, unit="texts")
             if should_stop():
-                raise Interrupted("stopped while texts were tokenized")
+                raise Interrupted("stopped while tokenizing texts")
         if not writer.tokens:
             raise InputError(f"{', '.join(map(str, files))}: expected texts to mix in, got none")
         count.learned_tokens = writer.tokens
@@ -111,13 +111,13 @@ def write_texts(
 
 def _texts(files: Sequence[Path], template: TextTemplate, count: Counts, *, skip_bad: bool) -> Iterator[str]:
     """The usable texts of `files`, counted in `count`."""
-    for _, turns, about in read_turns(files, template):
+    for _, turns, attribution in read_turns(files, template):
         count.rows += 1
         if isinstance(turns, InputError):
             if not skip_bad:
                 raise turns
             count.bad += 1
             continue
-        attribution.count(count.licenses, about.license)
-        attribution.count(count.origins, about.origin)
+        count_value(count.licenses, attribution.license)
+        count_value(count.origins, attribution.origin)
         yield turns[-1].content

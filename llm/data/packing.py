@@ -146,7 +146,7 @@ class PackedRows:
         return len(self._rows) - 1
 
     def row(self, index: int) -> PackedRow:
-        """Row `index`, counted on through epochs."""
+        """Row `index`, counted through all epochs."""
         epoch, place = divmod(index, self.rows_per_epoch)
         packed = int(self._order_of(epoch)[place])
         tokens = np.full(self.context, self._padding, dtype=np.int64)

@@ -1,9 +1,9 @@
-"""Documents as token ids on disk: written once shard by shard, then read through memory maps. Not how they are tokenized.
+"""Tokenized documents on disk: written once shard by shard, then read through memory maps.
 
-A folder holds `shard-00000.bin` and so on, the ids of whole documents end to end, and beside each a `.npy` table with one
-row per document (tokens, passes, bytes of text). A shard whose table is there is complete, so a writer that was killed goes on
-after the last one; `meta.json` is written last and says that all of it is. `TokenRows` makes rows of a model's context
-from such a folder. Ids are uint16 where the vocabulary fits, else uint32.
+A folder holds `shard-00000.bin` and so on, the ids of whole documents end to end, and beside each a `.npy` table with one row
+per document (tokens, passes, bytes of text). A shard with a table is complete, so after a kill the writer continues after the
+last one; `meta.json` is written last, when all shards are complete. `TokenRows` makes rows of a model's context from such a
+folder. Ids are uint16 if the vocabulary fits, else uint32.
 
 Letters: D documents, T tokens in a row.
 """
@@ -22,12 +22,12 @@ from llm.data.batch import IGNORE, PackedRow
 from llm.files import whole_file, write_text
 
 META = "meta.json"
-SHARD_TOKENS = 2**26  # 128 MiB of uint16: few files for a large corpus, little to do again after a crash
+SHARD_TOKENS = 2**26  # 128 MiB of uint16: few files for a large corpus, little to repeat after a crash
 DOCUMENT = np.dtype([("tokens", "<u4"), ("passes", "<u4"), ("bytes", "<u8")])  # one row of a shard's table
 
 
 class TokenWriter:
-    """Writes documents into shards. Where an earlier writer was stopped, the new one has its `documents` already."""
+    """Writes documents into shards. After a stop, a new writer continues after its first `documents` documents."""
 
     def __init__(self, folder: Path, *, vocab_size: int, context: int, padding: int, shard_tokens: int = SHARD_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class TokenWriter:
         self._file.close()
 
     def append(self, ids: Sequence[int], *, passes: int, text_bytes: int) -> None:
-        """Add one document. A shard ends before the document that would not fit into it."""
+        """Add one document. A shard ends before a document that does not fit into it."""
         if self._table and self._tokens_in_shard + len(ids) > self._shard_tokens:
             self._close_shard()
             self._open_shard()
@@ -63,7 +63,7 @@ class TokenWriter:
         self.bytes += text_bytes
 
     def finish(self) -> dict[str, Any]:
-        """Close the last shard and write what the folder holds, which makes it complete; the same is returned."""
+        """Close the last shard and write `meta.json`, which makes the folder complete; returns its content."""
         if self._table:
             self._close_shard()
         else:
@@ -95,16 +95,18 @@ class TokenShards:
     def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / META).read_text())
         self.vocab_size: int = meta["vocab_size"]
-        self.context: int = meta["context"]  # tokens in a row, as the recipe wants them
+        self.context: int = meta["context"]  # tokens in a row, by default
         self.padding: int = meta["padding"]  # id of the padding token
         self.tokens: int = meta["tokens"]
         self.bytes: int = meta["bytes"]  # of text, over all documents
         tables = [np.load(path) for path in _tables(folder)]
         table = np.concatenate([np.empty(0, DOCUMENT), *tables])
         self.lengths: NDArray[np.int64] = table["tokens"].astype(np.int64)  # (D,) tokens of each document
-        self.passes: NDArray[np.int64] = table["passes"].astype(np.int64)  # (D,) how often an epoch sees it
+        self.passes: NDArray[np.int64] = table["passes"].astype(np.int64)  # (D,) how often an epoch sees each
         self.text_bytes: NDArray[np.int64] = table["bytes"].astype(np.int64)  # (D,)
-        self.starts: NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths  # (D,) first token, over all shards
+        self.starts: NDArray[np.int64] = (
+            np.cumsum(self.lengths) - self.lengths
+        )  # (D,) index of the first token, over all shards
         self._shard_ends = np.cumsum([int(table["tokens"].sum()) for table in tables], dtype=np.int64)
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self._shards = [np.memmap(path.with_suffix(".bin"), dtype=dtype, mode="r") for path in _tables(folder)]
@@ -119,7 +121,7 @@ class TokenShards:
         return self.gather(np.arange(first, first + self.lengths[index]))
 
     def gather(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens at `places`, counted over all shards."""
+        """The tokens at `places`, which count over all shards."""
         shards = np.searchsorted(self._shard_ends, places, side="right")
         tokens = np.empty(len(places), dtype=np.int64)
         for shard in np.unique(shards):
@@ -130,11 +132,11 @@ class TokenShards:
 
 
 class TokenRows:
-    """Rows of `context` tokens (else as many as the folder was packed for) from a folder of shards; a `RowSource`.
+    """A `RowSource` of `context` tokens a row (by default the context of the folder) from a folder of shards.
 
-    With a seed, epoch e has every document as often as its `passes` say, in an order drawn from (seed, e), and all end to
-    end cut into full rows; the tokens after the last full row (fewer than one row, others in each epoch) are left out.
-    Without one, as for validation, every document comes once, in the order of the folder, and the last row is padded.
+    With a seed, epoch e has each document as often as its `passes`, in an order drawn from (seed, e), end to end and cut into
+    full rows; the tokens after the last full row are left out. Without a seed, as for validation, each document comes once, in
+    the order of the folder, and the last row is padded.
     """
 
     def __init__(self, folder: Path, *, seed: int | None, context: int | None = None) -> None:
@@ -147,10 +149,10 @@ class TokenRows:
         else:
             self.tokens_per_epoch = int(self.shards.lengths @ self.shards.passes)
             self.rows_per_epoch = max(self.tokens_per_epoch // context, min(self.tokens_per_epoch, 1))
-        self._order = lru_cache(maxsize=2)(self._draw_order)  # neighbours: a step may span the end of an epoch
+        self._order = lru_cache(maxsize=2)(self._draw_order)  # 2: a step may span the end of an epoch
 
     def row(self, index: int) -> PackedRow:
-        """Row `index`, which counts on through epochs."""
+        """Row `index`, counted through all epochs."""
         epoch, place = divmod(index, self.rows_per_epoch)
         order, ends = self._order(0 if self._seed is None else epoch)
         first = place * self.context  # first token of the row, counted over the epoch
@@ -162,8 +164,8 @@ class TokenRows:
         pieces = np.minimum(document_ends, last) - np.maximum(document_starts, first)  # tokens of each in this row
         which = np.repeat(np.arange(len(documents), dtype=np.int32), pieces)
 
-        # One token more than the row holds: the target of its last place, unless a document ends there.
-        shift = self.shards.starts[documents] - document_starts  # from a place in the epoch to one in the shards
+        # One token more than the row has: the target of its last position, unless a document ends there.
+        shift = self.shards.starts[documents] - document_starts  # from an index in the epoch to one in the shards
         places = np.arange(first, last) + shift[which]
         goes_on = document_ends[-1] > last
         found = self.shards.gather(np.append(places, places[-1] + 1) if goes_on else places)
@@ -173,13 +175,13 @@ class TokenRows:
         tokens[:count] = found[:count]
         targets = np.full(self.context, IGNORE, dtype=np.int64)
         targets[: len(found) - 1] = found[1:]
-        targets[np.cumsum(pieces)[:-1] - 1] = IGNORE  # nothing is learned across documents
+        targets[np.cumsum(pieces)[:-1] - 1] = IGNORE  # no target crosses into the next document
         numbers = np.full(self.context, -1, dtype=np.int32)
         numbers[:count] = which
         return PackedRow(tokens, targets, numbers)
 
     def _draw_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The documents of an epoch one after the other, and where each ends, counted in tokens of the epoch."""
+        """The documents of an epoch in order, and the end of each in tokens of the epoch."""
         order: NDArray[np.int64] = np.arange(len(self.shards))
         if self._seed is not None:
             order = np.random.default_rng([self._seed, epoch]).permutation(np.repeat(order, self.shards.passes))

@@ -26,7 +26,7 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value == value.encode(errors="ignore").decode() else None
 
 
-def count(counts: dict[str, int], value: str | None, rows: int = 1) -> None:
+def count_value(counts: dict[str, int], value: str | None, rows: int = 1) -> None:
     """Add `rows` rows to the count of `value`, unless it is None."""
     if value is not None and rows:
         name = value if value in counts or len(counts) < DISTINCT else OTHERS

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llm.errors import InputError, Interrupted
 from llm.files import whole_file
-from llm.text import attribution
+from llm.text.attribution import count_value
 from llm.text.deduplication import EXACT, KEPT, NEAR, find_duplicates
 from llm.text.executor import Executor
 from llm.text.shards import EXAMPLES, CorpusConfig, ShardFolder, process_shard
@@ -112,7 +112,7 @@ def _filter(
         documents = np.bincount(facts["attribution"][kept], minlength=len(named)).tolist()
         for values, count in zip(named, documents, strict=True):
             for name, value in zip(("licenses", "origins", "languages"), values, strict=True):
-                attribution.count(of_source[name], value, count)
+                count_value(of_source[name], value, count)
     return counts
 
 

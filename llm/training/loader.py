@@ -21,7 +21,7 @@ def feed(
     def load(step: int) -> tuple[list[Batch], int]:
         parts, targets = [], 0
         for batch in batches(rows, mine, micro_batch, first=place(step) * rows_per_step):
-            targets += batch.counted
+            targets += batch.loss_count
             parts.append(batch.to(group.device))
         return parts, targets
 

@@ -44,10 +44,10 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
     ("row", "complaint"),
     [
         ({"prompt": "q"}, "expected the field 'response', got only 'prompt'"),
-        ({"prompt": None, "response": "a"}, "expected a text or a number in 'prompt', got null"),
+        ({"prompt": None, "response": "a"}, "expected text or a number in 'prompt', got null"),
         ({"prompt": ["q"], "response": "a"}, "got a list"),
         ({"prompt": True, "response": "a"}, "got true or false"),
-        ({"prompt": "q", "response": " \n"}, "the response is empty"),
+        ({"prompt": "q", "response": " \n"}, "the response: expected text, got only white space"),
         ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', got '\\ud83d', half of a surrogate pair"),
     ],
 )
@@ -61,11 +61,17 @@ def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any
     [
         (None, "expected a list of messages in 'chat', got null"),
         ([], "an empty list"),
-        ("hello", "got a text"),
+        ("hello", "got a string"),
         ([{"role": "user", "content": "q"}], "at least one turn of the assistant"),
-        ([{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}], "got 'human'"),
-        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "as content of chat.0., got null"),
-        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "turn chat.1. is empty"),
+        (
+            [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}],
+            r"chat\[0\].role: expected one of system, user, assistant, got 'human'",
+        ),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "chat\\[0\\].content: expected text, got null"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}],
+            "chat\\[1\\].content: expected the assistant's text, got none",
+        ),
         (["q", {"role": "assistant", "content": "a"}], "got None"),
         ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], got '\\udca9', half of a surrogate pair"),
     ],

@@ -62,7 +62,7 @@ def test_texts_become_rows_whose_documents_stay_apart_and_are_learned_whole(tmp_
             should_stop=lambda: False,
         )
 
-    with pytest.raises(InputError, match=r"text\.jsonl:2: the text is empty"):
+    with pytest.raises(InputError, match=r"text\.jsonl:2: the text: expected text, got only white space"):
         write(skip_bad=False)
     write(skip_bad=True)
     short = TokenRows(tmp_path / "texts", seed=1, context=8)

@@ -62,7 +62,7 @@ def test_loss_gradient_and_rewards_are_those_of_the_formula(smoothing: float, tm
     for weight in model.parameters():
         weight.data.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     batch = batch_of(with_reference(packed_pairs(tmp_path / "rows"), reference))
-    assert batch.counted == 24 and len(batch.tokens) < 24  # several pairs share a row
+    assert batch.loss_count == 24 and len(batch.tokens) < 24  # several pairs share a row
     total, pairs, right, margin = PreferenceLoss(0.3, smoothing)(model, batch)
     total.backward()
     found = gradients(model)
@@ -95,7 +95,7 @@ def test_micro_batches_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
         for part in parts:
             learner(part)[0].backward()
         found.append(gradients(learner.model))  # type: ignore[arg-type]  # the model that was passed
-        assert sum(part.counted for part in parts) == 24
+        assert sum(part.loss_count for part in parts) == 24
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
@@ -203,7 +203,7 @@ MESSAGES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content
 @pytest.mark.parametrize(
     ("row", "messages", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, None, "the chosen and the rejected one are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, None, "expected different chosen and rejected answers"),
         ({"prompt": "a", "chosen": "b"}, None, "expected the field 'rejected'"),
         (
             {"c": MESSAGES, "r": [{"role": "user", "content": "who?"}, MESSAGES[1]]},

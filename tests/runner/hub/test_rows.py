@@ -158,7 +158,7 @@ def test_a_label_without_a_word_is_told_with_its_row(tmp_path: Path) -> None:
         files=InputFile("rows.csv", tmp_path), prompt="{text}", response="{label}", words={"0": "no", "1": "yes"}
     )
     *_, (_, bad, _) = read_turns(table.files.fetched(), table.template)
-    assert "rows.csv:3: expected a label of words, '0', '1', got '2'" in str(bad)
+    assert "rows.csv:3: expected one of the labels in words, '0', '1', got '2'" in str(bad)
 
 
 @pytest.mark.parametrize("path", ["data/train-0.csv", "**/train-*"])
