@@ -113,7 +113,7 @@ def test_one_flipped_bit_in_any_file_of_any_stage_is_found_and_named(cache: Path
         assert code == 3
         for name in flipped:
             assert f"{name.parts[0]}: {name.relative_to(name.parts[0])}: expected " in said
-        assert f"found {len(flipped)} files damaged" in said
+        assert f"{len(flipped)} files are damaged" in said
 
 
 def test_damage_that_no_listing_shows_is_never_used_but_rebuilt(cache: Path, artifact: Callable[[str], Path]) -> None:

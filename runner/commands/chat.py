@@ -1,4 +1,4 @@
-"""`run chat RECIPE [STAGE]`: talking to a model in the terminal."""
+"""`run chat RECIPE [STAGE]`: a conversation with a model in the terminal."""
 
 import argparse
 import sys
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from llm.inference.chat_session import ChatSession
     from llm.inference.sampling import Sampling
 
-HELP = "/new forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
+HELP = "/new starts a new conversation, /exit (or Ctrl-D) quits, Ctrl-C stops an answer"
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    add_stage_argument(sub, nargs="?", help="whose model; the last finished one by default")
-    sub.add_argument("--system", metavar="TEXT", help="a turn of the system to begin with")
+    add_stage_argument(sub, nargs="?", help="the stage whose model to use (default: the last finished one)")
+    sub.add_argument("--system", metavar="TEXT", help="a system message at the start")
     add_sampling_options(sub)
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Talks with a finished model; one line each way, streamed. In a pipe, each line of the input is a turn."""
+    """Chats with a finished model in the terminal. In a pipe, each line of the input is a message."""
     recipe = recipe_of(options)
     if options.stage:
         stage_named(recipe, options.stage)
@@ -83,7 +83,7 @@ def _talk(speaker: "ChatSession", *, system: str | None, sampling: "Sampling", m
         try:
             answer = speaker.answer(messages, max_new_tokens=max_new_tokens, sampling=sampling)
             if answer.forgotten:
-                print(f"(the first {answer.forgotten} turns no longer fit and are forgotten)", file=sys.stderr)
+                print(f"(the first {answer.forgotten} turns no longer fit into the context and are dropped)", file=sys.stderr)
             for piece in answer.pieces:
                 said.append(piece)
                 print(piece, end="", flush=True)

@@ -1,4 +1,4 @@
-"""`run diff A B`: what differs between two recipes, once both are resolved."""
+"""`run diff A B`: the differences between two resolved recipes."""
 
 import argparse
 import copy
@@ -11,14 +11,14 @@ from runner.options import add_recipe_options, recipe_of
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("before", type=Path, metavar="A", help="a TOML file")
-    sub.add_argument("after", type=Path, metavar="B", help="another, or the same to see what --set changes")
+    sub.add_argument("after", type=Path, metavar="B", help="another one, or the same one to see what --set changes")
     add_recipe_options(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Shows every field in which two recipes differ, defaults and what they extend included; 1 if there is one."""
+    """Shows every field that differs between two resolved recipes; exits with 1 if there is one."""
     plain = copy.copy(options)
-    plain.overrides = []  # --set is for B alone
+    plain.overrides = []  # --set applies to B only
     before, after = recipe_of(plain, options.before).resolved(), recipe_of(options, options.after).resolved()
     found = changes(before, after)
     for line in found:

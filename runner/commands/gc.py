@@ -1,4 +1,4 @@
-"""`run gc [RECIPE]...`: makes room in the cache."""
+"""`run gc [RECIPE]...`: frees space in the cache."""
 
 import argparse
 import re
@@ -10,21 +10,21 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="whose results are kept in any case")
+    sub.add_argument("recipes", type=Path, nargs="*", metavar="RECIPE", help="a recipe whose results are kept")
     sub.add_argument(
         "--keep-size",
         type=size_in_bytes,
         metavar="SIZE",
-        help="remove by time of last use until this much is left: 20GB",
+        help="remove the least recently used results until at most SIZE is left, such as 20GB",
     )
-    sub.add_argument("--only", action="store_true", help="do not keep what recent runs reached, only what RECIPEs reach")
-    sub.add_argument("--dry-run", action="store_true", help="say what would go and how much, and remove nothing")
+    sub.add_argument("--only", action="store_true", help="keep only the results of RECIPEs, not those of recent runs")
+    sub.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Removes what no recipe or recent run reaches, or what was used longest ago; records stay."""
+    """Removes results that no recipe or recent run uses, or the least recently used ones. Records stay."""
     from runner.cache.garbage_collection import collect
     from runner.cache.run_log import logged_runs
     from runner.planning.plan import Plan
@@ -34,19 +34,21 @@ def main(options: argparse.Namespace) -> int:
     named = {f"{entry.stage.kind}-{entry.key}" for plan in plans for entry in plan if entry.key}
     if not named and options.keep_size is None and any((store.root / "stages").glob("*")):
         if options.only:
-            raise RecipeError("--only: expected RECIPEs whose results are kept, got none")
+            raise RecipeError("--only: expected RECIPEs whose results to keep, got none")
         if not logged_runs(store.root):
-            raise RecipeError(f"{store.root}: no run is noted there; expected RECIPEs whose results are kept, or --keep-size")
+            raise RecipeError(
+                f"{store.root}: expected RECIPEs whose results to keep, or --keep-size, since no run is on record"
+            )
     outcome = collect(store, named=named, forget_runs=options.only, keep_size=options.keep_size, dry_run=options.dry_run)
     for item, size in outcome.removed:
         done = "would remove" if options.dry_run else "removed"
         print(f"{done}  {readable(size):>8}  {item.path.relative_to(store.root)}  ({item.reason})")
     for item in outcome.in_use:
-        print(f"stays, in use:  {item.path.relative_to(store.root)}")
+        print(f"kept, in use:  {item.path.relative_to(store.root)}")
     done = "would free" if options.dry_run else "freed"
-    print(f"{done} {readable(outcome.freed)}; {readable(outcome.left)} stay in {store.root}")
+    print(f"{done} {readable(outcome.freed)}; {readable(outcome.left)} left in {store.root}")
     if options.keep_size is not None and outcome.left > options.keep_size:
-        print(f"more than {readable(options.keep_size)} stay, since what is left is in use or reached by a recipe given")
+        print(f"more than {readable(options.keep_size)} left: the rest is in use, or used by a RECIPE")
     return 0
 
 

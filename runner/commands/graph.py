@@ -1,4 +1,4 @@
-"""`run graph RECIPE`: the graph of stages as a drawing."""
+"""`run graph RECIPE`: a drawing of the graph of stages."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from runner.reporting.graph_drawing import draw
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("--form", choices=("text", "mermaid", "svg"), default="text", help="of the drawing (default: text)")
+    sub.add_argument("--form", choices=("text", "mermaid", "svg"), default="text", help="form of the drawing (default: text)")
     add_recipe_options(sub)
     add_cache_option(sub)
 

@@ -1,4 +1,4 @@
-"""`run list`: the recipes that are at hand, with what their headers say of hardware, time and result."""
+"""`run list`: recipes with the hardware, time and result that their headers name."""
 
 import argparse
 import re
@@ -8,21 +8,26 @@ import tomli
 
 from runner.errors import RecipeError
 
-FACTS = ("Hardware", "Time", "Result")  # how lines of a recipe's header begin
+FACTS = ("Hardware", "Time", "Result")  # first words of the lines in a recipe's header
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     shipped = Path(__file__).parents[2] / "recipes"
     sub.add_argument(
-        "folder", type=Path, nargs="?", default=shipped, metavar="FOLDER", help="whose recipes; else those shipped"
+        "folder",
+        type=Path,
+        nargs="?",
+        default=shipped,
+        metavar="FOLDER",
+        help="a folder of recipes (default: the shipped ones)",
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Lists recipes with what they make, on which hardware and in what time."""
+    """Lists recipes with their result, hardware and time."""
     if not options.folder.is_dir():
-        raise RecipeError(f"{options.folder}: expected a folder of recipes, got none")
+        raise RecipeError(f"{options.folder}: expected a folder of recipes, but there is none")
     for path in sorted(options.folder.glob("*.toml")):
         text = path.read_text(encoding="utf-8", errors="replace")
         try:
@@ -36,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def header(text: str) -> dict[str, str]:
-    """What the comments at the top of a recipe say under `Hardware:`, `Time:` and `Result:`; indented lines go on."""
+    """The facts in the comments at the top of a recipe; an indented line continues the one before."""
     comments = re.match(r"(?:#.*\n)*", text)
     facts: dict[str, str] = {}
     name = None

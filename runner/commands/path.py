@@ -1,4 +1,4 @@
-"""`run path RECIPE STAGE`: where an artifact is."""
+"""`run path RECIPE STAGE`: the folder of an artifact."""
 
 import argparse
 import sys
@@ -16,16 +16,16 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the folder of a finished artifact."""
+    """Prints the folder of a finished artifact; exits with 1 if there is none."""
     from runner.planning.plan import Plan
 
     recipe = recipe_of(options)
     stage_named(recipe, options.stage)
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
-    if options.stage != entry.name and not plan.stands(entry.name):
+    if options.stage != entry.name and not plan.is_in_use(entry.name):
         if plan.family_of(entry.name) is recipe.sweep:
-            print(f"{options.stage}: no setting is the best yet; {entry.name} is {entry.state}", file=sys.stderr)
+            print(f"{options.stage}: the best setting is not known yet; {entry.name} is {entry.state}", file=sys.stderr)
         else:
             print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
         return 1

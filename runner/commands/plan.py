@@ -1,4 +1,4 @@
-"""`run plan RECIPE`: the state of each stage, why, and what it will cost."""
+"""`run plan RECIPE`: the state of each stage, the reason, and the estimated cost."""
 
 import argparse
 import json
@@ -25,13 +25,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_cache_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     sub.add_argument(
-        "--measure", action="store_true", help="try the first pretraining for some seconds, for a better guess of time"
+        "--measure", action="store_true", help="run the first pretraining for some seconds, for a better estimate of time"
     )
-    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Shows the state of each stage, why, and what those that run will cost."""
+    """Shows the state of each stage, the reason, and the estimated cost."""
     recipe, store = recipe_of(options), store_of(options)
     if options.until:
         stage_named(recipe, options.until)
@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
-    """A line per stage; columns of cost only where there is something to run."""
+    """A line per stage; the columns of cost only if a stage will run."""
     rows = [["stage", "kind", "state", *(COLUMNS if found else ()), "why"]]
     for entry in plan:
         rows.append(
@@ -84,7 +84,7 @@ def _time(cost: Cost) -> str:
 
 
 def _needed(plan: Plan, found: Mapping[str, Cost]) -> dict[str, Cost]:
-    """Without the attempts that only run if one before them fails."""
+    """Without spare attempts."""
     needless = spare(plan)
     return {name: cost for name, cost in found.items() if name not in needless}
 
@@ -93,9 +93,9 @@ def _sums(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
     needed = _needed(plan, found)
     unknown = [name for name, cost in needed.items() if cost.seconds is None]
     if unknown:
-        return [f"time: no record of this machine tells how long {', '.join(unknown)} will take; --measure tries"]
+        return [f"time: unknown, since this machine has no record for {', '.join(unknown)}; --measure may help"]
     further = ", if the first attempts pass" if len(needed) < len(found) else ""
-    return [f"time together: about {_time(total(needed))}{further}, by the records of this machine"]
+    return [f"total time: about {_time(total(needed))}{further}, from records of this machine"]
 
 
 def _short(number: float | None) -> str:

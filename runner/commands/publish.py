@@ -1,4 +1,4 @@
-"""`run publish RECIPE`: the push of what is finished, and nothing else."""
+"""`run publish RECIPE`: pushes finished releases to the Hub, without running a stage."""
 
 import argparse
 from pathlib import Path
@@ -10,13 +10,13 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("--overwrite", action="store_true", help="push also over what somebody else changed on the Hub")
+    sub.add_argument("--overwrite", action="store_true", help="push even if somebody else changed the Hub repository")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Pushes finished releases to the Hub, also those that were rolled back; runs no stage."""
+    """Pushes finished releases to the Hub, including rolled-back ones; runs no stage."""
     from runner.cache.store import Waiting
     from runner.hub.receipts import Journal
     from runner.planning.plan import Plan
@@ -41,10 +41,10 @@ def main(options: argparse.Namespace) -> int:
         assert entry.record is not None and entry.path is not None and stage.target is not None
         last = Journal.read(receipts, stage.target).last
         if last is not None and last.digest == entry.record.digest and stage.tag in (None, last.tag):
-            print(f"{entry.name}: is there already: {last.url}")
+            print(f"{entry.name}: already there: {last.url}")
             continue
         with store.reading([entry.record], waiting=Waiting()):
             if not store.has_artifact(entry.record, reread=True):
-                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` tells more")
+                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
             print(f"{entry.name}: {stage.push(entry.path, entry.record.digest, receipts, acting)}", flush=True)
     return 0

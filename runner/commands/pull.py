@@ -1,4 +1,4 @@
-"""`run pull RECIPE`: from a cache elsewhere."""
+"""`run pull RECIPE`: artifacts from a remote cache."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Fetches the artifacts of a recipe from a cache elsewhere, those that are not here."""
+    """Fetches the missing artifacts of a recipe from a remote cache."""
     from runner.cache.store import Waiting
     from runner.planning.plan import Plan
 
@@ -46,5 +46,5 @@ def main(options: argparse.Namespace) -> int:
                 record = remote.record(entry.stage.kind, key)
                 if record is not None:
                     remote.fetch(record, store)
-            print(f"{entry.name}: {'fetched' if record else 'is not there'}", flush=True)
+            print(f"{entry.name}: {'fetched' if record else 'not there'}", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""`run push RECIPE`: to a cache elsewhere."""
+"""`run push RECIPE`: artifacts to a remote cache."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Uploads the finished artifacts of a recipe to a cache elsewhere, those that it lacks."""
+    """Uploads the finished artifacts of a recipe to a remote cache that lacks them."""
     from runner.cache.store import Waiting
     from runner.planning.plan import Plan
 
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
             continue
         with store.reading([entry.record], waiting=Waiting()):
             if not store.has_artifact(entry.record, reread=True):
-                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` tells more")
+                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
             uploaded = remote.offer(entry.record, entry.path)
-        print(f"{entry.name}: {'uploaded' if uploaded else 'is there already'}", flush=True)
+        print(f"{entry.name}: {'uploaded' if uploaded else 'already there'}", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""`run report RECIPE`: everything that is known of a recipe, on one page."""
+"""`run report RECIPE`: everything that the cache knows about a recipe, on one page."""
 
 import argparse
 import datetime
@@ -12,13 +12,13 @@ from runner.planning.plan import Plan
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="a page .html or text .md; NAME-report.html by default")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="a .html or .md file (default: NAME-report.html)")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Writes a page that stands alone: graph, scores and gates, curves, data, answers, cost."""
+    """Writes a self-contained page: graph, scores and gates, curves, data, answers, cost."""
     from runner.reporting.report import as_html, as_markdown, collect
 
     recipe = recipe_of(options)

@@ -1,4 +1,4 @@
-"""`run rollback RECIPE`: the Hub goes back to an earlier release."""
+"""`run rollback RECIPE`: returns the Hub repository to an earlier release."""
 
 import argparse
 from pathlib import Path
@@ -10,15 +10,15 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stag
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    sub.add_argument("--to", metavar="REVISION", help="a tag or a commit; by default the release before the present one")
-    sub.add_argument("--stage", metavar="STAGE", help="the stage that publishes, where there are several")
-    sub.add_argument("--overwrite", action="store_true", help="go back also over what somebody else changed on the Hub")
+    sub.add_argument("--to", metavar="REVISION", help="a tag or a commit (default: the release before the current one)")
+    sub.add_argument("--stage", metavar="STAGE", help="the publish stage, if the recipe has several")
+    sub.add_argument("--overwrite", action="store_true", help="roll back even if somebody else changed the Hub repository")
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Puts the content of an earlier release on the Hub again, as a new commit; `run publish` goes forward."""
+    """Restores an earlier release on the Hub as a new commit; `run publish` restores the newest."""
     from runner.hub.retries import Retries
     from runner.hub.rollback import roll_back
     from runner.stages.publish import Publish
@@ -33,10 +33,14 @@ def main(options: argparse.Namespace) -> int:
     }
     if len(found) != 1:
         names = ", ".join(found) or "none"
-        raise RecipeError(f"{recipe.path}: expected one stage of the kind publish with a repo, got {names}; see --stage")
+        raise RecipeError(
+            f"{recipe.path}: expected one stage of the kind publish with a repo, got {names}; choose with --stage"
+        )
     ((name, target),) = found.items()
     if target.pull_request:
-        raise RecipeError(f"stage.{name}: publishes by pull requests, which are closed or reverted on the Hub")
+        raise RecipeError(
+            f"stage.{name}: expected a stage that pushes to a branch, but it opens pull requests; close or revert them on the Hub"
+        )
     receipt = roll_back(
         target,
         to=options.to,

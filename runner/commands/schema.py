@@ -1,4 +1,4 @@
-"""`run schema`: the JSON Schema of recipes, or their reference as a page."""
+"""`run schema`: the JSON Schema of recipes, or their reference page."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import json
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("--markdown", action="store_true", help="the reference as a page for people: types, defaults, meanings")
+    sub.add_argument("--markdown", action="store_true", help="print the reference page: types, defaults, meanings")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -26,18 +26,21 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
     add_stage_argument(
-        sub, "stages", nargs="*", help="whose models, side by side on the page; the last finished one by default"
+        sub,
+        "stages",
+        nargs="*",
+        help="stages whose models to serve, side by side on the page (default: the last finished one)",
     )
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; another than loopback lets others in")
-    sub.add_argument("--port", type=int, default=8000, help="(default: 8000; 0 takes one that is free)")
-    sub.add_argument("--queue", type=int, default=16, metavar="N", help="answers that may wait for their turn (default: 16)")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond loopback, other machines can connect")
+    sub.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0 takes a free one)")
+    sub.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
     add_sampling_options(sub)
     add_recipe_options(sub)
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Serves finished models: a page to talk on, and /v1/chat/completions, /v1/completions, /v1/models."""
+    """Serves finished models: a chat page, and /v1/chat/completions, /v1/completions, /v1/models."""
     recipe = recipe_of(options)
     for name in options.stages:
         stage_named(recipe, name)
@@ -73,9 +76,11 @@ def main(options: argparse.Namespace) -> int:
     )
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(
-        f"{', '.join(models)} at http://{address}:{listening.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr, flush=True
+        f"{', '.join(models)} at http://{address}:{listening.getsockname()[1]} (Ctrl-C stops the server)",
+        file=sys.stderr,
+        flush=True,
     )
     server = uvicorn.Server(uvicorn.Config(Server(models, settings).app(), log_level="warning", lifespan="off"))
-    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listening])
     return 0

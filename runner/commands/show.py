@@ -15,6 +15,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the recipe with everything it extends, overrides and defaults."""
+    """Prints the resolved recipe: with what it extends, overrides and defaults."""
     print(tomli_w.dumps(recipe_of(options).resolved()), end="")
     return 0

@@ -1,4 +1,4 @@
-"""`run ui`: aim's own page on the curves of a cache."""
+"""`run ui`: aim's user interface for the curves of a cache."""
 
 import argparse
 import importlib.util
@@ -14,20 +14,26 @@ COMMAND = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
+    sub.add_argument(
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help="the recipe whose cache to use (default: the cache of the current folder)",
+    )
     sub.add_argument("--port", type=int, default=43800, help="(default: 43800)")
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Opens aim on the curves of all trainings of a cache, at http://127.0.0.1:43800."""
+    """Starts aim with the curves of all trainings of a cache, at http://127.0.0.1:43800."""
     if importlib.util.find_spec("aim") is None:
         raise RecipeError(
-            "ui: expected the package aim, which is not installed here (it has no release for Python 3.13 and newer)"
+            "ui: expected the package aim, but it is not installed (it has no release for Python 3.13 and newer)"
         )
     repo = store_of(options).root / "aim"
     if not (repo / ".aim").is_dir():
-        raise RecipeError(f"{repo}: there are no curves yet; a run with a training makes some")
+        raise RecipeError(f"{repo}: expected curves, but there are none yet; a run with a training makes them")
     words = ["up", "--repo", str(repo), "--host", "127.0.0.1", "--port", str(options.port)]
     try:
         return subprocess.run([sys.executable, "-c", COMMAND, *words], check=False).returncode

@@ -1,4 +1,4 @@
-"""`run verify [RECIPE]`: every artifact of a cache against its digests."""
+"""`run verify [RECIPE]`: checks every artifact of a cache against its digests."""
 
 import argparse
 from pathlib import Path
@@ -9,20 +9,26 @@ from runner.options import add_cache_option, store_of
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="whose cache; else that of this folder")
+    sub.add_argument(
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help="the recipe whose cache to use (default: the cache of the current folder)",
+    )
     add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Checks every artifact of a cache against its digests; sets aside what is damaged."""
+    """Checks every artifact of a cache against its digests, and sets damaged ones aside."""
     from runner.cache.verify import verify as verify_store
 
     if options.recipe is not None and not options.recipe.is_file():
-        raise RecipeError(f"{options.recipe}: no such recipe")
+        raise RecipeError(f"{options.recipe}: expected a recipe, but there is no such file")
     store = store_of(options)
     findings = verify_store(store)
     counted = f"{store.root}: {findings.artifacts} artifacts and {findings.records} records"
     if findings.faults:
-        raise DamageError("\n".join([*findings.faults, f"{counted}; found {len(findings.faults)} files damaged"]))
+        raise DamageError("\n".join([*findings.faults, f"{counted}; {len(findings.faults)} files are damaged"]))
     print(f"{counted}, all as recorded")
     return 0

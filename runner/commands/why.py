@@ -1,4 +1,4 @@
-"""`run why RECIPE STAGE`: the state of one stage."""
+"""`run why RECIPE STAGE`: the state of one stage and the reason."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Explains the state of one stage."""
+    """Explains the state of one stage in full."""
     from runner.diagnostics.resume_check import proof_of, sentence
     from runner.planning.plan import Plan
 

@@ -312,7 +312,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
             for record in [plan.record(source)]
         },
         records={source: record.data for source, record in records.items()},
-        recipe=tomli_w.dumps(_published(recipe.resolved(plan.standing))),
+        recipe=tomli_w.dumps(_published(recipe.resolved(plan.selected))),
         parallel=plain(recipe.head.parallel),
         processes=processes,
         cores=cores,
@@ -325,7 +325,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
 def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
     """The settings of a sweep of which a stage reads the best, as a table."""
     sweep = plan.recipe.sweep
-    if sweep is None or plan.taken[sweep.stage] is None or plan.family_of(name) is sweep:
+    if sweep is None or plan.decided[sweep.stage] is None or plan.family_of(name) is sweep:
         return []
     return sweep_rows(plan, sweep) if plan.above(name) & {*sweep.all_judges} else []
 

@@ -1,1 +1,1 @@
-"""What a run would do, why, and what it will cost."""
+"""What a run will do, why, and the estimated cost."""

@@ -1,5 +1,5 @@
-"""The digest of the code that makes a kind of artifact. It is kept in records, never part of a key: `version` is what a kind
-raises when the same fields come to mean another result.
+"""The digest of the code that makes a kind of artifact. It is kept in records and is no part of a key: a kind raises its
+`version` when the same fields give another result.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from runner.stage import Stage
 
 
 def code_digest(stage: type[Stage]) -> str:
-    """sha256 over the modules of the stage and of what it inherits, and everything in `llm`."""
+    """sha256 of the modules of the stage and its base classes, and of everything in `llm`."""
     modules = sorted({parent.__module__ for parent in stage.__mro__ if issubclass(parent, Stage)})
     own = [_bytes_digest(Path(sys.modules[module].__file__ or "")) for module in modules]
     return hashlib.sha256("".join([*own, _llm_digest()]).encode()).hexdigest()

@@ -95,7 +95,7 @@ def spare(plan: Plan) -> set[str]:
         name
         for family in families
         for name, numbers in family.places.items()
-        if min(numbers) > plan.standing[family.stage] and name in plan.entries
+        if min(numbers) > plan.selected[family.stage] and name in plan.entries
     }
 
 

@@ -15,7 +15,7 @@ def passed(plan: Plan) -> list[str]:
     """Lines on gates that hold, and on attempts and settings of which not all failed."""
     single = [entry for entry in plan if plan.family_of(entry.name) is None]
     lines = [f"{entry.name}: {verdict}" for entry in single for verdict in entry.verdicts if verdict.passed]
-    lines += [line for family in _attempts(plan) if not plan.is_lost(family) for line in attempts_table(plan, family)]
+    lines += [line for family in _attempts(plan) if not plan.all_failed(family) for line in attempts_table(plan, family)]
     return lines if _is_lost_sweep(plan) else [*lines, *sweep_table(plan)]
 
 
@@ -24,7 +24,7 @@ def failed(plan: Plan) -> list[str]:
     single = [entry for entry in plan if plan.family_of(entry.name) is None]
     lines = [f"{entry.name}: {verdict}" for entry in single for verdict in entry.failed_gates]
     for family in _attempts(plan):
-        if plan.is_lost(family):
+        if plan.all_failed(family):
             lines += [*attempts_table(plan, family), f"no attempt of {family.stage} passed its gates, so none is used"]
     if _is_lost_sweep(plan):
         settings = [entry for entry in plan if plan.family_of(entry.name) is plan.recipe.sweep]
@@ -86,7 +86,7 @@ def _score(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _setting_outcome(plan: Plan, sweep: Sweep, number: int) -> str:
-    if number == plan.taken[sweep.stage]:
+    if number == plan.decided[sweep.stage]:
         return "best"
     entry = plan.entries.get(sweep.judges_of(number)[0])
     if entry is None or entry.record is None:
@@ -95,7 +95,7 @@ def _setting_outcome(plan: Plan, sweep: Sweep, number: int) -> str:
 
 
 def _attempt_outcome(plan: Plan, family: Attempts, number: int) -> str:
-    current = plan.standing[family.stage]
+    current = plan.selected[family.stage]
     if number > current:
         return "not needed" if plan.outcome(family, current) else "waits"
     return OUTCOMES[plan.outcome(family, number)]
@@ -108,4 +108,4 @@ def _attempts(plan: Plan) -> list[Attempts]:
 
 
 def _is_lost_sweep(plan: Plan) -> bool:
-    return plan.recipe.sweep is not None and plan.is_lost(plan.recipe.sweep)
+    return plan.recipe.sweep is not None and plan.all_failed(plan.recipe.sweep)

@@ -1,4 +1,4 @@
-"""What each stage of a recipe would do now, and why: a pure reading of recipe and cache, which runs and fetches nothing."""
+"""The plan of a recipe: the state of each stage and the reason, from recipe and cache alone. It runs and fetches nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +28,13 @@ class Entry:
     stage: Stage
     state: State
     reason: str
-    key: str | None  # unknown while the content of an input is
+    key: str | None  # None while the content of an input is unknown
     identity: Mapping[str, Any] | None
     record: Record | None
     path: Path | None  # of the finished artifact
     verdicts: Sequence[Verdict] = ()
     effect: Effect | None = None
-    beginning: Record | None = None  # a finished result that it goes on from (`Stage.behind`)
+    beginning: Record | None = None  # a finished result that it continues from (`Stage.reusable_work`)
 
     @property
     def failed_gates(self) -> list[Verdict]:
@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def outcome(self) -> bool | None:
-        """Whether it passed all its gates; None while that is not known."""
+        """Whether it passed all its gates; None while that is unknown."""
         if self.record is None or any(verdict.passed is None for verdict in self.verdicts):
             return None
         return not self.failed_gates
@@ -55,33 +55,33 @@ class Plan:
     def __init__(self, recipe: Recipe, store: Store, *, until: str | None = None) -> None:
         self._store = store
         self.recipe = recipe
-        self.standing = dict.fromkeys(recipe.families, 0)  # by the stage that names a family, the branch that is relied on
-        self.taken: dict[str, int | None] = dict.fromkeys(recipe.families)  # likewise, once that is settled
+        self.selected = dict.fromkeys(recipe.families, 0)  # by family: the branch that later stages read, for now
+        self.decided: dict[str, int | None] = dict.fromkeys(recipe.families)  # likewise, once it is final
         self._read(until)
-        for family in recipe.families.values():  # each before those that read from it
-            self._settle(family, until)
+        for family in recipe.families.values():  # each before the families that read from it
+            self._select(family, until)
         for name in reversed(self._stages):
-            self.entries[name] = self._with_need(name)
+            self.entries[name] = self._rebuilt_if_needed(name)
         for name in self._stages:
             self.entries[name] = self._with_effect(name)
         store.digests.save()
 
-    def _settle(self, family: Branches, until: str | None) -> None:
-        """Decides on which branch what stands behind relies."""
+    def _select(self, family: Branches, until: str | None) -> None:
+        """Selects the branch that later stages read."""
         count = range(len(family.names))
         number, is_final = family.choice(
             [self.outcome(family, n) for n in count],
             [self.score(family, n) if isinstance(family, Sweep) else None for n in count],
         )
-        changes = number != self.standing[family.stage] or is_final
-        self.standing[family.stage], self.taken[family.stage] = number, number if is_final else None
+        changes = number != self.selected[family.stage] or is_final
+        self.selected[family.stage], self.decided[family.stage] = number, number if is_final else None
         if changes:
             self._read(until)
 
     def _read(self, until: str | None) -> None:
-        """What keys, records and gates tell, each stage after those before it."""
+        """Makes the entries from keys, records and gates, in topological order."""
         recipe = self.recipe
-        stages = recipe.with_branches(self.standing)
+        stages = recipe.with_branches(self.selected)
         order = sources(stages, recipe.families)
         wanted = recipe.needed(until) if until else set(stages)
         self._stages = {name: stages[name] for name in in_order(order) if name in wanted}
@@ -90,9 +90,9 @@ class Plan:
         self._family = {name: family for family in recipe.families.values() for name in family.places}
         self.entries: dict[str, Entry] = {}
         for name in self._stages:
-            self.entries[name] = self._known(name)
-            self.entries[name] = self._judged(name)
-            self.entries[name] = self._held_back(name)
+            self.entries[name] = self._from_records(name)
+            self.entries[name] = self._with_verdicts(name)
+            self.entries[name] = self._skipped_or_waiting(name)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
@@ -106,73 +106,75 @@ class Plan:
         return ancestors(self._before, name)
 
     def named(self, name: str) -> Entry:
-        """The entry of a stage; where the name stands for branches, of the one that is relied on."""
+        """The entry of a stage by its name in the recipe: in a family of branches, that of the selected one."""
         family = self.recipe.family_of(name)
-        return self.entries[name if family is None else family.names[self.standing[family.stage]][name]]
+        return self.entries[name if family is None else family.names[self.selected[family.stage]][name]]
 
     def written(self, name: str) -> str:
-        """What the recipe calls a stage that is relied on now: of a branch, without its number."""
+        """The name of a stage in the recipe: for a stage of the selected branch, without the number of the branch."""
         family = self._family.get(name)
         if family is None:
             return name
-        relied_on = family.names[self.standing[family.stage]].items()
-        return next((member for member, branched in relied_on if branched == name), name)
+        selected = family.names[self.selected[family.stage]].items()
+        return next((member for member, branched in selected if branched == name), name)
 
     def sources_read(self, name: str) -> dict[str, Record]:
-        """The records of what is finished before a stage, by the names that the recipe gives."""
+        """The records of the finished stages before a stage, by their names in the recipe."""
         above = ancestors(self._sources, name)
         return {self.written(source): record for source in above if (record := self.entries[source].record)}
 
     def outcome(self, family: Branches, number: int) -> bool | None:
-        """Whether the gates of a branch hold; None while that is not known."""
+        """Whether the gates of a branch passed; None while that is unknown."""
         judges = [self.entries.get(name) for name in family.judges_of(number)]
         outcomes = [None if judge is None else judge.outcome for judge in judges]
         return None if None in outcomes else all(outcomes)
 
     def score(self, sweep: Sweep, number: int) -> float | None:
-        """What decides on a setting; None while it is not known. RecipeError if its evaluation made no such score."""
+        """The deciding score of a setting; None while it is unknown. RecipeError if its evaluation has no such score."""
         entry = self.entries.get(sweep.judges_of(number)[0])
         if entry is None or entry.record is None:
             return None
         scores: Mapping[str, float] = entry.record.data["metrics"]["scores"]
         if sweep.score not in scores:
-            made = ", ".join(sorted(scores))
-            raise RecipeError(f"{self.recipe.path}: sweep: expected the score {sweep.score!r}; {entry.name} has only {made}")
+            names = ", ".join(sorted(scores))
+            raise RecipeError(
+                f"{self.recipe.path}: sweep: expected the score {sweep.score!r}, but {entry.name} has only {names}"
+            )
         return scores[sweep.score]
 
     def family_of(self, name: str) -> Branches | None:
         """The branches that a stage belongs to."""
         return self._family.get(name)
 
-    def stands(self, name: str) -> bool:
-        """Whether a stage is more than one of several: one of its own, or of the branch that is taken."""
+    def is_in_use(self, name: str) -> bool:
+        """Whether a stage is not of a branch, or of the branch that was decided on."""
         family = self._family.get(name)
-        return family is None or self.taken[family.stage] in family.places[name]
+        return family is None or self.decided[family.stage] in family.places[name]
 
     def is_needless(self, name: str) -> bool:
-        """Whether it belongs to an attempt that is not needed, since one before it passed."""
+        """Whether it belongs to an attempt that is not needed because an earlier one passed."""
         family = self._family.get(name)
-        if not isinstance(family, Attempts) or (taken := self.taken[family.stage]) is None:
+        if not isinstance(family, Attempts) or (decided := self.decided[family.stage]) is None:
             return False
-        return family.places[name][0] > taken
+        return family.places[name][0] > decided
 
-    def is_lost(self, family: Branches) -> bool:
-        """Whether no branch passed."""
+    def all_failed(self, family: Branches) -> bool:
+        """Whether every branch failed its gates."""
         return all(self.outcome(family, number) is False for number in range(len(family.names)))
 
-    def _is_given_up(self, name: str) -> bool:
-        """Whether it belongs to a branch that nothing relies on now."""
+    def _is_unselected(self, name: str) -> bool:
+        """Whether it belongs to a branch other than the selected one."""
         family = self._family.get(name)
-        return family is not None and self.standing[family.stage] not in family.places[name]
+        return family is not None and self.selected[family.stage] not in family.places[name]
 
     def record(self, name: str) -> Record:
-        """The record of a stage that is finished, as the inputs of a stage that can run are."""
+        """The record of a finished stage, such as an input of a stage that can run."""
         record = self.entries[name].record
         assert record is not None, name
         return record
 
     def still_holds(self, entry: Entry) -> bool:
-        """Whether the input files of a stage are what they were when it was planned."""
+        """Whether the input files of a stage are unchanged since it was planned."""
         artifacts = {source: self.record(source).digest for source in self._inputs[entry.name]}
         return identity(entry.stage, artifacts=artifacts, files=self._store.digests.of_inputs) == entry.identity
 
@@ -180,8 +182,8 @@ class Plan:
         """The first stage that can run now."""
         return next((entry for entry in self if entry.state in RUNNABLE), None)
 
-    def _known(self, name: str) -> Entry:
-        """What keys and records alone tell of a stage."""
+    def _from_records(self, name: str) -> Entry:
+        """The entry of a stage as far as keys and records determine it."""
         stage = self._stages[name]
         unknown = [source for source in self._inputs[name] if self.entries[source].record is None]
         if unknown:
@@ -193,24 +195,24 @@ class Plan:
         if record is None:
             scratch = self._store.work(stage, key) / SCRATCH
             if (scratch / PAUSED).exists():
-                return Entry(name, stage, "paused", "by an alert; run goes on from its checkpoint", key, what, None, None)
+                return Entry(name, stage, "paused", "by an alert; run continues from its checkpoint", key, what, None, None)
             resumable, beginning = scratch.exists(), self._beginning(stage, what)
             if not resumable:
                 reason = self._why_new(name, stage, what, key)
             elif self._store.is_held_here(stage.kind, key):
                 reason = "a process of this machine works on it now"
             else:
-                reason = "goes on where it was interrupted"
+                reason = "continues where it was interrupted"
             if beginning and not resumable:
-                reason = f"goes on from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
+                reason = f"continues from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
             state: State = "resume" if resumable or beginning else "run"
             return Entry(name, stage, state, reason, key, what, None, None, beginning=beginning)
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None
         other_code = record.data.get("code") != code_digest(type(stage))
         return Entry(name, stage, "cached", "made by other code" if other_code else "", key, what, record, path)
 
-    def _with_need(self, name: str) -> Entry:
-        """Runs a stage whose artifact is gone only if a stage that must run, or the user, reads the artifact."""
+    def _rebuilt_if_needed(self, name: str) -> Entry:
+        """Runs a stage whose artifact is gone if a stage that must run, or the user, reads the artifact."""
         entry = self.entries[name]
         if entry.state != "cached" or entry.path is not None:
             return entry
@@ -218,53 +220,52 @@ class Plan:
         running = [reader for reader in readers if self.entries[reader].state in RUNNABLE]
         if running:
             return replace(entry, state="run", reason=f"its artifact is gone or damaged, and {running[0]} must read it")
-        if not readers and not self._is_given_up(name):
+        if not readers and not self._is_unselected(name):
             return replace(entry, state="run", reason="its artifact is gone or damaged")
         return replace(entry, reason="; ".join(filter(None, [entry.reason, "artifact gone, not needed now"])))
 
-    def _judged(self, name: str) -> Entry:
-        """With the verdicts of its gates, once it is finished."""
+    def _with_verdicts(self, name: str) -> Entry:
+        """Adds the verdicts of the gates of a finished stage."""
         entry = self.entries[name]
         if entry.record is None:
             return entry
         records = {other: known.record.data for other, known in self.entries.items() if known.record}
         verdicts = entry.stage.verdicts(entry.record.data["metrics"], Lineage(self._inputs, records))
-        told = [str(verdict) for verdict in verdicts if not verdict.passed]
-        return replace(entry, verdicts=verdicts, reason="; ".join(told) or entry.reason)
+        reasons = [str(verdict) for verdict in verdicts if not verdict.passed]
+        return replace(entry, verdicts=verdicts, reason="; ".join(reasons) or entry.reason)
 
-    def _held_back(self, name: str) -> Entry:
-        """What stands behind a failed gate is skipped, and so is an attempt after one that passed."""
+    def _skipped_or_waiting(self, name: str) -> Entry:
+        """Skips stages after a failed gate and attempts after one that passed, and holds back what is undecided."""
         entry = self.entries[name]
         family = self._family.get(name)
-        if isinstance(family, Attempts) and (number := family.places[name][0]) > self.standing[family.stage]:
-            if (taken := self.taken[family.stage]) is not None:
-                return replace(entry, state="skipped", reason=f"attempt {taken + 1} of {family.stage} passed")
+        if isinstance(family, Attempts) and (number := family.places[name][0]) > self.selected[family.stage]:
+            if (decided := self.decided[family.stage]) is not None:
+                return replace(entry, state="skipped", reason=f"attempt {decided + 1} of {family.stage} passed")
             return replace(entry, state="waiting", reason=f"until attempt {number} of {family.stage} has failed")
         read = dict.fromkeys(self._family[source].stage for source in self._inputs[name] if source in self._family)
         for other in (self.recipe.families[stage] for stage in read):
-            if other is not family and self.taken[other.stage] is None:
+            if other is not family and self.decided[other.stage] is None:
                 return self._undecided(entry, other)
-        behind = [source for source in self._inputs[name] if self._blocked(source)]
-        if behind:
-            return replace(entry, state="skipped", reason=f"a gate of {', '.join(behind)} failed")
+        if blocked := [source for source in self._inputs[name] if self._blocked(source)]:
+            return replace(entry, state="skipped", reason=f"a gate of {', '.join(blocked)} failed")
         unjudged = [source for source in self._inputs[name] if any(v.passed is None for v in self.entries[source].verdicts)]
         if unjudged:
             return replace(entry, state="waiting", reason=f"for what the gates of {', '.join(unjudged)} compare with")
         return entry
 
     def _undecided(self, entry: Entry, family: Branches) -> Entry:
-        """What reads from branches of which none is taken, for now or in the end."""
+        """The entry of a stage that reads branches without a decision, for now or for good."""
         if isinstance(family, Sweep):
-            if self.is_lost(family):
+            if self.all_failed(family):
                 return replace(entry, state="skipped", reason="no setting of the sweep passed its gates")
             return replace(entry, state="waiting", reason=f"for the {family.criterion} of {len(family.names)} settings")
-        if self.is_lost(family):
+        if self.all_failed(family):
             return replace(entry, state="skipped", reason=f"no attempt of {family.stage} passed")
-        judges = family.judges_of(self.standing[family.stage])
+        judges = family.judges_of(self.selected[family.stage])
         return replace(entry, state="waiting", reason=f"for the gates of {', '.join(judges)}")
 
     def _with_effect(self, name: str) -> Entry:
-        """With what is left to do in the world once the artifact is there."""
+        """Adds the effect outside the cache, such as a push, that a finished stage still has."""
         entry = self.entries[name]
         if entry.state != "cached" or entry.path is None or entry.record is None or entry.failed_gates:
             return entry
@@ -277,14 +278,14 @@ class Plan:
         return bool(self.entries[name].failed_gates) or self.entries[name].state == "skipped"
 
     def _beginning(self, stage: Stage, what: Mapping[str, Any]) -> Record | None:
-        """The finished result that has most of the work behind it, of those that the stage can go on from."""
-        alike = [record for record in self._all_records if record.kind == stage.kind]
-        behind = [(stage.reusable_work(what, record.data["identity"]), record) for record in alike]
-        able = [(amount, record) for amount, record in behind if amount and self._store.has_artifact(record)]
-        return max(able, key=lambda pair: pair[0], default=(0, None))[1]
+        """The finished result that the stage can continue from and that has most of its work done."""
+        records = [record for record in self._all_records if record.kind == stage.kind]
+        done = [(stage.reusable_work(what, record.data["identity"]), record) for record in records]
+        usable = [(amount, record) for amount, record in done if amount and self._store.has_artifact(record)]
+        return max(usable, key=lambda pair: pair[0], default=(0, None))[1]
 
     def _why_new(self, name: str, stage: Stage, what: Mapping[str, Any], key: str) -> str:
-        """The fields and inputs that differ from the nearest result of this stage, else from that of another of its kind."""
+        """The fields and inputs that differ from the closest result of this stage, else of another stage of its kind."""
         if self._store.has_damaged_record(stage, key):
             return "its record is damaged"
         candidates = [record for record in self._all_records if record.kind == stage.kind]
@@ -294,8 +295,8 @@ class Plan:
         own = [record for record in candidates if (record.data.get("recipe"), record.data.get("stage")) == here]
         changes = [(differences(record.data["identity"], what), record.data) for record in own or candidates]
         fewest, other = min(changes, key=lambda change: len(change[0]))
-        told = "; ".join(fewest)
-        return told if own else f"never run; unlike {other.get('recipe')}'s {other.get('stage')}: {told}"
+        reason = "; ".join(fewest)
+        return reason if own else f"never run; unlike {other.get('recipe')}'s {other.get('stage')}: {reason}"
 
     @cached_property
     def _all_records(self) -> list[Record]:
@@ -303,7 +304,7 @@ class Plan:
 
 
 def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """The plan for programs."""
+    """The plan as JSON."""
     return {
         "recipe": recipe.head.name,
         "stages": [
@@ -323,30 +324,30 @@ def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
-    """Of a stage that is judged, the gates; of one that belongs to branches, to which, and whether what is behind takes it."""
-    told: dict[str, Any] = {}
+    """The gates of a stage, and its branch: which one, and whether later stages use it."""
+    found: dict[str, Any] = {}
     if entry.verdicts:
-        told["gates"] = [
+        found["gates"] = [
             {"gate": verdict.gate, "found": verdict.found, "passed": verdict.passed} for verdict in entry.verdicts
         ]
     family = plan.family_of(entry.name)
     if isinstance(family, Sweep):
         numbers = [number + 1 for number in family.places[entry.name]]
-        told["setting"] = {"numbers": numbers, "stands": plan.stands(entry.name)}
+        found["setting"] = {"numbers": numbers, "stands": plan.is_in_use(entry.name)}
     elif family is not None:
         number = family.places[entry.name][0]
-        told["attempt"] = {
+        found["attempt"] = {
             "of": family.stage,
             "number": number + 1,
             "changes": family.describe(number),
-            "stands": plan.stands(entry.name),
+            "stands": plan.is_in_use(entry.name),
         }
-    return told
+    return found
 
 
 def _sweep_as_json(plan: Plan, sweep: Sweep) -> dict[str, Any]:
-    """What is compared by which score, and what came of it so far; `best` counts from 1."""
-    best = plan.taken[sweep.stage]
+    """The settings of a sweep with values, score and outcome; `number` and `best` count from 1."""
+    best = plan.decided[sweep.stage]
     settings = [
         {
             "number": number + 1,

@@ -1,1 +1,1 @@
-"""What people see: a run while it goes on, the graph, the report, and what a stage will learn from."""
+"""What users see: the progress of a run, the graph, and the report."""

@@ -8,7 +8,7 @@ from runner.reporting.graph_layout import Layers, columns, layered
 
 Form = Literal["text", "mermaid", "svg"]
 MARKS = {"cached": "✓", "run": "▶", "resume": "↻", "waiting": "·", "push": "↑", "skipped": "–", "failed": "✗", "paused": "‖"}
-COLOURS = {  # fill and border by state, from the palette of Okabe and Ito, which colour-blind people can tell apart
+COLOURS = {  # fill and border by state, from the colour-blind safe palette of Okabe and Ito
     "cached": ("#e3f2ec", "#009e73"),
     "run": ("#e0eef8", "#0072b2"),
     "resume": ("#e0eef8", "#56b4e9"),
@@ -17,17 +17,17 @@ COLOURS = {  # fill and border by state, from the palette of Okabe and Ito, whic
     "paused": ("#fdf3d8", "#e69f00"),
 }
 OTHER = ("#f3f3f3", "#8a8a8a")
-HEIGHT, LANE, ACROSS, DOWN, MARGIN = 54, 2, 38, 16, 12  # of a box, of an arrow beside it, and between them, in pixels
-LONGEST = 20  # letters of a name in a box
+HEIGHT, LANE, ACROSS, DOWN, MARGIN = 54, 2, 38, 16, 12  # pixels: of a box, of a lane, between columns, between rows, around
+MAX_NAME = 20  # characters of a name in a box
 
 
 def draw(plan: Plan, form: Form) -> str:
-    """The graph of a plan, an arrow from each stage to those that read it."""
+    """The graph of a plan, with an arrow from each stage to those that read it."""
     return {"text": as_text, "mermaid": as_mermaid, "svg": as_svg}[form](plan)
 
 
 def as_text(plan: Plan) -> str:
-    """A line per stage, indented by how many stages lie before it at most, with what it reads."""
+    """A line per stage with what it reads, indented by the longest path to it."""
     column = columns({entry.name: plan.inputs(entry.name) for entry in plan})
     lines = []
     for entry in plan:
@@ -40,7 +40,7 @@ def as_text(plan: Plan) -> str:
 
 
 def as_mermaid(plan: Plan) -> str:
-    """A flowchart that GitHub, GitLab and the Hub draw where Markdown holds it in a block marked `mermaid`."""
+    """A Mermaid flowchart, which GitHub, GitLab and the Hub draw in Markdown."""
     number = {entry.name: f"s{index}" for index, entry in enumerate(plan)}
     lines = ["flowchart LR"]
     lines += [f'  {number[entry.name]}["{entry.name}<br/>{entry.stage.kind}: {entry.state}"]' for entry in plan]
@@ -53,7 +53,7 @@ def as_mermaid(plan: Plan) -> str:
 
 
 def as_svg(plan: Plan) -> str:
-    """A picture in layers from left to right, which stands alone and can be put into a page as it is."""
+    """A self-contained picture in layers from left to right, for a page or a file."""
     sources = {entry.name: plan.inputs(entry.name) for entry in plan}
     layers = layered(sources, box=HEIGHT, lane=LANE, gap=DOWN)
     width = _box_width(plan)
@@ -77,11 +77,11 @@ def as_svg(plan: Plan) -> str:
 
 
 def _arrow(layers: Layers, source: str, target: str, width: int) -> str:
-    """From box to box, straight through the lanes of the columns between, and bending from column to column."""
+    """A path from box to box: straight through the lanes of the columns between, curved between columns."""
     step = width + ACROSS
     x, y = layers.column[source] * step + width, layers.middle[source]
     path = f"M{x} {y:.1f}"
-    for column, height in [*layers.way(source, target), (layers.column[target], layers.middle[target])]:
+    for column, height in [*layers.route(source, target), (layers.column[target], layers.middle[target])]:
         u = column * step
         bend = (x + u) // 2
         path += f"C{bend} {y:.1f} {bend} {height:.1f} {u} {height:.1f}"
@@ -92,14 +92,14 @@ def _arrow(layers: Layers, source: str, target: str, width: int) -> str:
 
 
 def _box_width(plan: Plan) -> int:
-    """In pixels, so that what the boxes say fits; measured on the widths of letters in DejaVu Sans, which is a wide font."""
-    name = max(8.6 * min(len(entry.name), LONGEST) for entry in plan)
+    """The width in pixels that fits the text of every box, by the character widths of DejaVu Sans, a wide font."""
+    name = max(8.6 * min(len(entry.name), MAX_NAME) for entry in plan)
     return round(max(name, *(6.6 * max(len(entry.stage.kind), len(entry.state)) for entry in plan)) + 16)
 
 
 def _box(entry: Entry, x: int, y: float, width: int) -> str:
     fill, border = COLOURS.get(entry.state, OTHER)
-    name = entry.name if len(entry.name) <= LONGEST else entry.name[: LONGEST - 1] + "…"
+    name = entry.name if len(entry.name) <= MAX_NAME else entry.name[: MAX_NAME - 1] + "…"
     reason = escape(f"{entry.name}: {entry.state} {entry.reason}".strip())
     middle = f'x="{width / 2}" text-anchor="middle"'
     return (

@@ -1,34 +1,34 @@
-"""Where the boxes and the arrows of a layered drawing go (Sugiyama 1981): no arrow runs behind a box, and few cross.
+"""The layout of a layered graph drawing (Sugiyama et al. 1981): no arrow runs behind a box, and few arrows cross.
 
-An arrow over several columns has a lane of its own through each column between, beside the boxes there; arrows of one source
-share their lanes. Only places are decided here, not how anything looks.
+An arrow that spans several columns has a lane in each column between, beside the boxes there; arrows from one source share
+their lanes. This is only about positions; `runner.reporting.graph_drawing` draws.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SWEEPS = 12  # over all columns, there and back
+SWEEPS = 12  # over all columns, in alternating directions
 
-Lane = tuple[str, int]  # of arrows from this source, through this column
+Lane = tuple[str, int]  # source of its arrows, and column
 Node = str | Lane
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The column and the middle of each box and each lane, from 0 downwards."""
+    """The column of each box, and the vertical centre of each box and lane, from 0 downwards."""
 
     column: Mapping[str, int]
     middle: Mapping[Node, float]
 
-    def way(self, source: str, target: str) -> list[tuple[int, float]]:
-        """Column and height of the lanes of an arrow."""
+    def route(self, source: str, target: str) -> list[tuple[int, float]]:
+        """Column and vertical centre of the lanes of an arrow."""
         between = range(self.column[source] + 1, self.column[target])
         return [(column, self.middle[source, column]) for column in between]
 
 
 def columns(sources: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """How many boxes lie before each at most; `sources` are in topological order."""
+    """The length of the longest path to each box; `sources` are in topological order."""
     column: dict[str, int] = {}
     for name, read in sources.items():
         column[name] = max((column[source] + 1 for source in read), default=0)
@@ -36,12 +36,12 @@ def columns(sources: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
 
 def layered(sources: Mapping[str, Sequence[str]], *, box: float, lane: float, gap: float) -> Layers:
-    """Places for boxes that are `box` high and lanes that are `lane` high, `gap` apart; `sources` of each are before it."""
+    """Positions for boxes of height `box` and lanes of height `lane`, `gap` apart; `sources` are in topological order."""
     column = columns(sources)
     layers: list[list[Node]] = [[] for _ in range(max(column.values()) + 1)]
     for name, number in column.items():
         layers[number].append(name)
-    links: dict[tuple[Node, Node], None] = {}  # between columns that are side by side
+    links: dict[tuple[Node, Node], None] = {}  # between adjacent columns
     for name, read in sources.items():
         for source in read:
             before: Node = source
@@ -67,7 +67,7 @@ def layered(sources: Mapping[str, Sequence[str]], *, box: float, lane: float, ga
 def _ordered(
     layers: list[list[Node]], back: Mapping[Node, Sequence[Node]], ahead: Mapping[Node, Sequence[Node]]
 ) -> list[list[Node]]:
-    """The order in each column with the fewest crossings found, each node moved to the mean place of its neighbours."""
+    """Columns in the order with the fewest crossings found, by sorting nodes by the mean position of their neighbours."""
     best, fewest = layers, _crossings(layers, ahead)
     for sweep in range(SWEEPS):
         layers = [list(layer) for layer in layers]
@@ -88,7 +88,7 @@ def _ordered(
 
 
 def _crossings(layers: Sequence[Sequence[Node]], ahead: Mapping[Node, Sequence[Node]]) -> int:
-    """How many pairs of links cross."""
+    """The number of pairs of links that cross."""
     found = 0
     for layer, beside in itertools.pairwise(layers):
         place = {node: index for index, node in enumerate(beside)}
@@ -106,22 +106,20 @@ def _middles(
     high: Mapping[Node, float],
     gap: float,
 ) -> dict[Node, float]:
-    """Each node as near to the mean height of its neighbours as the order and the room for others let it."""
+    """Vertical centres, as close to the mean of each node's neighbours as the order and the gaps allow."""
     middle: dict[Node, float] = {node: 0.0 for layer in layers for node in layer}
     for sweep in range(SWEEPS):
         order = layers if sweep % 2 == 0 else layers[::-1]
         for layer in order:
             around = {node: [*back[node], *ahead[node]] if sweep else back[node] for node in layer}
             wanted = [_mean([middle[other] for other in around[node]], middle[node]) for node in layer]
-            steps = [
-                (high[above] + high[below]) / 2 + gap for above, below in itertools.pairwise(layer)
-            ]  # from middle to middle
+            steps = [(high[above] + high[below]) / 2 + gap for above, below in itertools.pairwise(layer)]  # between centres
             middle |= zip(layer, apart(wanted, steps), strict=True)
     return middle
 
 
 def apart(wanted: Sequence[float], steps: Sequence[float]) -> list[float]:
-    """The values nearest to `wanted` by least squares, of which each is at least its step above the one before.
+    """The values closest to `wanted` in least squares, such that each exceeds the one before by at least its step.
 
     Without the steps it is isotonic regression, by pooling adjacent violators (Ayer et al. 1955).
     """

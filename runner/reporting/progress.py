@@ -89,7 +89,7 @@ def describe(line: Mapping[str, Any], eta: Eta) -> str:
 
 def brief(reason: str) -> str:
     """The beginning of a long list of reasons; `run why` has them all."""
-    return textwrap.shorten(reason, 100, placeholder=" ... (`run why` tells all)")
+    return textwrap.shorten(reason, 100, placeholder=" ... (`run why` shows all)")
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,13 @@
-"""The report on a recipe: everything that its records, scores and curves tell, on one page that stands alone, or as Markdown.
+"""The report on a recipe: its scores, curves, data and cost on one self-contained page, or as Markdown.
 
-It is made from the cache alone, whatever state the recipe is in; what is not there yet is left out. The page loads nothing
-from elsewhere, and all text of data and models is escaped.
+It is made from the cache alone, in any state of the recipe; what is not finished is left out. The page loads nothing from
+elsewhere, and all text from data and models is escaped.
 """
 
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from runner.tracking.curves import as_svg, read_curves
 
 PAGES = Path(__file__).parents[1] / "pages"
 SAMPLES, WRONG = 8, 12  # of each task
-LONGEST = 500  # characters of a text that is quoted
-# What is drawn of a training: title, names of metrics, and whether the axis is logarithmic.
+MAX_CHARACTERS = 500  # of a quoted text
+# The plots of a training: title, names of metrics, and whether the axis is logarithmic.
 PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("loss, nats per token", ("loss", "validation_loss"), False),
     ("learning rate", ("learning_rate",), False),
@@ -35,7 +35,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a line of names, and rows of text."""
+    """A table of text with a title and a head."""
 
     title: str
     head: Sequence[str]
@@ -44,24 +44,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: what was asked, what was wanted, and what each evaluated model said."""
+    """One example of a task: the prompt, the expected answer, and the answer of each evaluated model."""
 
     prompt: str
-    wanted: str
-    said: Mapping[str, str]  # by stage
+    expected: str
+    answers: Mapping[str, str]  # by stage
 
 
 @dataclass(frozen=True)
 class Training:
-    """The curves of one training, as pictures."""
+    """The plots of one training."""
 
     stage: str
-    pictures: Sequence[str]  # SVG
+    plots: Sequence[str]  # SVG
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What the page shows, in its order."""
+    """The contents of the page, in its order."""
 
     name: str
     description: str
@@ -79,7 +79,7 @@ class RunReport:
 
 
 def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> RunReport:
-    """Everything that the cache knows of a recipe."""
+    """Everything that the cache knows about a recipe."""
     finished = [entry for entry in plan if entry.record is not None]
     evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
     verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
@@ -102,7 +102,7 @@ def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> RunReport:
 
 
 def as_html(report: RunReport) -> str:
-    """One page, complete in itself."""
+    """One self-contained page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -112,7 +112,7 @@ def as_html(report: RunReport) -> str:
 
 
 def as_markdown(report: RunReport) -> str:
-    """The same without pictures."""
+    """The same without plots."""
     parts = [f"# {report.name}", report.description, f"{report.state}; {report.made}"]
     parts += [f"* {text}" for _, text in report.verdicts]
     if report.attempts:
@@ -121,9 +121,9 @@ def as_markdown(report: RunReport) -> str:
         parts += [f"## {table.title}", _markdown(table)]
     for title, groups in (("Answers", report.samples), ("Wrong", report.wrong)):
         for task, samples in groups.items():
-            rows = [[sample.prompt, sample.wanted, *sample.said.values()] for sample in samples]
-            names = list(samples[0].said) if samples else []
-            parts += [f"## {title}: {task}", _markdown(Table(task, ["prompt", "wanted", *names], rows))]
+            rows = [[sample.prompt, sample.expected, *sample.answers.values()] for sample in samples]
+            names = list(samples[0].answers) if samples else []
+            parts += [f"## {title}: {task}", _markdown(Table(task, ["prompt", "expected", *names], rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -150,23 +150,23 @@ def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _trainings(finished: Sequence[Entry]) -> Iterator[Training]:
-    wanted = {name for _, names, _ in PANELS for name in names}
+    shown = {name for _, names, _ in PANELS for name in names}
     for entry in finished:
         if not entry.stage.trains or entry.path is None or not (entry.path / METRICS).exists():
             continue
-        curves = read_curves(entry.path / METRICS, wanted)
-        pictures = [
+        curves = read_curves(entry.path / METRICS, shown)
+        plots = [
             as_svg({name: curves[name] for name in names if name in curves}, title=title, logarithmic=logarithmic)
             for title, names, logarithmic in PANELS
             if any(name in curves for name in names)
         ]
-        if pictures:
-            yield Training(entry.name, pictures)
+        if plots:
+            yield Training(entry.name, plots)
 
 
 def _examples(evaluations: Sequence[Entry], *, wrong: bool) -> dict[str, list[Sample]]:
-    """By task: what the models answered to the same prompts, or what the last model got wrong."""
-    asked: dict[str, dict[Any, Sample]] = {}
+    """By task: the answers of all models to the same prompts, or the wrong answers of the last model."""
+    tasks: dict[str, dict[Any, Sample]] = {}
     chosen = evaluations[-1:] if wrong else evaluations
     for entry in chosen:
         if entry.path is None:
@@ -175,15 +175,14 @@ def _examples(evaluations: Sequence[Entry], *, wrong: bool) -> dict[str, list[Sa
             example = json.loads(line)
             if ("nats_behind" in example) != wrong or "found" not in example:
                 continue
-            of_task = asked.setdefault(str(example["task"]), {})
-            if example["row"] not in of_task and len(of_task) >= (WRONG if wrong else SAMPLES):
+            samples = tasks.setdefault(str(example["task"]), {})
+            if example["row"] not in samples and len(samples) >= (WRONG if wrong else SAMPLES):
                 continue
-            empty = Sample(_short(example["prompt"]), _short(example["wanted"]), {})
-            before = of_task.get(example["row"], empty)
-            of_task[example["row"]] = Sample(
-                before.prompt, before.wanted, {**before.said, entry.name: _short(example["found"])}
-            )
-    return {task: list(samples.values()) for task, samples in asked.items()}
+            new = Sample(_short(example["prompt"]), _short(example["wanted"]), {})
+            sample = samples.get(example["row"], new)
+            answers = {**sample.answers, entry.name: _short(example["found"])}
+            samples[example["row"]] = replace(sample, answers=answers)
+    return {task: list(samples.values()) for task, samples in tasks.items()}
 
 
 def _tokenizers(finished: Sequence[Entry]) -> Table:
@@ -196,7 +195,7 @@ def _tokenizers(finished: Sequence[Entry]) -> Table:
             rows.append(
                 [entry.name, f"{metrics['vocab_size']:,}", per_token, f"{trips['failures']} of {trips['sentences']:,}"]
             )
-    return Table("Tokenizer", ["stage", "tokens", "bytes per token", "sentences that do not come back"], rows)
+    return Table("Tokenizer", ["stage", "tokens", "bytes per token", "sentences changed by encoding"], rows)
 
 
 def _data(recipe: Recipe, finished: Sequence[Entry]) -> Table:
@@ -213,7 +212,7 @@ def _data(recipe: Recipe, finished: Sequence[Entry]) -> Table:
 def _cost(finished: Sequence[Entry]) -> Table:
     rows = []
     for entry in finished:
-        assert entry.record is not None  # as chosen
+        assert entry.record is not None  # finished
         metrics = entry.record.data["metrics"]
         memory = metrics.get("peak_memory_bytes")
         rows.append(
@@ -226,13 +225,13 @@ def _cost(finished: Sequence[Entry]) -> Table:
                 f"{memory / 2**30:.2f} GiB" if memory else "",
             ]
         )
-    together = sum(float(entry.record.data["seconds"]) for entry in finished if entry.record)
-    rows.append(["all", "", duration(together), "", "", ""])
+    total = sum(float(entry.record.data["seconds"]) for entry in finished if entry.record)
+    rows.append(["all", "", duration(total), "", "", ""])
     return Table("Cost", ["stage", "kind", "time", "tokens", "operations", "peak memory"], rows if finished else [])
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"
 
 
 def _markdown(table: Table) -> str:

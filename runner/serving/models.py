@@ -40,7 +40,7 @@ class Talker:
 
 def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talker]:
     """The finished stages `names`; without any, the last that makes a checkpoint. RecipeError where there is none."""
-    able = [entry for entry in plan if issubclass(entry.stage.makes, TALKS) and plan.stands(entry.name)]
+    able = [entry for entry in plan if issubclass(entry.stage.makes, TALKS) and plan.is_in_use(entry.name)]
     finished = [entry.name for entry in able if entry.path is not None]
     if not names:
         last = [entry.name for entry in able if entry.path is not None and entry.stage.makes is Checkpoint]

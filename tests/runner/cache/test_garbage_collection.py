@@ -102,7 +102,7 @@ def test_what_somebody_reads_or_works_under_stays(tmp_path: Path, capsys: pytest
         for options in (["--dry-run"], []):
             assert gc(store, "--keep-size", "0", *options) == 0
             said = capsys.readouterr().out
-            assert said.count("stays, in use") == 3
+            assert said.count("kept, in use") == 3
     assert here(store) == {read.name, made.name}
     assert work.exists()
     assert free.name in said
@@ -181,7 +181,7 @@ def test_runs_are_noted_and_a_recipe_named_keeps_its_results(tmp_path: Path, cap
     assert folder.run().returncode == 0
     assert gc(store, "--keep-size", "0", str(folder.recipe)) == 0
     assert len(here(store)) == 3
-    assert "since what is left is in use or reached by a recipe given" in capsys.readouterr().out
+    assert "the rest is in use, or used by a RECIPE" in capsys.readouterr().out
     assert gc(store, str(folder.root / "none.toml")) == 2
 
 

@@ -59,7 +59,7 @@ def test_what_is_pushed_here_is_pulled_there_and_is_the_same(
     assert call("push", folder, "--remote", remote) == 0
     assert capsys.readouterr().out.count("uploaded") == len(ALL_CACHED)
     assert call("push", folder, "--remote", remote) == 0
-    assert capsys.readouterr().out.count("is there already") == len(ALL_CACHED)
+    assert capsys.readouterr().out.count("already there") == len(ALL_CACHED)
     assert call("pull", there, "--remote", remote) == 0
     assert capsys.readouterr().out.count("fetched") == len(ALL_CACHED)
     assert there.states() == ALL_CACHED

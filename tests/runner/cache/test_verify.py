@@ -204,5 +204,5 @@ def test_many_damaged_artifacts_are_all_told_at_once(tmp_path: Path, capsys: pyt
         flip(folder / FILES[stage_kinds()[kind].makes][0], 8)
     code, said = verify(store, capsys)
     assert code == DamageError.exit_code
-    assert f"found {len(KINDS)} files damaged" in said
+    assert f"{len(KINDS)} files are damaged" in said
     assert list((tmp_path / "stages").iterdir()) == []

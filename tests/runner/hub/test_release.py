@@ -111,7 +111,7 @@ def test_each_release_is_one_tagged_commit_and_a_second_run_pushes_nothing(
     assert world.call("run", world.recipe) == 0
     assert world.call("publish", world.recipe) == 0
     assert world.hub.requests == []
-    assert "release: is there already: " in capsys.readouterr().out
+    assert "release: already there: " in capsys.readouterr().out
 
 
 def test_stock_transformers_load_it_from_the_hub_by_name_and_generate(world: World, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_all_settings_run_and_what_follows_takes_the_best(tmp_path: Path, store:
     plan = Plan(recipe, store)
     assert plan.inputs("publish") == ["release@2", "before", "after@2", "medical@2", "publish-parity"]
     assert plan.named("medical").name == "medical@2" and plan.named("medical@3").name == "medical@3"
-    assert plan.stands("medical@2") and not plan.stands("medical@1")
+    assert plan.is_in_use("medical@2") and not plan.is_in_use("medical@1")
     assert {entry.state for entry in plan} == {"cached"}
 
 
@@ -161,7 +161,7 @@ def test_settings_of_a_grid_have_their_common_stages_once(tmp_path: Path, store:
     plan = Plan(recipe, store)
     assert plan.inputs("medical@2") == ["base@1"] and plan.inputs("medical@4") == ["base@3"]
     assert plan.named("base").name == "base@3" and plan.named("medical").name == "medical@3"
-    assert plan.stands("base@3") and not plan.stands("base@1")
+    assert plan.is_in_use("base@3") and not plan.is_in_use("base@1")
     assert [row[1:3] for row in outcomes.sweep_rows(plan, recipe.sweep)][2] == ["'{{ messages }}'", "8"]  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Places in a layered drawing: nothing lies on anything else, whatever the graph, and few arrows cross."""
+"""The layout of a layered drawing: nothing overlaps in any graph, and few arrows cross."""
 
 import itertools
 import random
@@ -21,13 +21,13 @@ def random_graph(seed: int) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_boxes_and_lanes_of_a_column_keep_their_distance(seed: int) -> None:
+def test_boxes_and_lanes_of_a_column_do_not_overlap(seed: int) -> None:
     sources = random_graph(seed)
     layers = placed(sources)
     for name, read in sources.items():
         for source in read:
             assert layers.column[source] < layers.column[name]
-            assert [column for column, _ in layers.way(source, name)] == list(
+            assert [column for column, _ in layers.route(source, name)] == list(
                 range(layers.column[source] + 1, layers.column[name])
             ), "an arrow has a lane through every column between"
     columns: dict[int, list[tuple[float, float]]] = {}
@@ -43,7 +43,9 @@ def test_boxes_and_lanes_of_a_column_keep_their_distance(seed: int) -> None:
 def test_a_chain_is_straight_and_its_shortcut_goes_around_it() -> None:
     layers = placed({"a": [], "b": ["a"], "c": ["b"], "d": ["a", "c"]})
     assert layers.middle["b"] == pytest.approx(layers.middle["c"], abs=BOX)
-    assert all(abs(height - layers.middle[box]) > BOX / 2 for (_, height), box in zip(layers.way("a", "d"), "bc", strict=True))
+    assert all(
+        abs(height - layers.middle[box]) > BOX / 2 for (_, height), box in zip(layers.route("a", "d"), "bc", strict=True)
+    )
 
 
 def test_arrows_that_need_not_cross_do_not() -> None:
@@ -55,9 +57,11 @@ def test_arrows_that_need_not_cross_do_not() -> None:
     ("wanted", "steps", "found"),
     [
         ([0.0, 10.0], [5.0], [0.0, 10.0]),  # far enough apart already
-        ([0.0, 0.0], [4.0], [-2.0, 2.0]),  # both give way alike
+        ([0.0, 0.0], [4.0], [-2.0, 2.0]),  # both move by the same distance
         ([5.0, 0.0, 0.0], [1.0, 1.0], [2 / 3, 5 / 3, 8 / 3]),  # the mean stays
     ],
 )
-def test_what_is_too_near_gives_way_as_little_as_it_can(wanted: list[float], steps: list[float], found: list[float]) -> None:
+def test_values_that_are_too_close_move_as_little_as_possible(
+    wanted: list[float], steps: list[float], found: list[float]
+) -> None:
     assert apart(wanted, steps) == pytest.approx(found)

@@ -74,14 +74,14 @@ def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedP
     once = ask(*words, said="what is it?\n")
     assert once.returncode == 0, once.stderr
     again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
-    assert again.stdout == once.stdout * 2, "/new forgets, and greedy answers repeat"
+    assert again.stdout == once.stdout * 2, "/new starts over, and greedy answers repeat"
 
 
 def test_a_word_behind_a_slash_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     keyboard, terminal = pty.openpty()
     os.write(keyboard, b"/help\n/exit\n")
     told = ask("chat", "recipe.toml", terminal=terminal)
-    assert told.returncode == 0 and told.stderr.count("/new forgets the conversation") == 2
+    assert told.returncode == 0 and told.stderr.count("/new starts a new conversation") == 2
     assert told.stdout.split() == [">", ">"]
 
 

@@ -115,7 +115,7 @@ def test_a_longer_training_trains_only_what_is_new_and_ends_where_one_in_one_go_
     recipe = load_recipe(folder.recipe, [LONGER])
     plan = Plan(recipe, Store(folder.cache))
     entry = plan.entries["base-trunk"]
-    assert entry.state == "resume" and entry.reason.startswith("goes on from small's base-trunk; budget.steps: 16 -> 24")
+    assert entry.state == "resume" and entry.reason.startswith("continues from small's base-trunk; budget.steps: 16 -> 24")
     cost = costs(recipe, plan, Store(folder.cache).records())
     assert (cost["base-trunk"].tokens, cost["base"].tokens) == (8 * 256, 8000 - 24 * 256)
 
