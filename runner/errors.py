@@ -1,62 +1,40 @@
-"""Everything that a run reports as a fault; the class decides the exit code.
+"""The errors of the runner; the class decides the exit code.
 
     StockpotError
-    ├── RecipeError   2  the recipe, or a file that it names, is wrong
-    ├── StageError    3  a stage failed while it ran
-    ├── DamageError   3  the cache does not hold what was recorded
-    ├── RemoteError   3  a cache or a published recipe elsewhere was asked for and could not be used
-    ├── GateError     4  a gate on a score failed
-    └── PausedError   5  an alert asked for a person
+    ├── RecipeError     2  the recipe, or a file that it names, is wrong
+    ├── StageError      3  a stage failed while it ran
+    │   ├── MachineLostError    another machine of a training is gone
+    │   └── PeerFailedError     the processes of another machine failed
+    ├── IntegrityError  3  a file of the cache differs from its record
+    ├── RemoteError     3  a remote cache or a published recipe could not be used
+    ├── GateError       4  a gate on a score failed
+    └── PausedError     5  an alert paused a training
 
-Messages name the place, what was found and what was wanted. `llm` knows none of these: there a fault of the user's
-data is an `llm.errors.InputError`, which the worker turns into a StageError with the stage's name.
+A message has the form `PLACE: expected X, got Y`, with a cure where it is not obvious. In `llm` an error of the user's data is
+an `llm.errors.InputError`, which the worker reports as a StageError with the stage's name.
 """
 
 
 class StockpotError(Exception):
-    """Root of all faults that end a run with a message instead of a traceback."""
+    """Root of all errors that end a run with a message instead of a traceback."""
 
     exit_code = 1
 
 
 class RecipeError(StockpotError):
-    """The recipe cannot be run as written. Holds every fault found, one line each."""
+    """The recipe cannot be run as written. The message has one line per error."""
 
     exit_code = 2
 
 
 class StageError(StockpotError):
-    """A stage started and did not finish. What it had checkpointed stays in its work folder."""
+    """A stage started and did not finish. Its checkpoints stay in its work folder."""
 
     exit_code = 3
-
-
-class DamageError(StockpotError):
-    """Something in the cache is not what was recorded. Names every file; what could be used by mistake is set aside."""
-
-    exit_code = 3
-
-
-class RemoteError(StockpotError):
-    """A cache or a recipe elsewhere could not be read or written. Fails what was only about it, never a run."""
-
-    exit_code = 3
-
-
-class GateError(StockpotError):
-    """A score missed what the recipe asked of it; nothing that depends on it is published."""
-
-    exit_code = 4
-
-
-class PausedError(StockpotError):
-    """An alert stopped a training after a checkpoint; the next run continues from it."""
-
-    exit_code = 5
 
 
 class MachineLostError(StageError):
-    """A machine that took part is gone, or did not come back in time; what was checkpointed is kept."""
+    """Another machine of a training is gone, or did not come back in time."""
 
 
 class PeerFailedError(StageError):
@@ -64,4 +42,28 @@ class PeerFailedError(StageError):
 
     def __init__(self, message: str, *, again: bool) -> None:
         super().__init__(message)
-        self.again = again  # whether trying again may help
+        self.again = again  # whether a retry may help
+
+
+class IntegrityError(StockpotError):
+    """Files of the cache differ from their record. The message names each of them; damaged artifacts are set aside."""
+
+    exit_code = 3
+
+
+class RemoteError(StockpotError):
+    """A remote cache or a published recipe could not be read or written. It fails `push` and `pull`, never a run."""
+
+    exit_code = 3
+
+
+class GateError(StockpotError):
+    """A score missed a gate of the recipe; nothing that depends on it is published."""
+
+    exit_code = 4
+
+
+class PausedError(StockpotError):
+    """An alert paused a training after a checkpoint; the next run continues from it."""
+
+    exit_code = 5

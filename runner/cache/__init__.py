@@ -1,1 +1,1 @@
-"""The cache: artifacts and records by key, who holds a key, what is damaged, what can go, and the cache elsewhere."""
+"""The cache: artifacts and records by key, locks and leases, integrity checks, garbage collection, and remote caches."""

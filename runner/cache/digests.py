@@ -1,4 +1,4 @@
-"""The memo of file digests: what lets planning tell whether a file changed without reading it again."""
+"""The memo of file digests: with it planning detects a changed file without reading every file again."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ from runner.artifacts import digest_file
 from runner.files import write_whole
 from runner.input_files import InputFile, format_of
 
-FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of its clock: its digest is not remembered
+FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of the clock, so it is not remembered
 
 
 @dataclass(frozen=True)
 class FileContent:
-    """What an input file holds."""
+    """The content of an input file."""
 
     file: str  # its path; only the ending is identity
     sha256: str
@@ -28,15 +28,15 @@ class FileContent:
 
     @property
     def format(self) -> str:
-        """What decides how a file is read: its ending, the one before a compression's included."""
+        """The file ending that decides how it is read, such as ".jsonl.gz"."""
         return format_of(PurePosixPath(self.file))
 
 
 class DigestMemo:
-    """sha256 of files, remembered by (path, size, mtime_ns, inode) so that planning does not read them again."""
+    """sha256 of files, remembered by (path, size, mtime_ns, inode)."""
 
     promised: Mapping[str, Sequence[FileContent]] = MappingProxyType({})
-    """What input files hold that are not here, as a lock file tells it, by the place where they would be."""
+    """Contents of missing input files, from a lock file, by the path where they would be."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -51,7 +51,7 @@ class DigestMemo:
         return known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
-        """sha256 of a file; FileNotFoundError if it is not there."""
+        """sha256 of a file; FileNotFoundError if it is missing."""
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         remembered = self._new.get(str(path)) or self._known.get(str(path))
@@ -63,21 +63,21 @@ class DigestMemo:
         return digest
 
     def of_inputs(self, file: InputFile) -> list[list[str]]:
-        """[format, digest] of each file that an input means now: what a stage's identity holds of it. On the Hub a commit
-        and a path stand for their content, and nobody has to be asked.
+        """[format, digest] of each file that an input matches, for the stage's identity. On the Hub the commit and path stand
+        for the content, so no request is needed.
         """
         if file.hub:
             return [[format_of(PurePosixPath(file.hub.path)), str(file.hub)]]
         return [[content.format, content.sha256] for content in self.contents(file)]
 
     def contents(self, file: InputFile) -> Sequence[FileContent]:
-        """What the files hold that an input means now; where there are none, what is promised of them."""
+        """The contents of the files that an input matches; if there are none, the promised ones."""
         here = [FileContent(str(path), self.of(path), path.stat().st_size) for path in file.matches()]
         return here or self.promised.get(str(file.folder / file), ())
 
     def named_contents(self, files: Iterable[tuple[str, InputFile]], folder: Path) -> dict[str, list[dict[str, Any]]]:
-        """The contents of input files by the field that names them, for a lock file; paths as in a recipe of `folder`. What
-        lies on the Hub is named in full by the recipe itself.
+        """The contents of input files by the field that names them, for a lock file; paths are relative to `folder`. Files on
+        the Hub are left out, since the recipe pins them.
         """
 
         def named(file: InputFile, content: FileContent) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class DigestMemo:
         return {field: [named(file, content) for content in self.contents(file)] for field, file in files if not file.hub}
 
     def paths_of(self, sha256: str) -> list[Path]:
-        """Files that were read before, and still hold this."""
+        """Known files that still have this digest."""
         paths = [Path(path) for path, (*_, digest) in {**self._known, **self._new}.items() if digest == sha256]
         return [path for path in paths if path.is_file() and self.of(path) == sha256]
 
     def save(self) -> None:
-        """Writes what was learned; a cache that cannot be written only makes the next planning slower."""
+        """Writes new digests. A read-only cache only makes the next planning slower."""
         if not self._new:
             return
         merged = {**self._known, **self._new}

@@ -1,7 +1,7 @@
-"""`run gc`: what of a cache can go, in which order, and how much room that makes. Records are never collected: planning needs
-them, and a stage whose artifact is gone is made again only where something must read it.
+"""`run gc`: which artifacts of a cache to remove, in which order, and how many bytes that frees. Records stay: planning needs
+them, and a removed artifact is made again only if a stage must read it.
 
-Nothing goes whose key somebody works under or reads: removing takes the lock of the key.
+Removing takes the key's lock, so nothing in use is removed.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.artifacts import RECORD, SCRATCH
-from runner.cache.integrity import NAME
+from runner.cache.integrity import ARTIFACT_NAME
 from runner.cache.run_log import Run, logged_runs, recent
 from runner.cache.store import Store
 
-PLACES = ("stages", "work", "aside", "arriving")  # folders of a cache that fill up
+PLACES = ("stages", "work", "aside", "arriving")  # folders of a cache that grow
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,21 @@ class Item:
     """Something that may be removed."""
 
     path: Path
-    reason: str  # why it may
-    name: str | None = None  # <kind>-<key> whose lock guards it; None: nobody's any more
+    reason: str
+    name: str | None = None  # <kind>-<key> whose lock guards it
 
 
-class Rooms:
-    """Bytes on disk of folders that share files: a release is hard links to a checkpoint, and removing one makes no room."""
+class DiskUsage:
+    """Bytes on disk of folders that share files by hard links, as a release does with its checkpoint: removing one of two links
+    frees nothing.
+    """
 
     def __init__(self, folders: Iterable[Path]) -> None:
-        self.total = 0  # bytes of what is left in the folders, each file once
-        self._files: dict[Path, list[tuple[int, int]]] = {}  # folder -> (device, inode) of each name in it
+        self.total = 0  # bytes of the remaining folders, each file once
+        self._files: dict[Path, list[tuple[int, int]]] = {}  # folder -> (device, inode) of each link in it
         self._sizes: dict[tuple[int, int], int] = {}
-        self._names: Counter[tuple[int, int]] = Counter()  # names of each file that are left, wherever
-        self._inside: Counter[tuple[int, int]] = Counter()  # names of each file that are left in the folders
+        self._links: Counter[tuple[int, int]] = Counter()  # remaining links of each file, anywhere
+        self._inside: Counter[tuple[int, int]] = Counter()  # remaining links of each file in the folders
         for folder in folders:
             scratch = folder / SCRATCH
             self._add(folder, [status for path, status in _statuses(folder) if scratch not in path.parents])
@@ -49,17 +51,17 @@ class Rooms:
             file = (status.st_dev, status.st_ino)
             if file not in self._sizes:
                 self.total += status.st_size
-                self._names[file], self._sizes[file] = status.st_nlink, status.st_size
+                self._links[file], self._sizes[file] = status.st_nlink, status.st_size
             self._files[folder].append(file)
             self._inside[file] += 1
 
     def remove(self, folder: Path) -> int:
-        """Takes a folder and what is in it as removed; returns how many bytes that frees."""
+        """Counts a folder as removed; returns how many bytes that frees."""
         freed = 0
         for file in [*self._files.pop(folder), *self._files.pop(folder / SCRATCH, [])]:
-            self._names[file] -= 1
+            self._links[file] -= 1
             self._inside[file] -= 1
-            freed += 0 if self._names[file] else self._sizes[file]
+            freed += 0 if self._links[file] else self._sizes[file]
             self.total -= 0 if self._inside[file] else self._sizes[file]
         return freed
 
@@ -69,13 +71,13 @@ def _statuses(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
         yield path, path.lstat()
     for place, _, files in os.walk(path):
         for file in files:
-            with contextlib.suppress(FileNotFoundError):  # a run that is going on tidies up, say
+            with contextlib.suppress(FileNotFoundError):  # an active run may remove it
                 yield Path(place, file), Path(place, file).lstat()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a collection came to."""
+    """The result of a collection."""
 
     removed: list[tuple[Item, int]]  # with the bytes that each freed
     in_use: list[Item]
@@ -83,23 +85,24 @@ class Outcome:
 
     @property
     def freed(self) -> int:
-        """Bytes that were freed."""
+        """Bytes in all."""
         return sum(size for _, size in self.removed)
 
 
 def collect(store: Store, *, named: Collection[str], forget_runs: bool, keep_size: int | None, dry_run: bool) -> Outcome:
-    """Removes leftovers, and then what neither `named` nor a recent run reaches; or with `keep_size` (bytes) what is not
-    `named`, the one that was used longest ago first, until as much is left. `dry_run` removes nothing and tells the same.
+    """Removes leftovers, then the artifacts that neither `named` nor a recent run reaches. With `keep_size`, in bytes, instead
+    removes artifacts that are not `named`, least recently used first, until no more than that is left. `dry_run` removes
+    nothing and returns the same.
     """
-    noted = logged_runs(store.root)
-    lately = [] if forget_runs else recent(noted)
-    reached = {*named, *(name for run in lately for name in run.names)}
-    rooms = Rooms(path for place in PLACES for path in _inside(store.root / place))
+    logged = logged_runs(store.root)
+    kept = [] if forget_runs else recent(logged)
+    reached = {*named, *(name for run in kept for name in run.names)}
+    usage = DiskUsage(path for place in PLACES for path in _inside(store.root / place))
     outcome = Outcome([], [], 0)
 
     def take(item: Item) -> None:
         if _is_free(store, item) if dry_run else _remove(store, item):
-            outcome.removed.append((item, rooms.remove(item.path)))
+            outcome.removed.append((item, usage.remove(item.path)))
         else:
             outcome.in_use.append(item)
 
@@ -109,20 +112,20 @@ def collect(store: Store, *, named: Collection[str], forget_runs: bool, keep_siz
         for item in unreached(store, reached):
             take(item)
     else:
-        for item in oldest_first(store, [run for _, run in noted]):
-            if rooms.total <= keep_size:
+        for item in oldest_first(store, [run for _, run in logged]):
+            if usage.total <= keep_size:
                 break
             if item.name not in named:
                 take(item)
     if not dry_run:
-        for path, run in noted:
-            if run not in lately:
+        for path, run in logged:
+            if run not in kept:
                 path.unlink(missing_ok=True)
-    return replace(outcome, left=rooms.total)
+    return replace(outcome, left=usage.total)
 
 
 def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
-    """What nobody goes on with: things set aside, artifacts that never arrived, and work on keys that are not `reached`."""
+    """What no run continues: files set aside, aborted downloads, and work on keys that are not `reached`."""
     found = [Item(path, "set aside") for path in _inside(store.root / "aside")]
     found += [Item(path, "never arrived", _key_of(path.name)) for path in _inside(store.root / "arriving")]
     for work in _inside(store.root / "work"):
@@ -130,7 +133,7 @@ def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
         if (store.root / "stages" / name).exists():
             found.append(Item(work, "finished since", name))
         elif name not in reached:
-            found.append(Item(work, "left by a run that no recent one goes on with", name))
+            found.append(Item(work, "left by a run that no recent run continues", name))
         elif not store.is_work(work, name):
             found.append(Item(work, "left by a run that another machine took over", name))
     for folder in _inside(store.root / "stages"):
@@ -149,25 +152,25 @@ def unreached(store: Store, reached: Collection[str]) -> list[Item]:
 
 
 def oldest_first(store: Store, runs: Iterable[Run]) -> list[Item]:
-    """All artifacts, the one that was used longest ago first."""
+    """All artifacts, least recently used first."""
     used: dict[str, float] = {}
     for run in runs:
         for name in run.names:
             used[name] = max(run.time, used.get(name, run.time))
     folders = _inside(store.root / "stages")
     times: Mapping[Path, float] = {folder: used.get(folder.name, folder.stat().st_mtime) for folder in folders}
-    return [Item(folder, "used longest ago", folder.name) for folder in sorted(folders, key=lambda folder: times[folder])]
+    return [Item(folder, "least recently used", folder.name) for folder in sorted(folders, key=lambda folder: times[folder])]
 
 
 def _is_free(store: Store, item: Item) -> bool:
-    """Whether nobody works under the key of an item, or reads its artifact; leaves no trace."""
-    match = NAME.fullmatch(item.name or "")
+    """Whether the lock of an item's key is free. Writes nothing."""
+    match = ARTIFACT_NAME.fullmatch(item.name or "")
     return match is None or store.is_free(match["kind"], match["key"])
 
 
 def _remove(store: Store, item: Item) -> bool:
-    """Removes an item under its lock; false if it is in use. What is removed leaves its place at once and whole."""
-    match = NAME.fullmatch(item.name or "")
+    """Removes an item under its lock; false if it is in use. An artifact is renamed away before its files are deleted."""
+    match = ARTIFACT_NAME.fullmatch(item.name or "")
     if match is None:
         _delete(item.path)
         return True
@@ -198,5 +201,5 @@ def _inside(folder: Path) -> list[Path]:
 
 def _key_of(name: str) -> str | None:
     """The <kind>-<key> that the name of a folder in arriving/ or work/ begins with."""
-    match = NAME.match(name.lstrip("."))
+    match = ARTIFACT_NAME.match(name.lstrip("."))
     return match[0] if match else None

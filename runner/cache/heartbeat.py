@@ -1,4 +1,4 @@
-"""Signs of life between machines that share a disk: a holder raises a counter in a file, and others watch whether it moves."""
+"""Heartbeats between machines that share a disk: a process raises a counter in a file, and others watch whether it changes."""
 
 import contextlib
 import json
@@ -12,17 +12,17 @@ from functools import cache
 from pathlib import Path
 
 BEAT_SECONDS = 1.0  # between two beats
-DEAD_SECONDS = 10.0  # without a beat, as the one who watches counts them
-LOOK_SECONDS = 1.0  # the most that one look adds to them: who was suspended itself has not watched
-OLD_SECONDS = 24 * 3600.0  # from a holder's last beat until its file is swept
+DEAD_SECONDS = 10.0  # without a beat, on the watcher's clock
+LOOK_SECONDS = 1.0  # counted at most per look: a watcher that was suspended has not watched
+OLD_SECONDS = 24 * 3600.0  # from the last beat until the file is removed
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A process of a machine."""
+    """A process on a machine."""
 
     host: str
-    machine: str  # no other machine has it, nor this one after it was started anew
+    machine: str  # unique to this machine and this boot
     pid: int
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class Identity:
 
 @cache
 def this_machine() -> Identity:
-    """This process; STOCKPOT_MACHINE names a machine whose own name does not tell it from others."""
+    """This process; STOCKPOT_MACHINE names a machine whose host name is not unique."""
     if name := os.environ.get("STOCKPOT_MACHINE"):
         return Identity(name, name, os.getpid())
     host = os.uname().nodename
@@ -43,11 +43,11 @@ def this_machine() -> Identity:
 
 
 class Holder:
-    """This process as one that holds leases: while there are any, it beats, and looks after each of them at every beat."""
+    """This process as the holder of leases: while it has any, it beats, and calls each lease's `look` at every beat."""
 
     def __init__(self, folder: Path) -> None:
         self.id = uuid.uuid4().hex
-        self.lock = threading.RLock()  # between the thread that beats and the one that takes and gives back
+        self.lock = threading.RLock()  # between the heartbeat thread and the one that takes and releases leases
         self._path = folder / self.id
         self._facts = json.dumps(asdict(this_machine()))
         self._leases: dict[str, Callable[[], None]] = {}
@@ -55,7 +55,7 @@ class Holder:
         self._stopping: threading.Event | None = None
 
     def new_lease(self) -> str:
-        """A name for a lease; from here on others see that this process lives."""
+        """A name for a lease; the heartbeat is visible to others before this returns."""
         with self.lock:
             self._numbers += 1
             if self._stopping is None:
@@ -73,7 +73,7 @@ class Holder:
                 threading.Thread(target=self._keep_beating, args=[self._stopping], daemon=True, name="heartbeat").start()
 
     def remove(self, lease: str) -> None:
-        """The lease is given back; after the last one there is no more to beat for."""
+        """Ends the beats for a lease; after the last one the heartbeat stops."""
         with self.lock:
             self._leases.pop(lease, None)
             if not self._leases and self._stopping is not None:
@@ -87,13 +87,13 @@ class Holder:
             with self.lock:
                 if stopping.is_set():
                     return
-                with contextlib.suppress(OSError):  # the disk may answer again
+                with contextlib.suppress(OSError):  # a temporary fault of the file system
                     self._beat()
                 for look in list(self._leases.values()):
                     look()
 
     def _beat(self) -> None:
-        """In place, so that a full disk has room for it."""
+        """Raises the counter in place, which works on a full disk too."""
         self._counter += 1
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -102,7 +102,7 @@ class Holder:
             os.close(descriptor)
 
     def _sweep(self) -> None:
-        """Removes what holders left that died long ago, by the clock of the disk alone."""
+        """Removes the files of holders that died long ago, by the file system's clock alone."""
         with contextlib.suppress(OSError):
             now = self._path.stat().st_mtime
             for path in self._path.parent.iterdir():
@@ -112,7 +112,7 @@ class Holder:
 
 
 class Watch:
-    """Tells who is alive among holders, by looking at their counters again and again."""
+    """Tells which holders are alive, by watching their counters."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -120,16 +120,16 @@ class Watch:
         self._looked = time.monotonic()
 
     def is_dead(self, holder: str) -> bool:
-        """Whether a holder has been silent for long enough, over all looks so far. One that is gone is silent, too."""
+        """Whether a holder was silent for DEAD_SECONDS over all looks so far. A missing file is silent, too."""
         self._look(holder)
         return self._seen[holder].silent >= DEAD_SECONDS
 
     def beats(self, holder: str) -> int:
-        """How often a holder was seen to have beaten, over all looks so far."""
+        """How many beats of a holder were seen over all looks so far."""
         return self._seen[holder].beats if holder in self._seen else 0
 
     def identity(self, holder: str) -> Identity | None:
-        """Who a holder is; None if that cannot be told."""
+        """Who a holder is; None if its file cannot be read."""
         try:
             return Identity(**json.loads(self._content(holder).split(b"\n")[1]))
         except (ValueError, TypeError, IndexError):
@@ -154,7 +154,7 @@ class Watch:
 
 @dataclass
 class _Seen:
-    """What was seen of a holder."""
+    """The last state of a holder."""
 
     content: bytes
     silent: float = 0.0  # seconds

@@ -1,15 +1,15 @@
-"""Leases: who holds a key of a cache that several machines share, where the locks of one machine may not reach the others.
+"""Leases: which machine holds a key of a shared cache, where the file locks of one machine may not reach the others.
 
-    leases/<kind>-<key>/free              the key's token: nobody holds it alone
-    leases/<kind>-<key>/alone-<lease>     the same token, renamed by the one who does
-    leases/<kind>-<key>/reading-<lease>   one of those who read its artifact
-    leases/<kind>-<key>/work              name of the folder in work/ that is the key's now, once a lease was taken over
-    holders/<holder>                      who a holder is, and a counter that it raises every second
+    leases/<kind>-<key>/free              the key's token, while no process has exclusive use
+    leases/<kind>-<key>/alone-<lease>     the same token, renamed by the process that has it
+    leases/<kind>-<key>/reading-<lease>   one for each process that reads the artifact
+    leases/<kind>-<key>/work              the key's current folder in work/, once a lease was taken over
+    holders/<holder>                      identity of a process, and a counter that it raises every second
 
-A key has one token, and only a rename moves it, so that of several who want it one wins. A holder whose counter stands still
-for a while by the clock of who watches it is taken for dead: then the token is renamed under it, and if it wakes up late, its
-next look finds the token gone. Between processes of one machine `flock` decides, and a lease of a process of this machine that
-holds no lock any more is dead at once. Clocks of different machines are never compared.
+A key has one token, which only moves by rename, so exactly one of several processes gets it. A holder whose counter does not
+change for a while, by the watcher's own clock, counts as dead: the watcher renames the token, and a holder that wakes up late
+finds its token gone. Between processes of one machine `flock` decides, and the lease of a local process without its flock is
+dead at once. Clocks of different machines are never compared.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ UNKNOWN = "another process"
 
 
 class LeaseLostError(StageError):
-    """A run that others had to take for dead came back: another holds its key, and what it made meanwhile is dropped."""
+    """Another machine took over the key of this run, because it had no heartbeat; the result of this run is dropped."""
 
 
 class Lease:
-    """One holding of one key, alone or by reading."""
+    """One hold of one key, exclusive or for reading."""
 
     def __init__(self, folder: Path, name: str, holder: Holder) -> None:
         self._folder, self.name, self._holder = folder, name, holder
@@ -43,7 +43,7 @@ class Lease:
         self.lost = False
 
     def take(self, token: Path) -> bool:
-        """Holds the key alone by renaming its token; false if somebody else was quicker."""
+        """Takes exclusive use by renaming the token; false if another process was first."""
         with self._holder.lock:
             mine = self._folder / f"{ALONE}{self.name}"
             if not _renamed(token, mine):
@@ -59,7 +59,7 @@ class Lease:
         self._place.touch()
 
     def look(self) -> None:
-        """Notes if the token was taken away; a disk of the network may tell so some seconds late."""
+        """Checks whether the token was taken away; a network file system may show it some seconds late."""
         with self._holder.lock:
             try:
                 if self._place is not None:
@@ -67,10 +67,10 @@ class Lease:
             except FileNotFoundError:
                 self.lost = True
             except OSError:
-                return  # the disk may answer again
+                return  # a temporary fault of the file system
 
     def confirm(self) -> None:
-        """LeaseLostError unless the key is still held alone; asked of the disk itself, by renaming the token."""
+        """LeaseLostError unless exclusive use still holds, checked without caches by renaming the token."""
         with self._holder.lock:
             if self._place is not None:
                 self._confirmed += 1
@@ -80,15 +80,15 @@ class Lease:
         self.raise_if_lost()
 
     def raise_if_lost(self) -> None:
-        """LeaseLostError if the key was seen to be another's."""
+        """LeaseLostError if the token is known to be taken away."""
         if self.lost:
             raise LeaseLostError(
-                f"{self._folder.name}: this run did not answer for {heartbeat.DEAD_SECONDS:.0f} s, and another took over its "
-                "work; what it made is dropped"
+                f"{self._folder.name}: this run had no heartbeat for {heartbeat.DEAD_SECONDS:.0f} s, and another took over its "
+                "work; its result is dropped"
             )
 
     def release(self) -> None:
-        """Gives the token back, or takes the mark away, if it is still here."""
+        """Gives the token back, or removes the mark of a reader."""
         with self._holder.lock:
             place, self._place = self._place, None
             if place is not None and place.name.startswith(ALONE):
@@ -100,7 +100,7 @@ class Lease:
 
 
 class Leases:
-    """The leases of one cache, as one process takes and sees them. Who asks for one holds the key's lock on this machine."""
+    """The leases of one cache in one process. Callers hold the key's flock on this machine."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -115,7 +115,7 @@ class Leases:
         return Watch(self._root / "holders")
 
     def try_alone(self, name: str) -> Lease | str:
-        """Holds a key alone, until `release`; else says who is in the way. To be tried again and again."""
+        """Takes exclusive use of a key until `release`; else returns who holds it. Callers repeat the attempt."""
         folder = self._made(name)
         token = _token(folder)
         if token is None:
@@ -129,22 +129,22 @@ class Leases:
             return UNKNOWN
         if token.name != FREE and dead == "elsewhere":
             self._leave_work_behind(name, lease)
-        if reader := self._reader(folder):  # who came between: each shows itself before it looks
+        if reader := self._reader(folder):  # one that came between: each leaves its mark before it checks
             lease.release()
             return reader
         self._held[name] = lease
         return lease
 
     def try_reading(self, name: str) -> Lease | str:
-        """Keeps others from holding a key alone, until the lease is released; else says who is in the way."""
+        """Prevents exclusive use of a key until the lease is released; else returns who has it."""
         folder = self._made(name)
         token = _token(folder)
         if token is not None and token.name != FREE and (dead := self._is_dead(token)):
-            over = Lease(folder, self._holder.new_lease(), self._holder)
-            if over.take(token):  # should its holder wake up, it finds that it may no longer remove anything
+            takeover = Lease(folder, self._holder.new_lease(), self._holder)
+            if takeover.take(token):  # so that its holder, should it wake up, finds its token gone
                 if dead == "elsewhere":
-                    self._leave_work_behind(name, over)
-                over.release()
+                    self._leave_work_behind(name, takeover)
+                takeover.release()
             token = _token(folder)
         if token is None or token.name != FREE:
             return UNKNOWN if token is None else self._named(token)
@@ -153,74 +153,74 @@ class Leases:
         token = _token(folder)
         if token is not None and token.name == FREE:
             return lease
-        lease.release()  # somebody came between: each shows itself before it looks
+        lease.release()  # another process came between: each leaves its mark before it checks
         return UNKNOWN if token is None else self._named(token)
 
     def release(self, name: str) -> None:
-        """Gives back a key that was held alone."""
+        """Ends exclusive use of a key."""
         self._held.pop(name).release()
 
     def confirm(self, name: str) -> None:
-        """LeaseLostError if the key was held alone and is no longer: to be asked right before what cannot be undone."""
+        """LeaseLostError if exclusive use was lost; for use right before a permanent change."""
         if name in self._held:
             self._held[name].confirm()
 
     def raise_if_lost(self, name: str, *, look: bool = False) -> None:
-        """LeaseLostError if the key was held alone and is known to be another's by now; with `look`, looks first."""
+        """LeaseLostError if exclusive use is known to be lost; with `look`, checks first."""
         if name in self._held:
             if look:
                 self._held[name].look()
             self._held[name].raise_if_lost()
 
     def holder_of(self, name: str) -> str | None:
-        """Who holds a key alone, else one of those who read; None if nobody is seen to."""
+        """The process with exclusive use of a key, else one of its readers; None if there is none."""
         folder = self._root / "leases" / name
         token = _token(folder)
         held = [token] if token is not None and token.name != FREE else _marks(folder)
         return self._named(held[0]) if held else None
 
     def is_free(self, name: str) -> bool:
-        """Whether nobody of another machine holds the key or reads, after watching until that is known; leaves no trace."""
+        """Whether no other machine holds or reads the key, after watching until that is known. Writes nothing."""
         folder, before = self._root / "leases" / name, dict[str, int]()
         while True:
             token = _token(folder)
             held = [*_marks(folder), *([token] if token is not None and token.name != FREE else [])]
-            living = [place for place in held if not self._is_dead(place)]
-            if not living:
+            alive = [place for place in held if not self._is_dead(place)]
+            if not alive:
                 return True
-            beats = {holder: self._watch.beats(holder) for holder in map(_holder, living)}
+            beats = {holder: self._watch.beats(holder) for holder in map(_holder, alive)}
             if any(count > before.setdefault(holder, count) for holder, count in beats.items()):
                 return False
             time.sleep(0.1)
 
     def work_name(self, name: str) -> str:
-        """What the folder in work/ is called that is the key's now."""
+        """The name of the key's current folder in work/."""
         try:
             return (self._root / "leases" / name / WORK).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             return name
 
     def forget_work(self, name: str) -> None:
-        """The next folder in work/ may have the plain name again."""
+        """Lets the next folder in work/ have the plain name again."""
         with contextlib.suppress(OSError):
             (self._root / "leases" / name / WORK).unlink(missing_ok=True)
 
     def _made(self, name: str) -> Path:
-        """The folder of a key, in which there is one token."""
+        """The folder of a key with its one token, made if it is missing."""
         folder = self._root / "leases" / name
         if not folder.is_dir():
-            begun = folder.with_name(f".{name}.{uuid.uuid4().hex}")
-            begun.mkdir(parents=True)
-            (begun / FREE).touch()
+            new = folder.with_name(f".{name}.{uuid.uuid4().hex}")
+            new.mkdir(parents=True)
+            (new / FREE).touch()
             with contextlib.suppress(OSError):
-                begun.rename(folder)
+                new.rename(folder)
                 return folder
-            shutil.rmtree(begun)  # somebody else was quicker
+            shutil.rmtree(new)  # another process was first
         return folder
 
     def _leave_work_behind(self, name: str, lease: Lease) -> None:
-        """Gives the key a new folder in work/ that carries the lease, with a copy of what was in the old one: a holder that
-        wakes up still writes there, by the old name and into files that it has open.
+        """Copies the key's folder in work/ to a new one named by the lease: a holder that wakes up still writes to the old
+        name and to files that it has open.
         """
         old = self._root / "work" / self.work_name(name)
         new = old.with_name(f"{name}.{lease.name}")
@@ -235,14 +235,14 @@ class Leases:
         shutil.rmtree(left, ignore_errors=True)
 
     def _is_dead(self, place: Path) -> Literal["", "here", "elsewhere"]:
-        """Where the holder of a token or mark was, if it is gone: of this machine, or not."""
+        """Whether the holder of a token or mark is dead, and if so whether it ran on this machine; "" while it is alive."""
         identity = self._watch.identity(_holder(place))
         if identity is not None and identity.machine == this_machine().machine:
-            return "here"  # whoever asks holds the lock of this machine
+            return "here"  # the caller holds the flock of this machine
         return "elsewhere" if self._watch.is_dead(_holder(place)) else ""
 
     def _reader(self, folder: Path) -> str | None:
-        """One who reads; the marks of those who are gone are removed."""
+        """One of the readers; removes the marks of dead ones."""
         for mark in _marks(folder):
             if not self._is_dead(mark):
                 return self._named(mark)
@@ -263,7 +263,7 @@ def _marks(folder: Path) -> list[Path]:
 
 def _names(folder: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return os.listdir(folder)  # noqa: PTH208  # names are all that is wanted
+        return os.listdir(folder)  # noqa: PTH208  # only names are needed
     return []
 
 
@@ -273,9 +273,9 @@ def _holder(place: Path) -> str:
 
 
 def _renamed(place: Path, target: Path) -> bool:
-    """Whether this process moved a file away from `place`, of which there is one."""
+    """Whether this process moved the file at `place`."""
     try:
         place.rename(target)
     except FileNotFoundError:
-        return target.name != FREE and target.exists()  # on NFS an answer may be lost, and the rename asked for twice
+        return target.name != FREE and target.exists()  # NFS may lose a reply and repeat the rename
     return True

@@ -1,7 +1,7 @@
-"""The record of a finished stage: what it says, and the seal by which a changed byte of it is noticed.
+"""The record of a finished stage, and the seal that detects a changed byte of it.
 
-A record is JSON whose first entry is the sha256 of all that follows it in the file. Gates are judged from records and keys of
-later stages rest on them, so one that does not fit its seal is treated as if it were not there.
+A record is JSON whose first entry is the sha256 of the rest of the file. Gates are judged from records, and keys of later
+stages depend on them, so a record that does not match its seal counts as missing.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ _SEAL = slice(len(_HEAD), len(_HEAD) + 64)
 _BODY = _SEAL.stop + len(_TAIL)
 
 
-class DamagedError(ValueError):
-    """A record that does not fit its seal."""
+class DamagedRecordError(ValueError):
+    """A record that does not match its seal."""
 
-    def __init__(self, *, expected: str, found: str) -> None:
-        super().__init__(f"expected {expected}, found {found}")
-        self.expected, self.found = expected, found
+    def __init__(self, *, expected: str, got: str) -> None:
+        super().__init__(f"expected {expected}, got {got}")
+        self.expected, self.got = expected, got
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a finished stage: enough to plan without its artifact."""
+    """Facts of a finished stage, enough to plan without its artifact."""
 
     data: Mapping[str, Any]
 
@@ -39,12 +39,12 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The key it was computed under."""
+        """The stage's key."""
         return str(self.data["key"])
 
     @property
     def name(self) -> str:
-        """What the artifact's folder is called."""
+        """The name of the artifact's folder."""
         return f"{self.kind}-{self.key}"
 
     @property
@@ -59,16 +59,16 @@ class Record:
 
     @property
     def attachments(self) -> dict[str, str]:
-        """sha256 of each file that goes with the content and is not part of its digest."""
+        """sha256 of each file that is not part of the content digest."""
         return dict(self.data["attachments"])
 
     @property
     def used(self) -> dict[str, str]:
-        """sha256 of each file that anything reads: all but what the worker reported on its way."""
+        """sha256 of each file that other stages may read: all but the metrics."""
         return {name: digest for name, digest in (self.files | self.attachments).items() if name != METRICS}
 
     def summary(self) -> dict[str, str]:
-        """What the record of a later stage says of this one as its input."""
+        """How the record of a later stage names this one as its input."""
         return {"kind": self.kind, "key": self.key, "digest": self.digest}
 
     @cached_property
@@ -79,24 +79,24 @@ class Record:
 
     @property
     def seal(self) -> str:
-        """sha256 of what the file holds after this very entry."""
+        """sha256 of the rest of the file."""
         return self.sealed[_SEAL].decode()
 
     @classmethod
     def unsealed(cls, sealed: bytes) -> "Record":
-        """The record that `sealed` holds; DamagedError if a byte of it is not what was written."""
+        """The record in the bytes `sealed`; DamagedRecordError if any byte changed."""
         body = sealed[_BODY:]
-        found = hashlib.sha256(body).hexdigest()
-        if sealed[:_BODY] != _HEAD + found.encode() + _TAIL:
-            told = f"seal {sealed[_SEAL].decode(errors='replace')}" if sealed.startswith(_HEAD) else "a seal"
-            raise DamagedError(expected=told, found=f"seal {found}")
+        actual = hashlib.sha256(body).hexdigest()
+        if sealed[:_BODY] != _HEAD + actual.encode() + _TAIL:
+            expected = f"seal {sealed[_SEAL].decode(errors='replace')}" if sealed.startswith(_HEAD) else "a seal"
+            raise DamagedRecordError(expected=expected, got=f"seal {actual}")
         try:
             return cls(json.loads(b"{" + body))
-        except ValueError as error:  # sealed by somebody else's hand
-            raise DamagedError(expected="JSON", found=str(error)) from error
+        except ValueError as error:  # another program sealed it
+            raise DamagedRecordError(expected="JSON", got=str(error)) from error
 
 
 def digest_of(files: Mapping[str, str]) -> str:
-    """The digest of an artifact: over the names and digests of its content files."""
+    """The digest of an artifact, over the names and digests of its content files."""
     text = json.dumps(dict(files), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""A cache elsewhere: artifacts by key in a folder, a bucket or a repository of the Hub, through fsspec.
+"""A remote cache: artifacts by key in a folder, a bucket or a Hub repository, through fsspec.
 
     <remote>/<kind>-<key>/<seal of the record>/<files>
-    <remote>/records/<key>.json                          written last: with it the artifact is complete, without it absent
+    <remote>/records/<key>.json                          written last: only with it the artifact is complete
 
-What is fetched counts only once it is verified, and nothing here decides anything: planning never asks a remote, and a run
-goes on without one that does not answer. fsspec is imported where a remote is first used.
+Downloads are verified before they enter the cache. Planning never asks a remote, and a run continues without one that does not
+answer. fsspec is imported where a remote is first used.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from runner.artifacts import METRICS, RECORD, digest_file
-from runner.cache.record import DamagedError, Record, digest_of
+from runner.cache.record import DamagedRecordError, Record, digest_of
 from runner.cache.store import Store
 from runner.credentials import redact
 from runner.errors import RemoteError
@@ -27,18 +27,18 @@ from runner.graph import key_of
 
 T = TypeVar("T")
 
-PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs", "memory": "fsspec", "file": "fsspec"}  # scheme -> who speaks it
-WANTED = "s3://BUCKET/..., hf://OWNER/REPOSITORY/..., a folder, or memory://..."
+PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs", "memory": "fsspec", "file": "fsspec"}  # scheme -> package
+ADDRESS_FORM = "s3://BUCKET/..., hf://OWNER/REPOSITORY/..., a folder, or memory://..."
 ANSWER_SECONDS = 30.0  # until a remote counts as unreachable
-SLOWEST = 200_000  # bytes per second; a remote that is slower is not worth waiting for
+SLOWEST = 200_000  # bytes per second; a slower remote counts as unreachable
 
 
 class DamagedRemoteError(RemoteError):
-    """What a remote holds under a key is not what was recorded; others of its artifacts may be sound."""
+    """An artifact in a remote differs from its record; its other artifacts may be intact."""
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is a folder of this machine."""
+    """Whether an address is a folder on this machine."""
     return "://" not in address or address.startswith("file://")
 
 
@@ -48,19 +48,19 @@ def local_folder(address: str) -> Path:
 
 
 def address_fault(address: str) -> str | None:
-    """What is wrong with the form of an address; None if nothing is."""
+    """What is wrong with the form of an address, else None."""
     scheme, separator, rest = address.partition("://")
     if "::" in address or (separator and scheme not in PACKAGES) or "\0" in address or not address.strip():
-        return f"expected {WANTED}, got {redact(address)!r}"
+        return f"expected {ADDRESS_FORM}, got {redact(address)!r}"
     if "@" in rest.partition("/")[0]:
-        return "holds a user or a password; expected an address without, since recipes are shared: put them in the environment"
+        return "expected an address without a user or password, since recipes are shared; put them in the environment"
     if separator and not rest and scheme != "memory":
-        return f"expected {WANTED}, got {address!r}"
+        return f"expected {ADDRESS_FORM}, got {address!r}"
     return None
 
 
 def open_remote(address: str, *, tick: Callable[[], None] = lambda: None) -> "Remote":
-    """The remote at an address; RemoteError if that has no meaning, or wants a package that is not installed."""
+    """The remote at an address; RemoteError if the address is invalid or its package is not installed."""
     if fault := address_fault(address):
         raise RemoteError(f"remote: {fault}")
     if is_local(address):
@@ -68,7 +68,7 @@ def open_remote(address: str, *, tick: Callable[[], None] = lambda: None) -> "Re
     scheme, _, root = address.partition("://")
     package = PACKAGES[scheme]
     if find_spec(package) is None:
-        raise RemoteError(f"remote {address}: expected the package {package}, which is not installed: pip install {package}")
+        raise RemoteError(f"remote {address}: expected the package {package}, got none; pip install {package}")
     import fsspec
 
     options: dict[str, Any] = {"auto_mkdir": True} if scheme == "file" else {}
@@ -76,7 +76,7 @@ def open_remote(address: str, *, tick: Callable[[], None] = lambda: None) -> "Re
 
 
 class Remote:
-    """A cache elsewhere. Everything that it does is bounded in time, and fails with a RemoteError."""
+    """A remote cache. Every call is bounded in time and fails with a RemoteError."""
 
     def __init__(
         self,
@@ -90,22 +90,22 @@ class Remote:
         self._files, self._root, self.name, self._seconds, self._tick = files, root, name, seconds, tick
 
     def record(self, kind: str, key: str) -> Record | None:
-        """The record of an artifact that is there whole, None if there is none; one that does not fit is none."""
+        """The record of a complete artifact; None if there is none or it is invalid."""
         sealed = self._bounded(lambda: self._read(self._record_path(key)))
         if sealed is None:
             return None
         try:
             record = Record.unsealed(sealed)
-            fits = record.name == f"{kind}-{key}" and key_of(record.data["identity"]) == key
-            fits = fits and digest_of(record.files) == record.digest
-            return record if fits and all(map(_is_inside, record.files | record.attachments)) else None
-        except (DamagedError, KeyError, TypeError, ValueError, AttributeError):
+            valid = record.name == f"{kind}-{key}" and key_of(record.data["identity"]) == key
+            valid = valid and digest_of(record.files) == record.digest
+            return record if valid and all(map(_is_inside, record.files | record.attachments)) else None
+        except (DamagedRecordError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
     def fetch(self, record: Record, store: Store) -> None:
-        """Brings an artifact into the cache, whose lock for the key is held; verified before it is there.
+        """Downloads an artifact, verifies it and moves it into the cache. The key's lock is held.
 
-        DamagedRemoteError if what came is not what was recorded.
+        DamagedRemoteError if a file differs from its record.
         """
         arriving = store.root / "arriving" / f"{record.name}-{os.getpid()}"
         shutil.rmtree(arriving, ignore_errors=True)
@@ -115,16 +115,16 @@ class Remote:
                 self._get(self._path(record, name), arriving / name, optional=name == METRICS)
                 if name == METRICS and not (arriving / name).exists():
                     continue
-                if (found := digest_file(arriving / name)) != expected:
+                if (digest := digest_file(arriving / name)) != expected:
                     raise DamagedRemoteError(
-                        f"{self.name}: {record.name}: {name}: expected sha256 {expected}, found sha256 {found}"
+                        f"{self.name}: {record.name}: {name}: expected sha256 {expected}, got sha256 {digest}"
                     )
             store.adopt(arriving, record)
         finally:
             shutil.rmtree(arriving, ignore_errors=True)
 
     def offer(self, record: Record, folder: Path) -> bool:
-        """Uploads an artifact with its record, the record last; false if the remote has the key already."""
+        """Uploads an artifact and then its record; false if the remote already has the key."""
         if self.record(record.kind, record.key) is not None:
             return False
         present = {name: folder / name for name in record.files | record.attachments if (folder / name).exists()}
@@ -141,22 +141,22 @@ class Remote:
         self._files.pipe_file(self._record_path(record.key), record.sealed)
 
     def _commit(self, uploads: dict[str, Path], record: Record) -> bool:
-        """Uploads everything as one commit, where the remote is a repository; false if it is not."""
+        """Uploads everything as one commit if the remote is a repository; else returns false."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
-        where = self._files.resolve_path(self._root)
-        if not hasattr(where, "repo_id"):  # a bucket: it has no commits
+        target = self._files.resolve_path(self._root)
+        if not hasattr(target, "repo_id"):  # a bucket, which has no commits
             return False
         contents: dict[str, str | bytes] = {place: str(path) for place, path in uploads.items()}
         contents[self._record_path(record.key)] = record.sealed
-        above = self._root.removesuffix(where.path_in_repo)
+        prefix = self._root.removesuffix(target.path_in_repo)
         api = HfApi(endpoint=self._files.endpoint, token=self._files.token)
         api.create_commit(
-            where.repo_id,
-            [CommitOperationAdd(place.removeprefix(above).lstrip("/"), content) for place, content in contents.items()],
+            target.repo_id,
+            [CommitOperationAdd(place.removeprefix(prefix).lstrip("/"), content) for place, content in contents.items()],
             commit_message=f"{record.kind} {record.key[:12]}",
-            repo_type=where.repo_type,
-            revision=where.revision,
+            repo_type=target.repo_type,
+            revision=target.revision,
         )
         return True
 
@@ -176,7 +176,7 @@ class Remote:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             if not optional:
-                raise DamagedRemoteError(f"{self.name}: {place}: expected a file, found none") from error
+                raise DamagedRemoteError(f"{self.name}: {place}: expected a file, got none") from error
 
     def _path(self, record: Record, name: str) -> str:
         return f"{self._root}/{record.name}/{record.seal}/{name}"
@@ -185,14 +185,14 @@ class Remote:
         return f"{self._root}/records/{key}.json"
 
     def _bounded(self, work: Callable[[], T], *, seconds: float | None = None) -> T:
-        """What `work` returns; a RemoteError if it fails or takes longer. A thread that hangs is left behind."""
+        """The result of `work`; RemoteError if it fails or takes longer. A hanging thread is abandoned."""
         done: list[T] = []
         failed: list[BaseException] = []
 
         def attempt() -> None:
             try:
                 done.append(work())
-            except BaseException as error:  # whatever the clients raise
+            except BaseException as error:  # clients may raise anything
                 failed.append(error)
 
         limit = seconds or self._seconds
@@ -208,13 +208,12 @@ class Remote:
             error = failed[0]
             if isinstance(error, OSError) and error.errno in DISK_FULL and is_local(error.filename or ""):
                 raise error
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RemoteError(redact(f"{self.name}: {told}")) from error
+            raise RemoteError(redact(f"{self.name}: {' '.join(f'{type(error).__name__}: {error}'.split())}")) from error
         return done[0]
 
 
 class Mirror:
-    """What a run makes of a remote: it asks once per key, and after the first failure goes on without it."""
+    """A remote as a run uses it: asked once per key, and dropped after the first failure."""
 
     def __init__(self, address: str | None, *, note: Callable[[str], None], tick: Callable[[], None], upload: bool) -> None:
         self._address, self._note, self._tick, self._upload = address, note, tick, upload
@@ -223,12 +222,12 @@ class Mirror:
         self._fetched: set[str] = set()
 
     def without(self, key: str) -> None:
-        """The artifact of this key is to be made here, whatever the remote has."""
+        """Ignores the remote for this key."""
         self._asked.add(key)
         self._fetched.add(key)
 
     def record(self, kind: str, key: str) -> Record | None:
-        """The record that the remote has of a key; asked for once."""
+        """The remote's record of a key; None on every later call."""
         if key in self._asked:
             return None
         self._asked.add(key)
@@ -237,21 +236,21 @@ class Mirror:
         return None
 
     def has(self, record: Record) -> bool:
-        """Whether the artifact may be there: there is a remote, and it was not asked for it before."""
+        """Whether the remote may have the artifact: there is a remote, and the artifact was not fetched before."""
         return self._address is not None and record.key not in self._fetched
 
     def fetch(self, store: Store, record: Record) -> bool:
-        """Fetches what the remote has under the key of a record, whose lock is held; whether it is here now."""
+        """Downloads the artifact of a record's key, whose lock is held; returns whether that succeeded."""
         self._fetched.add(record.key)
         with self._tolerantly() as remote:
-            there = remote.record(record.kind, record.key) if remote else None
-            if remote and there:
-                remote.fetch(there, store)
+            remote_record = remote.record(record.kind, record.key) if remote else None
+            if remote and remote_record:
+                remote.fetch(remote_record, store)
                 return True
         return False
 
     def offer(self, record: Record, folder: Path) -> bool:
-        """Uploads an artifact that was made here, if that is wanted; whether it was."""
+        """Uploads an artifact if uploads are on; returns whether it did."""
         with self._tolerantly() as remote:
             return bool(remote and self._upload and remote.offer(record, folder))
         return False
@@ -265,12 +264,12 @@ class Mirror:
         except DamagedRemoteError as error:
             self._note(f"warning: {error}; it is made here instead")
         except RemoteError as error:
-            self._note(f"warning: {error}; going on without this remote")
+            self._note(f"warning: {error}; continuing without this remote")
             self._address = self._remote = None
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name from elsewhere is that of a content file inside an artifact's folder."""
+    """Whether a name of a remote record is a content file inside the artifact's folder."""
     parts = name.split("/")
     plain = not any(part == "" or part.startswith(".") for part in parts) and "\\" not in name and "\0" not in name
     return plain and name != RECORD and not PurePosixPath(name).is_absolute()

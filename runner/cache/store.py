@@ -1,23 +1,22 @@
-"""The cache folder: where finished artifacts, work in progress, records and locks lie. A stage is finished if and only if its
-folder is under `stages/`.
+"""The cache folder: finished artifacts, work in progress, records and locks. A stage is finished if and only if its folder is
+under `stages/`.
 
     cache/
       stages/<kind>-<key>/    finished artifacts, each with its record.json
-      work/<kind>-<key>/      an artifact that grows; a crash leaves it, and the same key goes on in it
-      records/<key>.json      a copy of each record, which outlives the artifact
-      logs/<kind>-<key>.<machine>.log    what the workers printed there; the file is also the machine's lock of the key
-      leases/<kind>-<key>/    who holds the key among machines that share the cache; holders/ tells who of them lives
-      arriving/               artifacts on their way from a remote
-      aside/                  artifacts that were forced or found damaged
-      runs/                   which keys each of the last runs used
+      work/<kind>-<key>/      an unfinished artifact; after a crash the same key resumes in it
+      records/<key>.json      a copy of each record, kept when the artifact is removed
+      logs/<kind>-<key>.<machine>.log    output of the workers; the file is also the key's lock on that machine
+      leases/<kind>-<key>/    which machine holds the key; holders/ has the heartbeats
+      arriving/               downloads from a remote
+      aside/                  artifacts that were forced or damaged
+      runs/                   the keys that each of the last runs used
       receipts/               what was pushed where
-      published/              recipes of published models, and their data where it was found
-      compiled/               what was compiled here: by torch.compile, and attention
+      published/              recipes of published models and their data
+      compiled/               compiled code: of torch.compile and of attention
       digests.json            memo of file digests by path, size, time and inode
 
-The lock of a key is held alone by who makes, fetches or removes its artifact, and together by those who read it. It has two
-parts: `flock` between the processes of a machine, which is free as soon as the last of them ends, and on top of it a lease
-between machines (`runner.cache.leases`).
+The lock of a key is exclusive for making, fetching or removing its artifact, and shared for reading it. It has two parts: a
+`flock` between the processes of a machine, and a lease between machines (`runner.cache.leases`).
 """
 
 import contextlib
@@ -35,21 +34,21 @@ from typing import IO, Any, TypeVar
 from runner.artifacts import RECORD, SCRATCH
 from runner.cache.digests import DigestMemo
 from runner.cache.heartbeat import this_machine
-from runner.cache.integrity import damages
+from runner.cache.integrity import mismatches
 from runner.cache.leases import UNKNOWN, Lease, Leases
-from runner.cache.record import DamagedError, Record, digest_of
+from runner.cache.record import DamagedRecordError, Record, digest_of
 from runner.errors import StageError
 from runner.files import fsync, write_whole
 from runner.stage import Stage
 
 T = TypeVar("T")
 
-UNKNOWN_LOOKS = 5  # at a lock whose holder has not said its name yet, before somebody is told that it waits
+UNKNOWN_LOOKS = 5  # at a lock whose holder is not known yet, before the wait is reported
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class NotWritableError(StageError):
-    """There is work to do, and the cache can only be read."""
+    """The cache is read-only, and a stage has to run."""
 
 
 class Store:
@@ -61,68 +60,68 @@ class Store:
         self._leases = Leases(self.root)
 
     def folder(self, stage: Stage | str, key: str) -> Path:
-        """Where the finished artifact is."""
+        """The folder of the finished artifact."""
         return self.root / "stages" / _name(stage, key)
 
     def work(self, stage: Stage | str, key: str) -> Path:
-        """Where the artifact grows; another folder after a lease of the key was taken over."""
+        """The folder of the unfinished artifact; a new one after another machine took the key over."""
         return self.root / "work" / self._leases.work_name(_name(stage, key))
 
     def is_work(self, folder: Path, name: str) -> bool:
-        """Whether a folder in work/ is the one in which the artifact <kind>-<key> grows."""
+        """Whether a folder in work/ is the current one of the artifact <kind>-<key>."""
         return folder.name == self._leases.work_name(name)
 
     @property
     def compiled(self) -> Path:
-        """Where what is compiled is kept."""
+        """The folder of compiled code."""
         return self.root / "compiled"
 
     def log(self, stage: Stage | str, key: str) -> Path:
-        """What the workers print on this machine."""
+        """The output of the workers on this machine."""
         return self.root / "logs" / f"{_name(stage, key)}.{re.sub(r'[^A-Za-z0-9_.-]', '_', this_machine().host)}.log"
 
     def record(self, stage: Stage | str, key: str) -> Record | None:
-        """The record of a key, whether or not its artifact is still here; one that is damaged is as good as none."""
+        """The record of a key, whether or not its artifact is here; None if it is missing or damaged."""
         for path in (self.folder(stage, key) / RECORD, self.record_path(key)):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamagedError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamagedRecordError):
                 record = Record.unsealed(path.read_bytes())
                 if record.name == _name(stage, key):
                     return record
         return None
 
     def has_damaged_record(self, stage: Stage | str, key: str) -> bool:
-        """Whether something is kept as the record of a key that has none."""
+        """Whether a key without a valid record has a record file."""
         return self.record_path(key).exists() or (self.folder(stage, key) / RECORD).exists()
 
     def records(self) -> list[Record]:
-        """All records, the newest first."""
+        """All records, newest first."""
         found = []
         for path in (self.root / "records").glob("*.json"):
-            with contextlib.suppress(FileNotFoundError, DamagedError):
+            with contextlib.suppress(FileNotFoundError, DamagedRecordError):
                 found.append(Record.unsealed(path.read_bytes()))
         return sorted(found, key=lambda record: str(record.data["finished"]), reverse=True)
 
     def has_artifact(self, record: Record, *, reread: bool = False) -> bool:
-        """Whether the artifact is here and unchanged: by sizes and times of its files; with `reread` by their bytes, and
-        nothing else may lie among them.
+        """Whether the artifact is here and unchanged, by the sizes and times of its files; with `reread` by their bytes, and
+        without any other file.
         """
         folder = self.folder(record.kind, record.key)
         if reread:
-            return folder.is_dir() and not [damage for damage in damages(folder, record) if damage.matters]
+            return folder.is_dir() and not [mismatch for mismatch in mismatches(folder, record) if mismatch.invalidates]
         try:
-            return all(self.digests.of(folder / name) == wanted for name, wanted in record.used.items())
+            return all(self.digests.of(folder / name) == digest for name, digest in record.used.items())
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def set_aside(self, stage: Stage | str, key: str) -> Path | None:
-        """Moves an artifact (forced or damaged) out of use; returns where it went. Its record stays."""
+        """Moves a forced or damaged artifact to aside/; returns its new place. Its record stays."""
         folder = self.folder(stage, key)
         if not folder.exists():
             return None
         return self.move_aside(folder)
 
     def move_aside(self, path: Path) -> Path:
-        """Moves a file or folder of the cache out of use; returns where it went."""
+        """Moves a file or folder of the cache to aside/; returns its new place."""
         self._leases.confirm(path.name)
         place = self.root / "aside" / f"{path.name}-{time.time_ns()}"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ class Store:
         return place
 
     def discard_work(self, stage: Stage | str, key: str) -> None:
-        """Removes what an interrupted run left of an artifact."""
+        """Removes an unfinished artifact."""
         self._leases.confirm(_name(stage, key))
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
         self._leases.forget_work(_name(stage, key))
@@ -140,7 +139,7 @@ class Store:
         self.record_path(key).unlink(missing_ok=True)
 
     def remember(self, record: Record) -> None:
-        """Keeps the record of an artifact that is elsewhere."""
+        """Keeps the record of an artifact that is not here."""
         write_whole(self.record_path(record.key), record.sealed)
 
     def finish(self, stage: Stage, key: str, facts: Mapping[str, Any]) -> Record:
@@ -157,11 +156,11 @@ class Store:
         folder = self.folder(record.kind, record.key)
         (made / RECORD).write_bytes(record.sealed)
         named = [*record.files, *record.attachments, RECORD]
-        written = [path for path in map(made.joinpath, named) if path.exists()]  # metrics may be lost
+        written = [path for path in map(made.joinpath, named) if path.exists()]  # metrics may be missing
         for path in [*written, *{path.parent for path in written}]:
             fsync(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._leases.confirm(record.name)  # after this, who takes the key over first takes `made` away
+        self._leases.confirm(record.name)  # a machine that takes the key over after this moves `made` away first
         self.set_aside(record.kind, record.key)  # one that no longer matched its record
         made.rename(folder)
         fsync(folder.parent)
@@ -170,15 +169,15 @@ class Store:
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
     def record_path(self, key: str) -> Path:
-        """Where the record of a key is kept beyond its artifact."""
+        """The copy of the record of a key."""
         return self.root / "records" / f"{key}.json"
 
     @contextlib.contextmanager
     def lock(self, stage: Stage | str, key: str, *, waiting: "Waiting") -> Iterator[IO[bytes]]:
-        """Holds the key's lock alone; yields its file, which workers inherit as their output, so that the lock is free exactly
-        when nobody works under it any more. Waits while another holds it, telling `waiting`.
+        """Holds the key's exclusive lock; yields its file, which workers inherit as their output, so that the lock is free only
+        when all of them have ended. Waits while another process holds it.
 
-        LeaseLostError, whatever else went wrong inside, if another machine took the key over meanwhile.
+        LeaseLostError, instead of any other error inside, if another machine took the key over meanwhile.
         """
         name = _name(stage, key)
         with self.open_log(stage, key) as file:
@@ -193,16 +192,16 @@ class Store:
                 self._leases.release(name)
 
     def confirm(self, stage: Stage | str, key: str) -> None:
-        """LeaseLostError if the key's lock was held alone and is another machine's by now, asked right before a deed."""
+        """LeaseLostError if another machine took over the exclusive lock; reads the disk, for use before a permanent change."""
         self._leases.confirm(_name(stage, key))
 
     def raise_if_lost(self, stage: Stage | str, key: str) -> None:
-        """LeaseLostError if the key's lock was held alone and is another machine's by now."""
+        """LeaseLostError if another machine is known to have taken over the exclusive lock."""
         self._leases.raise_if_lost(_name(stage, key))
 
     @contextlib.contextmanager
     def reading(self, records: Iterable[Record], *, waiting: "Waiting") -> Iterator[None]:
-        """Holds the locks of artifacts together with others who read them, so that nobody removes them meanwhile."""
+        """Holds the shared locks of artifacts, so that they are not removed meanwhile."""
         with contextlib.ExitStack() as held:
             for record in records:
                 file, name = held.enter_context(self.open_log(record.kind, record.key)), record.name
@@ -213,7 +212,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock_if_free(self, kind: str, key: str) -> Iterator[bool]:
-        """Holds the key's lock alone if nobody works under it or reads its artifact; yields whether that is so."""
+        """Holds the key's exclusive lock if it is free; yields whether it was."""
         name = _name(kind, key)
         with self.open_log(kind, key) as file:
             free = _locked(file, fcntl.LOCK_EX) and self._leases.is_free(name)
@@ -226,33 +225,33 @@ class Store:
                 self._leases.release(name)
 
     def is_free(self, kind: str, key: str) -> bool:
-        """Whether nobody holds the key's lock now; leaves no trace, and may take seconds where other machines work here."""
+        """Whether the key's lock is free. Writes nothing; may take seconds where other machines share the cache."""
         return not self.is_held_here(kind, key) and self._leases.is_free(_name(kind, key))
 
     def is_held_here(self, kind: str, key: str) -> bool:
-        """Whether a process of this machine holds the key's lock now; leaves no trace."""
+        """Whether a process of this machine holds the key's lock. Writes nothing."""
         with contextlib.suppress(OSError), self.log(kind, key).open("rb") as file:
             return not _locked(file, fcntl.LOCK_EX)
         return False
 
     def _flock(self, file: IO[bytes], name: str, mode: int) -> bool | str:
-        """Takes the key's lock of this machine; else says who is in the way."""
+        """Takes the key's lock on this machine; else returns who holds it."""
         return _locked(file, mode) or self._leases.holder_of(name) or UNKNOWN
 
     def _wait(self, attempt: Callable[[], T | str], waiting: "Waiting") -> T:
-        """What `attempt` gives once it no longer says who is in the way."""
-        looks, told = 0, False
-        while isinstance(found := self._writable(attempt), str):
+        """The first result of `attempt` that is not the name of a holder."""
+        looks, reported = 0, False
+        while isinstance(result := self._writable(attempt), str):
             looks += 1
-            if not told and (found != UNKNOWN or looks > UNKNOWN_LOOKS):
-                waiting.started(found)
-                told = True
+            if not reported and (result != UNKNOWN or looks > UNKNOWN_LOOKS):
+                waiting.started(result)
+                reported = True
             waiting.tick()
             time.sleep(0.1)
-        return found
+        return result
 
     def open_log(self, stage: Stage | str, key: str) -> IO[bytes]:
-        """The log of a key on this machine, to be appended to; its lock is not held."""
+        """The log of a key on this machine, opened for appending, without its lock."""
 
         def opened() -> IO[bytes]:
             path = self.log(stage, key)
@@ -268,13 +267,13 @@ class Store:
             if error.errno not in NOT_WRITABLE:
                 raise
             raise NotWritableError(
-                f"{self.root}: the cache cannot be written ({error.strerror}), and there is work to do; make it writable, or "
-                "name another with --cache or STOCKPOT_CACHE"
+                f"{self.root}: the cache cannot be written ({error.strerror}), and a stage has to run; make it writable, or "
+                "choose another with --cache or STOCKPOT_CACHE"
             ) from error
 
 
 class Waiting:
-    """Told about waiting for a lock; the default waits in silence."""
+    """Callbacks while waiting for a lock; the defaults do nothing."""
 
     def started(self, holder: str) -> None:
         """Another process holds the lock; called once."""

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runner.errors import DamageError, GateError, RecipeError, StageError
+from runner.errors import GateError, IntegrityError, RecipeError, StageError
 from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
 
 
@@ -45,6 +45,6 @@ def main(options: argparse.Namespace) -> int:
             continue
         with store.reading([entry.record], waiting=Waiting()):
             if not store.has_artifact(entry.record, reread=True):
-                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
+                raise IntegrityError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
             print(f"{entry.name}: {stage.push(entry.path, entry.record.digest, receipts, acting)}", flush=True)
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runner.errors import DamageError
+from runner.errors import IntegrityError
 from runner.options import (
     add_cache_option,
     add_recipe_options,
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
             continue
         with store.reading([entry.record], waiting=Waiting()):
             if not store.has_artifact(entry.record, reread=True):
-                raise DamageError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
+                raise IntegrityError(f"{entry.name}: its artifact does not match its record; `run verify` shows the details")
             uploaded = remote.offer(entry.record, entry.path)
         print(f"{entry.name}: {'uploaded' if uploaded else 'already there'}", flush=True)
     return 0

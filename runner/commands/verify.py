@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from runner.errors import DamageError, RecipeError
+from runner.errors import IntegrityError, RecipeError
 from runner.options import add_cache_option, store_of
 
 
@@ -29,6 +29,6 @@ def main(options: argparse.Namespace) -> int:
     findings = verify_store(store)
     counted = f"{store.root}: {findings.artifacts} artifacts and {findings.records} records"
     if findings.faults:
-        raise DamageError("\n".join([*findings.faults, f"{counted}; {len(findings.faults)} files are damaged"]))
+        raise IntegrityError("\n".join([*findings.faults, f"{counted}; {len(findings.faults)} files are damaged"]))
     print(f"{counted}, all as recorded")
     return 0

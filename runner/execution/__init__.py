@@ -1,1 +1,1 @@
-"""The work of one stage: its processes, how they are started, followed and ended, and what follows a fault."""
+"""Execution: the scheduler of a run, the processes of each stage, and retries after faults."""

@@ -1,8 +1,7 @@
-"""A process that has imported torch, and whatever else takes seconds to import, and forks the workers of one stage after the
-other, which begin at once. It is started beside the first stages of a run, which need no torch.
+"""The fork server: imports torch and other slow modules once, and forks the workers of one stage after another, which then
+start without delay. It starts beside the first stages of a run, which need no torch.
 
-A run without it has the same results, later: where there is a GPU, whose driver no fork may inherit, and where fork is not
-safe.
+Without it a run only takes longer. It is not used with a GPU, whose driver does not survive a fork, nor where fork is unsafe.
 """
 
 import contextlib
@@ -22,32 +21,32 @@ from typing import IO
 from runner.execution import worker
 
 MESSAGE_BYTES = 2**16
-PATIENCE = 120.0  # seconds for the imports, from a cold disk, before a worker is started without the server
+IMPORT_SECONDS = 120.0  # for the imports from a cold disk; then a worker starts without the server
 
 
-class Forked:
-    """A worker that was forked, with as much of `subprocess.Popen` as `launch` uses."""
+class ForkedWorker:
+    """A forked worker, with the part of `subprocess.Popen` that `launch` uses."""
 
     def __init__(self, pid: int, server: socket.socket) -> None:
         self.pid, self._server = pid, server
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, below 0 for a signal; None while it runs."""
+        """The exit code, negative for a signal; None while the worker runs."""
         if self._code is None and select.select([self._server], [], [], 0)[0]:
-            self._code = self._told()
+            self._code = self._reported_code()
         return self._code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code; subprocess.TimeoutExpired after `timeout` seconds."""
+        """The exit code; subprocess.TimeoutExpired after `timeout` seconds."""
         if self._code is None:
             if not select.select([self._server], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("worker", timeout or 0.0)
-            self._code = self._told()
+            self._code = self._reported_code()
         return self._code
 
-    def _told(self) -> int:
-        """What the server says of its end. One that is gone says nothing; the worker then counts as killed, and is ended."""
+    def _reported_code(self) -> int:
+        """The exit code that the server reports. If the server is gone, the worker counts as killed."""
         with contextlib.suppress(OSError):
             if message := self._server.recv(MESSAGE_BYTES):
                 return int(json.loads(message)["code"])
@@ -55,9 +54,9 @@ class Forked:
 
 
 class ForkServer:
-    """The server as the run sees it; it imports `modules` in their order while nobody asks for a worker.
+    """The run's handle on the server, which imports `modules` in order while no worker is requested.
 
-    `place` is only there so that lists of processes show whose server it is.
+    `place` only identifies the server in process lists.
     """
 
     def __init__(self, modules: Sequence[str], *, place: Path, environment: Mapping[str, str]) -> None:
@@ -75,18 +74,18 @@ class ForkServer:
                 start_new_session=True,
             )
 
-    def start(self, modules: Sequence[str], arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> Forked:
-        """A worker that finds `modules` imported, with these arguments and in a session of its own.
+    def start(self, modules: Sequence[str], arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> ForkedWorker:
+        """A worker with `modules` imported, in its own session.
 
-        ConnectionError if the server does not answer: it is ended then, and a worker that it may have forked ends when the
-        other end of `stdin` closes.
+        ConnectionError if the server does not answer; the server is then ended, and a worker that it may have forked ends when
+        the other end of `stdin` closes.
         """
         request = json.dumps({"modules": modules, "arguments": arguments}).encode()
         try:
-            self._connection.settimeout(PATIENCE)
+            self._connection.settimeout(IMPORT_SECONDS)
             socket.send_fds(self._connection, [request], [stdin, log.fileno()])
             if message := self._connection.recv(MESSAGE_BYTES):
-                return Forked(json.loads(message)["pid"], self._connection)
+                return ForkedWorker(json.loads(message)["pid"], self._connection)
         except OSError as error:
             self.close()
             raise ConnectionError from error
@@ -94,14 +93,14 @@ class ForkServer:
         raise ConnectionError
 
     def close(self) -> None:
-        """Ends the server, whose workers have ended."""
+        """Ends the server after its workers have ended."""
         self._connection.close()
-        self._process.kill()  # it may be importing still
+        self._process.kill()  # it may still be importing
         self._process.wait()
 
 
 def main() -> int:
-    """Serves until the run is gone, unless there is a GPU; returns in each worker that was forked, when its work is done."""
+    """Serves until the run ends or a GPU is found; in each forked worker returns when its work is done."""
     _place, connection, *modules = sys.argv[1:]
     arguments = _serve(socket.socket(fileno=int(connection)), modules)
     if arguments is None:
@@ -111,7 +110,7 @@ def main() -> int:
 
 
 def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
-    """Forks a worker for each request, one after the other; in a worker, returns its arguments."""
+    """Forks one worker per request, one at a time; in a worker, returns its arguments."""
     with connection, contextlib.suppress(ConnectionError):
         while True:
             while later and not select.select([connection], [], [], 0)[0]:
@@ -123,10 +122,10 @@ def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
             for module in request["modules"]:
                 _import(module)
             torch = sys.modules.get("torch")
-            if torch is not None and torch.cuda.is_available():  # seen by torch alone; asking already spoils forks
+            if torch is not None and torch.cuda.is_available():  # only torch sees it; this check itself makes forks unusable
                 break
             gc.collect()
-            gc.freeze()  # so that collecting garbage in a worker does not copy what they share
+            gc.freeze()  # so that garbage collection in a worker does not copy shared pages
             pid = os.fork()
             if pid == 0:
                 os.setsid()
@@ -144,7 +143,7 @@ def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
 
 
 def _import(module: str) -> None:
-    with contextlib.suppress(Exception):  # the worker that needs it says what is wrong
+    with contextlib.suppress(Exception):  # the worker that needs the module reports the error
         importlib.import_module(module)
 
 

@@ -1,4 +1,4 @@
-"""What the run and the workers of one stage agree on: the job file, and the files that workers leave in the scratch folder."""
+"""The job file that a run writes for the workers of a stage, and the names of the files they exchange in the scratch folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from typing import Any, Self
 from runner.files import write_whole
 
 JOB = "job.json"
-PREPARED = "prepared"  # there once the work before a training group is done
+PREPARED = "prepared"  # exists once `Stage.prepare` is done
 RESULT = "result.json"  # metrics, versions and hardware; written last by a worker that succeeded
-ERROR = "error.json"  # the sentence of the first process that failed, and whether it may be tried again
+ERROR = "error.json"  # the message of the first process that failed, and whether a retry may help
 STOP = "stop"  # its presence asks the workers to checkpoint and end
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know of its stage."""
+    """What a worker needs to run its stage."""
 
     name: str
     kind: str
@@ -28,11 +28,11 @@ class Job:
     recipe: str  # resolved, as TOML
     parallel: Mapping[str, Any]
     processes: int  # of the whole training
-    cores: int  # for all of them; of as many machines as train
+    cores: int  # for all of them, on all machines
     data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
-    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best setting it reads: a head and a row of each
-    beginning: str | None = None  # the folder of an artifact of the same kind, to go on from
-    row_logs: str | None = None  # a folder in which each process of a training writes which rows it learned from
+    settings: Sequence[Sequence[str]] = ()  # of the sweep whose best setting it reads: a header and one row per setting
+    beginning: str | None = None  # the folder of an artifact of the same kind to continue from
+    row_logs: str | None = None  # a folder in which each process of a training logs the rows it trained on
 
     def write(self, path: Path) -> None:
         """Saves the job as JSON."""

@@ -1,8 +1,8 @@
-"""Starts the processes of a stage and ends them: one worker, forked where that is safe, or several under `accelerate launch`.
+"""Starts and ends the processes of a stage: one worker, forked where that is safe, or several under `accelerate launch`.
 
-Workers live on a pipe: their standard input is its read end, and they exit when it closes, which also happens when this
-process dies. Their output is the key's log, whose open file carries the key's lock. A request to stop is a file in the
-scratch folder, which training looks at between steps.
+The standard input of the workers is a pipe; they exit when it closes, which also happens when this process dies. Their output
+is the key's log, whose open file holds the key's lock. A request to stop is a file in the scratch folder, which a training
+checks between steps.
 """
 
 import contextlib
@@ -17,57 +17,56 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from runner.execution.fork_server import Forked
+from runner.execution.fork_server import ForkedWorker
 from runner.execution.node_layout import ALONE, Layout, without_launcher
 from runner.resources import gpu_count
 
-Process = subprocess.Popen[bytes] | Forked
+Process = subprocess.Popen[bytes] | ForkedWorker
 
 POLL_SECONDS = 0.1
-# How long an idle OpenMP thread spins before it sleeps: the default of GNU's library, 300,000 turns, is far too long beside
-# other work. Milliseconds per step of a small training on two cores, alone and with a second one beside it (a fair half would
-# be twice the first figure): 1,000 turns 216 and 392, 2,500 turns 186 and 433, 6,000 turns 191 and 573, 20,000 turns 202 and
-# 1,120.
+# How long an idle OpenMP thread spins before it sleeps. The default of GNU's library, 300,000 turns, slows down other work.
+# Milliseconds per step of a small training on two cores, alone and with a second one beside it (ideal: twice as long):
+# 1,000 turns 216 and 392, 2,500 turns 186 and 433, 6,000 turns 191 and 573, 20,000 turns 202 and 1,120.
 SPIN_COUNT = "2500"
-# glibc hands large blocks back to the system when they are freed, and a training frees and takes hundreds of them per step: it
-# spent 11% of its time on 15,000 page faults. Kept, they are reused; asked for in pages of 2 MiB, a small training step takes
-# 160 ms instead of 174 on two cores, and a decoding step 3.8 ms instead of 4.9. Other C libraries ignore the names.
+# glibc returns freed large blocks to the system, and a training frees and allocates hundreds of them per step: 15,000 page
+# faults took 11% of its time. With blocks kept and in huge pages of 2 MiB, a small training step takes 160 ms instead of 174 on
+# two cores, and a decoding step 3.8 ms instead of 4.9. Other C libraries ignore these names.
 MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; where the kernel grants none, as before
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; no effect where the kernel grants no huge pages
 }
 WORKER = [sys.executable, "-m", "runner.execution.worker"]
-LAUNCHER = "accelerate.commands.launch"  # as `accelerate launch`, without its other commands
-NEUTRAL = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # for accelerate; the flags say the rest
-GRACE_SECONDS = 60.0  # from a request to stop until the workers are ended; a checkpoint of a large model fits
+LAUNCHER = "accelerate.commands.launch"  # `accelerate launch` without its other commands
+ACCELERATE_CONFIG = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # the flags say the rest
+GRACE_SECONDS = 60.0  # from a request to stop until the workers are killed; enough to checkpoint a large model
 
 
 def can_fork() -> bool:
-    """Whether workers may be forks of a process that has imported torch."""
+    """Whether workers may be forked from a process that has imported torch."""
     return sys.platform == "linux" and gpu_count() == 0
 
 
 def plain_command(job: Path, *arguments: str) -> list[str]:
-    """One worker, no process group."""
+    """The command of one worker without a process group."""
     return [*WORKER, str(job), *arguments]
 
 
 def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
-    """Workers under `accelerate launch`, whose settings beside the job stand in for the user's own default configuration.
+    """The command of `processes` workers per machine under `accelerate launch`.
 
-    One process alone needs no launcher, which would import torch for two seconds only to start it. `--multi_gpu` also on CPU:
-    with ACCELERATE_USE_CPU it starts gloo processes, where `--cpu --num_processes N` of accelerate 1.15 silently starts one.
-    The worker asserts its world size. Several machines meet at the training port of the first one, where ranks of processes
-    follow those of machines.
+    A config file beside the job replaces the user's own default configuration. A single process needs no launcher, which takes
+    two seconds to import torch. `--multi_gpu` is used on CPU too: with ACCELERATE_USE_CPU it starts gloo processes, while
+    `--cpu --num_processes N` of accelerate 1.15 silently starts one. The worker asserts its world size. Several machines
+    connect to the training port of machine 0; process ranks follow machine ranks.
     """
     if processes * layout.machines == 1:
         return plain_command(job)
     launcher = [sys.executable, "-m", LAUNCHER]
-    settings = job.with_name(f"{job.stem}-accelerate.json")
-    settings.write_text(json.dumps(NEUTRAL), encoding="utf-8")
+    config = job.with_name(f"{job.stem}-accelerate.json")
+    config.write_text(json.dumps(ACCELERATE_CONFIG), encoding="utf-8")
     port = _free_port() if layout.machines == 1 else layout.training_port
-    options = ["--config_file", str(settings), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options = ["--config_file", str(config), "--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--num_machines", str(layout.machines), "--num_processes", str(processes * layout.machines)]
     options += ["--main_process_port", str(port)]
     if layout.machines > 1:
@@ -76,20 +75,20 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
 
 
 def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
-    """The environment of workers; `compiled` is the folder in which what is compiled is kept."""
+    """The environment of workers; `compiled` is the folder of compiled code."""
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
     return defaults | without_launcher(os.environ) | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
 
 
 @contextlib.contextmanager
 def started(
-    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork: Callable[..., Forked] | None = None
+    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork: Callable[..., ForkedWorker] | None = None
 ) -> Iterator[Process]:
-    """The running processes of a stage; on leaving, whatever still runs of them is ended.
+    """The running processes of a stage; on exit, those that still run are ended.
 
-    A worker alone is made by `fork`, `ForkServer.start` for its modules; it has the server's environment then.
+    A single worker is made by `fork`, if given (`ForkServer.start` for its modules), and has the server's environment.
     """
-    if LAUNCHER in command and gpu_count() == 0:  # a worker alone sees for itself what there is
+    if LAUNCHER in command and gpu_count() == 0:  # a single worker detects it
         environment = environment | {"ACCELERATE_USE_CPU": "true"}
     process, write_end = _begun(command, log, environment, fork)
     try:
@@ -108,9 +107,9 @@ def started(
 
 
 def _begun(
-    command: list[str], log: IO[bytes], environment: dict[str, str], fork: Callable[..., Forked] | None
+    command: list[str], log: IO[bytes], environment: dict[str, str], fork: Callable[..., ForkedWorker] | None
 ) -> tuple[Process, int]:
-    """The processes, and the end of the pipe that they live on."""
+    """The processes, and the write end of the pipe that is their standard input."""
     read_end, write_end = os.pipe()
     try:
         if fork and command[: len(WORKER)] == WORKER:
@@ -118,7 +117,7 @@ def _begun(
         process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
         return process, write_end
     except ConnectionError:
-        os.close(write_end)  # whatever the server may still have begun ends
+        os.close(write_end)  # ends a worker that the server may have forked
         return _begun(command, log, environment, None)
     except BaseException:
         os.close(write_end)
@@ -128,7 +127,7 @@ def _begun(
 
 
 def wait(process: Process, *, tick: Callable[[], None], stopping: Callable[[], bool]) -> int | None:
-    """The exit code of the processes; None if they had not ended a while after a request to stop."""
+    """The exit code of the processes; None if they still run GRACE_SECONDS after a request to stop."""
     deadline: float | None = None
     while (code := process.poll()) is None:
         tick()

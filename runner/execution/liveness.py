@@ -1,8 +1,8 @@
-"""The workers of a stage that live: how each makes itself known, and how the run that started them shows their stacks and ends
-them, even where they were stopped or their launcher is gone.
+"""Liveness of the workers of a stage: each registers itself; the run can show their stacks and kill them, even if they are
+suspended or their launcher is gone.
 
-A worker holds a lock on a file with its process id, so a lock that is free means a process that has ended, whoever has its id
-now. The file carries the machine's name: others may work in the same folder.
+A worker locks a file with its process id, so a free lock means that the process has ended, even if its id was reused. The file
+name has the host name, since other machines may use the same folder.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from runner.cache.heartbeat import this_machine
 
 FOLDER = "workers"  # in scratch
-END_SECONDS = 10.0  # for processes that were killed to be gone
+END_SECONDS = 10.0  # for killed processes to end
 SHOW_SECONDS = 0.5  # for stacks to be written
 
 
-def announce(scratch: Path, name: str) -> IO[str]:
-    """Makes this process known; keep the file, whose lock says that it lives. From now on it shows its stacks when asked.
+def register(scratch: Path, name: str) -> IO[str]:
+    """Registers this process, which from now on writes its stacks on request; it counts as alive while the returned file is
+    open.
 
-    To be called before other threads begin, so that the signal reaches none of them.
+    Call it before other threads start, so that they block the signal too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     threading.Thread(target=_show_when_asked, daemon=True, name="stacks").start()
@@ -41,30 +41,28 @@ def announce(scratch: Path, name: str) -> IO[str]:
 
 
 def _show_when_asked() -> None:
-    # In a thread that holds the interpreter's lock: a handler that reads the frames of threads that run has crashed.
+    # A thread that holds the interpreter's lock: a signal handler that reads frames of running threads has crashed.
     while True:
         signal.sigwait({signal.SIGUSR1})
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
-def living(scratch: Path) -> list[int]:
-    """Process ids of the workers of this machine that have not ended."""
-    return list(_living(scratch))
-
-
-def _living(scratch: Path) -> Iterator[int]:
+def live_workers(scratch: Path) -> list[int]:
+    """Process ids of the live workers on this machine."""
+    found = []
     for path in sorted((scratch / FOLDER).glob(f"{this_machine().host}-*")):
         with path.open("r+", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if text := file.read():
-                    yield int(text)
+                    found.append(int(text))
+    return found
 
 
 def show_stacks(scratch: Path) -> None:
-    """Has every worker write to its log where each of its threads is; one that was stopped goes on for it."""
-    for pid in living(scratch):
+    """Makes every worker write the stacks of its threads to its log; a suspended one is resumed for it."""
+    for pid in live_workers(scratch):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
             os.kill(pid, signal.SIGCONT)
@@ -72,9 +70,9 @@ def show_stacks(scratch: Path) -> None:
 
 
 def end(scratch: Path) -> None:
-    """Kills the workers that still live, and waits until they are gone: what comes next works in the same folder."""
+    """Kills the live workers and waits for their end, since the next ones use the same folder."""
     deadline = time.monotonic() + END_SECONDS
-    while (pids := living(scratch)) and time.monotonic() < deadline:
+    while (pids := live_workers(scratch)) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Who is told of alerts and faults: the addresses in a recipe and in the environment, and notices to them through apprise.
+"""Notifications about alerts and faults, sent through apprise to the addresses in the recipe and the environment.
 
-What is watched and when an alert is raised is `llm.training.alerts.monitor`; what follows a pause or a fault is `stage_run`. An address may
-hold a password or be a secret as a whole, so none is ever shown or kept.
+`llm.training.alerts` decides when an alert is raised. An address may hold a password or be a secret itself, so addresses are
+never shown or stored.
 """
 
 import logging
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from runner.credentials import NOTIFY, redact
 
 
-class Notices:
-    """Sends sentences to all addresses; one that cannot be sent is a warning, told once for each address."""
+class Notifier:
+    """Sends messages to all addresses; a failure is one warning per address."""
 
     def __init__(self, recipe: str, addresses: Sequence[str], *, warn: Callable[[str], None]) -> None:
         self._recipe, self._warn = recipe, warn
@@ -21,7 +21,7 @@ class Notices:
         self._failed: set[str] = set()
 
     def send(self, text: str) -> None:
-        """Sends `text`; without addresses nothing happens, and apprise is not even imported."""
+        """Sends `text`; without addresses apprise is not imported."""
         for number, address in enumerate(self._addresses, start=1):
             if not _sent(address, title=f"Stockpot: {self._recipe}", text=redact(text)) and address not in self._failed:
                 self._failed.add(address)
@@ -32,11 +32,11 @@ class Notices:
 def _sent(address: str, *, title: str, text: str) -> bool:
     import apprise
 
-    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # it writes addresses
+    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)  # it logs addresses
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about modules that its services import
+            warnings.simplefilter("ignore")  # of modules that its services import
             sender = apprise.Apprise()
             return sender.add(address) and bool(sender.notify(title=title, body=text))
-    except Exception:  # of any service's client: a notice is no reason to end a training
+    except Exception:  # a service's client may raise anything; a failed notice never ends a training
         return False

@@ -1,7 +1,7 @@
-"""What follows a fault of a training: the same again, one process instead of many, or the end. Every fault is kept on disk.
+"""The retry policy of a training: after a machine fault retry, fall back to one process, or give up. Faults are kept on disk.
 
-Nothing is launched here: that is `stage_run`. A fault here is one of machines (a worker died, a group did not form, memory ran
-out, a step did not end), never of data or recipe.
+A machine fault is a worker that died, a group that did not form, memory that ran out, or a step that did not end; never an
+error of data or recipe. `stage_run` launches the processes.
 """
 
 import datetime
@@ -12,11 +12,11 @@ from typing import Any
 from runner.files import write_whole
 from runner.stage import Parallel
 
-FAULTS = "faults.json"  # in scratch, so that they outlive the run
+FAULTS = "faults.json"  # in scratch, so that later runs know them
 
 
-class Recovery:
-    """In how many processes a training is to begin next, and the faults so far."""
+class RetryPolicy:
+    """The number of processes of the next attempt, and the faults so far."""
 
     def __init__(self, scratch: Path, parallel: Parallel, *, processes: int) -> None:
         self._path, self._parallel = scratch / FAULTS, parallel
@@ -27,8 +27,8 @@ class Recovery:
         if self._path.exists():
             self.faults = json.loads(self._path.read_text(encoding="utf-8"))
 
-    def after(self, cause: str, *, step: int) -> str | None:
-        """What is done about a fault at `step`, as the end of a sentence, after `processes` says how; None: nothing."""
+    def after_fault(self, cause: str, *, step: int) -> str | None:
+        """Records a fault at `step` and sets `processes`; returns what happens next as the end of a sentence, None to give up."""
         used = self.processes
         if step > self._furthest:
             self._furthest, self._left = step, self._parallel.retries
@@ -41,9 +41,8 @@ class Recovery:
     def _next(self) -> str | None:
         if self._left > 0:
             self._left -= 1
-            left = f"{self._left} more {'retry' if self._left == 1 else 'retries'} left"
-            return f"begins again from the last checkpoint ({left})"
+            return f"retries from the last checkpoint ({self._left} more {'retry' if self._left == 1 else 'retries'} left)"
         if self.processes > 1 and self._parallel.fallback == "single":
             self.processes, self._left = 1, self._parallel.retries
-            return "goes on with one process and the same batch from the last checkpoint"
+            return "continues with one process and the same batch from the last checkpoint"
         return None

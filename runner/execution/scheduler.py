@@ -1,6 +1,6 @@
-"""Runs a recipe: takes each stage in order from the cache or launches it, until nothing is left to do.
+"""The scheduler: takes each stage of a recipe in order from the cache or runs it, until nothing is left to do.
 
-After each stage the plan is made anew from the cache, so that a result equal to an older one leaves what is below it cached.
+It plans again after each stage, so that a result equal to an older one leaves the stages below it cached.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from runner.errors import GateError, StageError
 from runner.execution import launch
 from runner.execution.fork_server import ForkServer
 from runner.execution.node_layout import ALONE
-from runner.execution.notifications import Notices
+from runner.execution.notifications import Notifier
 from runner.execution.peers import Peers
 from runner.execution.stage_run import StageRun
 from runner.execution.stop import LockWait, StopRequest
@@ -46,34 +46,34 @@ class Scheduler:
         *,
         remote: str | None = None,
         overwrite: bool = False,
-        peers: Peers | None = None,  # the other machines that train
+        peers: Peers | None = None,  # the other machines of a training
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
         self._acting = EffectContext(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
         self._mirror = Mirror(remote, note=progress.note, tick=self._stop.raise_if_requested, upload=upload)
         self._tracker = TrackerProcess(store.root, recipe.head.tracking.to)
-        self._notices = Notices(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
+        self._notifier = Notifier(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
         self._peers = peers
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
         self._fork_server: ForkServer | None = None
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
-        """Runs what the plan asks for. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
+        """Runs the plan. Raises StageError, GateError, or KeyboardInterrupt after a request to stop."""
         forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
         plan = self._plan(until, forced)
         self._progress.planned(plan)
         try:
             self._fork_server = self._fork_server_for(plan)
-            while (entry := plan.next()) or not self._are_sound(_acted_on(plan)):
+            while (entry := plan.next()) or not self._are_intact(_to_push(plan)):
                 self._stop.raise_if_requested()
                 if entry and entry.key in made:
-                    raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; is the disk sound?")
+                    raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; check the disk")
                 if entry and self._run_stage(entry, plan):
                     made.add(str(entry.key))
                 plan = self._plan(until, forced)
             self._stop.raise_if_requested()
-            self._noted(plan, until, complete=True)
+            self._logged(plan, until, complete=True)
             self._act(plan)
         finally:
             if self._fork_server:
@@ -83,7 +83,7 @@ class Scheduler:
         self._judge(plan)
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
-        """What forks the workers of the stages that are left, if anything is slow to import for those that run alone."""
+        """The fork server for the remaining single-process stages, if they import anything slow."""
         machines = self._peers.layout.machines if self._peers else 1
         trains_alone = machines * resources.process_count(self._recipe.head.parallel) == 1
         pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
@@ -98,21 +98,21 @@ class Scheduler:
         return LockWait(entry.name, self._stop, self._progress.note)
 
     def _plan(self, until: str | None, forced: set[str]) -> Plan:
-        """The plan, after setting aside the artifacts of forced stages whose keys are known by now, and after asking the
-        remote for what would run: first for records alone, then for the artifacts that are still needed.
+        """The plan, after setting aside the artifacts of forced stages with known keys, and after asking the remote for the
+        stages that would run: first for records, then for the artifacts that are still needed.
         """
         while True:
-            plan = self._noted(Plan(self._recipe, self._store, until=until), until)
-            waiting = {entry.name for entry in plan if forced and plan.above(entry.name) & forced}  # their keys may change yet
+            plan = self._logged(Plan(self._recipe, self._store, until=until), until)
+            waiting = {entry.name for entry in plan if forced and plan.above(entry.name) & forced}  # their keys may change
             ready = [entry for entry in plan if entry.name in forced - waiting and entry.key]
             for entry in ready:
                 self._force(entry)
                 forced.discard(entry.name)
-            if not ready and not self._learned(plan) and not self._fetched(plan):
+            if not ready and not self._fetched_records(plan) and not self._fetched_artifact(plan):
                 return plan
 
     def _force(self, entry: Entry) -> None:
-        """Puts the artifact and the record of a stage out of use."""
+        """Sets the artifact of a stage aside and removes its record."""
         stage, key = entry.stage, str(entry.key)
         self._mirror.without(key)
         with self._store.lock(stage, key, waiting=self._lock_wait(entry)):
@@ -121,16 +121,16 @@ class Scheduler:
             if place := self._store.set_aside(stage, key):
                 self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
 
-    def _learned(self, plan: Plan) -> bool:
-        """Whether the remote had records that the plan did not know."""
-        wanted = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
-        records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in wanted]
+    def _fetched_records(self, plan: Plan) -> bool:
+        """Whether the remote had records of stages that would run."""
+        missing = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
+        records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in missing]
         for record in filter(None, records):
             self._store.remember(record)
         return any(records)
 
-    def _fetched(self, plan: Plan) -> bool:
-        """Whether the remote had an artifact that is missing here; the last first, since those before it may not be needed."""
+    def _fetched_artifact(self, plan: Plan) -> bool:
+        """Whether the remote had a missing artifact. The last stage comes first, since earlier ones may not be needed then."""
         for entry in reversed(list(plan)):
             if entry.state in RUNNABLE and entry.record and self._mirror.has(entry.record):
                 with self._store.lock(entry.stage, entry.record.key, waiting=self._lock_wait(entry)):
@@ -139,8 +139,8 @@ class Scheduler:
                         return True
         return False
 
-    def _noted(self, plan: Plan, until: str | None, *, complete: bool = False) -> Plan:
-        """The plan, after noting the keys in it for `run gc`."""
+    def _logged(self, plan: Plan, until: str | None, *, complete: bool = False) -> Plan:
+        """The plan, after logging its keys for `run gc`."""
         names = {f"{entry.stage.kind}-{entry.key}" for entry in plan if entry.key}
         if complete or names - self._names:
             self._names |= names
@@ -149,7 +149,7 @@ class Scheduler:
         return plan
 
     def _act(self, plan: Plan) -> None:
-        """What is left to do in the world: pushes."""
+        """Performs the effects of the plan: pushes."""
         for entry in plan:
             if entry.effect:
                 self._progress.note(f"{entry.name}: {entry.effect.sentence}")
@@ -161,13 +161,11 @@ class Scheduler:
             self._progress.note(line)
         if failed := outcomes.failed(plan):
             skipped = [entry.name for entry in plan if entry.state == "skipped"]
-            consequence = f"\nnot run because of it: {', '.join(skipped)}" if skipped else ""
+            consequence = f"\nskipped because of it: {', '.join(skipped)}" if skipped else ""
             raise GateError("\n".join(failed) + consequence)
 
     def _run_stage(self, entry: Entry, plan: Plan) -> bool:
-        """Runs one stage under its lock; false if another run made it or took it over, or an input is
-        damaged: then the plan is read again.
-        """
+        """Runs one stage under its lock; false if another run made it or took it over, or an input is damaged."""
         try:
             return self._run_locked(entry, plan)
         except LeaseLostError as error:
@@ -177,7 +175,7 @@ class Scheduler:
     def _run_locked(self, entry: Entry, plan: Plan) -> bool:
         stage, key = entry.stage, str(entry.key)
         if absent := [f"{field}: {file}" for field, file in input_files(stage) if not (file.hub or file.matches())]:
-            raise StageError(f"stage {entry.name!r}: has to run, and its input files are not here: {', '.join(absent)}")
+            raise StageError(f"stage {entry.name!r}: has to run, but its input files are missing: {', '.join(absent)}")
         with self._store.lock(stage, key, waiting=self._lock_wait(entry)) as log:
             record = self._store.record(stage, key)
             if record and self._store.has_artifact(record):
@@ -185,9 +183,9 @@ class Scheduler:
                 return False
             sources = {source: plan.record(source) for source in plan.inputs(entry.name)}
             if entry.beginning:
-                sources |= {f"{entry.name}, in its beginning": entry.beginning}
+                sources |= {f"{entry.name}, the stage it continues": entry.beginning}
             with self._store.reading(sources.values(), waiting=self._lock_wait(entry)):
-                if not self._are_sound(sources) or not plan.still_holds(entry):
+                if not self._are_intact(sources) or not plan.still_holds(entry):
                     return False
                 seconds = self._make(entry, plan, log)
         self._progress.finished(entry, f"done in {duration(seconds)}")
@@ -198,23 +196,23 @@ class Scheduler:
         return True
 
     def _offer(self, name: str, record: Record) -> None:
-        """Uploads an artifact whose lock is held, if the recipe or the user names a remote for it."""
+        """Uploads an artifact, whose lock is held, to the remote if there is one."""
         if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
             self._progress.note(f"{name}: uploaded to the remote")
 
     def _offer_inputs(self, entry: Entry, plan: Plan) -> None:
-        """Uploads what a stage reads, where machines that train it have caches of their own."""
+        """Uploads the inputs of a stage if the machines that train it have separate caches."""
         for source in [] if self._peers is None or self._peers.shares_cache else plan.inputs(entry.name):
             self._offer(source, plan.record(source))
 
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
-        """Makes the artifact of a stage, whose locks are held; returns how many seconds that took."""
+        """Makes the artifact of a stage, whose locks are held; returns the seconds it took."""
         stage, key = entry.stage, str(entry.key)
         self._progress.started(entry)
         begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         layout = self._peers.layout if self._peers else ALONE
         offer = functools.partial(self._offer_inputs, entry, plan)
-        work = StageRun(
+        stage_run = StageRun(
             entry,
             plan,
             self._recipe,
@@ -225,11 +223,11 @@ class Scheduler:
             offer=offer,
             fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
-        result = work.work(self._progress, self._stop, self._tracker, self._notices)
+        result = stage_run.run(self._progress, self._stop, self._tracker, self._notifier)
         seconds = time.monotonic() - clock
         if not plan.still_holds(entry):
             self._store.discard_work(stage, key)
-            raise StageError(f"stage {entry.name!r}: an input file changed while it ran, so its result is dropped; run again")
+            raise StageError(f"stage {entry.name!r}: an input file changed while it ran, and its result is dropped; run again")
         self._store.finish(
             stage,
             key,
@@ -248,8 +246,8 @@ class Scheduler:
         )
         return seconds
 
-    def _are_sound(self, records: Mapping[str, Record]) -> bool:
-        """Rehashes artifacts that are about to be used; one that is damaged is set aside, and the next plan rebuilds it."""
+    def _are_intact(self, records: Mapping[str, Record]) -> bool:
+        """Rehashes artifacts before their use; a damaged one is set aside, and the next plan rebuilds it."""
         for name, record in records.items():
             if not self._store.has_artifact(record, reread=True):
                 place = self._store.set_aside(record.kind, record.key)
@@ -259,6 +257,6 @@ class Scheduler:
         return True
 
 
-def _acted_on(plan: Plan) -> dict[str, Record]:
-    """The records of the artifacts that leave the cache when the run ends: those of releases to push."""
+def _to_push(plan: Plan) -> dict[str, Record]:
+    """The records of the releases that this run pushes."""
     return {entry.name: entry.record for entry in plan if entry.record and entry.effect and entry.effect.act}

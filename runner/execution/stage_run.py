@@ -1,6 +1,4 @@
-"""The work of one stage, from job file to result: its processes are launched, followed and, where they fail,
-explained and launched again.
-"""
+"""Runs one stage, from job file to result: launches its processes, follows them, explains their failures and retries."""
 
 import json
 import os
@@ -21,12 +19,12 @@ from runner.cache.store import Store
 from runner.credentials import redact
 from runner.errors import MachineLostError, PausedError, PeerFailedError, StageError
 from runner.execution import launch, liveness
-from runner.execution.fork_server import Forked
+from runner.execution.fork_server import ForkedWorker
 from runner.execution.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
 from runner.execution.node_layout import ALONE, Layout
-from runner.execution.notifications import Notices
+from runner.execution.notifications import Notifier
 from runner.execution.peers import Peers
-from runner.execution.retry_policy import Recovery
+from runner.execution.retry_policy import RetryPolicy
 from runner.execution.stop import StopRequest
 from runner.execution.watchdog import Watchdog
 from runner.graph import input_files, plain
@@ -40,13 +38,13 @@ from runner.tracking.metrics_file import MetricsReader
 from runner.tracking.tracker_process import TrackerProcess
 
 MACHINE_FIELDS = frozenset({"machines", "machine_rank", "main_address"})
-TROUBLE_SECONDS = 5.0  # for processes to end after those of another machine have
-FULL_BYTES = 2**20  # where less is free, a worker may fail without being able to say why
-LOG_LINES = 12  # shown of a worker that died without a word
+PEER_FAULT_SECONDS = 5.0  # for the processes here to end after those of another machine
+FULL_BYTES = 2**20  # with less free space, a worker may fail without an error message
+LOG_LINES = 12  # shown of a worker that died without an error message
 
 
 class StageRun:
-    """The work of one stage, from job file to result, under its lock."""
+    """One stage run, under the lock of its key."""
 
     def __init__(
         self,
@@ -57,10 +55,10 @@ class StageRun:
         log: IO[bytes],
         *,
         layout: Layout = ALONE,  # of the machines that train
-        peers: Peers | None = None,  # the other machines, as that of rank 0 sees them
-        offer: Callable[[], None] = lambda: None,  # hands what the stage reads to those who do not see the cache
-        owns_scratch: bool = True,  # no other machine works in the same folder
-        fork: Callable[..., Forked] | None = None,  # makes a worker alone
+        peers: Peers | None = None,  # the other machines, on machine 0
+        offer: Callable[[], None] = lambda: None,  # uploads the stage's inputs for machines with separate caches
+        owns_scratch: bool = True,  # no other machine uses the same folder
+        fork: Callable[..., ForkedWorker] | None = None,  # starts a single worker
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._layout = layout if entry.stage.trains else ALONE
@@ -70,59 +68,59 @@ class StageRun:
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
 
-    def work(self, progress: RunView, stop: StopRequest, tracker: TrackerProcess, notices: Notices) -> dict[str, Any]:
-        """Launches the stage's processes and waits for them; returns what the workers left as result.
+    def run(self, progress: RunView, stop: StopRequest, tracker: TrackerProcess, notifier: Notifier) -> dict[str, Any]:
+        """Launches the stage's processes and waits for them; returns the result of the workers.
 
-        A training begins again after faults, as [parallel] says. Raises StageError, or PausedError for an alert.
+        A training is retried after machine faults, as [parallel] says. Raises StageError, or PausedError for an alert.
         """
         stage, parallel = self._entry.stage, self._recipe.head.parallel
-        self._view = _View(MetricsReader(self._work / METRICS), progress, notices, self._entry.name)
+        self._metrics = _MetricsRelay(MetricsReader(self._work / METRICS), progress, notifier, self._entry.name)
         if stage.trains:
-            tracker.follow(self._view.metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
+            tracker.follow(self._metrics.metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         self._prepare(stop)
         if not stage.trains:
             self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
             return {"processes": 1, **self._result()}
-        recovery = Recovery(self._scratch, parallel, processes=self._local * self._layout.machines)
+        policy = RetryPolicy(self._scratch, parallel, processes=self._local * self._layout.machines)
         if self._peers and self._peers.is_broken:
-            recovery.processes = 1
+            policy.processes = 1
         while True:
-            processes = recovery.processes
+            processes = policy.processes
             layout, peers = (self._layout, self._peers) if processes > 1 else (ALONE, None)
             watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
             try:
                 if peers:
-                    self._meet(peers)
+                    self._begin_with(peers)
                 self._train(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
             except MachineError as fault:
                 cause = "; ".join([*(peers.causes() if peers else []), fault.cause])
-                then = recovery.after(cause, step=self._view.step)
+                then = policy.after_fault(cause, step=self._metrics.step)
                 if then is None:
                     raise MachineError(self._entry.name, cause, fault.details) from fault
                 text = f"{self._entry.name}: {cause}; it {then}"
                 progress.note(text)
-                notices.send(text)
+                notifier.send(text)
                 if peers:
                     peers.tell(text)
-                    if recovery.processes == 1:
+                    if policy.processes == 1:
                         peers.give_up()
             else:
                 machines = {"machines": layout.machines} if layout.machines > 1 else {}
-                faults = {"faults": recovery.faults} if recovery.faults else {}
+                faults = {"faults": policy.faults} if policy.faults else {}
                 return {"processes": processes, **machines, **faults, **self._result()}
 
-    def join(self, progress: RunView, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
-        """This machine's part of one attempt at a training whose result is that of the machine of rank 0: prepares, calls
-        `ready`, launches its processes and waits for their end.
+    def take_part(self, progress: RunView, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
+        """This machine's part of one attempt at a training of machine 0: prepares, calls `ready`, launches its processes and
+        waits for their end.
         """
-        self._view = _View(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
+        self._metrics = _MetricsRelay(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
         if self._owns_scratch:
             self._prepare(stop)
         ready()
         self._train(self._local * self._layout.machines, self._layout, stop, tick=tick)
 
-    def _meet(self, peers: Peers) -> None:
-        """Returns when all machines are about to begin."""
+    def _begin_with(self, peers: Peers) -> None:
+        """Returns when all machines start the training."""
         try:
             peers.assemble()
             self._offer()
@@ -132,11 +130,11 @@ class StageRun:
 
     @cached_property
     def _local(self) -> int:
-        """Processes of a training on this machine."""
+        """The number of processes of a training on this machine."""
         return resources.process_count(self._recipe.head.parallel)
 
     def _prepare(self, stop: StopRequest) -> None:
-        """Clears what the run before has left, and does the work that comes before a training group is formed."""
+        """Removes leftovers of an earlier run and runs `Stage.prepare`, before a training group forms."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         for name in (STOP, PAUSED):
             (self._scratch / name).unlink(missing_ok=True)
@@ -158,7 +156,7 @@ class StageRun:
         self._launch(command, stop, threads=max(1, self._cores // local), watchdog=watchdog, tick=tick)
 
     def _announcement(self) -> dict[str, Any]:
-        """What the other machines have to know of a training to agree and to take part."""
+        """What the other machines need to check and take part in a training."""
         above = [entry for entry in self._plan if entry.name in self._plan.above(self._entry.name)]
         return {
             "processes": self._local,
@@ -179,58 +177,58 @@ class StageRun:
         watchdog: Watchdog | None = None,
         tick: Callable[[], None] | None = None,
     ) -> None:
-        """Runs a command to its end. Raises MachineError where trying again may help, KeyboardInterrupt if asked to stop."""
+        """Runs a command to its end. Raises MachineError where a retry may help, KeyboardInterrupt after a request to stop."""
         log_start = os.fstat(self._log.fileno()).st_size
         for name in (RESULT, ERROR) if self._owns_scratch else ():
             (self._scratch / name).unlink(missing_ok=True)
         environment = launch.environment_of(threads, compiled=self._store.compiled)
-        trouble: list[tuple[float, StageError]] = []  # of another machine: the processes here end by themselves then
+        peer_faults: list[tuple[float, StageError]] = []  # after one, the processes here end by themselves
 
-        def look() -> None:
+        def check() -> None:
             self._store.raise_if_lost(self._entry.stage, str(self._entry.key))
             if stop.requested:
                 (self._scratch / STOP).touch()
-            self._view.look()
-            if tick and not trouble:
+            self._metrics.relay()
+            if tick and not peer_faults:
                 try:
                     tick()
                 except StageError as error:
-                    trouble.append((time.monotonic(), error))
-            if trouble and time.monotonic() - trouble[0][0] > TROUBLE_SECONDS:
-                self._raise(trouble[0][1])
+                    peer_faults.append((time.monotonic(), error))
+            if peer_faults and time.monotonic() - peer_faults[0][0] > PEER_FAULT_SECONDS:
+                self._raise(peer_faults[0][1])
             if watchdog and watchdog.is_too_quiet():
                 liveness.show_stacks(self._scratch)
                 raise MachineError(
                     self._entry.name,
-                    f"a step has not ended for {duration(watchdog.quiet)}, so its processes are ended",
-                    f"(where they were is at the end of {self._log.name})",
+                    f"a step has not ended for {duration(watchdog.quiet)}, so its processes are killed",
+                    f"(their stacks are at the end of {self._log.name})",
                 )
 
         try:
             with launch.started(command, log=self._log, environment=environment, fork=self._fork) as process:
-                code = launch.wait(process, tick=look, stopping=lambda: stop.requested)
+                code = launch.wait(process, tick=check, stopping=lambda: stop.requested)
         finally:
             liveness.end(self._scratch)
-        self._view.look()
+        self._metrics.relay()
         if code == 0:
             return
         if (self._scratch / PAUSED).exists():
             message = json.loads((self._scratch / PAUSED).read_text(encoding="utf-8"))["message"]
-            raise PausedError(f"stage {self._entry.name!r}: {message}; the same command goes on from there")
-        if stop.requested and not (self._scratch / ERROR).exists():
-            raise KeyboardInterrupt
-        if trouble:
-            self._raise(trouble[0][1])
+            raise PausedError(f"stage {self._entry.name!r}: {message}; run the same command to continue")
+        if not (self._scratch / ERROR).exists():
+            stop.raise_if_requested()
+        if peer_faults:
+            self._raise(peer_faults[0][1])
         raise self._failure(code, log_start)
 
-    def _raise(self, trouble: StageError) -> NoReturn:
-        """Raises what happened on another machine, as one of the kinds of fault that are known here."""
-        if isinstance(trouble, MachineLostError) or (isinstance(trouble, PeerFailedError) and trouble.again):
-            raise MachineError(self._entry.name, str(trouble), "") from trouble
-        raise trouble
+    def _raise(self, fault: StageError) -> NoReturn:
+        """Raises a fault of another machine, as MachineError if a retry may help."""
+        if isinstance(fault, MachineLostError) or (isinstance(fault, PeerFailedError) and fault.again):
+            raise MachineError(self._entry.name, str(fault), "") from fault
+        raise fault
 
     def _failure(self, code: int | None, log_start: int) -> StageError:
-        """Why the workers failed: their own sentence, else how they died and the end of their log."""
+        """Why the workers failed: their own error message, else how they died and the end of their log."""
         log, name = Path(self._log.name), self._entry.name
         with log.open("rb") as file:
             file.seek(log_start)
@@ -244,14 +242,14 @@ class StageRun:
             if not number:
                 return MachineError(name, message, f"(log: {log})")
         died = f"was killed by signal {number}" if number else f"ended with exit code {code}"
-        hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
+        hint = " (perhaps out of memory)" if number == signal.SIGKILL else ""
         if shutil.disk_usage(self._work).free < FULL_BYTES:
             hint = " (the disk of the cache is full)"
-        end = [f"What it had finished is kept; the end of {log}:", *map(redact, last[-LOG_LINES:])]
+        end = [f"Finished work is kept; the end of {log}:", *map(redact, last[-LOG_LINES:])]
         return MachineError(name, f"its worker {died}{hint}", "\n".join(end))
 
     def _job(self, processes: int, layout: Layout = ALONE) -> Path:
-        """Writes what the workers need to know, each machine for itself, since paths may differ; returns where it is."""
+        """Writes the job file, one per machine since paths may differ; returns its path."""
         path = self._scratch / (JOB if self._layout.is_main else f"job-{self._layout.rank}.json")
         cores = self._cores * layout.machines
         job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores).write(
@@ -260,7 +258,7 @@ class StageRun:
         return path
 
     def _facts(self) -> dict[str, Any]:
-        """What the trackers show of a stage beside its curves."""
+        """The facts of a stage for the trackers."""
         entry = self._entry
         return {
             "recipe": self._recipe.head.name,
@@ -272,31 +270,31 @@ class StageRun:
 
 
 class MachineError(StageError):
-    """A fault of machines: what is lost is time, and beginning again may help."""
+    """A machine fault, after which a retry may help."""
 
     def __init__(self, stage: str, cause: str, details: str) -> None:
         super().__init__(f"stage {stage!r}: {cause}. {details}")
         self.cause, self.details = cause, details
 
 
-class _View:
-    """What a running stage reports, on its way to whom it concerns."""
+class _MetricsRelay:
+    """Passes the metrics of a running stage to the progress view and its alerts to the notifier."""
 
-    def __init__(self, metrics: MetricsReader, progress: RunView, notices: Notices | None, name: str) -> None:
-        self.metrics, self._progress, self._notices, self._name = metrics, progress, notices, name
-        self.step = 0  # the furthest that was reported
+    def __init__(self, metrics: MetricsReader, progress: RunView, notifier: Notifier | None, name: str) -> None:
+        self.metrics, self._progress, self._notifier, self._name = metrics, progress, notifier, name
+        self.step = 0  # the highest reported
 
-    def look(self) -> None:
-        """Passes new lines on."""
+    def relay(self) -> None:
+        """Passes on new lines."""
         for line in self.metrics.new_lines():
             self._progress.reported(line)
             self.step = max(self.step, int(line.get("step", 0)))
-            if "alert" in line and self._notices:
-                self._notices.send(f"{self._name}: {line['action']}: {line.get('note') or line.get('text')}")
+            if "alert" in line and self._notifier:
+                self._notifier.send(f"{self._name}: {line['action']}: {line.get('note') or line.get('text')}")
 
 
 def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
-    """What the workers of a stage that can run, in the folder `work`, have to know; stages by their names in the recipe."""
+    """The job of a stage in the folder `work`; it names stages as the recipe does."""
     name, folder = entry.name, recipe.path.parent.resolve()
     records = plan.sources_read(name)
     read = [other for other in plan if other.name == name or plan.written(other.name) in records]
@@ -323,7 +321,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
 
 
 def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
-    """The settings of a sweep of which a stage reads the best, as a table."""
+    """The settings of the sweep whose best one a stage reads, as a table."""
     sweep = plan.recipe.sweep
     if sweep is None or plan.decided[sweep.stage] is None or plan.family_of(name) is sweep:
         return []
@@ -331,14 +329,14 @@ def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
 
 
 def _published(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe as a release may show it: without the cache and the machines that it was run on."""
+    """A resolved recipe for a release, without the cache and the machines of this run."""
     parallel = {name: value for name, value in recipe["parallel"].items() if name not in MACHINE_FIELDS}
     return {name: value for name, value in recipe.items() if name != "cache"} | {"parallel": parallel}
 
 
 def _signal_in(log: str) -> int | None:
-    """The signal that ended a worker, as accelerate and torch's launcher tell it at the end of their logs."""
-    if found := re.search(r"died with <Signals\.(SIG\w+)", log):
-        return int(signal.Signals[found[1]])
-    found = re.search(r"exitcode\s*: -(\d+)", log)
-    return int(found[1]) if found else None
+    """The signal that ended a worker, from the log of accelerate or torch's launcher."""
+    if match := re.search(r"died with <Signals\.(SIG\w+)", log):
+        return int(signal.Signals[match[1]])
+    match = re.search(r"exitcode\s*: -(\d+)", log)
+    return int(match[1]) if match else None

@@ -1,7 +1,6 @@
-"""Notices a training step that does not end, by a file that its first process touches before each step and micro-batch.
+"""Detects a training step that does not end, by a file that its first process touches before each step and micro-batch.
 
-Time is this process's own: neither the clock of the workers' machine nor a jump of this one's counts, and neither does time in
-which this process itself was stopped.
+Only the monotonic clock of this process counts; time in which this process itself was suspended does not.
 """
 
 import contextlib
@@ -11,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 HEARTBEAT = "heartbeat"  # in scratch
-LONGEST = 20  # times the longest step seen: steps differ, but not by so much
-FIRST = 4  # times as long for what comes before the first step has ended: loading, forming a group, compiling
+LONGEST = 20  # times the longest step so far
+FIRST = 4  # times as long until the first step has ended: loading, forming a group, compiling
 FIRST_SECONDS = 600.0  # and no less than this
-COUNTED_SECONDS = 1.0  # between two looks, at most
+COUNTED_SECONDS = 1.0  # at most, between two checks
 
 
 class Heartbeat:
-    """The workers' end: beats whenever the training asks whether it should stop."""
+    """The workers' side: touches the file whenever the training asks whether it should stop."""
 
     def __init__(self, scratch: Path, should_stop: Callable[[], bool]) -> None:
         self._path, self._should_stop = scratch / HEARTBEAT, should_stop
@@ -33,17 +32,17 @@ class Heartbeat:
 
 
 class Watchdog:
-    """The run's end: how long it has been quiet, and whether that is too long."""
+    """The run's side: how long the file was not touched, and whether that is too long."""
 
     def __init__(self, scratch: Path, *, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._patience, self._now = scratch / HEARTBEAT, 60 * minutes, now
+        self._path, self._limit, self._now = scratch / HEARTBEAT, 60 * minutes, now
         self._last_look, self._last_beat = now(), self._beat()
         self._beats = 0
         self.quiet = 0.0  # seconds since the last beat
         self._longest = 0.0
 
     def is_too_quiet(self) -> bool:
-        """Looks again; to be called several times a second."""
+        """Checks the file; to be called several times a second."""
         look = self._now()
         self.quiet += min(look - self._last_look, COUNTED_SECONDS)
         self._last_look = look
@@ -52,8 +51,8 @@ class Watchdog:
                 self._longest = max(self._longest, self.quiet)
             self._last_beat, self.quiet = beat, 0.0
             self._beats += 1
-        patience = self._patience if self._beats > 1 else max(FIRST * self._patience, FIRST_SECONDS)
-        return self.quiet > max(patience, LONGEST * self._longest)
+        limit = self._limit if self._beats > 1 else max(FIRST * self._limit, FIRST_SECONDS)
+        return self.quiet > max(limit, LONGEST * self._longest)
 
     def _beat(self) -> int | None:
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""One process of a launched stage: reads the job file, runs the stage, and leaves `result.json` or `error.json` in scratch.
+"""A worker: one process of a stage. It reads the job file, runs the stage, and writes `result.json` or `error.json` to scratch.
 
-It ends at once when its standard input closes: then the run that started it is gone, and an orphan must not write. It also
-ends when its job file is gone: then another run took its work over.
+It exits at once when its standard input closes, since then its run is gone and an orphan must not write, and when its job file
+is gone, since then another run took the key over.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ from runner.tracking.metrics_file import MetricsWriter
 
 WATCH_SECONDS = 1.0
 EXIT_FAILED, EXIT_PAUSED, EXIT_INTERRUPTED, EXIT_ORPHANED = 3, 5, 130, 4
-# What machines do to a training, and torch says with a RuntimeError; anything else would only happen again.
-MACHINES = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
+# Machine faults, which torch reports as RuntimeError; a retry may help. Other errors would only repeat.
+MACHINE_FAULTS = (RuntimeError, MemoryError, ConnectionError, TimeoutError)
 
 
 def main() -> int:
-    """Runs the job file named on the command line; `--prepare` runs only what comes before a training group is formed."""
+    """Runs the job file named on the command line; with `--prepare` only `Stage.prepare`, before a training group forms."""
     job_path, *flags = sys.argv[1:]
     job = Job.read(Path(job_path))
     rank = int(os.environ.get("RANK", "0"))
     scratch = Path(job.work) / SCRATCH
-    known = liveness.announce(scratch, str(rank))  # noqa: F841  # the lock on it lasts as long as this process
+    registration = liveness.register(scratch, str(rank))  # noqa: F841  # its lock lasts as long as this process
     watch_parent()
     watch_job(Path(job_path))
     try:
@@ -58,11 +58,11 @@ def main() -> int:
         return EXIT_PAUSED
     except (InputError, OSError, MemoryError) as error:
         traceback.print_exc()
-        _leave_error(scratch, rank, sentence(error, Path(job.work)), again=isinstance(error, MACHINES))
+        _write_error(scratch, rank, message_of(error, Path(job.work)), again=isinstance(error, MACHINE_FAULTS))
         return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        _leave_error(scratch, rank, f"{type(error).__name__}: {error}", again=isinstance(error, MACHINES))
+        _write_error(scratch, rank, f"{type(error).__name__}: {error}", again=isinstance(error, MACHINE_FAULTS))
         return EXIT_FAILED
     if rank == 0:
         result = {"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}
@@ -72,11 +72,11 @@ def main() -> int:
     return 0
 
 
-def sentence(error: Exception, work: Path) -> str:
-    """What a person is told of a fault that is not a bug."""
+def message_of(error: Exception, work: Path) -> str:
+    """The message of an error that is not a bug."""
     match error:
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
-            return f"{error.strerror} while writing under {work}; free some space and run again, what is finished is kept"
+            return f"{error.strerror} while writing under {work}; free some space and run again, finished work is kept"
         case OSError(strerror=str(reason), filename=str(name)):
             return f"{reason}: {name}"
         case OSError(strerror=str(reason)):
@@ -87,7 +87,7 @@ def sentence(error: Exception, work: Path) -> str:
 
 
 def watch_parent() -> None:
-    """Ends this process when standard input, a pipe from the run that started it, closes."""
+    """Ends this process when standard input, a pipe from its run, closes."""
 
     def watch() -> None:
         while os.read(0, 1):
@@ -114,7 +114,7 @@ def _may_exist(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return True  # a disk of the network may answer again
+        return True  # a temporary fault of a network file system
     return True
 
 
@@ -143,20 +143,20 @@ def _silent(**values: Any) -> None:
     pass
 
 
-def _leave_error(scratch: Path, rank: int, message: str, *, again: bool) -> None:
-    """The first process that fails says why, and whether trying again may help; the others fail only because it did.
+def _write_error(scratch: Path, rank: int, message: str, *, again: bool) -> None:
+    """Writes the error of the first process that fails, since the others only fail because of it.
 
-    What is wrong for good is said in any case: another process may have been first to miss this one.
+    An error that no retry can fix is always written: another process may have failed first because this one was missing.
     """
-    with contextlib.suppress(OSError):  # a full disk, say: then the log and the exit code are what is left
+    with contextlib.suppress(OSError):  # on a full disk only the log and the exit code are left
         if not again or not (scratch / ERROR).exists():
             write_whole(scratch / ERROR, json.dumps({"rank": rank, "message": message, "again": again}))
 
 
-def _assert_world_size(wanted: int) -> None:
-    found = int(os.environ.get("WORLD_SIZE", "1"))
-    if found != wanted:
-        raise RuntimeError(f"accelerate launch was asked for {wanted} processes and started {found}")
+def _assert_world_size(expected: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != expected:
+        raise RuntimeError(f"accelerate launch: expected {expected} processes, got {started}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Participant:
         try:
             plan = self._agreed(name, message, until)
             with self._prepared(plan.entries[name], plan) as work:
-                work.join(
+                work.take_part(
                     self._progress,
                     self._stop,
                     ready=lambda: self._report_ready(connection, attempt, ended),

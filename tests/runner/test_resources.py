@@ -1,4 +1,4 @@
-"""How many cores a run takes, and how a setting that is none is told."""
+"""How many cores a run uses."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def _no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     ("quota", "wanted"),
     [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("6400000 100000", 8), ("nonsense", 8), ("1 0", 8)],
 )
-def test_it_takes_what_the_system_and_a_container_grant(
+def test_cores_are_limited_by_affinity_and_by_the_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, wanted: int
 ) -> None:
     monkeypatch.setattr(resources, "QUOTA", tmp_path / "cpu.max")
@@ -29,13 +29,13 @@ def test_it_takes_what_the_system_and_a_container_grant(
     assert available_cores() == wanted
 
 
-def test_a_setting_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_sets_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOCKPOT_CORES", "3")
     assert available_cores() == 3
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "two", "1.5", "²"])
-def test_a_setting_that_is_no_number_of_cores_is_told(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_an_invalid_number_of_cores_is_refused(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     monkeypatch.setenv("STOCKPOT_CORES", wrong)
-    with pytest.raises(RecipeError, match=f"^STOCKPOT_CORES: expected a number of cores, 1 or more$, got '{wrong}'"):
+    with pytest.raises(RecipeError, match=f"^STOCKPOT_CORES: expected a number of cores, 1 or more, got '{wrong}'$"):
         available_cores()

@@ -1,7 +1,7 @@
-"""Kills of a run at random instants: its parent, one of its workers, or both, by any signal that ends a process.
+"""Kills a run at random times: the parent, a worker, or both, by any signal that ends a process.
 
-After each kill the same command is run again. Whatever was killed, no process may stay, and a run says with its exit code
-that it ended, failed or was interrupted. Everything random comes from one seed; the instants are as random as the machine.
+After each kill the same command runs again. No process may stay, and the exit code must say that the run ended, failed or was
+interrupted. One seed decides every choice; the exact moment depends on the machine.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ import psutil
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("parent", "worker", "both")
 DONE, FAILED, INTERRUPTED = 0, 3, 130  # exit codes of a run
-PATIENCE = 180.0  # seconds until processes that should end count as hanging, on a machine that is busy
+END_SECONDS = 180.0  # until processes that should end count as hanging, on a busy machine
 
 
 @dataclass
 class Figures:
-    """What was done to the runs of a recipe, and how they took it."""
+    """The kills and their outcomes."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by target and signal
-    amid: Counter[str] = field(default_factory=Counter)  # by the kind of stage that was being worked on
-    codes: Counter[int] = field(default_factory=Counter)  # exit codes of the runs that were hit
-    finished: int = 0  # times that the recipe came to its end
+    during: Counter[str] = field(default_factory=Counter)  # by the kind of stage that ran
+    codes: Counter[int] = field(default_factory=Counter)  # exit codes of the killed runs
+    finished: int = 0  # times that the recipe finished
 
 
 class Victim:
@@ -53,14 +53,14 @@ class Victim:
         assert done.returncode == DONE, done.stderr
 
     def digests(self) -> dict[str, str]:
-        """Of each stage's artifact; fails the test where one is not finished."""
+        """The digest of each stage's artifact; all must be finished."""
         plan = json.loads(subprocess.run(self.command("plan", "--json"), capture_output=True, check=True).stdout)
         assert {stage["state"] for stage in plan["stages"]} == {"cached"}, plan
         records = {stage["name"]: Path(stage["path"]) / "record.json" for stage in plan["stages"]}
         return {name: json.loads(record.read_text())["digest"] for name, record in records.items()}
 
     def assert_sound(self) -> None:
-        """Nothing is damaged or half done."""
+        """Asserts that nothing is damaged or unfinished."""
         command = [sys.executable, "-m", "runner.cli", "verify", "--cache", str(self.cache)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == DONE, done.stderr
@@ -72,7 +72,7 @@ class Victim:
         return " and ".join(sorted(works)) or "nothing"
 
     def processes(self) -> list[psutil.Process]:
-        """Those whose command line names the cache."""
+        """The processes whose command line names the cache."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -82,9 +82,9 @@ class Victim:
 
 
 def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: dict[str, str]) -> Figures:
-    """Kills runs of `victim` until `kills` have hit one, each within `longest` seconds of its start, and then lets it finish.
+    """Kills runs of `victim` `kills` times, each within `longest` seconds of its start, and then lets it finish.
 
-    A recipe that comes to its end has to have the digests `wanted`, and if that is too early it begins with an empty cache.
+    A finished recipe must have the digests `wanted`; if it finishes too early, it starts again with an empty cache.
     """
     choose, figures = random.Random(seed), Figures()
     process = victim.start()
@@ -94,7 +94,7 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
         below = list[psutil.Process]()
         if not _ends(process, within=delay):
             below = psutil.Process(process.pid).children(recursive=True)
-            figures.amid[victim.working_on()] += 1
+            figures.during[victim.working_on()] += 1
             hit = [below[int(pick * len(below))].pid] if below and target != "parent" else []
             hit += [process.pid] if target != "worker" or not below else []
             for pid in hit:
@@ -102,11 +102,11 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
                     os.kill(pid, number)
             figures.kills[f"{target if below else 'parent'}, {number.name}"] += 1
             if process.pid not in hit and not _ends(process, within=longest):
-                continue  # without its tracker, or after it has begun again: what is hit next is the same run
-        assert _ends(process, within=PATIENCE), f"after {target} {number.name}: it goes on; {figures}"
+                continue  # only its tracker died, or it retried: the next kill hits the same run
+        assert _ends(process, within=END_SECONDS), f"after {target} {number.name}: it still runs; {figures}"
         figures.codes[process.returncode] += 1
         _assert_it_ended_well(process.returncode, number, victim.said.read_text(errors="replace"))
-        alive = psutil.wait_procs([*below, *victim.processes()], timeout=PATIENCE)[1]
+        alive = psutil.wait_procs([*below, *victim.processes()], timeout=END_SECONDS)[1]
         assert not alive, f"after {target} {number.name}: {alive}"
         if process.returncode == DONE:
             _assert_finished(victim, wanted, figures)
@@ -134,11 +134,11 @@ def _assert_finished(victim: Victim, wanted: dict[str, str], figures: Figures) -
 
 
 def _assert_it_ended_well(code: int, number: signal.Signals, said: str) -> None:
-    """A signal that comes before the program has taken it over ends it as it ends any Python."""
+    """A signal that arrives before the program handles it ends it like any Python process."""
     early = code == -number or (number == signal.SIGINT and "KeyboardInterrupt" in said)
     assert early or (code in (DONE, FAILED, INTERRUPTED) and "Traceback (most recent call last)" not in _own(said)), said
 
 
 def _own(said: str) -> str:
-    """What the run says itself, without the end of a killed worker's log."""
+    """The run's own output, without the end of a killed worker's log."""
     return said.partition("the end of ")[0]

@@ -1,4 +1,4 @@
-"""A cache with one artifact of every kind of stage, whose files have the right names and small content."""
+"""A cache with one artifact of every kind of stage: files with the right names and small content."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def finish(store: Store, kind: str, key: str, *, finished: str = "2026-01-01T00:
 
 
 def flip(path: Path, bit: int) -> None:
-    """Flips one bit in place, counted from the file's start; size, time and inode stay."""
+    """Flips one bit in place, counted from the start of the file; keeps size, time and inode."""
     status = path.stat()
     with path.open("r+b") as file:
         file.seek(bit // 8)

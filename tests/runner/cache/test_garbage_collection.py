@@ -1,4 +1,4 @@
-"""`run gc`: what no recipe or recent run reaches goes, or what was used longest ago; work in progress and records never do."""
+"""`run gc` removes artifacts that no recipe or recent run reaches, or the least recently used; never work in progress or records."""
 
 import json
 import os
@@ -40,7 +40,9 @@ def files_of(root: Path) -> set[str]:
     return {str(path) for path in root.rglob("*")}
 
 
-def test_what_no_recent_run_reaches_goes_and_its_record_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_that_no_recent_run_reaches_is_removed_and_its_record_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(tmp_path)
     kept, gone = numbered(store, 1), numbered(store, 2)
     note(store, "mine", [kept.name], 0.0)
@@ -52,7 +54,7 @@ def test_what_no_recent_run_reaches_goes_and_its_record_stays(tmp_path: Path, ca
     assert main(["verify", "--cache", str(tmp_path)]) == 0
 
 
-def test_a_dry_run_tells_what_and_how_much_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reports_the_removals_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path)
     kept, gone = numbered(store, 1), numbered(store, 2, size=1000)
     note(store, "mine", [kept.name], 0.0)
@@ -78,7 +80,7 @@ def test_without_recipes_and_without_a_run_nothing_is_removed(tmp_path: Path, ca
     assert gc(Store(tmp_path / "empty")) == 0
 
 
-def test_with_a_size_the_artifact_used_longest_ago_goes_first_and_no_more_than_needed(tmp_path: Path) -> None:
+def test_with_a_size_the_least_recently_used_artifacts_are_removed_and_no_more_than_needed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     records = [numbered(store, number, size=1000) for number in range(4)]
     for number, record in enumerate(records):
@@ -89,7 +91,7 @@ def test_with_a_size_the_artifact_used_longest_ago_goes_first_and_no_more_than_n
     assert here(store) == {records[0].name, records[3].name}
 
 
-def test_what_somebody_reads_or_works_under_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_artifacts_in_use_are_not_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path)
     read, made, free = (numbered(store, number) for number in range(3))
     work = store.work("merge", key_for("growing"))
@@ -108,7 +110,7 @@ def test_what_somebody_reads_or_works_under_stays(tmp_path: Path, capsys: pytest
     assert free.name in said
 
 
-def test_leftovers_go_and_work_that_a_recent_run_goes_on_with_stays(tmp_path: Path) -> None:
+def test_leftovers_are_removed_and_work_of_a_recent_run_stays(tmp_path: Path) -> None:
     store = Store(tmp_path)
     record = numbered(store, 1)
     resumable, dead = f"merge-{key_for('resumable')}", f"merge-{key_for('dead')}"
@@ -141,7 +143,7 @@ def test_files_shared_by_hard_links_are_counted_once(tmp_path: Path, capsys: pyt
     assert freed.endswith(" B") or float(freed.split()[0]) < 50, "only what was not shared"
 
 
-def test_runs_are_recent_by_number_and_by_days_before_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
+def test_runs_are_recent_by_number_and_by_days_before_the_newest(tmp_path: Path) -> None:
     runs = [(Path(), Run(str(number), "", 1e12 - number * 10 * DAY, ())) for number in range(40)]
     assert len(recent(runs)) == RECENT_RUNS
     close = [(Path(), Run(str(number), "", 1e12 - number * DAY, ())) for number in range(40)]
@@ -149,7 +151,7 @@ def test_runs_are_recent_by_number_and_by_days_before_the_newest_whatever_the_cl
     assert recent([]) == []
 
 
-def test_a_note_that_is_damaged_is_none(tmp_path: Path) -> None:
+def test_a_damaged_entry_of_the_run_log_is_ignored(tmp_path: Path) -> None:
     store = Store(tmp_path)
     note(store, "good", [], 1.0)
     for number, text in enumerate(["", "[]", "{}", '{"recipe": 1}', "\udcff"]):
@@ -157,7 +159,7 @@ def test_a_note_that_is_damaged_is_none(tmp_path: Path) -> None:
     assert [run.recipe for _, run in logged_runs(tmp_path)] == ["good"]
 
 
-def test_a_run_that_fails_leaves_the_results_of_the_run_before_it_reached(tmp_path: Path) -> None:
+def test_a_failing_run_keeps_the_results_of_the_run_before_it(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     resolved = load_recipe(folder.recipe).resolved()
     log_run(folder.cache, folder.recipe, resolved, ["a-1", "b-2"], until=None, complete=True)
@@ -168,7 +170,7 @@ def test_a_run_that_fails_leaves_the_results_of_the_run_before_it_reached(tmp_pa
     assert {name for _, run in logged_runs(folder.cache) for name in run.names} == {"a-1", "a-3", "b-4"}
 
 
-def test_runs_are_noted_and_a_recipe_named_keeps_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_logged_and_a_named_recipe_keeps_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Folder(tmp_path)
     assert folder.run().returncode == 0
     assert folder.run("--set", "stage.tokens.context=16").returncode == 0
@@ -185,7 +187,7 @@ def test_runs_are_noted_and_a_recipe_named_keeps_its_results(tmp_path: Path, cap
     assert gc(store, str(folder.root / "none.toml")) == 2
 
 
-def test_sizes_are_read_as_people_write_them() -> None:
+def test_sizes_are_parsed_with_their_units() -> None:
     assert size_in_bytes("20GB") == 20_000_000_000
     assert size_in_bytes("1.5 MB") == 1_500_000
     assert size_in_bytes("2KiB") == 2048

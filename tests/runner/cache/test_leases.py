@@ -1,4 +1,4 @@
-"""Leases between machines that share a cache: one holder, a dead one is taken over, and one that comes back drops its work."""
+"""Leases between machines that share a cache: one holder; a dead one is replaced, and one that comes back drops its result."""
 
 import os
 import shutil
@@ -53,13 +53,13 @@ def once_free(attempt: Callable[[], Any]) -> Any:
 
 
 def silence(leases: Leases) -> None:
-    """As if its process were stopped: no beats any more."""
+    """Stops the heartbeat, as if the process were suspended."""
     stopping = leases._holder._stopping
     assert stopping is not None
     stopping.set()
 
 
-def test_of_many_that_want_a_free_key_one_gets_it(tmp_path: Path, as_machine: Any) -> None:
+def test_exactly_one_of_many_processes_gets_a_free_key(tmp_path: Path, as_machine: Any) -> None:
     as_machine("one", strangers=True)
     got: list[Lease] = []
     start = threading.Barrier(8)
@@ -78,7 +78,7 @@ def test_of_many_that_want_a_free_key_one_gets_it(tmp_path: Path, as_machine: An
     assert [path.name for path in (tmp_path / "leases").iterdir()] == [NAME]
 
 
-def test_a_holder_that_beats_is_waited_for_by_name_and_then_followed(tmp_path: Path, as_machine: Any) -> None:
+def test_a_live_holder_is_waited_for_by_name(tmp_path: Path, as_machine: Any) -> None:
     as_machine("one")
     first = Leases(tmp_path)
     assert isinstance(first.try_alone(NAME), Lease)
@@ -93,7 +93,7 @@ def test_a_holder_that_beats_is_waited_for_by_name_and_then_followed(tmp_path: P
     assert isinstance(second.try_alone(NAME), Lease)
 
 
-def test_of_many_that_watch_a_dead_holder_one_takes_over_and_the_dead_one_cannot_finish(
+def test_exactly_one_of_many_watchers_takes_over_from_a_dead_holder_and_the_dead_one_cannot_finish(
     tmp_path: Path, as_machine: Any
 ) -> None:
     as_machine("one")
@@ -127,7 +127,7 @@ def test_of_many_that_watch_a_dead_holder_one_takes_over_and_the_dead_one_cannot
     assert (tmp_path / "leases" / NAME / FREE).exists()
 
 
-def test_who_was_suspended_while_it_watched_has_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_a_watcher_was_suspended_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "holder").write_text("1\n{}\n")
     clock = [0.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
@@ -142,7 +142,7 @@ def test_who_was_suspended_while_it_watched_has_not_watched(tmp_path: Path, monk
     assert dead
 
 
-def test_readers_of_another_machine_keep_an_artifact_and_dead_ones_do_not(tmp_path: Path, as_machine: Any) -> None:
+def test_live_readers_of_another_machine_keep_an_artifact_and_dead_ones_do_not(tmp_path: Path, as_machine: Any) -> None:
     store = Store(tmp_path)
     record = finish(store, "merge", key_for("leased"))
     as_machine("one")
@@ -163,7 +163,7 @@ def test_readers_of_another_machine_keep_an_artifact_and_dead_ones_do_not(tmp_pa
             assert isinstance(Leases(tmp_path).try_reading(record.name), str)
 
 
-def test_a_taken_over_key_grows_in_a_folder_of_its_own_with_what_was_there(tmp_path: Path, as_machine: Any) -> None:
+def test_a_taken_over_key_continues_in_a_copy_of_its_work_folder(tmp_path: Path, as_machine: Any) -> None:
     as_machine("one")
     late = Store(tmp_path)
     key = key_for("leased")
@@ -202,7 +202,7 @@ def begun(folder: Folder, machine: str, **more: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_a_stopped_run_is_taken_over_by_another_machine_and_drops_its_work_when_it_wakes_up(tmp_path: Path) -> None:
+def test_a_suspended_run_is_taken_over_by_another_machine_and_drops_its_result_when_it_wakes_up(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     sleeper = begun(folder, "one")
     wait_for(lambda: list((folder.cache / "work").glob("tokenizer-*/.work/job.json")))

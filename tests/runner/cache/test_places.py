@@ -1,4 +1,4 @@
-"""A cache in odd places: one that can only be read, a disk that is full, clocks that jump, names in any script, and moves."""
+"""The cache in unusual places: read-only folders, full disks, clocks that jump, names in any script, moved folders."""
 
 import ctypes
 import json
@@ -22,13 +22,13 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 
 
 def as_anybody() -> None:
-    """Gives up the right of the superuser to write what is not writable; others never had it."""
+    """Drops root's capability to write read-only files."""
     if os.geteuid() == 0:
         ctypes.CDLL(None, use_errno=True).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
 def limited_to(size: int) -> Callable[[], None]:
-    """No file grows beyond `size` bytes: writing more fails as on a full disk."""
+    """Limits every file to `size` bytes: writing more fails as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -57,7 +57,7 @@ def read_only(folder: Folder) -> Iterator[Folder]:
     set_writable(folder.cache, True)
 
 
-def test_a_cache_that_can_only_be_read_serves_what_is_in_it(read_only: Folder) -> None:
+def test_a_read_only_cache_serves_its_artifacts(read_only: Folder) -> None:
     before = {path: path.stat().st_mtime_ns for path in read_only.cache.rglob("*")}
     recipe = str(read_only.recipe)
     for words in (["run", recipe], ["plan", recipe], ["why", recipe, "tokens"], ["path", recipe, "tokens"], ["verify"]):
@@ -66,7 +66,7 @@ def test_a_cache_that_can_only_be_read_serves_what_is_in_it(read_only: Folder) -
     assert {path: path.stat().st_mtime_ns for path in read_only.cache.rglob("*")} == before
 
 
-def test_a_cache_that_can_only_be_read_says_so_when_there_is_work(read_only: Folder) -> None:
+def test_a_read_only_cache_is_reported_when_a_stage_has_to_run(read_only: Folder) -> None:
     done = call(read_only, "run", str(read_only.recipe), "--set", "stage.tokens.context=16")
     assert done.returncode == 3
     assert f"{read_only.cache}: the cache cannot be written (Permission denied), and there is work to do" in done.stderr
@@ -74,7 +74,7 @@ def test_a_cache_that_can_only_be_read_says_so_when_there_is_work(read_only: Fol
     assert "Traceback" not in done.stderr
 
 
-def test_damage_in_a_cache_that_can_only_be_read_is_named_and_left(read_only: Folder) -> None:
+def test_damage_in_a_read_only_cache_is_reported_and_left(read_only: Folder) -> None:
     (damaged,) = read_only.cache.glob("stages/tokenizer-*/tokenizer.json")
     damaged.chmod(0o644)
     flip(damaged, 100)
@@ -85,7 +85,7 @@ def test_damage_in_a_cache_that_can_only_be_read_is_named_and_left(read_only: Fo
 
 
 @pytest.mark.parametrize("size", [0, 500, 3_000, 12_000])
-def test_a_disk_that_is_full_is_told_and_what_is_finished_is_kept(finished: Folder, tmp_path: Path, size: int) -> None:
+def test_a_full_disk_is_reported_and_finished_work_is_kept(finished: Folder, tmp_path: Path, size: int) -> None:
     folder = Folder(tmp_path / "full")
     done = call(folder, "run", str(folder.recipe), first=limited_to(size))
     assert done.returncode == 3
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_is_told_and_what_is_finished_is_kept(finished: Fold
 
 @pytest.mark.parametrize("year", [1970, 2100])
 def test_a_clock_that_jumps_reruns_nothing_and_loses_nothing(folder: Folder, year: int) -> None:
-    """Times of files and notes are from another year, as after a clock was put right."""
+    """The times of files and of the run log are from another year, as after a clock was corrected."""
     seconds = (year - 1970) * 365 * 24 * 3600 + 1
     for path in folder.root.rglob("*"):
         os.utime(path, (seconds, seconds))
@@ -117,7 +117,7 @@ def test_a_clock_that_jumps_reruns_nothing_and_loses_nothing(folder: Folder, yea
 
 
 def test_names_of_every_kind_run_resume_and_verify(tmp_path: Path) -> None:
-    """All in one path: text of any script, spaces, quotes, what shells, globs, templates and addresses give a meaning to."""
+    """One path with text of any script, spaces, quotes, and characters that are special to shells, globs, templates and URLs."""
     folder = Folder(
         tmp_path / "数据 集" / "with space and 'quote\" $x" / "-dash" / "--set" / "a[1]*?" / "{b}" / "percent%20" / "#hash"
     )
@@ -133,8 +133,8 @@ def test_names_of_every_kind_run_resume_and_verify(tmp_path: Path) -> None:
     assert main(["gc", str(folder.recipe), "--cache", str(folder.cache)]) == 0
 
 
-def test_a_folder_whose_name_is_no_text_plans_and_fails_without_a_traceback(tmp_path: Path) -> None:
-    """Libraries that read and write artifacts want names in UTF-8. (macOS has no others.)"""
+def test_a_folder_with_a_name_that_is_not_utf8_plans_and_fails_without_a_traceback(tmp_path: Path) -> None:
+    """Libraries that read and write artifacts need UTF-8 names. (macOS has no others.)"""
     name = b"latin-\xe9" if sys.platform == "linux" else "数据".encode()
     folder = Folder(tmp_path / os.fsdecode(name))
     for verb, codes in (("plan", {0}), ("run", {0, 3}), ("verify", {0})):
@@ -144,7 +144,7 @@ def test_a_folder_whose_name_is_no_text_plans_and_fails_without_a_traceback(tmp_
         assert b"Traceback" not in done.stderr
 
 
-def test_a_terminal_that_knows_only_ascii_gets_escapes_and_no_traceback(folder: Folder, tmp_path: Path) -> None:
+def test_an_ascii_terminal_gets_escapes_and_no_traceback(folder: Folder, tmp_path: Path) -> None:
     there = moved(folder, tmp_path / "数据")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     for words in (["plan", str(there.recipe)], ["run", str(there.recipe)], ["path", str(there.recipe), "tokens"], ["verify"]):
@@ -156,9 +156,7 @@ def test_a_terminal_that_knows_only_ascii_gets_escapes_and_no_traceback(folder: 
 
 
 @pytest.mark.parametrize("way", ["moved", "linked", "relative"])
-def test_a_cache_that_moved_is_as_good_as_before(
-    folder: Folder, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_cache_stays_valid(folder: Folder, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     new = tmp_path / "elsewhere" / "cache"
     new.parent.mkdir()
     shutil.move(folder.cache, new)
@@ -188,7 +186,7 @@ schedule = { kind = "constant", learning_rate = 1e-3 }
 """
 
 
-def test_a_training_runs_in_a_place_with_spaces_and_chinese_and_its_work_may_move(tmp_path: Path) -> None:
+def test_a_training_runs_under_a_path_with_spaces_and_chinese_and_its_work_may_move(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "我的 项目")
     folder.write(RECIPE + TRAINING)
     work = folder.call("plan", str(folder.recipe), "--set", "stage.base.budget={steps=3}")

@@ -1,4 +1,4 @@
-"""A cache elsewhere: what is fetched is verified, what is uploaded is whole, and a run goes on without a remote that fails."""
+"""Remote caches: downloads are verified, uploads are complete or absent, and a run continues without a failing remote."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from runner.recipe.recipe import load_recipe
 
 
 def elsewhere(folder: Folder, name: str = "there") -> Folder:
-    """The same recipe and data on another machine, whose cache is empty."""
+    """The same recipe and data on another machine with an empty cache."""
     shutil.copytree(folder.root, folder.root.parent / name, ignore=shutil.ignore_patterns("cache"))
     return Folder(folder.root.parent / name)
 
@@ -43,7 +43,7 @@ def records(folder: Folder) -> list[Record]:
 
 
 def memory(name: str) -> str:
-    """A remote in the memory of this process, empty."""
+    """An empty remote in the memory of this process."""
     files = fsspec.filesystem("memory")
     if files.exists(f"/{name}"):
         files.rm(f"/{name}", recursive=True)
@@ -51,7 +51,7 @@ def memory(name: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["memory", "folder"])
-def test_what_is_pushed_here_is_pulled_there_and_is_the_same(
+def test_a_pushed_artifact_is_pulled_elsewhere_unchanged(
     folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     remote = memory("pushed") if kind == "memory" else str(tmp_path / "a shared 文件夹")
@@ -67,7 +67,7 @@ def test_what_is_pushed_here_is_pulled_there_and_is_the_same(
     assert main(["verify", "--cache", str(there.cache)]) == 0
 
 
-def test_a_run_fetches_only_the_artifacts_that_something_reads(folder: Folder, tmp_path: Path) -> None:
+def test_a_run_fetches_only_the_artifacts_that_a_stage_reads(folder: Folder, tmp_path: Path) -> None:
     remote = str(tmp_path / "remote")
     assert call("push", folder, "--remote", remote) == 0
     there = elsewhere(folder)
@@ -82,9 +82,7 @@ def test_a_run_fetches_only_the_artifacts_that_something_reads(folder: Folder, t
     assert "uploaded to the remote" in done.stderr
 
 
-def test_the_recipe_names_the_remote_and_whether_to_upload_and_a_stage_that_ran_is_offered(
-    finished: Folder, tmp_path: Path
-) -> None:
+def test_the_recipe_names_the_remote_and_whether_finished_stages_are_uploaded(finished: Folder, tmp_path: Path) -> None:
     shutil.copytree(finished.root, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
     here = Folder(tmp_path / "here")
     keys = [record.key for record in records(finished)]
@@ -100,7 +98,7 @@ def test_the_recipe_names_the_remote_and_whether_to_upload_and_a_stage_that_ran_
     assert "mirror" not in (here.cache / "records" / f"{keys[1]}.json").read_text()
 
 
-def test_the_command_line_wins_over_the_environment_and_that_over_the_recipe(
+def test_the_command_line_overrides_the_environment_and_the_environment_the_recipe(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.write(folder.recipe.read_text() + '\n[cache]\nremote = "of-recipe"\n')
@@ -137,8 +135,8 @@ def test_a_flipped_bit_in_the_remote_is_never_used(folder: Folder, tmp_path: Pat
     assert not list((there.cache / "arriving").glob("*"))
 
 
-def test_an_upload_that_is_cut_short_is_absent(folder: Folder, tmp_path: Path) -> None:
-    """Whatever file the upload ends before: the record comes last, and without it there is nothing."""
+def test_an_interrupted_upload_counts_as_missing(folder: Folder, tmp_path: Path) -> None:
+    """The upload fails at each file in turn: the record comes last, and without it there is no artifact."""
     whole = tmp_path / "whole"
     assert call("push", folder, "--remote", str(whole)) == 0
     record = records(folder)[2]
@@ -178,13 +176,13 @@ class _Hanging(fsspec.get_filesystem_class("file")):  # type: ignore[misc]
         raise AssertionError
 
 
-def test_a_remote_that_does_not_answer_is_given_up_within_its_time(tmp_path: Path) -> None:
+def test_a_remote_that_does_not_answer_times_out(tmp_path: Path) -> None:
     remote = Remote(_Hanging(), str(tmp_path), name="slow://place", seconds=0.3)
     with pytest.raises(RemoteError, match="slow://place: no answer within 0 s"):
         remote.record("merge", "0" * 64)
 
 
-def test_a_request_to_stop_ends_the_waiting_for_a_remote(tmp_path: Path) -> None:
+def test_a_request_to_stop_ends_the_wait_for_a_remote(tmp_path: Path) -> None:
     def tick() -> None:
         raise KeyboardInterrupt
 
@@ -192,7 +190,7 @@ def test_a_request_to_stop_ends_the_waiting_for_a_remote(tmp_path: Path) -> None
         Remote(_Hanging(), str(tmp_path), name="slow", tick=tick).record("merge", "0" * 64)
 
 
-def test_an_unreachable_remote_is_one_warning_and_the_run_goes_on(finished: Folder, tmp_path: Path) -> None:
+def test_an_unreachable_remote_is_one_warning_and_the_run_continues(finished: Folder, tmp_path: Path) -> None:
     shutil.copytree(finished.root, tmp_path / "here", ignore=shutil.ignore_patterns("cache"))
     here = Folder(tmp_path / "here")
     (tmp_path / "file").touch()
@@ -201,7 +199,7 @@ def test_an_unreachable_remote_is_one_warning_and_the_run_goes_on(finished: Fold
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: ") == 1
-    assert "going on without this remote" in done.stderr
+    assert "continuing without this remote" in done.stderr
     assert here.states() == ALL_CACHED
 
 
@@ -226,7 +224,7 @@ def test_planning_and_a_cached_run_ask_no_remote(folder: Folder, capsys: pytest.
 @pytest.mark.parametrize(
     "name", ["../out", "/etc/out", "a/../../out", ".work/x", "a\\b", "record.json", "", "a//b", "./a", "nul\0"]
 )
-def test_a_record_from_elsewhere_whose_names_climb_out_is_none(folder: Folder, tmp_path: Path, name: str) -> None:
+def test_a_remote_record_with_a_file_name_outside_its_folder_is_ignored(folder: Folder, tmp_path: Path, name: str) -> None:
     honest = records(folder)[1]
     files = {**honest.files, name: "0" * 64}
     hostile = Record({**honest.data, "files": files, "digest": digest_of(files)})
@@ -235,7 +233,7 @@ def test_a_record_from_elsewhere_whose_names_climb_out_is_none(folder: Folder, t
     assert open_remote(str(tmp_path / "remote")).record(honest.kind, honest.key) is None
 
 
-def test_a_record_of_another_identity_or_key_is_none(folder: Folder, tmp_path: Path) -> None:
+def test_a_remote_record_of_another_identity_or_key_is_ignored(folder: Folder, tmp_path: Path) -> None:
     honest = records(folder)[1]
     place = tmp_path / "remote" / "records" / f"{honest.key}.json"
     place.parent.mkdir(parents=True)
@@ -256,7 +254,7 @@ def test_a_record_of_another_identity_or_key_is_none(folder: Folder, tmp_path: P
         assert remote.record(honest.kind, honest.key) is None
 
 
-def test_metrics_that_were_lost_are_no_reason_to_refuse_an_artifact(folder: Folder, tmp_path: Path) -> None:
+def test_an_artifact_without_metrics_is_accepted(folder: Folder, tmp_path: Path) -> None:
     record = next(record for record in records(folder) if METRICS in record.attachments)
     (Store(folder.cache).folder(record.kind, record.key) / METRICS).unlink()
     remote, there = open_remote(str(tmp_path / "remote")), Store(tmp_path / "other")
@@ -266,7 +264,7 @@ def test_metrics_that_were_lost_are_no_reason_to_refuse_an_artifact(folder: Fold
     assert there.has_artifact(record, reread=True)
 
 
-def test_a_file_that_is_missing_in_the_remote_is_damage_and_not_the_end_of_the_remote(folder: Folder, tmp_path: Path) -> None:
+def test_a_missing_file_in_the_remote_is_damage_and_the_remote_stays_in_use(folder: Folder, tmp_path: Path) -> None:
     record, notes = records(folder)[1], list[str]()
     open_remote(str(tmp_path / "remote")).offer(record, Store(folder.cache).folder(record.kind, record.key))
     next((tmp_path / "remote").glob("tokenizer-*/*/tokenizer.json")).unlink()
@@ -279,7 +277,7 @@ def test_a_file_that_is_missing_in_the_remote_is_damage_and_not_the_end_of_the_r
         open_remote(str(tmp_path / "remote")).fetch(record, store)
 
 
-def test_a_forced_stage_is_made_here_whatever_the_remote_has(folder: Folder, tmp_path: Path) -> None:
+def test_a_forced_stage_ignores_the_remote(folder: Folder, tmp_path: Path) -> None:
     assert call("push", folder, "--remote", str(tmp_path / "remote")) == 0
     done = folder.run("--remote", str(tmp_path / "remote"), "--force", "tokenizer")
     assert done.returncode == 0, done.stderr
@@ -301,7 +299,7 @@ def test_a_forced_stage_is_made_here_whatever_the_remote_has(folder: Folder, tmp
         "github://x",
     ],
 )
-def test_an_address_that_cannot_be_meant_is_refused_while_reading_the_recipe(
+def test_an_invalid_remote_address_is_refused_while_reading_the_recipe(
     folder: Folder, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     assert address_fault(address)
@@ -312,14 +310,14 @@ def test_an_address_that_cannot_be_meant_is_refused_while_reading_the_recipe(
     assert "secret" not in said
 
 
-def test_a_package_that_is_missing_is_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_is_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("s3fs"):
         pytest.fail("expected an environment without s3fs")
     assert call("push", folder, "--remote", "s3://bucket/cache") == RemoteError.exit_code
     assert "pip install s3fs" in capsys.readouterr().err
 
 
-def test_a_folder_outside_of_the_recipes_wants_the_users_leave(
+def test_a_remote_folder_outside_the_recipe_folder_needs_the_users_permission(
     folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.write(folder.recipe.read_text() + f"\n[cache]\nremote = {json.dumps(str(tmp_path / 'team'))}\n")
@@ -335,7 +333,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_repository_of_the_hub_is_a_remote_and_an_artifact_one_commit(folder: Folder, hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_repository_is_a_remote_and_an_artifact_is_one_commit(folder: Folder, hub: Hub, tmp_path: Path) -> None:
     there = elsewhere(folder)
     environment = {
         "HF_ENDPOINT": hub.url,

@@ -1,4 +1,4 @@
-"""The cache folder: finished means there, changed means not used, one holder per key."""
+"""The cache folder: a finished artifact is complete, a changed one is not used, and each key has one holder."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def finish(store: Store, stage: Any, content: str = "{}") -> Path:
     return store.folder(stage, KEY)
 
 
-def test_finishing_moves_the_folder_whole_and_leaves_the_scratch_behind(tmp_path: Path, stage: Any) -> None:
+def test_finishing_moves_the_whole_folder_without_its_scratch(tmp_path: Path, stage: Any) -> None:
     store = Store(tmp_path)
     folder = finish(store, stage)
     assert sorted(path.name for path in folder.iterdir()) == ["record.json", "tokenizer.json"]
@@ -43,7 +43,7 @@ def test_finishing_moves_the_folder_whole_and_leaves_the_scratch_behind(tmp_path
     assert list(record.files) == ["tokenizer.json"]
 
 
-def test_the_digest_is_of_content_and_not_of_records(tmp_path: Path, stage: Any) -> None:
+def test_the_digest_covers_content_and_not_the_record(tmp_path: Path, stage: Any) -> None:
     one, other = Store(tmp_path / "one"), Store(tmp_path / "other")
     finish(one, stage)
     work = other.work(stage, KEY)
@@ -56,7 +56,7 @@ def test_the_digest_is_of_content_and_not_of_records(tmp_path: Path, stage: Any)
     assert records[0].digest == records[1].digest
 
 
-def test_a_record_outlives_its_artifact_and_an_artifact_its_record(tmp_path: Path, stage: Any) -> None:
+def test_a_record_survives_without_its_artifact_and_an_artifact_without_its_record_copy(tmp_path: Path, stage: Any) -> None:
     store = Store(tmp_path)
     finish(store, stage)
     store.forget(KEY)
@@ -69,7 +69,7 @@ def test_a_record_outlives_its_artifact_and_an_artifact_its_record(tmp_path: Pat
     assert record is not None and not store.has_artifact(record)
 
 
-def test_an_edited_artifact_is_not_one(tmp_path: Path, stage: Any) -> None:
+def test_an_edited_artifact_is_not_used(tmp_path: Path, stage: Any) -> None:
     store = Store(tmp_path)
     file = finish(store, stage) / "tokenizer.json"
     record = store.record(stage, KEY)
@@ -78,7 +78,7 @@ def test_an_edited_artifact_is_not_one(tmp_path: Path, stage: Any) -> None:
     assert not store.has_artifact(record)
 
 
-def test_an_edit_that_keeps_size_and_time_is_seen_when_the_artifact_is_reread(tmp_path: Path, stage: Any) -> None:
+def test_an_edit_that_keeps_size_and_time_is_detected_when_the_artifact_is_reread(tmp_path: Path, stage: Any) -> None:
     store = Store(tmp_path)
     file = finish(store, stage) / "tokenizer.json"
     past = time.time_ns() - 10**10
@@ -92,7 +92,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen_when_the_artifact_is_reread(tm
     assert not store.has_artifact(record, reread=True)
 
 
-def test_digests_are_remembered_across_runs_and_a_change_is_seen(tmp_path: Path) -> None:
+def test_digests_are_remembered_across_runs_and_a_change_is_detected(tmp_path: Path) -> None:
     file = tmp_path / "input"
     file.write_text("one")
     os.utime(file, (1, 1))
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_planning(tmp_path: Path) -
     store.digests.save()
 
 
-class Told(Waiting):
+class Recorded(Waiting):
     def __init__(self) -> None:
         self.holders: list[str] = []
 
@@ -127,21 +127,21 @@ def hold(root: Path, held: Any, release: Any) -> None:
         release.wait()
 
 
-def test_a_second_run_of_a_key_waits_and_is_told_for_whom(tmp_path: Path, stage: Any) -> None:
+def test_a_second_run_of_a_key_waits_and_learns_who_holds_it(tmp_path: Path, stage: Any) -> None:
     spawn = multiprocessing.get_context("spawn")
     held, release = spawn.Event(), spawn.Event()
     holder = spawn.Process(target=hold, args=(tmp_path, held, release))
     holder.start()
     held.wait()
-    told = Told()
-    told.tick = release.set  # type: ignore[method-assign]  # the first tick lets the holder go
-    with Store(tmp_path).lock(stage, KEY, waiting=told):
-        assert told.holders == [f"process {holder.pid} on {this_machine().host}"]
+    waiting = Recorded()
+    waiting.tick = release.set  # type: ignore[method-assign]  # the first tick lets the holder go
+    with Store(tmp_path).lock(stage, KEY, waiting=waiting):
+        assert waiting.holders == [f"process {holder.pid} on {this_machine().host}"]
     holder.join()
 
 
-def test_a_lock_lives_as_long_as_a_child_that_inherited_its_file(tmp_path: Path, stage: Any) -> None:
-    """A run that is killed leaves its lock to its workers, until they end too."""
+def test_a_lock_is_held_as_long_as_a_child_that_inherited_its_file(tmp_path: Path, stage: Any) -> None:
+    """A killed run leaves its lock to its workers until they end."""
     store = Store(tmp_path)
     with store.lock(stage, KEY, waiting=Waiting()) as log:
         worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log, stderr=log)
@@ -160,7 +160,7 @@ def test_a_lock_lives_as_long_as_a_child_that_inherited_its_file(tmp_path: Path,
         pass
 
 
-def test_the_cache_is_where_it_is_asked_for_else_beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_where_the_options_say_else_beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "project" / "recipes" / "x.toml"
     recipe.parent.mkdir(parents=True)
     monkeypatch.delenv("STOCKPOT_CACHE", raising=False)

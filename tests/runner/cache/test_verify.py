@@ -1,4 +1,4 @@
-"""`run verify`: what is damaged is named and out of use afterwards; what is sound stays."""
+"""`run verify`: damaged files are named and set aside; intact ones stay."""
 
 import json
 import random
@@ -10,10 +10,10 @@ import pytest
 from small_cache import FILES, finish, flip, key_for, small_cache
 
 from runner.artifacts import METRICS, RECORD
-from runner.cache.record import DamagedError, Record
+from runner.cache.record import DamagedRecordError, Record
 from runner.cache.store import Store, Waiting
 from runner.cli import main
-from runner.errors import DamageError
+from runner.errors import IntegrityError
 from runner.stages import stage_kinds
 
 KINDS = sorted(stage_kinds())
@@ -25,19 +25,19 @@ def verify(store: Store, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return code, captured.out + captured.err
 
 
-def test_a_sound_cache_is_said_to_be_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_cache_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = verify(small_cache(tmp_path), capsys)
     assert code == 0
     assert f"{len(KINDS)} artifacts and {len(KINDS)} records, all as recorded" in said
 
 
-def test_an_empty_cache_is_sound_and_stays_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_cache_verifies_and_is_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(Store(tmp_path / "none"), capsys)[0] == 0
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_flipped_bit_in_any_file_of_any_kind_is_found_and_named(
+def test_one_flipped_bit_in_any_file_of_any_kind_is_detected_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     store = Store(tmp_path)
@@ -54,54 +54,54 @@ def test_one_flipped_bit_in_any_file_of_any_kind_is_found_and_named(
             assert record is not None
             assert store.has_artifact(record, reread=True) == (name in (METRICS, RECORD)), "a run would use it"
             code, said = verify(store, capsys)
-            assert code == DamageError.exit_code
+            assert code == IntegrityError.exit_code
             assert f"{folder.name}: {name}: expected " in said and ", got " in said
-            assert verify(store, capsys)[0] == 0, "what was found is out of the way"
+            assert verify(store, capsys)[0] == 0, "damaged files are set aside"
             if name == RECORD:
-                assert (folder / RECORD).read_bytes() == (kept / RECORD).read_bytes(), "put back from its copy"
+                assert (folder / RECORD).read_bytes() == (kept / RECORD).read_bytes(), "restored from its copy"
             elif name == METRICS:
-                assert store.has_artifact(record, reread=True), "nothing is computed from metrics"
+                assert store.has_artifact(record, reread=True), "no stage reads metrics"
                 shutil.copy2(kept / METRICS, folder / METRICS)
             else:
                 assert not folder.exists()
                 shutil.copytree(kept, folder)
 
 
-def test_every_flipped_bit_of_a_record_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_record_is_detected(tmp_path: Path) -> None:
     sealed = finish(Store(tmp_path), "tokenizer", key_for("tokenizer")).sealed
     assert Record.unsealed(sealed).sealed == sealed
     for bit in range(len(sealed) * 8):
         changed = bytearray(sealed)
         changed[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(DamagedError):
+        with pytest.raises(DamagedRecordError):
             Record.unsealed(bytes(changed))
 
 
-def test_a_record_whose_two_copies_are_damaged_is_as_good_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_with_both_copies_damaged_counts_as_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = small_cache(tmp_path)
     flip(store.folder("corpus", key_for("corpus")) / RECORD, 999)
     flip(store.record_path(key_for("corpus")), 998)
     assert store.record("corpus", key_for("corpus")) is None
     code, said = verify(store, capsys)
-    assert code == DamageError.exit_code
+    assert code == IntegrityError.exit_code
     assert f"corpus-{key_for('corpus')}: record.json: expected" in said
     assert f"records/{key_for('corpus')}.json: expected" in said
     assert not store.folder("corpus", key_for("corpus")).exists()
     assert verify(store, capsys)[0] == 0
 
 
-def test_a_damaged_copy_of_a_record_is_written_anew_from_the_artifacts_own(
+def test_a_damaged_copy_of_a_record_is_rewritten_from_the_artifacts_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = small_cache(tmp_path)
     copy = store.record_path(key_for("lora"))
     before = copy.read_bytes()
     flip(copy, 5)
-    assert verify(store, capsys)[0] == DamageError.exit_code
+    assert verify(store, capsys)[0] == IntegrityError.exit_code
     assert copy.read_bytes() == before
 
 
-def test_a_record_under_the_key_of_another_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_under_the_key_of_another_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = small_cache(tmp_path)
     shutil.copy(store.record_path(key_for("sft")), store.record_path(key_for("other")))
     assert store.record("sft", key_for("other")) is None
@@ -110,7 +110,7 @@ def test_a_record_under_the_key_of_another_is_not_believed(tmp_path: Path, capsy
 
 
 def damage(folder: Path, how: str) -> str:
-    """Damages a tokenizer; returns what must be said."""
+    """Damages a tokenizer; returns the expected message."""
     match how:
         case "missing":
             (folder / "tokenizer.json").unlink()
@@ -126,7 +126,7 @@ def damage(folder: Path, how: str) -> str:
             target = folder.parents[1] / "moved"
             (folder / "tokenizer.json").rename(target)
             (folder / "tokenizer.json").symlink_to(target)
-            return "found a link"
+            return "got a link"
         case "link to a folder":
             (folder / "all").symlink_to("/")
             return "all: expected nothing, got a link"
@@ -138,14 +138,14 @@ def damage(folder: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["missing", "extra", "extra folder", "link", "link to a folder", "a folder"])
-def test_what_is_missing_or_too_much_is_damage_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+def test_missing_and_extra_files_are_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
     store = small_cache(tmp_path)
     folder = store.folder("tokenizer", key_for("tokenizer"))
     wanted = damage(folder, how)
     record = store.record("tokenizer", key_for("tokenizer"))
     assert record is not None and not store.has_artifact(record, reread=True)
     code, said = verify(store, capsys)
-    assert code == DamageError.exit_code
+    assert code == IntegrityError.exit_code
     assert wanted in said
     assert not folder.exists()
     (aside,) = (tmp_path / "aside").iterdir()
@@ -153,28 +153,28 @@ def test_what_is_missing_or_too_much_is_damage_too(tmp_path: Path, capsys: pytes
     assert len(list((tmp_path / "stages").glob("*-*"))) == len(KINDS) - 1
 
 
-def test_hidden_files_that_others_leave_are_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = small_cache(tmp_path)
     (store.folder("merge", key_for("merge")) / ".DS_Store").touch()
     assert verify(store, capsys)[0] == 0
 
 
-def test_what_somebody_works_under_is_named_and_left_to_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_artifact_in_use_is_reported_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = small_cache(tmp_path)
     folder = store.folder("pretrain", key_for("pretrain"))
     flip(folder / "model.safetensors", 77)
     record = store.record("pretrain", key_for("pretrain"))
     assert record is not None
-    with store.reading([record], waiting=Waiting()):  # as who trains on it
+    with store.reading([record], waiting=Waiting()):  # as a stage that reads it
         code, said = verify(store, capsys)
-        assert code == DamageError.exit_code
+        assert code == IntegrityError.exit_code
         assert "model.safetensors: expected" in said and "in use" in said
         assert folder.exists()
-    assert verify(store, capsys)[0] == DamageError.exit_code
+    assert verify(store, capsys)[0] == IntegrityError.exit_code
     assert not folder.exists()
 
 
-def test_verify_finds_the_cache_of_a_recipe_and_refuses_one_that_is_not_there(
+def test_verify_finds_the_cache_of_a_recipe_and_refuses_a_missing_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("STOCKPOT_CACHE", raising=False)
@@ -182,12 +182,12 @@ def test_verify_finds_the_cache_of_a_recipe_and_refuses_one_that_is_not_there(
     (tmp_path / "recipe.toml").write_text("name = 'x'\n")
     store = small_cache(tmp_path / "cache")
     flip(store.folder("merge", key_for("merge")) / "config.json", 3)
-    assert main(["verify", str(tmp_path / "recipe.toml")]) == DamageError.exit_code
+    assert main(["verify", str(tmp_path / "recipe.toml")]) == IntegrityError.exit_code
     assert main(["verify", str(tmp_path / "none.toml")]) == 2
     capsys.readouterr()
 
 
-def test_an_edit_of_a_record_by_hand_is_not_used(tmp_path: Path) -> None:
+def test_a_record_edited_by_hand_is_not_used(tmp_path: Path) -> None:
     store = small_cache(tmp_path)
     for path in (store.folder("evaluate", key_for("evaluate")) / RECORD, store.record_path(key_for("evaluate"))):
         record: dict[str, Any] = json.loads(path.read_text())
@@ -197,12 +197,12 @@ def test_an_edit_of_a_record_by_hand_is_not_used(tmp_path: Path) -> None:
     assert store.has_damaged_record("evaluate", key_for("evaluate"))
 
 
-def test_many_damaged_artifacts_are_all_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_damaged_artifacts_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = small_cache(tmp_path)
     for kind in KINDS:
         folder = store.folder(kind, key_for(kind))
         flip(folder / FILES[stage_kinds()[kind].makes][0], 8)
     code, said = verify(store, capsys)
-    assert code == DamageError.exit_code
+    assert code == IntegrityError.exit_code
     assert f"{len(KINDS)} files are damaged" in said
     assert list((tmp_path / "stages").iterdir()) == []

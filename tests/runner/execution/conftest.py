@@ -1,4 +1,4 @@
-"""Fixtures of the tests that disturb a training: one that ran undisturbed, and copies of it."""
+"""Fixtures for tests that disturb a training: one that ran undisturbed, and copies of it."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ checkpoint_every = 20
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A folder whose recipe ends with a training that nothing disturbed."""
+    """A folder with a finished, undisturbed training."""
     folder = Folder(tmp_path_factory.mktemp("trained"))
     folder.write(RECIPE + TRAINING)
     done = folder.run()
@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture
 def fresh(trained: Folder, tmp_path: Path) -> Folder:
-    """The same with all but the training in its cache."""
+    """A copy with everything but the training in its cache."""
     shutil.copytree(trained.root, tmp_path / "copy")
     folder = Folder.__new__(Folder)
     folder.root, folder.recipe, folder.cache = tmp_path / "copy", tmp_path / "copy/recipe.toml", tmp_path / "copy/cache"

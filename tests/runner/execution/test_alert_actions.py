@@ -1,4 +1,4 @@
-"""Alerts as a user meets them: a run that pauses, tells of it, and goes on; what recipes may say about them."""
+"""Alerts in a run: it pauses, sends a notice and resumes; and the fields of alerts in a recipe."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from small_recipe import Folder
 
 from llm.training.alerts.config import Alerts
 from runner.errors import RecipeError
-from runner.execution.notifications import Notices
+from runner.execution.notifications import Notifier
 from runner.graph import identity
 from runner.recipe.recipe import Recipe, load_recipe
 
@@ -22,7 +22,7 @@ ADDRESSES = r"alerts\.notify: expected a list of addresses as apprise knows them
 
 
 class Inbox(ThreadingHTTPServer):
-    """A server of the user's own, to which notices are posted."""
+    """A server that receives the notices."""
 
     def __init__(self) -> None:
         self.received: list[dict[str, Any]] = []
@@ -49,7 +49,7 @@ def inbox() -> Iterator[Inbox]:
         server.shutdown()
 
 
-def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_same_end(
+def test_a_run_paused_by_an_alert_exits_with_5_sends_a_notice_and_resumes_to_the_same_result(
     trained: Folder,
     fresh: Folder,
     inbox: Inbox,
@@ -65,7 +65,7 @@ def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_
     assert done.returncode == 5, done.stderr
     told = "stage 'base': paused by the alert 'loss': the loss over the 10 steps before step 40 is "
     assert told in done.stderr and "usually helps" in done.stderr
-    assert "Checkpointed after step 40 of 240; the same command goes on from there" in done.stderr
+    assert "Checkpointed after step 40 of 240; run the same command to continue" in done.stderr
     assert fresh.states()["base"] == "paused"
     messages = [notice["message"] for notice in inbox.received]
     assert len(messages) == 3 and len({*messages}) == 1 and messages[0].startswith("base: pause: the loss over the 10")
@@ -79,7 +79,7 @@ def test_a_run_that_an_alert_pauses_exits_with_5_tells_of_it_and_goes_on_to_the_
 
 
 @pytest.mark.long
-def test_two_processes_whose_weights_are_spread_pause_and_end_where_they_would_have(
+def test_two_processes_with_sharded_weights_pause_and_resume_to_the_same_result(
     fresh: Folder,
     tmp_path: Path,
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_notice_that_cannot_be_sent_is_one_warning_without_the_address(
 ) -> None:
     monkeypatch.setenv("STOCKPOT_NOTIFY", f"json://127.0.0.1:{inbox.server_port}")
     warnings: list[str] = []
-    notices = Notices("mine", [f"json://127.0.0.1:1/{SECRET}", "nothing://at-all"], warn=warnings.append)
+    notices = Notifier("mine", [f"json://127.0.0.1:1/{SECRET}", "nothing://at-all"], warn=warnings.append)
     notices.send("first, with json://me:password@host in it")
     notices.send("second")
     assert [notice["message"] for notice in inbox.received] == ["first, with json://***@host in it", "second"]
@@ -152,7 +152,7 @@ def test_a_stage_overrides_the_alerts_of_the_recipe_field_by_field(tmp_path: Pat
     assert (alerts.loss.above, alerts.loss.action, alerts.gap.above) == (7.0, "warn", 2.0)
 
 
-def test_alerts_enter_the_key_only_where_they_change_what_is_learned(tmp_path: Path) -> None:
+def test_alerts_enter_the_key_only_where_they_change_the_training(tmp_path: Path) -> None:
     _, plain = of_base(recipe_with(tmp_path))
     _, told = of_base(recipe_with(tmp_path, "[alerts]\nloss = { above = 5.0, action = 'stop' }\ngap = { action = 'pause' }\n"))
     assert plain == told and "alerts" not in plain
@@ -173,7 +173,7 @@ def test_alerts_enter_the_key_only_where_they_change_what_is_learned(tmp_path: P
         (f"[alerts]\nnotify = ['ntfy://topic', {{ to = '{SECRET}' }}]\n", ADDRESSES),
     ],
 )
-def test_a_wrong_alert_is_named_once(tmp_path: Path, head: str, place: str) -> None:
+def test_a_wrong_alert_is_reported_once(tmp_path: Path, head: str, place: str) -> None:
     with pytest.raises(RecipeError, match=place) as caught:
         recipe_with(tmp_path, head)
     assert len(str(caught.value).splitlines()) == 1 and SECRET not in str(caught.value)

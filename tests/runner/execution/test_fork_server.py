@@ -1,4 +1,4 @@
-"""The process that becomes the workers of a run. What they do, and what befalls them, is in test_run.py and test_faults.py."""
+"""The fork server. What its workers do is tested in test_run.py and test_faults.py."""
 
 import os
 import signal
@@ -11,34 +11,34 @@ import psutil
 import pytest
 
 from runner.execution import launch
-from runner.execution.fork_server import Forked, ForkServer
+from runner.execution.fork_server import ForkedWorker, ForkServer
 
 pytestmark = pytest.mark.skipif(not launch.can_fork(), reason="workers are forked only on Linux, and where there is no GPU")
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ForkServer]:
-    """A server that imports quickly, and one module that does not exist."""
+    """A server with one quick module and one that does not exist."""
     running = ForkServer(["no_such_module", "wave"], place=tmp_path, environment=dict(os.environ))
     with closing(running):
         yield running
 
 
-def begin(server: ForkServer, folder: Path, job: Path) -> Forked:
-    """A worker on `job`, with its log in `folder` and a standard input that never ends."""
+def begin(server: ForkServer, folder: Path, job: Path) -> ForkedWorker:
+    """A worker for `job`, with its log in `folder` and a standard input that stays open."""
     read_end, _ = os.pipe()
     with (folder / "log").open("ab") as log:
         return server.start(["wave", "no_such_module"], [str(job)], stdin=read_end, log=log)
 
 
 def waiting_job(folder: Path) -> Path:
-    """A job file that its worker waits for as long as nobody writes it."""
+    """A job file that blocks its worker until it is written."""
     job = folder / "job.json"
     os.mkfifo(job)
     return job
 
 
-def test_each_worker_has_a_log_and_an_end_of_its_own(server: ForkServer, tmp_path: Path) -> None:
+def test_each_worker_has_its_own_log_and_exit_code(server: ForkServer, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         worker = begin(server, tmp_path / name, tmp_path / f"{name}.json")
@@ -47,7 +47,7 @@ def test_each_worker_has_a_log_and_an_end_of_its_own(server: ForkServer, tmp_pat
         assert "Traceback" in log and f"No such file or directory: '{tmp_path / name}.json'" in log
 
 
-def test_a_worker_leads_a_session_and_tells_the_signal_that_ended_it(server: ForkServer, tmp_path: Path) -> None:
+def test_a_worker_leads_a_session_and_reports_the_signal_that_ended_it(server: ForkServer, tmp_path: Path) -> None:
     worker = begin(server, tmp_path, waiting_job(tmp_path))
     assert worker.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
@@ -57,7 +57,7 @@ def test_a_worker_leads_a_session_and_tells_the_signal_that_ended_it(server: For
     assert worker.wait(timeout=30) == -signal.SIGTERM
 
 
-def test_without_its_server_a_worker_counts_as_killed_and_none_is_started(server: ForkServer, tmp_path: Path) -> None:
+def test_without_its_server_a_worker_counts_as_killed_and_no_new_one_starts(server: ForkServer, tmp_path: Path) -> None:
     job = waiting_job(tmp_path)
     worker = begin(server, tmp_path, job)
     process = psutil.Process(worker.pid)

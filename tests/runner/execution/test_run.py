@@ -1,4 +1,4 @@
-"""The command `run` as a user calls it: real subprocesses, a small recipe of corpus, tokenizer and tokens."""
+"""The command `run` in real subprocesses, with a small recipe of corpus, tokenizer and tokens."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> Non
     assert finished.states() == ALL_CACHED
 
 
-def test_the_plan_alone_stands_on_stdout_and_names_key_and_path(finished: Folder) -> None:
+def test_only_the_plan_is_on_stdout_and_it_names_key_and_path(finished: Folder) -> None:
     plan = json.loads(finished.call("plan", str(finished.recipe), "--json").stdout)
     assert plan["recipe"] == "small"
     for stage in plan["stages"]:
@@ -45,7 +45,7 @@ def test_comments_new_names_and_processes_rerun_nothing(folder: Folder) -> None:
     assert set(folder.states("--set", "parallel.processes=2").values()) == {"cached"}
 
 
-def test_a_changed_field_reruns_only_what_depends_on_it_and_says_which_field(folder: Folder) -> None:
+def test_a_changed_field_reruns_only_the_stages_that_depend_on_it_and_is_named(folder: Folder) -> None:
     changed = ("--set", "stage.tokenizer.vocab_size=310")
     assert folder.states(*changed) == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
     why = folder.call("why", str(folder.recipe), "tokenizer", *changed)
@@ -91,7 +91,7 @@ def test_a_damaged_artifact_is_set_aside_and_rebuilt_when_it_is_read(folder: Fol
     assert file.read_bytes() == before
 
 
-def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(folder: Folder) -> None:
+def test_force_reruns_one_stage_and_not_those_below_it(folder: Folder) -> None:
     done = folder.run("--force", "tokenizer")
     assert done.returncode == 0
     assert "the old artifact is set aside" in done.stderr
@@ -100,8 +100,8 @@ def test_force_makes_one_artifact_again_and_leaves_what_is_below_it(folder: Fold
     assert folder.states() == ALL_CACHED
 
 
-def test_a_finished_stage_whose_record_was_not_copied_yet_serves_those_below_it(folder: Folder) -> None:
-    """As after a kill between the rename of the folder and the copy of the record."""
+def test_a_finished_stage_without_a_copy_of_its_record_is_used(folder: Folder) -> None:
+    """The state after a kill between the rename of the folder and the copy of the record."""
     shutil.rmtree(folder.cache / "records")
     done = folder.run("--set", "stage.tokens.context=16")
     assert done.returncode == 0, done.stderr
@@ -130,14 +130,14 @@ def test_an_input_that_changes_while_the_run_waits_is_read_under_its_new_key(fol
     assert made.name != f"corpus-{plan['stages'][0]['key']}"
 
 
-def test_a_reader_that_hangs_up_does_not_end_the_run(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_does_not_end_the_run(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "pipe")
     command = shlex.join(folder.command("run", str(folder.recipe), "--cache", str(folder.cache)))
     subprocess.run(["bash", "-c", f"{command} 2>&1 | head -1"], check=True, capture_output=True)
     assert folder.states() == ALL_CACHED
 
 
-def test_until_runs_a_stage_and_what_it_needs(tmp_path: Path) -> None:
+def test_until_runs_a_stage_and_its_ancestors(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "until")
     assert list(folder.states("--until", "corpus")) == ["corpus"]
     assert folder.run("--until", "corpus").returncode == 0
@@ -151,7 +151,7 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in folder.cache.rglob("*")] == ["digests.json"]
 
 
-def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(folder: Folder) -> None:
+def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_finished_stages(folder: Folder) -> None:
     with (folder.root / "text.jsonl").open("a") as file:
         file.write("{not json\n")
     done = folder.run()
@@ -161,7 +161,7 @@ def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_what_is_finished(fol
     assert len(list((folder.cache / "stages").iterdir())) == 3
 
 
-def test_a_vocabulary_larger_than_the_text_supports_says_so(folder: Folder) -> None:
+def test_a_vocabulary_larger_than_the_text_supports_is_refused(folder: Folder) -> None:
     done = folder.run("--set", "stage.tokenizer.vocab_size=50000")
     assert done.returncode == 3
     assert "stage 'tokenizer':" in done.stderr and "50000" in done.stderr.replace(",", "")
@@ -191,7 +191,7 @@ def test_kill_9_of_a_run_ends_its_workers_and_the_next_run_ends_with_the_same_di
     assert [folder.digest(name) for name in ALL_CACHED] == [finished.digest(name) for name in ALL_CACHED]
 
 
-def test_a_killed_worker_is_told_with_its_signal(tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_with_its_signal(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "killed-worker")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
@@ -200,10 +200,10 @@ def test_a_killed_worker_is_told_with_its_signal(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 3
-    assert "stage 'corpus': its worker was killed by signal 9 (out of memory, perhaps)" in errors
+    assert "stage 'corpus': its worker was killed by signal 9 (perhaps out of memory)" in errors
 
 
-def test_an_interrupted_run_exits_with_130_and_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_exits_with_130_and_resumes(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "interrupted")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
@@ -216,7 +216,7 @@ def test_an_interrupted_run_exits_with_130_and_goes_on(tmp_path: Path) -> None:
     assert folder.run().returncode == 0
 
 
-def test_eight_runs_side_by_side_make_each_stage_once_and_say_for_whom_they_wait(tmp_path: Path) -> None:
+def test_eight_concurrent_runs_make_each_stage_once_and_name_the_run_they_wait_for(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "crowd")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     crowd = [

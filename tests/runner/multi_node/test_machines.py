@@ -261,10 +261,10 @@ def test_when_a_worker_dies_all_machines_retry_or_machine_0_continues_alone(fold
     assert fault["processes"] == 2 and "signal 9" in fault["cause"]
     if retries:
         assert (record["processes"], record["machines"]) == (2, 2)
-        assert "begins again from the last checkpoint (0 more retries left)" in told
+        assert "retries from the last checkpoint (0 more retries left)" in told
     else:
         assert record["processes"] == 1 and "machines" not in record
-        assert "goes on with one process and the same batch from the last checkpoint" in told
+        assert "continues with one process and the same batch from the last checkpoint" in told
 
 
 def test_machines_with_separate_caches_exchange_artifacts_through_a_remote(folder: Folder) -> None:
@@ -350,7 +350,7 @@ def test_when_a_machine_does_not_come_back_machine_0_trains_alone(folder: Folder
     (code, told), _ = ended(*runs)
     assert code == 0, told
     assert "is gone" in told and "machine 1 of 2 did not come back within 1 s" in told and "Traceback" not in told
-    assert "goes on with one process and the same batch from the last checkpoint" in told
+    assert "continues with one process and the same batch from the last checkpoint" in told
     records = [json.loads(path.read_text()) for path in folder.cache.glob("stages/pretrain-*/record.json")]
     assert [record["processes"] for record in records] == [1, 1], "the second training waits for nobody"
     assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]

@@ -421,7 +421,7 @@ def test_when_no_attempt_passes_the_run_exits_with_4_and_releases_nothing(tuned:
     assert [line.split()[0] for line in (first, second)] == ["tuned@1", "tuned@2"]
     assert all(line.split()[-2:] == ["failed", "failed"] for line in (first, second))
     assert conclusion == "no attempt of tuned passed its gates, so none is used"
-    assert skipped == "not run because of it: publish-parity, publish"
+    assert skipped == "skipped because of it: publish-parity, publish"
     assert states(tuned, "--set", gates)["publish"] == "skipped"
     path = call(tuned, "path", "tuned", "--set", gates)
     assert path.returncode == 1 and "no attempt has passed its gates" in path.stderr

@@ -241,7 +241,7 @@ def test_a_difference_in_llama_cpp_stops_the_release_with_exit_code_4(tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     assert "parity: llama.cpp f32: tokens: not equal: 12 of 13 texts; the first: 'It pumps blood.' is [" in done.stderr
-    assert "not run because of it: publish" in done.stderr
+    assert "skipped because of it: publish" in done.stderr
     assert not list((tmp_path / "cache" / "stages").glob("publish-*"))
 
 
