@@ -68,9 +68,9 @@ class InputFile(Located):
         """
         if self.hub is None:
             return self.matches()
-        from runner.hub.download import fetch_rows
+        from runner.hub.download import download_dataset_files
 
-        return fetch_rows(self.hub)
+        return download_dataset_files(self.hub)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -16,7 +16,7 @@ from runner.options import (
     store_of,
 )
 from runner.planning.plan import Plan
-from runner.serving.models import talkers
+from runner.serving.models import servable_models
 
 if TYPE_CHECKING:
     from llm.inference.chat_session import ChatSession
@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
     if options.stage:
         stage_named(recipe, options.stage)
     store = store_of(options)
-    (talker,) = talkers(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
+    (model,) = servable_models(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
 
@@ -49,11 +49,11 @@ def main(options: argparse.Namespace) -> int:
         print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        speaker = talker.open(compiled=store.compiled if options.compile else None)
+        speaker = model.open(compiled=store.compiled if options.compile else None)
     except InputError as error:
-        raise RecipeError(f"{talker.name}: {error}") from error
+        raise RecipeError(f"{model.name}: {error}") from error
     if sys.stdin.isatty():
-        print(f"{talker.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
+        print(f"{model.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
     _talk(speaker, system=options.system, sampling=sampling, max_new_tokens=options.max_new_tokens)
     return 0
 

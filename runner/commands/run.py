@@ -63,9 +63,9 @@ def main(options: argparse.Namespace) -> int:
     store = store_of(options, Path("recipe.toml") if isinstance(options.recipe, str) else options.recipe)
     published = None
     if isinstance(options.recipe, str):
-        from runner.published.recipe import Address, bring
+        from runner.published.recipe import Address, download_recipe
 
-        published = bring(Address.parse(options.recipe), store, data=options.data)
+        published = download_recipe(Address.parse(options.recipe), store, data=options.data)
         options.recipe = published.recipe
     elif options.yes or options.data:
         raise RecipeError("--yes and --data: expected a published model, hf://OWNER/NAME")

@@ -17,7 +17,7 @@ from runner.options import (
     store_of,
 )
 from runner.planning.plan import Plan
-from runner.serving.models import talkers
+from runner.serving.models import servable_models
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
     for name in options.stages:
         stage_named(recipe, name)
     store = store_of(options)
-    found = talkers(recipe, Plan(recipe, store), options.stages)
+    found = servable_models(recipe, Plan(recipe, store), options.stages)
     if options.queue < 0:
         raise RecipeError(f"--queue: expected at least 0, got {options.queue}")
     import socket
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
 
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
-    from runner.serving.server import Server, Settings
+    from runner.serving.server import Server, ServerConfig
 
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -64,10 +64,10 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        models = {talker.name: talker.open(compiled=store.compiled if options.compile else None) for talker in found}
+        models = {model.name: model.open(compiled=store.compiled if options.compile else None) for model in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
-    settings = Settings(
+    config = ServerConfig(
         sampling=sampling,
         max_new_tokens=options.max_new_tokens,
         queue=options.queue,
@@ -80,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
         file=sys.stderr,
         flush=True,
     )
-    server = uvicorn.Server(uvicorn.Config(Server(models, settings).app(), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(Server(models, config).app(), log_level="warning", lifespan="off"))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listening])
     return 0

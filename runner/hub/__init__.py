@@ -1,5 +1,4 @@
-"""The Hugging Face Hub as seen from here: which one, whose token, and the place on it that a release goes to.
+"""The Hugging Face Hub: downloads, pushes of releases with their receipts, rollbacks, and model cards.
 
-Nothing here talks to it; that is `runner.hub.push`, `runner.hub.rollback` and `runner.hub.download`. A token is read, sent, and never
-written anywhere, messages included.
+A token is read and sent, and never written anywhere, including messages.
 """

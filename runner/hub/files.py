@@ -1,6 +1,6 @@
 """The address of files in a dataset on the Hub: `hf://datasets/OWNER/NAME@COMMIT/PATH`, where PATH may be a glob.
 
-Nothing is fetched here; that is `runner.hub.download`.
+`runner.hub.download` downloads them.
 """
 
 import fnmatch

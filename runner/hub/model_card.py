@@ -1,7 +1,7 @@
-"""The model card of a release: what the model is, what it was made of, what it scores, how to use it and how to make it again.
+"""The model card of a release: what the model is, its data, its scores, how to use it and how to reproduce it.
 
-It is written from the records of the stages and from scores alone, and says nothing of where it will be pushed, because that
-may change without the release being made anew.
+It is written from the records of the stages and the scores alone. It does not name the target of the push, which may change
+without a new release.
 """
 
 from collections import Counter
@@ -22,17 +22,17 @@ MANY = 12  # sources of one stage that are listed one by one
 
 @dataclass(frozen=True)
 class Model:
-    """What a card is written from."""
+    """The facts for a model card."""
 
     recipe: Mapping[str, Any]  # resolved
     records: Mapping[str, Record]  # by stage, in the order of the recipe
-    scores: Mapping[str, Mapping[str, float]]  # by evaluation, the last one being the released model's
+    scores: Mapping[str, Mapping[str, float]]  # by evaluation, the released model's last
     license: str  # an identifier of the Hub, such as "apache-2.0"; "other" where there is none
     languages: Sequence[str]  # ISO 639 codes
     version: str  # of stockpot; "" where it is not installed as a package
     publish: Mapping[str, Any] = field(default_factory=dict)  # fields of the stage that releases
     verdicts: Mapping[str, Sequence[Verdict]] = field(default_factory=dict)  # by evaluation
-    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best this is: a head and a row of each
+    settings: Sequence[Sequence[str]] = ()  # of a sweep whose best one this is: a header and one row per setting
 
 
 def model_card(model: Model) -> str:
@@ -55,7 +55,7 @@ def model_card(model: Model) -> str:
 
 
 def languages_of(records: Iterable[Record]) -> list[str]:
-    """The languages that the corpora of a model name, the most frequent first."""
+    """The languages of a model's corpora, most frequent first."""
     counts: Counter[str] = Counter()
     for source in _sources(records):
         counts.update(source.get("languages", {}))
@@ -92,7 +92,7 @@ def _metadata(model: Model) -> str:
             *(["gguf"] if model.publish.get("gguf") else []),
             *(["lora"] if model.publish.get("adapter") else []),
         ],
-        base_model=[record["metrics"]["repo"] for record in _adopted(model.records) if "repo" in record["metrics"]] or None,
+        base_model=[record["metrics"]["repo"] for record in _imported(model.records) if "repo" in record["metrics"]] or None,
         datasets=sorted(_datasets(model)) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
@@ -102,7 +102,7 @@ def _metadata(model: Model) -> str:
 
 
 def _datasets(model: Model) -> set[str]:
-    """The datasets on the Hub that it learned from."""
+    """The Hub datasets that the model was trained on."""
     corpora = {source["hub"] for source in _sources(model.records.values()) if "hub" in source}
     tables = [
         table
@@ -115,7 +115,7 @@ def _datasets(model: Model) -> set[str]:
 
 
 def _place(files: str) -> str:
-    """Files as a recipe names them, with a link to those on the Hub."""
+    """Files as the recipe names them, with a link to those on the Hub."""
     if not files.startswith(SCHEME):
         return files
     on_hub = HubFiles.parse(files)
@@ -123,15 +123,15 @@ def _place(files: str) -> str:
     return f"[{on_hub.repo}]({page}): {on_hub.path}, commit `{on_hub.commit[:12]}`"
 
 
-def _adopted(records: Mapping[str, Record]) -> list[Record]:
-    """The records of models that were made elsewhere."""
+def _imported(records: Mapping[str, Record]) -> list[Record]:
+    """The records of imported checkpoints."""
     return [record for record in records.values() if record["kind"] == "checkpoint"]
 
 
 def _summary(model: Model) -> str:
-    """What it was adapted from, or the size of the network where it was trained from nothing."""
-    if adopted := _adopted(model.records):
-        metrics = adopted[-1]["metrics"]
+    """The base model of an adapted one, or the size of one trained from scratch."""
+    if imported := _imported(model.records):
+        metrics = imported[-1]["metrics"]
         if "repo" not in metrics:
             return "Adapted from a model that was made elsewhere.\n"
         return (
@@ -151,8 +151,8 @@ def _summary(model: Model) -> str:
         f"a vocabulary of {vocabularies[-1]:,} tokens" if vocabularies else "",
         f"a context of {context:,} tokens" if context else "",
     ]
-    told = ", ".join(fact for fact in facts if fact)
-    return f"A LLaMA decoder trained from nothing{': ' if told else ''}{told}.\n"
+    size = ", ".join(fact for fact in facts if fact)
+    return f"A LLaMA decoder trained from nothing{': ' if size else ''}{size}.\n"
 
 
 def _scores(model: Model) -> str:
@@ -176,7 +176,7 @@ def _score(model: Model, evaluation: str, score: str) -> str:
 
 
 def _gates(model: Model) -> str:
-    """What the recipe asks of the scores, and what came of it."""
+    """The gates of the recipe and their outcomes."""
     rows = [
         [evaluation, verdict.gate, verdict.found, {True: "passed", False: "failed", None: ""}[verdict.passed]]
         for evaluation, verdicts in model.verdicts.items()
@@ -186,7 +186,7 @@ def _gates(model: Model) -> str:
 
 
 def _settings(settings: Sequence[Sequence[str]]) -> str:
-    """What it was compared with, and by which score it is the best."""
+    """The settings of a sweep, with the best one marked."""
     if not settings:
         return ""
     head, *rows = settings
@@ -194,7 +194,7 @@ def _settings(settings: Sequence[Sequence[str]]) -> str:
 
 
 def _tasks(model: Model) -> str:
-    """Which models were scored, and on what (of which the last evaluation is told)."""
+    """Which models were scored, and the data of the last evaluation."""
     stages, last = model.recipe["stage"], list(model.scores)[-1]
     counts = model.records[last].get("metrics", {}).get("tasks", {})
     rows = [
@@ -208,7 +208,7 @@ def _tasks(model: Model) -> str:
 
 
 def _parity(model: Model) -> str:
-    """What came of opening it elsewhere; what could not be checked is told like the rest."""
+    """The outcomes of the parity checks, including those that could not run."""
     stage = model.publish.get("parity")
     checks = model.records[stage]["metrics"]["checks"] if stage else ()
     rows = [
@@ -242,7 +242,7 @@ def _data(model: Model) -> str:
     if not rows:
         return ""
     before = "What its base had learned is for the base's own card to tell; nobody"
-    beyond = before if _adopted(model.records) else "It knows nothing but this, and nobody"
+    beyond = before if _imported(model.records) else "It knows nothing but this, and nobody"
     return (
         "## Data\n\nWhat the model learned from, by stage, with the number of rows of each licence and origin:\n\n"
         + _table(["stage", "data", "rows", "licences", "origins"], rows)
@@ -251,7 +251,7 @@ def _data(model: Model) -> str:
 
 
 def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
-    """A line per source of a corpus, and per table of rows of a fine-tuning."""
+    """One row per source of a corpus and per table of a fine-tuning: stage, data, rows, licences, origins."""
     metrics = record.get("metrics", {})
     for number, spec in enumerate(fields.get("sources", ()), start=1):
         name = spec.get("name") or spec.get("hub") or f"source-{number}"
@@ -267,13 +267,13 @@ def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Itera
         used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
         yield [stage, _place(spec["files"]), used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
     for mixed, spec in zip(metrics.get("mix", ()), fields.get("mix", ()), strict=False):
-        if table := mixed.get("table"):  # of tokens, the corpus tells
+        if table := mixed.get("table"):  # for tokens, the row of the corpus says it
             used = f"{table['rows'] - table['bad'] - table['dropped']:,}"
             yield [stage, _place(spec["files"]), used, _listed(table["licenses"]), _listed(table["origins"])]
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    """Names with counts, the most frequent first; the tail of a long list only as a number."""
+    """Names with counts, most frequent first; the tail of a long list as a number."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{name} ({count:,})" for name, count in ordered[:MANY]]
     if ordered[MANY:]:
@@ -296,7 +296,7 @@ def _making(records: Mapping[str, Record]) -> str:
 
 
 def _work(metrics: Mapping[str, Any]) -> str:
-    """How much was learned, where something was."""
+    """The amount of training, of a stage that trains."""
     if "trained_parameters" not in metrics:
         return ""
     return (
@@ -324,7 +324,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A score for a table; empty where there is none."""
+    """A score for a table; empty if there is none."""
     return "" if value is None else f"{value:.4g}"
 
 

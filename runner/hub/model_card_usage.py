@@ -1,4 +1,4 @@
-"""How a release is opened, as its card tells: in Transformers, PEFT, llama.cpp and Ollama."""
+"""The section of a model card on use with Transformers, PEFT, llama.cpp and Ollama."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 
 def usage(recipe: Mapping[str, Any], records: Records, publish: Mapping[str, Any]) -> str:
-    """The section of the card. `publish` are the fields of the stage that releases."""
+    """The section as Markdown. `publish` are the fields of the publish stage."""
     parts = ["## Use", "With Transformers:", _code("python", TRANSFORMERS)]
     if adapter := publish.get("adapter"):
         parts += _with_peft(recipe, records, str(adapter), str(publish["model"]))
@@ -54,7 +54,7 @@ def _with_peft(recipe: Mapping[str, Any], records: Records, adapter: str, model:
 
 
 def _hub_base(records: Records, adapter: str) -> str | None:
-    """The repository of the model that an adapter was trained on, where it was taken from the Hub."""
+    """The Hub repository of the model that an adapter was trained on, if it came from there."""
     for name in records[adapter].get("inputs", {}):
         if records.get(name, {}).get("kind") == "checkpoint" and (repo := records[name]["metrics"].get("repo")):
             return str(repo)
@@ -70,7 +70,7 @@ def _with_llama_cpp(precisions: Sequence[str]) -> Iterable[str]:
 
 
 def _prompts(recipe: Mapping[str, Any]) -> Iterable[str]:
-    """The wording that the model was taught, where a recipe gives one: with another it answers worse."""
+    """The prompt templates that the model was trained with; it answers worse with others."""
     tables = [table for fields in recipe["stage"].values() for table in fields.get("data", ())]
     wordings = dict.fromkeys(prompt for table in tables if any(split_template(prompt := table.get("prompt", "{prompt}"))[::2]))
     for wording in wordings:

@@ -1,8 +1,8 @@
-"""Pushing a release to the Hub: one commit, complete or not there, and a receipt that says it was done.
+"""Pushes a release to the Hub in one atomic commit, and writes a receipt.
 
-Every attempt first looks at what the repository holds. So an attempt whose answer was lost counts as done once the release is
-found there, large files that arrived are not sent again (the Hub says which it has), and two pushes cannot mix: a commit names
-its parent, and the Hub refuses it if the branch has moved.
+Every attempt first checks the repository. So an attempt whose response was lost counts as done if the release is there, large
+files that arrived are not sent again, and two pushes cannot mix: a commit names its parent, and the Hub refuses it if the branch
+has moved.
 """
 
 import datetime
@@ -13,75 +13,75 @@ from typing import TYPE_CHECKING
 
 from runner.credentials import token
 from runner.errors import StageError, StockpotError
-from runner.hub.receipts import Journal, Receipt, held, known_commits
+from runner.hub.receipts import Journal, Receipt, known_commits, target_lock
 from runner.hub.repository import SHOWN, Branch, Files, LocalFiles, files_at, full_name, refuse_if_changed
-from runner.hub.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.retries import DEFAULT_RETRIES, Retries, describe, quiet_client, with_retries
 from runner.hub.target import Target, how_to_push
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
     from huggingface_hub.hf_api import GitRefs
 
-PULL_REQUESTS_LOOKED_AT = 10  # the newest
+NEWEST_PULL_REQUESTS = 10  # searched for a release that was proposed before
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be pushed, and where."""
+class PushRequest:
+    """A release and its target."""
 
     folder: Path  # for messages
     files: Mapping[str, Path]  # path in the repository -> file
     digest: str  # of the release
     target: Target
-    private: bool = True  # whether a repository that has to be created is
+    private: bool = True  # a newly created repository
     tag: str | None = None  # for the commit
 
 
-def push(order: Order, *, receipts: Path, overwrite: bool = False, retries: Retries = PATIENT) -> Receipt:
-    """Puts the release there in one commit and writes the receipt, which it returns.
+def push(request: PushRequest, *, receipts: Path, overwrite: bool = False, retries: Retries = DEFAULT_RETRIES) -> Receipt:
+    """Pushes a release in one commit; returns the receipt that it writes.
 
-    The repository and the branch are created if they are not there. What is there already, of this or an earlier attempt, is
-    not sent again. StageError if the Hub refuses or cannot be reached, or if somebody else has changed the branch and
-    `overwrite` does not allow to go over that; nothing is visible of the release then.
+    Creates the repository and the branch if they are missing. Files that are there already are not sent again. StageError if
+    the Hub refuses or cannot be reached, or if someone else changed the branch and `overwrite` is false; then nothing of the
+    release is visible.
     """
     secret = token()
     if secret is None:
-        raise StageError(how_to_push(order.target))
+        raise StageError(how_to_push(request.target))
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=order.target.endpoint, token=secret)
-    with held(receipts, order.target), quiet():
-        attempt = _Attempt(api, order, LocalFiles(order.files), receipts, overwrite)
+    api = HfApi(endpoint=request.target.endpoint, token=secret)
+    with target_lock(receipts, request.target), quiet_client():
+        attempt = _Attempt(api, request, LocalFiles(request.files), receipts, overwrite)
         try:
-            receipt = attempted(attempt.run, retries)
+            receipt = with_retries(attempt.run, retries)
         except StockpotError:
             raise
-        except Exception as error:  # whatever the client and the layers below it raise, the release itself is finished
+        except Exception as error:  # the client may raise anything; the release itself is finished
             raise StageError(
-                f"pushing {order.folder} to {order.target} did not succeed ({told(error)}); the release is finished, and the "
+                f"pushing {request.folder} to {request.target} failed ({describe(error)}); the release is finished, and the "
                 "next run pushes it"
             ) from None
-        Journal.read(receipts, order.target).with_receipt(receipt).write(receipts)
+        Journal.read(receipts, request.target).with_receipt(receipt).write(receipts)
     return receipt
 
 
 @dataclass
 class _Attempt:
-    """One way through; looks first at what is there."""
+    """One attempt at a push, which first checks the repository."""
 
     api: "HfApi"
-    order: Order
+    request: PushRequest
     files: LocalFiles
     receipts: Path
     overwrite: bool
 
     def run(self) -> Receipt:
-        order = self.order
-        repo = full_name(self.api, order.target.repo)
-        self.api.create_repo(repo, private=order.private, exist_ok=True)
-        refs = self.api.list_repo_refs(repo, include_pull_requests=order.target.pull_request)
+        request = self.request
+        repo = full_name(self.api, request.target.repo)
+        self.api.create_repo(repo, private=request.private, exist_ok=True)
+        refs = self.api.list_repo_refs(repo, include_pull_requests=request.target.pull_request)
         branch = self._branch(repo, refs)
-        if order.target.pull_request:
+        if request.target.pull_request:
             return self._receipt(*self._proposed(branch, refs))
         self._check_tag(repo, refs, branch)
         commit, url = self._pushed(branch)
@@ -89,37 +89,37 @@ class _Attempt:
         return self._receipt(commit, url)
 
     def _branch(self, repo: str, refs: "GitRefs") -> Branch:
-        """The head of the target's branch, which is begun at that of main if it is not there."""
+        """The head of the target's branch, which is created from main if it is missing."""
         heads = {branch.name: branch.target_commit for branch in refs.branches}
-        wanted = self.order.target.branch
-        if wanted not in heads:
+        name = self.request.target.branch
+        if name not in heads:
             base = heads.get("main") or str(self.api.repo_info(repo).sha)
-            if wanted != "main":
-                Journal.read(self.receipts, self.order.target).with_base(base).write(self.receipts)
-                self.api.create_branch(repo, branch=wanted, revision=base, exist_ok=True)
-            heads[wanted] = base
-        return Branch(repo, heads[wanted], files_at(self.api, repo, heads[wanted]))
+            if name != "main":
+                Journal.read(self.receipts, self.request.target).with_base(base).write(self.receipts)
+                self.api.create_branch(repo, branch=name, revision=base, exist_ok=True)
+            heads[name] = base
+        return Branch(repo, heads[name], files_at(self.api, repo, heads[name]))
 
     def _pushed(self, branch: Branch) -> tuple[str, str]:
-        """The commit of the branch that holds the release, and its address; made unless it is there."""
-        journal = Journal.read(self.receipts, self.order.target)
+        """The commit of the branch with the release, and its address; made unless it exists."""
+        journal = Journal.read(self.receipts, self.request.target)
         stale = self._stale(branch.files, journal)
         if self.files.are_in(branch.files, without=stale):
-            return branch.commit, f"{self.order.target.endpoint}/{branch.repo}/commit/{branch.commit}"
+            return branch.commit, f"{self.request.target.endpoint}/{branch.repo}/commit/{branch.commit}"
         if not self.overwrite:
             last = journal.last.commit if journal.last else None
             known = known_commits(self.receipts)
-            refuse_if_changed(self.api, branch, self.order.target, known=known, last=last)
+            refuse_if_changed(self.api, branch, self.request.target, known=known, last=last)
         made = self._commit(branch, stale)
         return made.oid, str(made.commit_url)
 
     def _proposed(self, branch: Branch, refs: "GitRefs") -> tuple[str, str]:
-        """The commit of a pull request that holds the release, and its address; made unless it, or the branch itself, does."""
-        place = f"{self.order.target.endpoint}/{branch.repo}"
+        """The commit of a pull request with the release, and its address; made unless it or the branch has the release."""
+        place = f"{self.request.target.endpoint}/{branch.repo}"
         if self.files.are_in(branch.files):
             return branch.commit, f"{place}/commit/{branch.commit}"
         proposals = {int(ref.ref.rpartition("/")[2]): ref.target_commit for ref in refs.pull_requests or ()}
-        for number in sorted(proposals, reverse=True)[:PULL_REQUESTS_LOOKED_AT]:
+        for number in sorted(proposals, reverse=True)[:NEWEST_PULL_REQUESTS]:
             if self.files.are_in(files_at(self.api, branch.repo, proposals[number])):
                 return proposals[number], f"{place}/discussions/{number}"
         made = self._commit(branch, frozenset())
@@ -132,31 +132,31 @@ class _Attempt:
         return self.api.create_commit(
             branch.repo,
             [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
-            commit_message=f"Release {self.order.digest[:12]}",
-            revision=self.order.target.branch,
-            create_pr=self.order.target.pull_request,
+            commit_message=f"Release {self.request.digest[:12]}",
+            revision=self.request.target.branch,
+            create_pr=self.request.target.pull_request,
             parent_commit=branch.commit,
         )
 
-    def _stale(self, there: Files, journal: Journal) -> frozenset[str]:
-        """What is there of the releases before, and not in this one."""
-        ours = {name for receipt in journal.receipts for name in receipt.files}
-        return frozenset((ours - self.files.paths.keys()) & there.keys())
+    def _stale(self, remote: Files, journal: Journal) -> frozenset[str]:
+        """Files of earlier releases that this one does not have."""
+        pushed = {name for receipt in journal.receipts for name in receipt.files}
+        return frozenset((pushed - self.files.paths.keys()) & remote.keys())
 
     def _check_tag(self, repo: str, refs: "GitRefs", branch: Branch) -> None:
         """StageError, before anything is pushed, if the tag marks another release."""
-        marked = _marked(refs, self.order.tag)
+        marked = _marked(refs, self.request.tag)
         if marked is None or self.overwrite or (marked == branch.commit and self.files.are_in(branch.files)):
             return
         if not self.files.are_in(files_at(self.api, repo, marked)):
             raise StageError(
-                f"{self.order.target}: the tag {self.order.tag!r} marks {marked[:SHOWN]}, which is another release; give this "
-                "one a tag of its own, or pass --overwrite to move that one. Nothing was pushed"
+                f"{self.request.target}: the tag {self.request.tag!r} marks another release, {marked[:SHOWN]}; choose another tag, "
+                "or pass --overwrite to move it. Nothing was pushed"
             )
 
     def _tagged(self, repo: str, refs: "GitRefs", commit: str) -> None:
-        """Marks the commit, if that is wanted; a tag on another commit with the same files stays where it is."""
-        tag = self.order.tag
+        """Tags the commit if a tag is given; a tag on another commit with the same files stays."""
+        tag = self.request.tag
         marked = _marked(refs, tag)
         if tag is None or marked == commit:
             return
@@ -168,7 +168,7 @@ class _Attempt:
 
     def _receipt(self, commit: str, url: str) -> Receipt:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return Receipt(self.order.digest, commit, url, now, tag=self.order.tag, files=tuple(self.files.paths))
+        return Receipt(self.request.digest, commit, url, now, tag=self.request.tag, files=tuple(self.files.paths))
 
 
 def _marked(refs: "GitRefs", tag: str | None) -> str | None:

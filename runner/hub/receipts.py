@@ -1,7 +1,7 @@
-"""Receipts: what was pushed where, on disk. Planning decides by them alone whether a push is due, and touches no network.
+"""Receipts of pushes, on disk. Planning decides by them alone, without the network, whether a push is due.
 
-receipts/<hash of the target>.json    a journal: the newest receipt is last, and says where the branch was left
-receipts/<hash of the target>.lock    held while something is pushed there
+receipts/<hash of the target>.json    a journal; the last receipt is the newest
+receipts/<hash of the target>.lock    held during a push to the target
 """
 
 import fcntl
@@ -19,15 +19,15 @@ from runner.hub.target import Target
 
 @dataclass(frozen=True)
 class Receipt:
-    """One push, or one rollback."""
+    """One push or rollback."""
 
-    digest: str  # of the release; "" where a rollback went to a commit that was not pushed from here
-    commit: str  # that the branch (or the pull request) stood at afterwards
+    digest: str  # of the release; "" after a rollback to a commit that was not pushed from here
+    commit: str  # of the branch or the pull request afterwards
     url: str
     time: str  # ISO 8601
     tag: str | None = None
-    files: tuple[str, ...] = ()  # of the release, by their paths in the repository
-    restores: str | None = None  # of a rollback: the commit whose content it brought back
+    files: tuple[str, ...] = ()  # of the release, paths in the repository
+    restores: str | None = None  # of a rollback: the commit whose content it restored
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Journal:
 
     target: Target
     receipts: tuple[Receipt, ...] = ()
-    bases: tuple[str, ...] = field(default=())  # commits at which branches were created from here
+    bases: tuple[str, ...] = field(default=())  # commits from which branches were created here
 
     @classmethod
     def read(cls, folder: Path, target: Target) -> Self:
         """The journal of a target; an empty one if nothing was pushed there."""
         try:
-            found = json.loads(_path(folder, target).read_text(encoding="utf-8"))
-            receipts = [Receipt(**{**one, "files": tuple(one["files"])}) for one in found["receipts"]]
-            return cls(target, tuple(receipts), tuple(found["bases"]))
+            journal = json.loads(_path(folder, target).read_text(encoding="utf-8"))
+            receipts = [Receipt(**{**receipt, "files": tuple(receipt["files"])}) for receipt in journal["receipts"]]
+            return cls(target, tuple(receipts), tuple(journal["bases"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return cls(target)
 
     def write(self, folder: Path) -> None:
-        """Save it."""
+        """Saves the journal."""
         write_whole(_path(folder, self.target), json.dumps(asdict(self), indent=2))
 
     def with_receipt(self, receipt: Receipt) -> Self:
@@ -57,12 +57,12 @@ class Journal:
         return type(self)(self.target, (*self.receipts, receipt), self.bases)
 
     def with_base(self, commit: str) -> Self:
-        """The journal after a branch was begun at a commit."""
+        """The journal after a branch was created from a commit."""
         return type(self)(self.target, self.receipts, (*self.bases, commit))
 
     @property
     def last(self) -> Receipt | None:
-        """Where the branch was left."""
+        """The newest receipt."""
         return self.receipts[-1] if self.receipts else None
 
     def pushes_of(self, digest: str) -> list[Receipt]:
@@ -70,31 +70,31 @@ class Journal:
         return [receipt for receipt in self.receipts if receipt.digest == digest and receipt.restores is None]
 
     def before_last(self) -> Receipt | None:
-        """The push of the release before the one that the branch was left at; rollbacks count as what they brought back."""
+        """The push of the release before the last one; a rollback counts as the push that it restored."""
         if self.last is None:
             return None
         origin = self.last.restores or self.last.commit
         places = [place for place, receipt in enumerate(self.receipts) if receipt.commit == origin]
         earlier = self.receipts[: places[0]] if places else self.receipts
-        pushes = [one for one in earlier if one.restores is None and one.digest != self.last.digest]
+        pushes = [receipt for receipt in earlier if receipt.restores is None and receipt.digest != self.last.digest]
         return pushes[-1] if pushes else None
 
 
 def known_commits(folder: Path) -> set[str]:
-    """Every commit that was made from here: a branch that stands at one of them was changed by nobody else."""
+    """Every commit that was made from here; a branch at one of them has no changes by others."""
     known: set[str] = set()
     for path in folder.glob("*.json"):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            known.update(found["bases"], (receipt["commit"] for receipt in found["receipts"]))
+            journal = json.loads(path.read_text(encoding="utf-8"))
+            known.update(journal["bases"], (receipt["commit"] for receipt in journal["receipts"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return known
 
 
 @contextmanager
-def held(folder: Path, target: Target) -> Iterator[None]:
-    """Lets one process at a time push to a target."""
+def target_lock(folder: Path, target: Target) -> Iterator[None]:
+    """Allows one process at a time to push to a target."""
     folder.mkdir(parents=True, exist_ok=True)
     with _path(folder, target).with_suffix(".lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -102,5 +102,5 @@ def held(folder: Path, target: Target) -> Iterator[None]:
 
 
 def _path(folder: Path, target: Target) -> Path:
-    what = [target.endpoint, target.repo, target.branch, target.pull_request]
-    return folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+    identity = [target.endpoint, target.repo, target.branch, target.pull_request]
+    return folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"

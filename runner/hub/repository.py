@@ -1,4 +1,4 @@
-"""What a branch of a repository on the Hub holds, and whether somebody else has changed it since it was left from here."""
+"""The files of a branch on the Hub, and whether someone else changed the branch since the last push from here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from runner.hub.target import Target
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-MADE_WITH_A_REPOSITORY = frozenset({".gitattributes"})
-SHOWN = 12  # characters of a commit
+INITIAL_FILES = frozenset({".gitattributes"})  # that the Hub puts into every new repository
+SHOWN = 12  # characters of a commit in messages
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class RemoteFile:
     """A file of a commit."""
 
     size: int
-    oid: str  # sha256 of a large file, else the id of the git blob
+    oid: str  # sha256 of a large file, else the git blob id
 
     @property
     def is_large(self) -> bool:
-        """Whether it is stored beside git, by its sha256."""
+        """Whether it is stored outside git, by its sha256."""
         return len(self.oid) == 64
 
 
@@ -33,23 +33,23 @@ Files = Mapping[str, RemoteFile]
 
 
 class LocalFiles:
-    """The files of a release, by their paths in the repository; what is read of them is read once."""
+    """The files of a release, by their paths in the repository; each is hashed once."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(sorted(paths.items()))
         self._oids: dict[tuple[str, bool], str] = {}
 
-    def are_in(self, there: Files, *, without: frozenset[str] = frozenset()) -> bool:
-        """Whether a commit holds every one of them as it is here, and none of those in `without`."""
-        return not without & there.keys() and all(name in there and self._is(name, there[name]) for name in self.paths)
+    def are_in(self, remote: Files, *, without: frozenset[str] = frozenset()) -> bool:
+        """Whether a commit has all of these files unchanged, and none of those in `without`."""
+        return not without & remote.keys() and all(name in remote and self._equals(name, remote[name]) for name in self.paths)
 
-    def _is(self, name: str, found: RemoteFile) -> bool:
-        if self.paths[name].stat().st_size != found.size:
+    def _equals(self, name: str, remote: RemoteFile) -> bool:
+        if self.paths[name].stat().st_size != remote.size:
             return False
-        known = (name, found.is_large)
+        known = (name, remote.is_large)
         if known not in self._oids:
-            self._oids[known] = digest_file(self.paths[name]) if found.is_large else _git_oid(self.paths[name])
-        return self._oids[known] == found.oid
+            self._oids[known] = digest_file(self.paths[name]) if remote.is_large else _git_oid(self.paths[name])
+        return self._oids[known] == remote.oid
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Branch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is there but what the Hub puts into every new repository."""
-        return not self.files.keys() - MADE_WITH_A_REPOSITORY
+        """Whether it has no files but the initial ones."""
+        return not self.files.keys() - INITIAL_FILES
 
 
 def files_at(api: "HfApi", repo: str, commit: str) -> Files:
-    """The files of a commit, those in folders included."""
+    """The files of a commit, including those in folders."""
     from huggingface_hub.hf_api import RepoFile
 
     found: dict[str, RemoteFile] = {}
@@ -78,12 +78,12 @@ def files_at(api: "HfApi", repo: str, commit: str) -> Files:
 
 
 def full_name(api: "HfApi", repo: str) -> str:
-    """The repository with its owner, who is the owner of the token where none is named."""
+    """The repository with its owner, by default the owner of the token."""
     return repo if "/" in repo else f"{api.whoami()['name']}/{repo}"
 
 
 def refuse_if_changed(api: "HfApi", branch: Branch, target: Target, *, known: set[str], last: str | None) -> None:
-    """StageError if the branch stands at a commit that was not made from here, saying which; an empty one is free to use."""
+    """StageError if the branch is at a commit that was not made from here, unless it is empty."""
     if branch.commit in known or branch.is_empty:
         return
     newest = api.list_repo_commits(branch.repo, revision=branch.commit)[0]
@@ -91,7 +91,7 @@ def refuse_if_changed(api: "HfApi", branch: Branch, target: Target, *, known: se
     since = f"since {last[:SHOWN]} was pushed from here" if last else "and nothing was pushed there from this cache"
     raise StageError(
         f"{target} was changed by somebody else: it is at {branch.commit[:SHOWN]} of {newest.created_at:%Y-%m-%d %H:%M %Z}"
-        f"{authors}, {newest.title!r}, {since}. Nothing was pushed; look at it, and pass --overwrite to push over it"
+        f"{authors}, {newest.title!r}, {since}. Nothing was pushed; pass --overwrite to replace that commit's files"
     )
 
 

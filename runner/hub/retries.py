@@ -1,6 +1,6 @@
-"""Trying again what failed for a reason that may pass: a Hub that is busy or broken for a moment, a connection that ended.
+"""Retries after temporary failures of the Hub: too many requests, server errors, broken connections.
 
-What is tried again has to look first at what the attempt before it achieved; nothing here knows what that is.
+The work that is retried must first check what the attempt before it achieved.
 """
 
 import contextlib
@@ -21,57 +21,58 @@ from runner.files import DISK_FULL
 
 T = TypeVar("T")
 
-REQUEST_TIMEOUT, CHANGED_MEANWHILE, TOO_MANY_REQUESTS, SERVER_ERROR = 408, 412, 429, 500
-FAULTS_OF_OURS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, FileNotFoundError, PermissionError)
-QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")  # where upload addresses carry their signature
+REQUEST_TIMEOUT, PRECONDITION_FAILED, TOO_MANY_REQUESTS, SERVER_ERROR = 408, 412, 429, 500
+LOCAL_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, FileNotFoundError, PermissionError)
+QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")  # upload addresses have their signature there
 
 
-def _silent(sentence: str) -> None:
+def _silent(message: str) -> None:
     pass
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often, and after which waits, something is tried again."""
+    """How often to retry, and how long to wait before each attempt."""
 
     waits: tuple[float, ...] = (1, 2, 4, 8, 16, 32)  # seconds, one for each further attempt
-    longest: float = 330.0  # seconds that a server may ask for; the Hub counts requests over 5 minutes
+    longest: float = 330.0  # seconds that a server may ask for; the Hub's rate limit covers 5 minutes
     sleep: Callable[[float], None] = time.sleep
-    note: Callable[[str], None] = _silent  # told of each wait
+    note: Callable[[str], None] = _silent  # gets a message before each wait
 
 
-PATIENT = Retries()  # a minute beside what the client of the Hub tries again by itself
+DEFAULT_RETRIES = Retries()  # a minute, in addition to the retries of the Hub's client
 
 
-def attempted(work: Callable[[], T], retries: Retries) -> T:
-    """What `work` returns, called again while it fails for reasons that may pass; the last error if they do not."""
+def with_retries(work: Callable[[], T], retries: Retries) -> T:
+    """The result of `work`, called again after temporary failures; raises the last error."""
     for wait in retries.waits:
         try:
             return work()
         except StockpotError:
             raise
-        except Exception as error:  # whatever the client and the layers below it raise
-            asked = _asked_wait(error)
-            if not _may_pass(error) or (asked or 0) > retries.longest:
+        except Exception as error:  # the client and the layers below it may raise anything
+            requested = _requested_wait(error)
+            if not _is_temporary(error) or (requested or 0) > retries.longest:
                 raise
-            seconds = wait if asked is None else asked
+            seconds = wait if requested is None else requested
             retries.note(f"{_briefly(error)}; trying again in {seconds:g} s")
             retries.sleep(seconds)
     return work()
 
 
-def told(error: BaseException) -> str:
-    """An error and what it came from, on one line, without tokens and without the signatures of addresses."""
-    sentence = " ".join(f"{type(error).__name__}: {error}".split())
-    text = f"{sentence} Cause: {told(error.__cause__)}" if error.__cause__ else sentence
+def describe(error: BaseException) -> str:
+    """An error and its causes on one line, without tokens and signatures of addresses."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if error.__cause__:
+        text = f"{text} Cause: {describe(error.__cause__)}"
     text = QUERY.sub(r"\1?...", redact(text))
     secret = credentials.token()
     return text.replace(secret, "***") if secret else text
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the Hub's client from writing to the terminal: its warnings show addresses with signatures."""
+def quiet_client() -> Iterator[None]:
+    """Silences the Hub's client, whose warnings show addresses with signatures."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = logging.getLogger("huggingface_hub")
@@ -94,30 +95,30 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _response(error: BaseException) -> Any:
-    """The Hub's answer behind an error, if there was one."""
+    """The Hub's response behind an error, if any."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return next((one.response for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+    return next((cause.response for cause in _chain(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_temporary(error: BaseException) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if (response := _response(error)) is not None:
         status = int(response.status_code)
-        return status in (REQUEST_TIMEOUT, CHANGED_MEANWHILE, TOO_MANY_REQUESTS) or status >= SERVER_ERROR
+        return status in (REQUEST_TIMEOUT, PRECONDITION_FAILED, TOO_MANY_REQUESTS) or status >= SERVER_ERROR
     chain = list(_chain(error))
-    if any(isinstance(one, OSError) and one.errno in DISK_FULL for one in chain):
+    if any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in chain):
         return False
-    return not any(isinstance(one, (*FAULTS_OF_OURS, OfflineModeIsEnabled)) for one in chain)
+    return not any(isinstance(cause, (*LOCAL_ERRORS, OfflineModeIsEnabled)) for cause in chain)
 
 
-def _asked_wait(error: BaseException) -> float | None:
-    """Seconds that the answer asks to wait (RFC 9110, 10.2.3); none after a race, which is looked at again at once."""
+def _requested_wait(error: BaseException) -> float | None:
+    """Seconds that the response asks to wait (RFC 9110, 10.2.3); 0 after a race with another push."""
     response = _response(error)
     if response is None:
         return None
-    if response.status_code == CHANGED_MEANWHILE:
+    if response.status_code == PRECONDITION_FAILED:
         return 0.0
     value = response.headers.get("Retry-After")
     if value is None:
@@ -133,4 +134,4 @@ def _asked_wait(error: BaseException) -> float | None:
 
 def _briefly(error: BaseException) -> str:
     response = _response(error)
-    return f"the Hub answered {response.status_code}" if response is not None else told(error)
+    return f"the Hub answered {response.status_code}" if response is not None else describe(error)

@@ -1,7 +1,6 @@
-"""Moving a branch on the Hub back to an earlier release: a new commit whose content is that of the earlier one.
+"""Rolls a branch on the Hub back to an earlier release, by a new commit with the content of the earlier one.
 
-The Hub moves no branch by force, and nothing is lost this way. Large files are named by their sha256 and not sent; the small
-ones go through here.
+The Hub allows no forced move of a branch, and this keeps the history. Large files are copied by their sha256 and not sent again.
 """
 
 import datetime
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from runner.credentials import token
 from runner.errors import StageError, StockpotError
-from runner.hub.receipts import Journal, Receipt, held, known_commits
+from runner.hub.receipts import Journal, Receipt, known_commits, target_lock
 from runner.hub.repository import SHOWN, Branch, files_at, full_name, refuse_if_changed
-from runner.hub.retries import PATIENT, Retries, attempted, quiet, told
+from runner.hub.retries import DEFAULT_RETRIES, Retries, describe, quiet_client, with_retries
 from runner.hub.target import Target
 
 if TYPE_CHECKING:
@@ -22,15 +21,14 @@ if TYPE_CHECKING:
 def roll_back(
     target: Target,
     *,
-    to: str | None,  # a tag or a commit; None for the release before the present one, as the receipts know it
+    to: str | None,  # a tag or a commit; None for the release before the current one, by the receipts
     receipts: Path,
     overwrite: bool = False,
-    retries: Retries = PATIENT,
+    retries: Retries = DEFAULT_RETRIES,
 ) -> Receipt:
-    """Brings the content of an earlier commit back to the branch, and returns the receipt that it wrote.
+    """Restores the content of an earlier commit on the branch; returns the receipt that it writes.
 
-    StageError if there is no such commit, or if somebody else has changed the branch and `overwrite` does not allow to go over
-    that.
+    StageError if there is no such commit, or if someone else changed the branch and `overwrite` is false.
     """
     secret = token()
     if secret is None:
@@ -38,47 +36,47 @@ def roll_back(
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=target.endpoint, token=secret)
-    with held(receipts, target), quiet():
+    with target_lock(receipts, target), quiet_client():
         journal = Journal.read(receipts, target)
         earlier = journal.before_last() if to is None else None
         if to is None and earlier is None:
-            raise StageError(f"{target}: no release before the present one is known here; name a tag or a commit with --to")
+            raise StageError(f"{target}: the receipts have no earlier release; name a tag or a commit with --to")
         try:
-            wanted = earlier.commit if earlier else attempted(lambda: _resolved(api, target, str(to)), retries)
-            commit, url = attempted(lambda: _brought_back(api, target, wanted, receipts, overwrite), retries)
+            origin = earlier.commit if earlier else with_retries(lambda: _resolved(api, target, str(to)), retries)
+            commit, url = with_retries(lambda: _restored(api, target, origin, receipts, overwrite), retries)
         except StockpotError:
             raise
-        except Exception as error:  # whatever the client and the layers below it raise
-            raise StageError(f"rolling back {target} did not succeed ({told(error)}); the branch is as it was") from None
-        known = next((one for one in journal.receipts if one.commit == wanted), None)
+        except Exception as error:  # the client may raise anything
+            raise StageError(f"rolling back {target} failed ({describe(error)}); the branch is unchanged") from None
+        known = next((receipt for receipt in journal.receipts if receipt.commit == origin), None)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         digest, files = (known.digest, known.files) if known else ("", ())
-        receipt = Receipt(digest, commit, url, now, files=files, restores=wanted)
+        receipt = Receipt(digest, commit, url, now, files=files, restores=origin)
         journal.with_receipt(receipt).write(receipts)
     return receipt
 
 
 def _resolved(api: "HfApi", target: Target, to: str) -> str:
-    """The commit that a tag or the beginning of a commit stands for."""
+    """The commit of a tag or of an abbreviated commit id."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return str(api.repo_info(full_name(api, target.repo), revision=to).sha)
     except RevisionNotFoundError:
-        raise StageError(f"{target}: expected a tag or a commit that is there, found no {to!r}") from None
+        raise StageError(f"{target}: expected an existing tag or commit, got {to!r}") from None
     except RepositoryNotFoundError:
-        raise StageError(f"{target}: is not there, or not shown to the token") from None
+        raise StageError(f"{target}: does not exist, or the token has no access") from None
 
 
-def _brought_back(api: "HfApi", target: Target, wanted: str, receipts: Path, overwrite: bool) -> tuple[str, str]:
-    """The commit of the branch that holds what `wanted` holds, and its address; made unless it is there."""
+def _restored(api: "HfApi", target: Target, origin: str, receipts: Path, overwrite: bool) -> tuple[str, str]:
+    """The commit of the branch with the content of `origin`, and its address; made unless it exists."""
     repo = full_name(api, target.repo)
     heads = {branch.name: branch.target_commit for branch in api.list_repo_refs(repo).branches}
     if target.branch not in heads:
-        raise StageError(f"{target}: there is no such branch")
+        raise StageError(f"{target}: the branch does not exist")
     branch = Branch(repo, heads[target.branch], files_at(api, repo, heads[target.branch]))
-    there = files_at(api, repo, wanted)
-    if there == branch.files:
+    files = files_at(api, repo, origin)
+    if files == branch.files:
         return branch.commit, f"{target.endpoint}/{repo}/commit/{branch.commit}"
     if not overwrite:
         last = Journal.read(receipts, target).last
@@ -86,13 +84,13 @@ def _brought_back(api: "HfApi", target: Target, wanted: str, receipts: Path, ove
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
     operations: list[CommitOperationCopy | CommitOperationDelete] = [
-        CommitOperationCopy(name, name, src_revision=wanted) for name, file in there.items() if branch.files.get(name) != file
+        CommitOperationCopy(name, name, src_revision=origin) for name, file in files.items() if branch.files.get(name) != file
     ]
-    operations += [CommitOperationDelete(name) for name in sorted(branch.files.keys() - there.keys())]
+    operations += [CommitOperationDelete(name) for name in sorted(branch.files.keys() - files.keys())]
     made = api.create_commit(
         repo,
         operations,
-        commit_message=f"Roll back to {wanted[:SHOWN]}",
+        commit_message=f"Roll back to {origin[:SHOWN]}",
         revision=target.branch,
         parent_commit=branch.commit,
     )

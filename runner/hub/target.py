@@ -1,4 +1,4 @@
-"""Where on a Hub something goes."""
+"""The target of a push: a branch of a repository on a Hub."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from runner.credentials import PUBLIC_HUB
 
 @dataclass(frozen=True)
 class Target:
-    """A branch of a repository on a Hub, or pull requests to it."""
+    """A branch of a repository on a Hub, or a pull request to it."""
 
-    repo: str  # "owner/name", or "name" of whoever the token belongs to
+    repo: str  # "owner/name", or "name" with the owner of the token
     branch: str = "main"
     endpoint: str = PUBLIC_HUB
     pull_request: bool = False
@@ -21,5 +21,5 @@ class Target:
 
 
 def how_to_push(target: Target) -> str:
-    """What the user does to get a finished release pushed."""
+    """Tells the user how to push a finished release."""
     return f"to push it to {target}, set HF_TOKEN or log in with `hf auth login`, then run the recipe again"

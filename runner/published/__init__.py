@@ -1,1 +1,1 @@
-"""Recipes that somebody published: fetched, pinned and confirmed before they run."""
+"""Published recipes: downloaded at a commit and confirmed by the user before they run."""

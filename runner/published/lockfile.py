@@ -1,4 +1,4 @@
-"""The lock file of a release, read back: what was made of what, with which versions and on what, and how that differs here."""
+"""The lock file of a release: the digests, versions and hardware of its stages, and how this machine differs."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class LockedFile(BaseModel):
 
     @property
     def content(self) -> FileContent:
-        """What it holds."""
+        """Its content."""
         return FileContent(self.file, self.sha256, self.bytes)
 
 
@@ -43,7 +43,7 @@ class LockedStage(BaseModel):
 
 
 class Lock(BaseModel):
-    """All stages that a release came from."""
+    """All stages of a release."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -51,7 +51,7 @@ class Lock(BaseModel):
 
 
 def read_lock(text: str, place: str) -> Lock:
-    """The lock that a file holds; RecipeError if it is none. It comes from a stranger."""
+    """The lock in an untrusted file; RecipeError if it is invalid."""
     try:
         return Lock.model_validate(json.loads(text))
     except (ValidationError, ValueError, RecursionError) as error:
@@ -60,7 +60,7 @@ def read_lock(text: str, place: str) -> Lock:
 
 
 def differences(lock: Lock) -> Iterator[str]:
-    """How this machine differs from those that the lock names, a line each: versions, then hardware."""
+    """How this machine differs from those of the lock, one line each: versions, then hardware."""
     here = versions()
     for package in dict.fromkeys(name for stage in lock.stages.values() for name in stage.versions):
         there = sorted({stage.versions[package] for stage in lock.stages.values() if package in stage.versions})
@@ -69,32 +69,34 @@ def differences(lock: Lock) -> Iterator[str]:
     mine = hardware() | {"gpus": gpu_count()}
     theirs = [{**stage.hardware, "gpus": len(stage.hardware.get("gpus", ()))} for stage in lock.stages.values()]
     for what in ("machine", "system", "cores", "gpus"):
-        there = sorted({str(one[what]) for one in theirs if one.get(what)})
+        there = sorted({str(hardware[what]) for hardware in theirs if hardware.get(what)})
         if there and there != [str(mine[what])]:
             yield f"{what}: {', '.join(there)} there, {mine[what]} here"
 
 
 def compared(lock: Lock, plan: Plan) -> dict[str, str]:
-    """For each stage of a plan how it compares to what was published."""
+    """How each stage of a plan compares to the published one."""
     return {entry.name: _compared(lock.stages.get(entry.name), entry.key, entry.record, entry.state) for entry in plan}
 
 
 def _compared(locked: LockedStage | None, key: str | None, record: Any, state: str) -> str:
-    if locked is None:  # the release itself, or a stage that came later
+    if locked is None:  # the release itself, or a later stage
         return "reused" if record is not None and state not in RUNNABLE else ""
     if record is not None and state not in RUNNABLE:
-        return "reused, as published" if record.digest == locked.digest else "reused; its content is not the published one"
+        return (
+            "reused, as published" if record.digest == locked.digest else "reused; its content differs from the published one"
+        )
     if key is not None and key != locked.key:
-        return "made here, and of something else: its fields, inputs or version are not the published ones"
+        return "made here; its fields, inputs or version differ from the published ones"
     return "made here"
 
 
 def results(lock: Lock, plan: Plan) -> str:
-    """One sentence on which results of a finished plan are those published, by their digests."""
+    """A sentence on how many results of a finished plan equal the published ones, by their digests."""
     known = {entry.name: entry.record.digest for entry in plan if entry.record and entry.name in lock.stages}
     other = [name for name, digest in known.items() if digest != lock.stages[name].digest]
-    told = f"; not byte for byte: {', '.join(other)}" if other else ""
-    return f"{len(known) - len(other)} of {len(known)} results are those published{told}"
+    differing = f"; different bytes: {', '.join(other)}" if other else ""
+    return f"{len(known) - len(other)} of {len(known)} results equal the published ones{differing}"
 
 
 def _installed(package: str) -> str | None:

@@ -5,9 +5,8 @@
       data/         its input files, where they were found
       recipe.toml   the recipe that is run
 
-Both files come from a stranger. The recipe is run from a folder of its own, which bounds what it may read; where its files
-lie is decided here, and found by digest alone. It is not obeyed in where to push to and which cache, trackers and notices to
-use: those are for whoever runs it to say.
+Both files are untrusted. The recipe runs in its own folder, which bounds what it may read; its input files are placed there,
+and found by digest alone. The push target, cache, trackers and notices of its author are removed: the user decides on those.
 """
 
 import os
@@ -32,25 +31,25 @@ from runner.published.lockfile import Lock, read_lock
 SCHEME = "hf://"
 ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LARGEST = 16 * 2**20  # bytes of a recipe or a lock file
-FOR_THE_USER_TO_SAY = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
+MAX_BYTES = 16 * 2**20  # of a recipe or a lock file
+USER_FIELDS = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 STEP = re.compile(r"(\w+)|\[(\d{1,6})\]")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A published model."""
+    """The address of a published model."""
 
     repo: str  # "owner/name"
     revision: str = "main"  # branch, tag or commit
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """hf://owner/name[@revision]; RecipeError if it is not of that form."""
+        """The address hf://owner/name[@revision]; RecipeError for any other form."""
         match = ADDRESS.fullmatch(text)
         if match is None:
-            raise RecipeError(f"expected hf://OWNER/NAME[@REVISION], got {text!r}")
+            raise RecipeError(f"RECIPE: expected hf://OWNER/NAME[@REVISION], got {text!r}")
         return cls(match["repo"], match["revision"] or "main")
 
     def __str__(self) -> str:
@@ -59,31 +58,31 @@ class Address:
 
 @dataclass(frozen=True)
 class Published:
-    """A published model that was brought here."""
+    """A downloaded published recipe."""
 
     name: str  # "owner/name@commit"
     recipe: Path  # the recipe that is run
     lock: Lock
-    absent: Mapping[str, Sequence[FileContent]] = field(default_factory=dict)  # place -> what it should hold
+    absent: Mapping[str, Sequence[FileContent]] = field(default_factory=dict)  # path -> the contents it should have
 
 
-def bring(address: Address, store: Store, *, data: Sequence[Path]) -> Published:
-    """Fetches recipe and lock, and puts the input files in place that are found: among those that were read before, in the
-    folders `data`, and in the repository itself, by their digests.
+def download_recipe(address: Address, store: Store, *, data: Sequence[Path]) -> Published:
+    """Downloads recipe and lock file, and places the input files that are found by their digests: among files read before, in
+    the folders `data`, and in the repository itself.
 
-    What is not found is promised to the digest memo of `store`, so that results that were made of it can be reused.
-    RemoteError if the Hub does not give the files, RecipeError if they are not those of a release.
+    The digest memo of `store` promises the contents of missing files, so that results made from them can be reused.
+    RemoteError if the Hub does not return the files, RecipeError if they are not those of a release.
     """
     for folder in data:
         if not folder.is_dir():
-            raise RecipeError(f"--data {folder}: expected a folder")
+            raise RecipeError(f"--data {folder}: expected a folder, got {'a file' if folder.exists() else 'none'}")
     try:
         snapshot = _snapshot(address, store.root / "published")
         place = store.root / "published" / f"{address.repo.replace('/', '--')}-{snapshot.commit[:12]}"
         recipe_text, lock_text = (_text(snapshot, name, place / "published") for name in _names())
         lock = read_lock(lock_text, f"{snapshot}: recipe.lock.json")
         finder = _Finder(store.digests, data, snapshot, place / "downloads")
-        table = _own_decisions(recipe_text, f"{snapshot}: recipe.toml")
+        table = _without_user_fields(recipe_text, f"{snapshot}: recipe.toml")
         absent = dict(_place_inputs(table, lock, place.resolve(), finder))
     except InputError as error:
         raise RemoteError(str(error)) from error
@@ -93,11 +92,11 @@ def bring(address: Address, store: Store, *, data: Sequence[Path]) -> Published:
 
 
 def _snapshot(address: Address, root: Path) -> download.Snapshot:
-    """The commit; asked for anew unless the address names one."""
+    """The commit of the address; requested each time unless the address names one."""
     kept = root / "snapshots" / f"{address.repo.replace('/', '--')}-{address.revision.replace('/', '--')}.json"
     if not COMMIT.fullmatch(address.revision):
         kept.unlink(missing_ok=True)
-    return download.find(address.repo, address.revision, kept=kept)
+    return download.find_snapshot(address.repo, address.revision, kept=kept)
 
 
 def _names() -> tuple[str, str]:
@@ -107,24 +106,24 @@ def _names() -> tuple[str, str]:
 
 def _text(snapshot: download.Snapshot, name: str, folder: Path) -> str:
     if name not in snapshot.files:
-        raise RecipeError(f"{snapshot}: has no {name}; expected a model that was published by this program")
-    if snapshot.files[name].size > LARGEST:
-        raise RecipeError(f"{snapshot}: {name}: expected at most {LARGEST:,} bytes, got {snapshot.files[name].size:,}")
+        raise RecipeError(f"{snapshot}: expected a model that was published by this program, got one without {name}")
+    if snapshot.files[name].size > MAX_BYTES:
+        raise RecipeError(f"{snapshot}: {name}: expected at most {MAX_BYTES:,} bytes, got {snapshot.files[name].size:,}")
     try:
-        return download.fetch(snapshot, name, folder).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{snapshot}: {name}: expected UTF-8 text") from None
+        return download.download_file(snapshot, name, folder).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{snapshot}: {name}: expected UTF-8 text, got other bytes ({error.reason})") from None
 
 
-def _own_decisions(text: str, place: str) -> dict[str, Any]:
-    """The table of a recipe without what its author decided for himself: where results, curves and the release go."""
+def _without_user_fields(text: str, place: str) -> dict[str, Any]:
+    """The table of a recipe without its author's cache, trackers, notices and push target."""
     try:
         table = tomli.loads(text)
     except (tomli.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{place}: is not TOML: {error}") from error
     stages = table.get("stage")
     if "extends" in table or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise RecipeError(f"{place}: expected a resolved recipe, as `run show` prints it")
+        raise RecipeError(f"{place}: expected a resolved recipe, as `run show` prints it, got something else")
     for name in ("cache", "tracking"):
         table.pop(name, None)
     for alerts in (table.get("alerts"), *(stage.get("alerts") for stage in stages.values())):
@@ -132,7 +131,7 @@ def _own_decisions(text: str, place: str) -> dict[str, Any]:
             alerts.pop("notify", None)
     for stage in stages.values():
         if stage.get("kind") == "publish":
-            for name in FOR_THE_USER_TO_SAY:
+            for name in USER_FIELDS:
                 stage.pop(name, None)
     return table
 
@@ -143,9 +142,9 @@ def _own_decisions(text: str, place: str) -> dict[str, Any]:
 def _place_inputs(
     table: dict[str, Any], lock: Lock, folder: Path, finder: "_Finder"
 ) -> Iterator[tuple[str, Sequence[FileContent]]]:
-    """Names a place in `folder` in every field of the recipe that names input files, and puts there what is found.
+    """Points every field with input files to a place in `folder`, and puts the files that are found there.
 
-    Yields the places where files are missing, with all that they should hold: there nothing is put.
+    Yields the places with missing files and the contents they should have; those places stay empty.
     """
     places: dict[tuple[LockedFiles, bool], str] = {}
     for stage, locked in lock.stages.items():
@@ -153,7 +152,9 @@ def _place_inputs(
             fields = table["stage"].get(stage, {})
             written = _get(fields, dotted)
             if not isinstance(written, str) or not files:
-                raise RecipeError(f"recipe.lock.json: names input files of stage.{stage}.{dotted}, which the recipe does not")
+                raise RecipeError(
+                    f"recipe.lock.json: expected stage.{stage}.{dotted} to name input files in the recipe, got {written!r}"
+                )
             contents = tuple(file.content for file in files)
             is_folder = all(str(PurePosixPath(content.file).parent) == str(PurePosixPath(written)) for content in contents)
             place = places.setdefault((contents, is_folder), f"data/{len(places)}")
@@ -168,17 +169,17 @@ LockedFiles = tuple[FileContent, ...]
 
 
 def _names_of(contents: Sequence[FileContent], is_folder: bool) -> list[str]:
-    """What the files are called here: in a folder that is read by name as there, else by their order."""
+    """The local names of the files: their own in a folder that is read by name, else numbers in their order."""
     if not is_folder:
         return [f"{number:05d}{content.format}" for number, content in enumerate(contents)]
     names = [PurePosixPath(content.file).name for content in contents]
-    if strange := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
-        raise RecipeError(f"recipe.lock.json: expected names of files, got {strange[0]!r}")
+    if invalid := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
+        raise RecipeError(f"recipe.lock.json: expected plain file names, got {invalid[0]!r}")
     return names
 
 
 def _filled(folder: Path, wanted: Mapping[str, FileContent], finder: "_Finder") -> bool:
-    """Whether all files are in the folder now, which holds nothing else."""
+    """Places the files in the folder and removes all others; false, with an empty folder, if one is not found."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name not in wanted or digest_file(path) != wanted[path.name].sha256:
@@ -195,7 +196,7 @@ def _filled(folder: Path, wanted: Mapping[str, FileContent], finder: "_Finder") 
 
 
 class _Finder:
-    """Looks for files by what they hold."""
+    """Finds files by their content."""
 
     def __init__(self, memo: DigestMemo, folders: Sequence[Path], snapshot: download.Snapshot, downloads: Path) -> None:
         self._memo, self._snapshot, self._downloads = memo, snapshot, downloads
@@ -208,23 +209,23 @@ class _Finder:
                         self._by_size.setdefault(path.stat().st_size, []).append(path)
 
     def find(self, content: FileContent) -> Path | None:
-        """A file that holds this, None if there is none."""
+        """A file with this content, else None."""
         if known := self._memo.paths_of(content.sha256):
             return known[0].resolve()
         for path in self._by_size.get(content.bytes, ()):
             if self._memo.of(path) == content.sha256:
                 return path.resolve()
         for name, file in self._snapshot.files.items():
-            is_it = file.sha256 == content.sha256 or (name == content.file and file.size == content.bytes)
-            if is_it and all(map(PLAIN_NAME.fullmatch, name.split("/"))):
-                fetched = download.fetch(self._snapshot, name, self._downloads)
+            may_match = file.sha256 == content.sha256 or (name == content.file and file.size == content.bytes)
+            if may_match and all(map(PLAIN_NAME.fullmatch, name.split("/"))):
+                fetched = download.download_file(self._snapshot, name, self._downloads)
                 if digest_file(fetched) == content.sha256:
                     return fetched
         return None
 
 
 def _get(value: Any, dotted: str) -> Any:
-    """What stands in a table at a dotted field such as `sources[0].files`; None if nothing does."""
+    """The value of a dotted field such as `sources[0].files`, else None."""
     for name, index in STEP.findall(dotted):
         if name:
             value = value.get(name) if isinstance(value, dict) else None
@@ -234,7 +235,7 @@ def _get(value: Any, dotted: str) -> Any:
 
 
 def _set(value: Any, dotted: str, new: str) -> None:
-    """Puts `new` where `_get` found something."""
+    """Sets a dotted field that exists."""
     *above, (name, index) = STEP.findall(dotted)
     for step, number in above:
         value = value[step] if step else value[int(number)]

@@ -1,1 +1,1 @@
-"""Models to talk to: which there are, and the server that answers for them."""
+"""Serving: the servable models of a recipe, and an OpenAI-compatible server for them."""

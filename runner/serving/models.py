@@ -1,4 +1,4 @@
-"""Which models of a recipe one can talk to, and where they lie: what `run chat` and `run serve` share."""
+"""The servable models of a recipe, for `run chat` and `run serve`."""
 
 import os
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from runner.resources import available_cores
 if TYPE_CHECKING:
     from llm.inference.chat_session import ChatSession
 
-TALKS = (Checkpoint, Release, Adapter)
+SERVABLE = (Checkpoint, Release, Adapter)
 
 
 @dataclass(frozen=True)
-class Talker:
-    """A finished stage that one can talk to."""
+class ServableModel:
+    """A finished stage that makes a model for chat or completion."""
 
     name: str
     checkpoint: Path
-    adapter: Path | None = None  # put over the checkpoint
-    made: str = ""  # when, as its record says
+    adapter: Path | None = None  # applied to the checkpoint
+    made: str = ""  # time, from its record
 
     def open(self, *, compiled: Path | None = None) -> "ChatSession":
-        """The model, loaded; imports torch. `compiled` is where compiled code is kept, if it is to write with such."""
+        """Loads the model; imports torch. `compiled` is the folder of compiled code, to generate with it."""
         if compiled is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
@@ -38,36 +38,36 @@ class Talker:
         return ChatSession(self.checkpoint, self.adapter, compiled=compiled is not None)
 
 
-def talkers(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[Talker]:
-    """The finished stages `names`; without any, the last that makes a checkpoint. RecipeError where there is none."""
-    able = [entry for entry in plan if issubclass(entry.stage.makes, TALKS) and plan.is_in_use(entry.name)]
-    finished = [entry.name for entry in able if entry.path is not None]
+def servable_models(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[ServableModel]:
+    """The finished stages `names`, by default the last one that makes a checkpoint. RecipeError if there is none."""
+    candidates = [entry for entry in plan if issubclass(entry.stage.makes, SERVABLE) and plan.is_in_use(entry.name)]
+    finished = [entry.name for entry in candidates if entry.path is not None]
     if not names:
-        last = [entry.name for entry in able if entry.path is not None and entry.stage.makes is Checkpoint]
-        if not last:
-            raise RecipeError(f"{recipe.path}: expected a finished model to talk to, got none; `run {recipe.path}` makes one")
-        names = last[-1:]
-    return [_talker(recipe, plan, name, finished) for name in names]
+        checkpoints = [entry.name for entry in candidates if entry.path is not None and entry.stage.makes is Checkpoint]
+        if not checkpoints:
+            raise RecipeError(f"{recipe.path}: expected a finished model, got none; `run {recipe.path}` makes one")
+        names = checkpoints[-1:]
+    return [_servable_model(recipe, plan, name, finished) for name in names]
 
 
-def _talker(recipe: Recipe, plan: Plan, name: str, finished: Sequence[str]) -> Talker:
+def _servable_model(recipe: Recipe, plan: Plan, name: str, finished: Sequence[str]) -> ServableModel:
     entry = plan.named(name)
-    hint = f"; these are: {', '.join(finished)}" if finished else ""
-    if not issubclass(entry.stage.makes, TALKS):
+    hint = f"; finished models: {', '.join(finished)}" if finished else ""
+    if not issubclass(entry.stage.makes, SERVABLE):
         raise RecipeError(
-            f"{name}: expected a stage that makes a model to talk to, but it makes {entry.stage.makes.__name__}{hint}"
+            f"{name}: expected a stage that makes a model, got one that makes {entry.stage.makes.__name__}{hint}"
         )
     if entry.path is None:
-        raise RecipeError(f"{name}: expected a finished model, but its state is {entry.state!r}{hint}")
+        raise RecipeError(f"{name}: expected a finished model, got the state {entry.state!r}{hint}")
     if not issubclass(entry.stage.makes, Adapter):
-        return Talker(name, entry.path, made=_made(entry))
+        return ServableModel(name, entry.path, made=_made(entry))
     base = next(str(ref) for _, ref in edges(entry.stage) if issubclass(ref.artifact, Checkpoint))
     folder = plan.entries[base].path
     if folder is None:
         raise RecipeError(
-            f"{name}: expected the model that it adapts, {base!r}, but that one's state is {plan.entries[base].state!r}"
+            f"{name}: expected its base model {base!r} to be finished, got the state {plan.entries[base].state!r}"
         )
-    return Talker(name, folder, entry.path, made=_made(entry))
+    return ServableModel(name, folder, entry.path, made=_made(entry))
 
 
 def _made(entry: Entry) -> str:

@@ -1,7 +1,7 @@
-"""What a request to the OpenAI-compatible endpoints may hold, and the shapes of the answers.
+"""The requests and responses of the OpenAI-compatible endpoints.
 
-Fields that would change an answer and are not supported are refused; those that change nothing here (`user`, `metadata`) are
-ignored. Reference: https://platform.openai.com/docs/api-reference/chat
+Unsupported fields that would change an answer are refused; fields without effect here (`user`, `metadata`) are ignored.
+Reference: https://platform.openai.com/docs/api-reference/chat
 """
 
 import time
@@ -10,38 +10,38 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST_MESSAGES = 256
-MOST_STOPS = 4
+MAX_MESSAGES = 256
+MAX_STOPS = 4
 
 
 class Part(BaseModel):
-    """A piece of a message; only text is understood."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """A turn of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
 
     @property
     def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
+        """The message for a chat template."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": content}
 
 
 class StreamOptions(BaseModel):
-    """What a stream ends with."""
+    """Whether a stream ends with token counts."""
 
     include_usage: bool = False
 
 
 class Request(BaseModel):
-    """What both endpoints understand."""
+    """The fields of both endpoints."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ class Request(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
@@ -64,25 +64,25 @@ class Request(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """Texts before which an answer ends."""
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @model_validator(mode="after")
     def _stops_have_text(self) -> Self:
         if "" in self.stops:
-            raise ValueError("stop: expected texts of at least one character, got an empty one")
+            raise ValueError("stop: expected strings of at least one character, got an empty one")
         return self
 
 
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The longest answer; the newer of the two names wins."""
+    def max_new_tokens(self) -> int | None:
+        """The longest answer in tokens; the newer of the two field names wins."""
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -93,13 +93,13 @@ class CompletionRequest(Request):
     echo: Literal[False] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The longest answer."""
+    def max_new_tokens(self) -> int | None:
+        """The longest answer in tokens."""
         return self.max_tokens
 
 
-class Shape:
-    """The envelope of one answer, whole or in pieces, of a chat or of plain text."""
+class ResponseFormat:
+    """The response format of one answer, whole or streamed, of a chat or a completion."""
 
     def __init__(self, *, model: str, chat: bool) -> None:
         self._chat = chat
@@ -111,17 +111,17 @@ class Shape:
 
     def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
         """The answer in one piece."""
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return {**self._whole, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}], "usage": usage}
+        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {**self._whole, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}], "usage": usage}
 
     def piece(self, text: str | None, *, reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """A piece of a stream; without text, its end."""
+        """A piece of a stream; its end if `text` is None."""
         role = {"role": "assistant"} if first else {}
-        said = {"delta": {} if text is None else {**role, "content": text}} if self._chat else {"text": text or ""}
-        return {**self._piece, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
+        content = {"delta": {} if text is None else {**role, "content": text}} if self._chat else {"text": text or ""}
+        return {**self._piece, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
 
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last piece of a stream whose reader asked for numbers."""
+        """The last piece of a stream with token counts."""
         return {**self._piece, "choices": [], "usage": usage}
 
 
@@ -130,7 +130,7 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens}
 
 
-def fault(message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an answer that is none."""
+def error_body(message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an error response."""
     kind = "server_error" if code == "internal_error" else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

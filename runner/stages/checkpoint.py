@@ -75,14 +75,14 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
         assert self.repo is not None  # one of the two is there
         folder = context.scratch / "source"
-        snapshot = download.find(self.repo, self.revision, kept=context.scratch / "snapshot.json")
+        snapshot = download.find_snapshot(self.repo, self.revision, kept=context.scratch / "snapshot.json")
         wanted: dict[str, Any] = {"report": context.report, "should_stop": context.should_stop}
         for name in (*CONFIGS, *TOKENIZER, INDEX):
             if name in snapshot.files and not (name == INDEX and WEIGHTS in snapshot.files):
-                download.fetch(snapshot, name, folder, **wanted)
+                download.download_file(snapshot, name, folder, **wanted)
         candidate = inspect_checkpoint(folder, chat_template=self.chat_template)
         for name in _weights(snapshot, folder):
-            download.fetch(snapshot, name, folder, **wanted)
+            download.download_file(snapshot, name, folder, **wanted)
         facts = import_checkpoint(candidate, context.work)
         return {**facts, "repo": self.repo, "revision": self.revision, "commit": snapshot.commit}
 

@@ -191,12 +191,12 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 
     def push(self, artifact: Path, digest: str, receipts: Path, acting: EffectContext) -> str:
         """Push the release, whatever the receipts say; returns a sentence with its address."""
-        from runner.hub.push import Order, push
+        from runner.hub.push import PushRequest, push
         from runner.hub.retries import Retries
 
         assert self.target is not None
         files = {path.relative_to(artifact).as_posix(): path for path in _files(Release(artifact))}
-        order = Order(artifact, files, digest, self.target, private=self.private, tag=self.tag)
+        order = PushRequest(artifact, files, digest, self.target, private=self.private, tag=self.tag)
         retries = Retries(sleep=acting.sleep, note=acting.note)
         return f"pushed: {push(order, receipts=receipts, overwrite=acting.overwrite, retries=retries).url}"
 

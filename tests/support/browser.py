@@ -1,6 +1,6 @@
-"""A real Chromium for tests, and a page of it that tells of everything that a person would call broken.
+"""A real Chromium for tests, and a page that collects its errors.
 
-It wants the extra `browser` (playwright, of which only the driver is used) and a Chromium: one of the system
+It needs the extra `browser` (playwright, for its driver alone) and a Chromium: one of the system
 (`apt-get install chromium`), or playwright's own (`playwright install chromium`).
 """
 
@@ -18,7 +18,7 @@ WIDE, PHONE = (1200, 800), (400, 800)  # pixels
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    """A Chromium without a window; a failed test where there is none."""
+    """A headless Chromium; the test fails if there is none."""
     with sync_playwright() as playwright:
         found = next(filter(None, map(shutil.which, NAMES)), playwright.chromium.executable_path)
         if not Path(found).exists():
@@ -31,7 +31,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Watched:
-    """A page, and what went wrong on it so far."""
+    """A page and its errors so far."""
 
     def __init__(self, browser: Browser, address: str, *, size: tuple[int, int] = WIDE, dark: bool = False) -> None:
         self.faults: list[str] = []  # what the console says, exceptions, and requests that leave `address`

@@ -1,4 +1,4 @@
-"""What a Hub of the tests answers to those who read: info, refs, commits, trees, and downloads."""
+"""The read routes of the test Hub: info, refs, commits, trees and downloads."""
 
 from http import HTTPStatus
 from typing import Any
@@ -67,7 +67,7 @@ def paths_info(request: Request, repo: str, revision: str) -> Reply:
 
 @route("GET", "/api/models/{repo}/tree/{revision}/{path}")
 def folder(request: Request, repo: str, revision: str, path: str) -> Reply:
-    """What lies right in a folder."""
+    """The direct entries of a folder."""
     entries: dict[str, dict[str, Any]] = {}
     for name, file in request.commit(repo, revision).files.items():
         if name.startswith(f"{path}/"):

@@ -1,8 +1,8 @@
-"""A Hugging Face Hub on a loopback port, as far as `huggingface_hub` 2.4 asks for it without Xet, with faults on demand.
+"""A Hugging Face Hub on a loopback port, with the routes that `huggingface_hub` 2.4 uses without Xet, and faults on demand.
 
 whoami, create a repository, validate a card, preupload, LFS batch, PUT and verify, commit (onto a parent, as a pull request),
 branches and tags; model info, refs, commits, tree, paths and download, of ranges too; tree and download of datasets.
-`Hub.requests` lists what was asked, in order; `Hub.faults`, `fault_at` and `fault_in` say what goes wrong.
+`Hub.requests` lists the requests in order; `Hub.faults`, `fault_at` and `fault_in` choose the faults.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(status, reply, whole=not fault.ends)
 
     def _fault(self, asked: str) -> Fault:
-        """What goes wrong with the request that has arrived."""
+        """The fault of the current request."""
         with self.hub.lock:
             number, self.hub.arrived = self.hub.arrived, self.hub.arrived + 1
             waiting = next((faults for part, faults in self.hub.fault_in.items() if part in asked and faults), None)
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def use(hub: Hub, patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Makes `hub` the one that the client talks to, in this process and those it starts, as its user and without waits."""
+    """Makes `hub` the Hub of this process and its children, logged in and without waits."""
     client = "huggingface_hub.constants"  # patched before the environment, since importing it reads that
     patch.setattr(f"{client}.ENDPOINT", hub.url)
     patch.setattr(f"{client}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -141,7 +141,7 @@ def use(hub: Hub, patch: pytest.MonkeyPatch, home: Path) -> None:
 
 @contextlib.contextmanager
 def serve() -> Iterator[Hub]:
-    """A fresh Hub that answers on a free port while the block runs."""
+    """A new Hub on a free port during the block."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,4 +1,4 @@
-"""What a Hub of the tests knows, and how a request becomes an answer: repositories, commits, refs, and the table of routes.
+"""The state of the test Hub (repositories, commits, refs) and its table of routes.
 
 State is in memory. The routes are in `hub_reading` and `hub_writing`, the HTTP server and its faults in `hub_server`.
 """
@@ -31,7 +31,7 @@ class File:
 
     @property
     def git_oid(self) -> str:
-        """Id of the git blob, which of a large file holds a pointer."""
+        """The git blob id; the blob of a large file is a pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
         blob = pointer.encode() if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
@@ -45,7 +45,7 @@ class File:
         return self.sha256 if self.lfs else self.git_oid
 
     def entry(self, path: str) -> dict[str, Any]:
-        """How listings show it."""
+        """Its entry in listings."""
         entry = {"type": "file", "path": path, "size": len(self.data), "oid": self.git_oid}
         lfs = {"oid": self.etag, "size": len(self.data), "pointerSize": 130}
         return {**entry, "lfs": lfs} if self.lfs else entry
@@ -65,7 +65,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by id, branches (those of pull requests too) and tags that point at one."""
+    """Commits by id, and the branches (pull requests included) and tags that point to them."""
 
     private: bool
     gated: bool = False  # everybody sees that it is there; only its owner gets its files
@@ -89,7 +89,7 @@ class Repository:
 
 
 class RefusedError(Exception):
-    """Ends a request with an error; `code` is what the client tells errors apart by."""
+    """Ends a request with an error; the client distinguishes errors by `code`."""
 
     def __init__(self, status: HTTPStatus, code: str = "", **body: Any) -> None:
         self.status, self.code, self.body = status, code, body
@@ -97,7 +97,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request: a status, or a connection that ends."""
+    """The fault of one request: an error status, or a closed connection."""
 
     status: HTTPStatus | None = None
     retry_after: int | None = None  # seconds, as a header of that status
@@ -105,7 +105,7 @@ class Fault:
 
 
 class Hub:
-    """What the server knows."""
+    """The state of the server."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -123,7 +123,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Request:
-    """One request, taken apart."""
+    """One parsed request."""
 
     hub: Hub
     user: str | None
@@ -135,7 +135,7 @@ class Request:
         return json.loads(self.body)
 
     def repository(self, repo: str, *, write: bool = False) -> Repository:
-        """The repository, if it is there and the user may see (or change) it."""
+        """The repository, if it exists and the user may read (or write) it."""
         found = self.hub.repositories.get(repo)
         owner = repo.partition("/")[0]
         if found is None or (found.private and self.user != owner):

@@ -1,4 +1,4 @@
-"""What a Hub of the tests answers to those who write: repositories, large files, commits, pull requests, branches and tags."""
+"""The write routes of the test Hub: repositories, large files, commits, pull requests, branches and tags."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Small releases that are pushed to the Hub of the tests."""
+"""Small releases for the test Hub."""
 
 import hashlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from hub_server import OWNER, File, Hub
 
-from runner.hub.push import Order, push
+from runner.hub.push import PushRequest, push
 from runner.hub.receipts import Receipt
 from runner.hub.retries import Retries
 from runner.hub.target import Target
@@ -18,13 +18,13 @@ MADE_BY_THE_HUB = ".gitattributes"
 
 
 class Releases:
-    """Makes releases and pushes them; the receipts are in `receipts`."""
+    """Makes and pushes releases; the receipts are in `receipts`."""
 
     def __init__(self, root: Path, hub: Hub) -> None:
         self.root, self.hub, self.receipts = root, hub, root / "receipts"
 
     def make(self, version: str, *more: str) -> dict[str, Path]:
-        """The files of a release: three small ones, one large one, and small ones that are named."""
+        """The files of a release: three small ones, one large one, and small ones named by `more`."""
         folder = self.root / f"release-{version}"
         folder.mkdir(exist_ok=True)
         (folder / "README.md").write_text(f"{CARD}{version}")
@@ -36,17 +36,17 @@ class Releases:
             (folder / name).write_text(version)
         return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
-    def order(self, version: str, *more: str, **changes: Any) -> Order:
+    def order(self, version: str, *more: str, **changes: Any) -> PushRequest:
         place = {name: changes.pop(name) for name in ("repo", "branch", "pull_request") if name in changes}
         target = Target(**{"repo": REPO, "endpoint": self.hub.url, **place})
-        return Order(self.root, self.make(version, *more), digest_of(version), target, **changes)
+        return PushRequest(self.root, self.make(version, *more), digest_of(version), target, **changes)
 
     def push(self, version: str, *more: str, overwrite: bool = False, retries: Retries = AT_ONCE, **changes: Any) -> Receipt:
         order = self.order(version, *more, **changes)
         return push(order, receipts=self.receipts, overwrite=overwrite, retries=retries)
 
     def content(self, version: str) -> dict[str, bytes]:
-        """What a commit that holds the release holds."""
+        """The files of a commit with the release."""
         return {name: path.read_bytes() for name, path in self.make(version).items()}
 
 
@@ -62,7 +62,7 @@ def held_by(hub: Hub, revision: str = "main", repo: str = REPO) -> dict[str, byt
 
 
 def summaries(hub: Hub, repo: str = REPO) -> list[str]:
-    """What the commits say, the oldest first."""
+    """The commit messages, oldest first."""
     return [commit.summary for commit in hub.repositories[repo].commits.values()]
 
 

@@ -1,4 +1,4 @@
-"""Processes that tests wait for and look for."""
+"""Waiting for conditions, and finding the workers of a run."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def workers_of(folder: Folder) -> list[int]:
-    """Living processes that work in the folder's cache."""
+    """Process ids of workers in the folder's cache."""
     return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(folder.cache))]
 
 

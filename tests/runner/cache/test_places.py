@@ -69,7 +69,7 @@ def test_a_read_only_cache_serves_its_artifacts(read_only: Folder) -> None:
 def test_a_read_only_cache_is_reported_when_a_stage_has_to_run(read_only: Folder) -> None:
     done = call(read_only, "run", str(read_only.recipe), "--set", "stage.tokens.context=16")
     assert done.returncode == 3
-    assert f"{read_only.cache}: the cache cannot be written (Permission denied), and there is work to do" in done.stderr
+    assert f"{read_only.cache}: the cache cannot be written (Permission denied), and a stage has to run" in done.stderr
     assert "--cache or STOCKPOT_CACHE" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -1,4 +1,4 @@
-"""Pushing to a Hub that is busy, broken or gone for a while: nothing half-written stays, and nothing is sent twice."""
+"""Pushes to a Hub that is busy, broken or unreachable for a while: none is left incomplete, and nothing is sent twice."""
 
 import random
 from http import HTTPStatus
@@ -37,7 +37,7 @@ def releases(tmp_path: Path, hub: Hub) -> Releases:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_commit_that_meets_a_fault_is_made_once(hub: Hub, releases: Releases, fault: Fault) -> None:
+def test_a_commit_interrupted_by_a_fault_is_made_once(hub: Hub, releases: Releases, fault: Fault) -> None:
     hub.fault_in[COMMIT] = [fault]
     receipt = releases.push("one", tag="v1")
     assert summaries(hub) == ["initial commit", f"Release {digest_of('one')[:12]}"]
@@ -46,7 +46,7 @@ def test_a_commit_that_meets_a_fault_is_made_once(hub: Hub, releases: Releases, 
 
 
 @pytest.mark.parametrize("ends", ["work", "answer"])
-def test_a_pull_request_that_meets_a_fault_is_opened_once(hub: Hub, releases: Releases, ends: str) -> None:
+def test_a_pull_request_interrupted_by_a_fault_is_opened_once(hub: Hub, releases: Releases, ends: str) -> None:
     releases.push("one")
     hub.fault_in[COMMIT] = [Fault(ends=ends)]
     assert releases.push("two", pull_request=True).url.endswith("/discussions/1")
@@ -64,7 +64,7 @@ def test_weights_that_arrived_are_not_sent_again(hub: Hub, releases: Releases) -
     assert held_by(hub) == releases.content("one")
 
 
-def test_waits_grow_and_the_hub_may_ask_for_its_own(hub: Hub, releases: Releases) -> None:
+def test_waits_grow_unless_the_hub_asks_for_its_own(hub: Hub, releases: Releases) -> None:
     hub.fault_in["/api/repos/create"] = [
         Fault(HTTPStatus.SERVICE_UNAVAILABLE),
         Fault(HTTPStatus.INTERNAL_SERVER_ERROR),
@@ -78,7 +78,7 @@ def test_waits_grow_and_the_hub_may_ask_for_its_own(hub: Hub, releases: Releases
     assert notes[0] == "the Hub answered 503; trying again in 1 s"
 
 
-def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub: Hub, releases: Releases) -> None:
+def test_a_requested_wait_of_an_hour_is_an_error(hub: Hub, releases: Releases) -> None:
     hub.fault_in["/api/repos/create"] = [Fault(HTTPStatus.TOO_MANY_REQUESTS, retry_after=3600)]
     waits: list[float] = []
     with pytest.raises(StageError, match="429"):
@@ -86,14 +86,14 @@ def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub: Hub, release
     assert waits == []
 
 
-def test_what_does_not_pass_is_not_tried_again(hub: Hub, releases: Releases) -> None:
+def test_permanent_failures_are_not_retried(hub: Hub, releases: Releases) -> None:
     waits: list[float] = []
     with pytest.raises(StageError, match="rights"):
         releases.push("one", repo="somebody-else/model", retries=Retries(sleep=waits.append))
     assert waits == []
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_of_one_paragraph(releases: Releases, hub: Hub) -> None:
+def test_an_unreachable_hub_is_one_error_message(releases: Releases, hub: Hub) -> None:
     hub.url = "http://127.0.0.1:9"  # the discard port: nobody listens
     waits: list[float] = []
     with pytest.raises(StageError) as caught:
@@ -102,7 +102,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_one_paragraph(releases: Rel
     assert "\n" not in str(caught.value)
 
 
-def test_no_message_holds_the_token_or_the_signature_of_an_address(
+def test_no_message_contains_the_token_or_the_signature_of_an_address(
     hub: Hub, releases: Releases, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.fault_in["PUT /lfs/"] = [Fault(HTTPStatus.SERVICE_UNAVAILABLE)] * 99
@@ -114,7 +114,7 @@ def test_no_message_holds_the_token_or_the_signature_of_an_address(
     assert SIGNATURE.partition("=")[2] not in told
 
 
-def test_a_user_who_asks_to_stop_is_not_kept_waiting(hub: Hub, releases: Releases) -> None:
+def test_a_request_to_stop_ends_the_wait_before_a_retry(hub: Hub, releases: Releases) -> None:
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt
 
@@ -174,14 +174,14 @@ def pushes_with_random_faults(hub: Hub, releases: Releases, count: int) -> dict[
     return figures
 
 
-def test_12_pushes_that_meet_a_fault_each_end_complete(hub: Hub, releases: Releases) -> None:
+def test_12_pushes_with_a_fault_each_end_complete(hub: Hub, releases: Releases) -> None:
     figures = pushes_with_random_faults(hub, releases, 12)
     assert figures["met a fault"] == 12
     assert figures["failed at first"] >= 1
 
 
 @pytest.mark.long
-def test_200_pushes_that_meet_a_fault_each_end_complete(hub: Hub, releases: Releases) -> None:
+def test_200_pushes_with_a_fault_each_end_complete(hub: Hub, releases: Releases) -> None:
     figures = pushes_with_random_faults(hub, releases, 200)
     print(figures, f"{hub.arrived} requests")
     assert figures["met a fault"] == 200

@@ -1,4 +1,4 @@
-"""Pushing to a real HTTP server that speaks the Hub's API: what a push leaves there, and what it refuses."""
+"""Pushes to a local HTTP server with the Hub's API: the resulting commits, and refusals."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def sent(hub: Hub) -> int:
     return sum(request.startswith("PUT /lfs/") for request in hub.requests)
 
 
-def test_what_was_pushed_is_what_is_downloaded(hub: Hub, releases: Releases, tmp_path: Path) -> None:
+def test_a_download_returns_the_pushed_files(hub: Hub, releases: Releases, tmp_path: Path) -> None:
     from huggingface_hub import snapshot_download
 
     releases.push("one")
@@ -46,7 +46,7 @@ def test_a_release_is_one_commit(hub: Hub, releases: Releases) -> None:
     assert receipt.url == f"{hub.url}/{REPO}/commit/{hub.repositories[REPO].branches['main']}"
 
 
-def test_a_name_without_owner_is_in_the_space_of_the_token(hub: Hub, releases: Releases) -> None:
+def test_a_repository_without_owner_belongs_to_the_owner_of_the_token(hub: Hub, releases: Releases) -> None:
     releases.push("one", repo="model")
     assert hub.repositories[REPO].private
     last = Journal.read(releases.receipts, Target("model", endpoint=hub.url)).last
@@ -54,12 +54,12 @@ def test_a_name_without_owner_is_in_the_space_of_the_token(hub: Hub, releases: R
     assert last.commit == hub.repositories[REPO].branches["main"]
 
 
-def test_a_repository_is_made_public_only_if_that_is_asked_for(hub: Hub, releases: Releases) -> None:
+def test_a_new_repository_is_private_unless_the_recipe_says_otherwise(hub: Hub, releases: Releases) -> None:
     releases.push("one", private=False)
     assert not hub.repositories[REPO].private
 
 
-def test_a_new_release_uploads_only_new_weights_and_leaves_nothing_of_the_old_one(hub: Hub, releases: Releases) -> None:
+def test_a_new_release_uploads_only_new_weights_and_removes_old_files(hub: Hub, releases: Releases) -> None:
     releases.push("one", "adapter/config.json", "old.txt")
     order = releases.order("one", "adapter/config.json")
     files = {name: path for name, path in order.files.items() if name != "old.txt"}
@@ -70,7 +70,7 @@ def test_a_new_release_uploads_only_new_weights_and_leaves_nothing_of_the_old_on
     assert held_by(hub).keys() == files.keys()
 
 
-def test_a_release_that_is_there_is_not_pushed_again_even_without_a_receipt(hub: Hub, releases: Releases) -> None:
+def test_an_existing_release_is_not_pushed_again_even_without_a_receipt(hub: Hub, releases: Releases) -> None:
     first = releases.push("one")
     for path in releases.receipts.iterdir():
         path.unlink()
@@ -79,7 +79,7 @@ def test_a_release_that_is_there_is_not_pushed_again_even_without_a_receipt(hub:
     assert sent(hub) == 1
 
 
-def test_a_branch_begins_at_main_and_takes_one_commit(hub: Hub, releases: Releases) -> None:
+def test_a_new_branch_starts_at_main_and_gets_one_commit(hub: Hub, releases: Releases) -> None:
     releases.push("one")
     releases.push("two", branch="next/2")
     releases.push("three", branch="next/2")
@@ -114,7 +114,7 @@ def test_a_tag_marks_the_commit(hub: Hub, releases: Releases) -> None:
     assert hub.repositories[REPO].tags == {"v1": receipt.commit}
 
 
-def test_a_tag_that_comes_later_is_all_that_is_sent(hub: Hub, releases: Releases) -> None:
+def test_a_later_tag_sends_no_files(hub: Hub, releases: Releases) -> None:
     receipt = releases.push("one")
     releases.push("one", tag="v1")
     assert hub.repositories[REPO].tags == {"v1": receipt.commit}
@@ -123,14 +123,14 @@ def test_a_tag_that_comes_later_is_all_that_is_sent(hub: Hub, releases: Releases
 
 def test_a_tag_of_another_release_is_refused_before_anything_is_pushed(hub: Hub, releases: Releases) -> None:
     first = releases.push("one", tag="v1")
-    with pytest.raises(StageError, match=f"'v1' marks {first.commit[:12]}, which is another release"):
+    with pytest.raises(StageError, match=f"'v1' marks another release, {first.commit[:12]}"):
         releases.push("two", tag="v1")
     assert held_by(hub) == releases.content("one")
     second = releases.push("two", tag="v1", overwrite=True)
     assert hub.repositories[REPO].tags == {"v1": second.commit}
 
 
-def test_what_somebody_else_changed_is_not_overwritten_unless_that_is_asked_for(hub: Hub, releases: Releases) -> None:
+def test_a_branch_changed_by_someone_else_needs_overwrite(hub: Hub, releases: Releases) -> None:
     first = releases.push("one")
     somebody_commits(hub)
     head = hub.repositories[REPO].branches["main"]
@@ -144,7 +144,7 @@ def test_what_somebody_else_changed_is_not_overwritten_unless_that_is_asked_for(
     assert held_by(hub) == {**releases.content("two"), "NOTES.md": b"mine"}
 
 
-def test_a_repository_that_others_filled_is_not_overwritten(hub: Hub, releases: Releases) -> None:
+def test_a_repository_with_files_of_others_is_not_overwritten(hub: Hub, releases: Releases) -> None:
     releases.push("one")
     for path in releases.receipts.iterdir():
         path.unlink()
@@ -152,7 +152,7 @@ def test_a_repository_that_others_filled_is_not_overwritten(hub: Hub, releases: 
         releases.push("two")
 
 
-def test_a_commit_that_comes_between_is_seen_by_the_server(hub: Hub, releases: Releases) -> None:
+def test_a_concurrent_commit_is_detected_by_the_server(hub: Hub, releases: Releases) -> None:
     releases.push("one")
     hub.before_commit = somebody_commits
     with pytest.raises(StageError, match="by grace, 'A nicer card'"):
@@ -163,7 +163,7 @@ def test_a_commit_that_comes_between_is_seen_by_the_server(hub: Hub, releases: R
     assert held_by(hub) == {**releases.content("two"), "NOTES.md": b"mine"}
 
 
-def test_receipts_are_one_journal_per_endpoint_repository_branch_and_way(hub: Hub, releases: Releases) -> None:
+def test_there_is_one_journal_per_endpoint_repository_branch_and_pull_request(hub: Hub, releases: Releases) -> None:
     releases.push("one")
     others = [
         Target(f"{OWNER}/other", endpoint=hub.url),
@@ -176,7 +176,7 @@ def test_receipts_are_one_journal_per_endpoint_repository_branch_and_way(hub: Hu
     assert [receipt.digest for receipt in journal.receipts] == [digest_of("one")]
 
 
-def test_a_push_that_is_refused_leaves_no_receipt_and_never_tells_the_token(hub: Hub, releases: Releases) -> None:
+def test_a_refused_push_leaves_no_receipt_and_hides_the_token(hub: Hub, releases: Releases) -> None:
     with pytest.raises(StageError, match="the release is finished, and the next run pushes it") as caught:
         releases.push("one", repo="somebody-else/model")
     assert "rights" in str(caught.value)
@@ -185,12 +185,12 @@ def test_a_push_that_is_refused_leaves_no_receipt_and_never_tells_the_token(hub:
     assert hub.repositories == {}
 
 
-def test_no_file_on_disk_holds_the_token(releases: Releases, tmp_path: Path) -> None:
+def test_no_file_on_disk_contains_the_token(releases: Releases, tmp_path: Path) -> None:
     releases.push("one")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
-def test_the_token_is_that_of_the_environment_else_of_the_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_token_comes_from_the_environment_else_from_the_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "huggingface" / "token"
     path.parent.mkdir()
     path.write_text("from-login\n")
@@ -218,9 +218,9 @@ def test_deciding_whether_to_push_imports_no_hub_client() -> None:
 def test_pushing_imports_no_torch(hub: Hub, releases: Releases, tmp_path: Path) -> None:
     files = {name: str(path) for name, path in releases.make("one").items()}
     code = (
-        "import json, sys; from pathlib import Path; from runner.credentials import endpoint; from runner.hub.push import Order, push; from runner.hub.target import Target\n"
+        "import json, sys; from pathlib import Path; from runner.credentials import endpoint; from runner.hub.push import PushRequest, push; from runner.hub.target import Target\n"
         f"files = {{name: Path(path) for name, path in json.loads({json.dumps(files)!r}).items()}}\n"
-        "order = Order(Path('.'), files, 'd' * 64, Target('model', endpoint=endpoint()))\n"
+        "order = PushRequest(Path('.'), files, 'd' * 64, Target('model', endpoint=endpoint()))\n"
         f"push(order, receipts=Path({str(tmp_path / 'receipts')!r}))\n"
         "assert 'torch' not in sys.modules"
     )
@@ -232,6 +232,6 @@ def test_pushing_imports_no_torch(hub: Hub, releases: Releases, tmp_path: Path) 
 @pytest.mark.parametrize(
     "fields", [{"pull_request": True, "tag": "v1"}, {"pull_request": True, "branch": "dev"}, {"branch": "a b"}, {"tag": "-v"}]
 )
-def test_ways_to_publish_that_exclude_each_other_are_faults_of_the_recipe(fields: dict[str, object]) -> None:
+def test_contradictory_fields_of_publish_are_errors_of_the_recipe(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"branch|tag"):
         Publish.model_validate({"model": "base", "repo": "a/b", **fields})

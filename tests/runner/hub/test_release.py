@@ -1,4 +1,4 @@
-"""The way of a release as a user goes it: run, publish, roll back, and run what somebody published, against a real server."""
+"""A release from end to end against a local Hub: run, publish, roll back, and run a published model."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A world in which one release was pushed, and then another one."""
+    """A world with two releases pushed one after the other."""
     root = tmp_path_factory.mktemp("world")
     tokenizer = train_bpe(["The heart pumps."] * 2, 280, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
     (root / "model").mkdir()
@@ -77,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A copy of it, with a Hub of its own."""
+    """A copy with its own Hub."""
     shutil.copytree(made.root, tmp_path / "world")
     with serve() as hub:
         hub.repositories = {name: copy_of(repository) for name, repository in made.hub.repositories.items()}
@@ -114,7 +114,7 @@ def test_each_release_is_one_tagged_commit_and_a_second_run_pushes_nothing(
     assert "release: already there: " in capsys.readouterr().out
 
 
-def test_stock_transformers_load_it_from_the_hub_by_name_and_generate(world: World, tmp_path: Path) -> None:
+def test_stock_transformers_load_a_release_from_the_hub_and_generate(world: World, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(REPO, cache_dir=tmp_path / "downloads")
@@ -141,22 +141,22 @@ def test_rolling_back_restores_every_file_without_sending_weights_and_run_does_n
     assert len(summaries(world.hub, REPO)) == 5
 
 
-def test_rolling_back_twice_needs_an_earlier_release_and_a_tag_or_commit_names_one(
+def test_a_second_rollback_needs_an_earlier_release_or_a_tag_or_commit(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert world.call("rollback", world.recipe) == 0
     assert world.call("rollback", world.recipe) == 3
-    assert "no release before the present one is known here; name a tag or a commit with --to" in capsys.readouterr().err
+    assert "the receipts have no earlier release; name a tag or a commit with --to" in capsys.readouterr().err
     assert world.call("rollback", world.recipe, "--to", "v2") == 0
     assert license_at(world.hub) == "apache-2.0"
     second = world.hub.repositories[REPO].tags["v1"]
     assert world.call("rollback", world.recipe, "--to", second[:8]) == 0
     assert license_at(world.hub) == "mit"
     assert world.call("rollback", world.recipe, "--to", "v9") == 3
-    assert "expected a tag or a commit that is there, got no 'v9'" in capsys.readouterr().err
+    assert "expected an existing tag or commit, got 'v9'" in capsys.readouterr().err
 
 
-def test_what_somebody_else_changed_is_not_rolled_back_unless_that_is_asked_for(world: World) -> None:
+def test_rolling_back_a_branch_changed_by_someone_else_needs_overwrite(world: World) -> None:
     somebody_commits(world.hub, REPO)
     assert world.call("rollback", world.recipe) == 3
     assert "NOTES.md" in held_by(world.hub, "main", REPO)
@@ -164,7 +164,7 @@ def test_what_somebody_else_changed_is_not_rolled_back_unless_that_is_asked_for(
     assert held_by(world.hub, "main", REPO) == held_by(world.hub, "v1", REPO)
 
 
-def test_publish_pushes_what_is_finished_and_runs_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publish_pushes_a_finished_release_and_runs_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.write(license="cc0-1.0", tag="v3")
     assert world.call("publish", world.recipe) == 3
     assert "expected a finished release, got the state run (license: " in capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_publish_pushes_what_is_finished_and_runs_nothing(world: World, capsys: 
     assert license_at(world.hub) == "mit"
 
 
-def test_publish_refuses_a_recipe_that_names_no_repository(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publish_refuses_a_recipe_without_a_repository(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.recipe.write_text(world.recipe.read_text().replace('repo = "ada/tiny"', ""))
     assert world.call("publish", world.recipe) == 2
     assert world.call("rollback", world.recipe) == 2
@@ -183,12 +183,12 @@ def test_publish_refuses_a_recipe_that_names_no_repository(world: World, capsys:
 
 @pytest.fixture
 def elsewhere(world: World, tmp_path: Path) -> World:
-    """Another machine: an empty cache and no files, but the same Hub."""
+    """Another machine, with an empty cache, no files and the same Hub."""
     (tmp_path / "elsewhere").mkdir()
     return World(tmp_path / "elsewhere", world.hub)
 
 
-def test_a_published_model_is_made_again_elsewhere_and_pushed_nowhere(
+def test_a_published_model_is_reproduced_elsewhere_and_not_pushed(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (world.root / "model").rename(elsewhere.root / "files-of-ada")
@@ -197,20 +197,20 @@ def test_a_published_model_is_made_again_elsewhere_and_pushed_nowhere(
     commits = summaries(world.hub, REPO)
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes", "--data", elsewhere.root) == 0
     told = capsys.readouterr().err
-    assert "2 of 2 results are those published" in told
+    assert "2 of 2 results equal the published ones" in told
     assert "made here" in told
     assert summaries(world.hub, REPO) == commits
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes") == 0
     assert "reused, as published" in capsys.readouterr().err
 
 
-def test_without_a_yes_a_published_model_is_only_shown(
+def test_a_published_model_is_only_shown_without_confirmation(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = "n\n"
     assert elsewhere.call("run", f"hf://{REPO}", "--data", world.root) == 2
     told = capsys.readouterr()
-    assert "nothing was run, since there is no terminal to ask at; pass --yes to run it" in told.err
+    assert "not run, since there is no terminal for a confirmation; pass --yes to run it" in told.err
     assert [line.split()[:3] for line in told.err.splitlines()[1:4]] == [
         ["base", "checkpoint", "run"],
         ["release-parity", "parity", "waiting"],
@@ -222,7 +222,7 @@ def test_without_a_yes_a_published_model_is_only_shown(
 
 
 class Terminal:
-    """A person who answers."""
+    """A terminal with a user who answers."""
 
     def __init__(self, answer: str) -> None:
         self.readline: Callable[[], str] = lambda: answer
@@ -240,10 +240,10 @@ def test_missing_input_files_are_named_with_their_digests(
     files = lock["stages"]["base"]["data"]["folder"]
     assert {file["file"] for file in files} >= {"model/config.json", "model/model.safetensors"}
     assert all(f"{file['file']}  {file['sha256']}" in told.err for file in files)
-    assert "base would have to run without input files; pass their folder with --data DIR" in told.err
+    assert "the input files of base are missing; pass their folder with --data DIR" in told.err
 
 
-def test_results_are_reused_where_the_files_they_were_made_of_are_missing(
+def test_results_are_reused_without_their_input_files(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(world.root / "model")
@@ -254,7 +254,7 @@ def test_results_are_reused_where_the_files_they_were_made_of_are_missing(
     assert "whose result is reused" in told
 
 
-def test_a_cache_elsewhere_gives_what_cannot_be_made_here(world: World, elsewhere: World) -> None:
+def test_a_remote_provides_results_that_cannot_be_made_here(world: World, elsewhere: World) -> None:
     remote = world.root / "remote"
     assert world.call("push", world.recipe, "--remote", remote) == 0
     shutil.rmtree(world.root / "model")
@@ -262,7 +262,7 @@ def test_a_cache_elsewhere_gives_what_cannot_be_made_here(world: World, elsewher
     assert len(list((elsewhere.cache / "stages").glob("publish-*"))) == 1
 
 
-def test_what_differs_from_the_lock_is_shown(world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_from_the_lock_file_are_shown(world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
     repository = world.hub.repositories[REPO]
     head = repository.commits[repository.branches["main"]]
     lock = json.loads(head.files["recipe.lock.json"].data)
@@ -277,21 +277,21 @@ def test_what_differs_from_the_lock_is_shown(world: World, elsewhere: World, cap
     assert "torch: 1.0.0 there, " in told
     assert "cores: 1234 there, " in told
     assert "gpus: 1 there, 0 here" in told
-    assert "made here, and of something else" in told
+    assert "made here; its fields, inputs or version differ" in told
     assert "\x1b" not in told
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"recipe.toml": None}, "has no recipe.toml; expected a model that was published by this program"),
+        ({"recipe.toml": None}, "expected a model that was published by this program, got one without recipe.toml"),
         ({"recipe.lock.json": b"{}"}, "expected the lock file of a release, got something else"),
         ({"recipe.lock.json": b"[" * 100_000}, "expected the lock file of a release, got something else"),
         ({"recipe.toml": b'extends = "/etc/passwd"'}, "expected a resolved recipe"),
-        ({"recipe.toml": b'name = "x"\n[stage.other]\nkind = "corpus"'}, "which the recipe does not"),
+        ({"recipe.toml": b'name = "x"\n[stage.other]\nkind = "corpus"'}, "to name input files in the recipe, got None"),
     ],
 )
-def test_what_is_not_a_release_is_refused(
+def test_a_repository_that_is_not_a_release_is_refused(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str], change: dict[str, bytes | None], complaint: str
 ) -> None:
     repository = world.hub.repositories[REPO]
@@ -305,17 +305,19 @@ def test_what_is_not_a_release_is_refused(
     assert complaint in capsys.readouterr().err
 
 
-def test_a_lock_file_names_no_place_to_write_to(world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_file_cannot_choose_where_files_are_written(
+    world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     repository = world.hub.repositories[REPO]
     head = repository.commits[repository.branches["main"]]
     lock = head.files["recipe.lock.json"].data.replace(b"model/config.json", b"model/..")
     files = {**head.files, "recipe.lock.json": type(head.files["recipe.toml"])(lock, lfs=False)}
     repository.commit("main", "changed", files)
     assert elsewhere.call("run", f"hf://{REPO}", "--yes", "--data", world.root) == 2
-    assert "expected names of files, got '..'" in capsys.readouterr().err
+    assert "expected plain file names, got '..'" in capsys.readouterr().err
 
 
-def test_an_address_that_is_none_and_a_model_that_is_not_there(elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address_and_a_missing_model_are_refused(elsewhere: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert elsewhere.call("run", "hf://tiny") == 2
     assert "expected hf://OWNER/NAME[@REVISION], got 'hf://tiny'" in capsys.readouterr().err
     assert elsewhere.call("run", "hf://ada/nothing") == 3

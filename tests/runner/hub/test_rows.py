@@ -1,4 +1,4 @@
-"""Rows from a dataset on the Hub: known by their commit without asking it, fetched when a stage runs, and only once."""
+"""Rows from a dataset on the Hub: identified by their commit, downloaded once when a stage runs."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from llm.errors import InputError
 from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.graph import input_files
-from runner.hub.download import fetch_rows
+from runner.hub.download import download_dataset_files
 from runner.hub.files import HubFiles
 from runner.hub.model_card import learned_from
 from runner.hub.retries import Retries
@@ -70,7 +70,7 @@ def recipe(folder: Path, files: str, kind: str = "sft") -> Recipe:
 
 
 def keyed(folder: Path, files: str) -> str:
-    """The key of a corpus of these files, found by planning."""
+    """The planned key of a corpus of these files."""
     path = folder / "corpus.toml"
     path.write_text(f'name = "x"\n[stage.corpus]\nkind = "corpus"\nsources = [{{ files = {json.dumps(files)} }}]\n')
     return str(Plan(load_recipe(path), Store(folder / "cache")).entries["corpus"].key)
@@ -90,19 +90,21 @@ def keyed(folder: Path, files: str) -> str:
         (f"hf://datasets/{REPO}@{COMMIT}/../a.csv", "expected the path of a file in"),
     ],
 )
-def test_an_address_that_leaves_open_what_it_means_is_refused_with_the_cure(tmp_path: Path, files: str, told: str) -> None:
+def test_an_ambiguous_dataset_address_is_refused_with_the_cure(tmp_path: Path, files: str, told: str) -> None:
     with pytest.raises(RecipeError, match=rf"stage\.chat\.data\[0\]\.files: .*{told}"):
         recipe(tmp_path, files)
 
 
-def test_a_folder_that_is_read_by_name_cannot_lie_in_a_dataset(tmp_path: Path) -> None:
+def test_a_folder_field_does_not_accept_a_dataset_address(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'name = "x"\n[stage.base]\nkind = "checkpoint"\nfolder = "hf://datasets/{REPO}@{COMMIT}/model"\n')
     with pytest.raises(RecipeError, match="expected a local folder"):
         load_recipe(path)
 
 
-def test_commit_and_path_are_the_identity_and_planning_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_and_path_are_the_identity_and_planning_sends_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", LOST)
     one = keyed(tmp_path, f"hf://datasets/{REPO}@{COMMIT}/a.csv")
     assert keyed(tmp_path, f"hf://datasets/{REPO}@{COMMIT}/a.csv") == one
@@ -121,7 +123,7 @@ def test_a_resolved_recipe_names_the_same_files(tmp_path: Path) -> None:
     assert [str(file) for _, file in input_files(loaded.stages["chat"])] == [address]
 
 
-def test_a_pattern_means_what_it_would_mean_in_a_folder(dataset: Repository, tmp_path: Path) -> None:
+def test_a_pattern_matches_as_it_would_in_a_folder(dataset: Repository, tmp_path: Path) -> None:
     for name, data in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -140,7 +142,7 @@ def test_a_pattern_means_what_it_would_mean_in_a_folder(dataset: Repository, tmp
 
 
 @pytest.mark.parametrize("path", [*(name for name in FILES if "train" in name and ".train" not in name), "**/train-*"])
-def test_rows_of_every_format_are_read_with_their_labels_in_words(dataset: Repository, tmp_path: Path, path: str) -> None:
+def test_rows_of_every_format_are_read_with_label_names(dataset: Repository, tmp_path: Path, path: str) -> None:
     table = TrainingTable(
         files=InputFile(str(at(dataset, path)), tmp_path),
         prompt="{text}",
@@ -152,7 +154,7 @@ def test_rows_of_every_format_are_read_with_their_labels_in_words(dataset: Repos
     assert said == [("很好", "正面"), ("太差, 不买", "负面")] * (3 if "*" in path else 1)
 
 
-def test_a_label_without_a_word_is_told_with_its_row(tmp_path: Path) -> None:
+def test_a_label_without_a_name_is_reported_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\ngood,1\nfair,2\n")
     table = TrainingTable(
         files=InputFile("rows.csv", tmp_path), prompt="{text}", response="{label}", words={"0": "no", "1": "yes"}
@@ -162,51 +164,49 @@ def test_a_label_without_a_word_is_told_with_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["data/train-0.csv", "**/train-*"])
-def test_what_was_fetched_is_not_asked_for_again_and_needs_no_network(
+def test_downloaded_files_are_cached_and_need_no_network(
     dataset: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    first = fetch_rows(at(dataset, path))
+    first = download_dataset_files(at(dataset, path))
     asked = len(hub.requests)
     assert asked
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_ENDPOINT", LOST)
-    assert fetch_rows(at(dataset, path)) == first
+    assert download_dataset_files(at(dataset, path)) == first
     assert len(hub.requests) == asked
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE forbids to fetch it"):
-        fetch_rows(at(dataset, "data/test-*.csv" if path == "data/train-0.csv" else "data/test-0.csv"))
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; run once without it"):
+        download_dataset_files(at(dataset, "data/test-*.csv" if path == "data/train-0.csv" else "data/test-0.csv"))
 
 
-def test_a_hub_that_is_busy_for_a_moment_is_asked_again(dataset: Repository, hub: Hub) -> None:
+def test_a_busy_hub_is_asked_again(dataset: Repository, hub: Hub) -> None:
     busy = [Fault(status=HTTPStatus.SERVICE_UNAVAILABLE)] * 7  # after which the client itself gives up
     hub.fault_in["data/train-0.csv"] = list(busy)
     with pytest.raises(InputError, match=r"503.*run again to go on"):
-        fetch_rows(at(dataset, "data/train-0.csv"), retries=Retries(waits=()))
+        download_dataset_files(at(dataset, "data/train-0.csv"), retries=Retries(waits=()))
     hub.fault_in["data/train-0.csv"] = list(busy)
-    (path,) = fetch_rows(at(dataset, "data/train-0.csv"), retries=AT_ONCE)
+    (path,) = download_dataset_files(at(dataset, "data/train-0.csv"), retries=AT_ONCE)
     assert path.read_bytes() == FILES["data/train-0.csv"]
 
 
-def test_what_the_hub_does_not_give_is_told_with_what_to_do(
-    dataset: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(wanted: HubFiles) -> str:
+def test_refusals_of_the_hub_are_reported_with_a_cure(dataset: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error_of(wanted: HubFiles) -> str:
         with pytest.raises(InputError) as caught:
-            fetch_rows(wanted, retries=AT_ONCE)
+            download_dataset_files(wanted, retries=AT_ONCE)
         assert TOKEN not in str(caught.value) and OTHER_TOKEN not in str(caught.value)
         return str(caught.value)
 
-    assert "has no file data/missing.csv in this dataset" in told(at(dataset, "data/missing.csv"))
-    assert "expected files like 'no/*.csv'; the dataset has none" in told(at(dataset, "no/*.csv"))
-    assert "of this dataset" in told(HubFiles(REPO, COMMIT, "data/*.csv"))
-    assert "no such dataset, or does not show it to the token" in told(HubFiles(f"{OWNER}/none", COMMIT, "data/*.csv"))
+    assert "has no file data/missing.csv in this dataset" in error_of(at(dataset, "data/missing.csv"))
+    assert "expected files like 'no/*.csv', but the dataset has none" in error_of(at(dataset, "no/*.csv"))
+    assert "of this dataset" in error_of(HubFiles(REPO, COMMIT, "data/*.csv"))
+    assert "no such dataset, or the token has no access" in error_of(HubFiles(f"{OWNER}/none", COMMIT, "data/*.csv"))
     dataset.gated = True
     monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
-    assert f"accept its terms at {hub.url}/datasets/{REPO}" in told(at(dataset, "data/train-0.csv"))
+    assert f"accept its terms at {hub.url}/datasets/{REPO}" in error_of(at(dataset, "data/train-0.csv"))
     monkeypatch.setenv("HF_ENDPOINT", LOST)
-    assert f"data/test-0.csv cannot be downloaded from {LOST}" in told(at(dataset, "data/test-0.csv"))
+    assert f"data/test-0.csv cannot be downloaded from {LOST}" in error_of(at(dataset, "data/test-0.csv"))
 
 
-def test_a_run_fetches_its_rows_and_a_second_run_asks_nobody(dataset: Repository, hub: Hub, tmp_path: Path) -> None:
+def test_a_run_downloads_its_rows_and_a_second_run_sends_no_request(dataset: Repository, hub: Hub, tmp_path: Path) -> None:
     long = [{"text": f"{number} is a document with enough words to stay in the corpus"} for number in range(30)]
     dataset.commit("main", "text", {"text.parquet": File(as_parquet(long), lfs=False)})
     path = tmp_path / "recipe.toml"

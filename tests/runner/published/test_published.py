@@ -1,4 +1,4 @@
-"""What becomes of the input files of a published recipe: found by what they hold, or promised."""
+"""Input files of a published recipe: found by their content, or promised."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from hub_server import OWNER, File, Hub, Repository
 from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.planning.plan import Plan
-from runner.published.recipe import Address, Published, bring
+from runner.published.recipe import Address, Published, download_recipe
 from runner.recipe.recipe import Recipe, load_recipe
 
 REPO = f"{OWNER}/model"
@@ -53,7 +53,7 @@ tag = "v1"
 
 @pytest.fixture
 def author(tmp_path: Path, hub: Hub) -> Recipe:
-    """A recipe with its files, whose lock and resolved form are on the Hub as a release has them."""
+    """A recipe with its files; its lock file and resolved form are on the Hub as in a release."""
     (tmp_path / "author/recipes").mkdir(parents=True)
     (tmp_path / "author/texts").mkdir()
     for number in (2, 1):
@@ -83,11 +83,11 @@ def key_of_corpus(recipe: Recipe, store: Store) -> str:
 
 def brought(tmp_path: Path, *data: Path) -> tuple[Published, Recipe, Store]:
     store = Store(tmp_path / "cache")
-    published = bring(Address.parse(f"hf://{REPO}"), store, data=data)
+    published = download_recipe(Address.parse(f"hf://{REPO}"), store, data=data)
     return published, load_recipe(published.recipe, absent=store.digests.promised), store
 
 
-def test_files_are_found_by_what_they_hold_and_the_keys_are_those_of_the_author(author: Recipe, tmp_path: Path) -> None:
+def test_files_are_found_by_content_and_the_keys_equal_the_authors(author: Recipe, tmp_path: Path) -> None:
     for number, path in enumerate([*tmp_path.glob("author/texts/*"), tmp_path / "author/recipes/one.txt"]):
         (tmp_path / "found/deep").mkdir(parents=True, exist_ok=True)
         path.rename(tmp_path / f"found/deep/{number}")
@@ -98,7 +98,7 @@ def test_files_are_found_by_what_they_hold_and_the_keys_are_those_of_the_author(
     assert [json.loads(text)["text"] for text in texts] == ["part 1", "part 2"]
 
 
-def test_files_that_are_missing_are_promised_so_that_keys_are_known_all_the_same(author: Recipe, tmp_path: Path) -> None:
+def test_missing_files_are_promised_so_that_keys_are_known(author: Recipe, tmp_path: Path) -> None:
     (tmp_path / "author/texts/part-1.jsonl").rename(tmp_path / "elsewhere")
     published, recipe, store = brought(tmp_path, tmp_path / "author")
     (contents,) = published.absent.values()
@@ -108,9 +108,7 @@ def test_files_that_are_missing_are_promised_so_that_keys_are_known_all_the_same
         load_recipe(published.recipe)
 
 
-def test_files_that_were_read_before_or_are_published_are_found_without_being_named(
-    author: Recipe, hub: Hub, tmp_path: Path
-) -> None:
+def test_known_and_published_files_are_found_without_a_data_folder(author: Recipe, hub: Hub, tmp_path: Path) -> None:
     cached = load_recipe(author.path, allowed=[tmp_path / "author"])
     for path in tmp_path.glob("author/*/*"):
         made_long_ago(path)
@@ -127,7 +125,7 @@ def made_long_ago(path: Path) -> None:
     os.utime(path, (1e9, 1e9))
 
 
-def test_a_file_of_the_right_name_that_holds_something_else_is_not_taken(author: Recipe, hub: Hub, tmp_path: Path) -> None:
+def test_a_file_with_the_right_name_and_other_content_is_not_used(author: Recipe, hub: Hub, tmp_path: Path) -> None:
     put(hub, {"one.txt": "two"})
     published, _, _ = brought(tmp_path, tmp_path / "author/texts")
     assert [content.sha256 for contents in published.absent.values() for content in contents] == [
@@ -135,7 +133,7 @@ def test_a_file_of_the_right_name_that_holds_something_else_is_not_taken(author:
     ]
 
 
-def test_a_file_that_changed_after_it_was_placed_is_looked_for_again(author: Recipe, tmp_path: Path) -> None:
+def test_a_placed_file_that_changed_is_searched_again(author: Recipe, tmp_path: Path) -> None:
     published, recipe, _ = brought(tmp_path, tmp_path / "author")
     place = recipe.stages["corpus"].sources[1].files.matches()[0]  # type: ignore[attr-defined]
     place.unlink()
@@ -145,7 +143,7 @@ def test_a_file_that_changed_after_it_was_placed_is_looked_for_again(author: Rec
     assert place.read_text() == "one"
 
 
-def test_where_results_curves_and_the_release_go_is_not_for_the_author_to_say(author: Recipe, tmp_path: Path) -> None:
+def test_the_authors_cache_trackers_and_push_target_are_removed(author: Recipe, tmp_path: Path) -> None:
     published, recipe, _ = brought(tmp_path, tmp_path / "author")
     table = tomllib.loads(published.recipe.read_text())
     assert not table.keys() & {"cache", "tracking"}
@@ -153,18 +151,18 @@ def test_where_results_curves_and_the_release_go_is_not_for_the_author_to_say(au
     assert recipe.head.cache.remote is None
 
 
-def test_a_branch_is_asked_for_anew_and_a_commit_only_once(author: Recipe, hub: Hub, tmp_path: Path) -> None:
+def test_a_branch_is_requested_each_time_and_a_commit_once(author: Recipe, hub: Hub, tmp_path: Path) -> None:
     first, _, store = brought(tmp_path)
     commit = hub.repositories[REPO].branches["main"]
     put(hub, {"one.txt": "one"})
     assert brought(tmp_path)[0].name != first.name
-    assert bring(Address.parse(f"hf://{REPO}@{commit}"), store, data=[]).name == first.name
+    assert download_recipe(Address.parse(f"hf://{REPO}@{commit}"), store, data=[]).name == first.name
     asked = len(hub.requests)
-    bring(Address.parse(f"hf://{REPO}@{commit}"), store, data=[])
+    download_recipe(Address.parse(f"hf://{REPO}@{commit}"), store, data=[])
     assert len(hub.requests) == asked
 
 
 @pytest.mark.parametrize("text", ["hf://name", "hf://a/b/c", "hf://a/b@", "hf://../b@c d", "hf://a/b?x=1"])
-def test_an_address_has_an_owner_a_name_and_perhaps_a_revision(text: str) -> None:
+def test_an_address_needs_an_owner_and_a_name(text: str) -> None:
     with pytest.raises(RecipeError, match="expected hf://OWNER/NAME"):
         Address.parse(text)

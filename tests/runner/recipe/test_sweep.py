@@ -22,7 +22,7 @@ from runner.planning.plan import Plan, as_json
 from runner.recipe.recipe import Recipe, load_recipe
 from runner.recipe.schema import recipe_schema
 from runner.reporting import report
-from runner.serving.models import talkers
+from runner.serving.models import servable_models
 
 RECIPE = """
 name = "compared"
@@ -205,7 +205,7 @@ def test_until_a_stage_that_is_swept_all_settings_run_and_by_its_number_one(tmp_
     assert recipe.needed("medical@2") == {"base", "medical@2"}
     assert recipe.needed("medical") == {"base", *(f"{m}@{n}" for m in ("medical", "release", "after") for n in (1, 2, 3))}
     assert run(recipe, store, SECOND, until="release@3") == ["base", "medical@3", "release@3"]
-    assert [talker.name for talker in talkers(recipe, Plan(recipe, store), ["release@3"])] == ["release@3"]
+    assert [model.name for model in servable_models(recipe, Plan(recipe, store), ["release@3"])] == ["release@3"]
     assert "medical@3" not in run(recipe, store, SECOND, until="after")
 
 

@@ -1,4 +1,4 @@
-"""The pages in a real Chromium: what people see of `run serve` and `run report`, wide, on a phone, in the dark and in print.
+"""The pages of `run serve` and `run report` in a real Chromium: wide, on a phone, in dark mode and in print.
 
 Long, since each page is really driven, and the report is of the quickstart, run here. It wants what tests/support/browser.py wants.
 """
@@ -24,7 +24,7 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
-from runner.serving.server import Server, Settings
+from runner.serving.server import Server, ServerConfig
 
 if TYPE_CHECKING:
     from browser import Watched
@@ -61,7 +61,7 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture(scope="module")
 def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]:
-    """Two models with random weights and a context that takes long to fill."""
+    """Two models with random weights and a long context."""
     folder = tmp_path_factory.mktemp("speakers")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder / "tokenizer")
@@ -76,8 +76,8 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]
 
 @contextmanager
 def served(speakers: dict[str, ChatSession], *, key: str | None = None) -> Iterator[str]:
-    """Where the page is."""
-    settings = Settings(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
+    """The address of the page."""
+    settings = ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(Server(speakers, settings).app(), log_level="error", lifespan="off"))
@@ -154,7 +154,7 @@ def test_an_answer_streams_and_stop_ends_it(browser: "Browser", address: str) ->
     page.close()
 
 
-def test_a_new_conversation_amid_an_answer_begins_empty(browser: "Browser", address: str) -> None:
+def test_a_new_conversation_during_an_answer_starts_empty(browser: "Browser", address: str) -> None:
     from browser import Watched
 
     watched = Watched(browser, address)
@@ -189,7 +189,7 @@ def test_a_server_with_a_key_asks_for_it(browser: "Browser", speakers: dict[str,
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on the quickstart, run here."""
+    """The report of a quickstart run."""
     folder = tmp_path_factory.mktemp("report")
     place = ["--cache", str(folder / "cache")]
     subprocess.run([sys.executable, "-m", "runner.cli", str(QUICKSTART), *place], check=True)
@@ -212,7 +212,7 @@ def test_a_report_fits_its_window_and_loads_nothing(browser: "Browser", report: 
     page.close()
 
 
-def test_no_arrow_of_a_report_runs_behind_a_box(browser: "Browser", report: Path) -> None:
+def test_no_arrow_of_a_report_is_hidden_by_a_box(browser: "Browser", report: Path) -> None:
     from browser import Watched
 
     watched = Watched(browser, report.as_uri())
@@ -221,7 +221,7 @@ def test_no_arrow_of_a_report_runs_behind_a_box(browser: "Browser", report: Path
     watched.page.close()
 
 
-def test_a_printed_report_shows_what_is_folded(browser: "Browser", report: Path, tmp_path: Path) -> None:
+def test_a_printed_report_shows_folded_sections(browser: "Browser", report: Path, tmp_path: Path) -> None:
     from browser import Watched
 
     page = Watched(browser, report.as_uri()).page

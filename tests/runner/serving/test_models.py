@@ -1,4 +1,4 @@
-"""Which models of a recipe one can talk to, and `run chat` in a pipe, with a real model."""
+"""The servable models of a recipe, and `run chat` in a pipe with a real model."""
 
 import os
 import pty
@@ -15,7 +15,7 @@ from llm.models.checkpoint import save_checkpoint
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
-from runner.serving.models import Talker
+from runner.serving.models import ServableModel
 
 RECIPE = """
 name = "talks"
@@ -34,7 +34,7 @@ data = [{ files = "rows.jsonl" }]
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """`run` in a folder with a recipe of which only `base` is finished."""
+    """`run` in a folder whose recipe has only `base` finished."""
     folder = tmp_path_factory.mktemp("talks")
     tokenizer = train_bpe(["what is it? 是什么"] * 9, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     torch.manual_seed(0)
@@ -51,13 +51,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
         return subprocess.run(command, cwd=folder, **source, capture_output=True, text=True, timeout=120, check=False)
 
     nothing = run("chat", "recipe.toml")
-    assert nothing.returncode == 2 and "found none" in nothing.stderr
+    assert nothing.returncode == 2 and "expected a finished model, got none" in nothing.stderr
     assert run("recipe.toml", "--until", "base").returncode == 0
     return run
 
 
 @pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("2", "2")])
-def test_it_talks_with_the_cores_that_a_run_may_use_unless_threads_are_named(
+def test_a_model_uses_the_cores_of_a_run_unless_the_environment_names_threads(
     said: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("llm.inference.chat_session.ChatSession", lambda *paths, compiled: None)
@@ -65,11 +65,11 @@ def test_it_talks_with_the_cores_that_a_run_may_use_unless_threads_are_named(
     monkeypatch.setenv("OMP_NUM_THREADS", said or "")
     if said is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    Talker("base", tmp_path).open()
+    ServableModel("base", tmp_path).open()
     assert os.environ["OMP_NUM_THREADS"] == threads
 
 
-def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+def test_each_line_of_a_pipe_is_a_message(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "5")
     once = ask(*words, said="what is it?\n")
     assert once.returncode == 0, once.stderr
@@ -77,7 +77,7 @@ def test_each_line_of_a_pipe_is_a_turn(ask: Callable[..., "subprocess.CompletedP
     assert again.stdout == once.stdout * 2, "/new starts over, and greedy answers repeat"
 
 
-def test_a_word_behind_a_slash_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+def test_a_slash_command_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     keyboard, terminal = pty.openpty()
     os.write(keyboard, b"/help\n/exit\n")
     told = ask("chat", "recipe.toml", terminal=terminal)
@@ -85,7 +85,7 @@ def test_a_word_behind_a_slash_is_not_sent_to_the_model(ask: Callable[..., "subp
     assert told.stdout.split() == [">", ">"]
 
 
-def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
+def test_a_compiled_model_gives_the_same_answer_and_its_code_is_cached(
     ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it has compiled
@@ -96,10 +96,10 @@ def test_a_compiled_step_answers_the_same_and_is_kept_for_the_next_start(
     assert any((tmp_path / "compiled").rglob("*.so"))
 
 
-def test_only_finished_models_talk(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+def test_only_finished_models_are_servable(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     for stage, told in (
-        ("corpus", "makes Corpus; these are: base"),
-        ("medical", "its state is 'run'"),
+        ("corpus", "makes Corpus; finished models: base"),
+        ("medical", "expected a finished model, got the state 'run'"),
         ("bas", "did you mean 'base'"),
     ):
         refused = ask("chat", "recipe.toml", stage)

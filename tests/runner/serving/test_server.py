@@ -1,4 +1,4 @@
-"""The server, asked by the client that its users have: real sockets on loopback, a tiny real model with random weights."""
+"""The server with the OpenAI client, over loopback, and a tiny model with random weights."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ from llm.models.llama.compiled_decode import CompiledRow
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
-from runner.serving.server import MOST_BYTES, Server, Settings
+from runner.serving.server import MAX_BYTES, Server, ServerConfig
 
 TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
 KEY = "not-a-secret"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 
 @pytest.fixture(scope="module")
 def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, ChatSession]:
-    """Two models, of which `tuned` writes with a compiled step."""
+    """Two models; `tuned` is compiled."""
     folder = tmp_path_factory.mktemp("speakers")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder / "tokenizer")
@@ -45,8 +45,8 @@ def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> d
 
 @pytest.fixture(scope="module")
 def address(speakers: dict[str, ChatSession]) -> Iterator[str]:
-    """Where a server with both models and a queue of two listens."""
-    settings = Settings(sampling=Sampling(temperature=0.0), max_new_tokens=16, queue=2, api_key=KEY)
+    """The address of a server with both models and a queue of two."""
+    settings = ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, queue=2, api_key=KEY)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(Server(speakers, settings).app(), log_level="error", lifespan="off"))
@@ -73,7 +73,7 @@ def test_the_client_lists_the_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "tuned"])
-def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[str, ChatSession], name: str) -> None:
+def test_an_answer_is_the_output_of_the_model(client: openai.OpenAI, speakers: dict[str, ChatSession], name: str) -> None:
     answer = client.chat.completions.create(model=name, messages=asked("什么是高血压？"), max_tokens=12)
     expected = speakers[name].answer(asked("什么是高血压？"), max_new_tokens=12)
     assert answer.choices[0].message.content == "".join(expected.pieces)
@@ -82,7 +82,7 @@ def test_an_answer_is_what_the_model_says(client: openai.OpenAI, speakers: dict[
     assert answer.choices[0].finish_reason == ("length" if expected.is_cut else "stop")
 
 
-def test_a_compiled_step_writes_in_the_thread_of_the_server_and_is_not_compiled_again(
+def test_a_compiled_model_runs_in_the_thread_of_the_server_without_recompilation(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
@@ -103,7 +103,7 @@ def test_a_compiled_step_writes_in_the_thread_of_the_server_and_is_not_compiled_
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
 
 
-def test_a_stream_gives_the_same_in_pieces_and_never_half_a_character(client: openai.OpenAI) -> None:
+def test_a_stream_has_the_same_text_and_whole_characters(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="base", messages=asked("asthma"), max_tokens=24).choices[0].message.content
     stream = client.chat.completions.create(
         model="base", messages=asked("asthma"), max_tokens=24, stream=True, stream_options={"include_usage": True}
@@ -115,7 +115,7 @@ def test_a_stream_gives_the_same_in_pieces_and_never_half_a_character(client: op
     assert chunks[-2].choices[0].finish_reason == "length"
 
 
-def test_text_goes_on_without_a_template(client: openai.OpenAI, speakers: dict[str, ChatSession]) -> None:
+def test_a_completion_uses_no_chat_template(client: openai.OpenAI, speakers: dict[str, ChatSession]) -> None:
     found = client.completions.create(model="tuned", prompt="Asthma is", max_tokens=8)
     assert found.choices[0].text == "".join(speakers["tuned"].continuation("Asthma is", max_new_tokens=8).pieces)
 
@@ -128,7 +128,7 @@ def test_a_seed_reproduces_and_another_differs(client: openai.OpenAI) -> None:
     assert say(1) == say(1) != say(2)
 
 
-def test_a_stop_text_ends_the_answer(client: openai.OpenAI) -> None:
+def test_a_stop_string_ends_the_answer(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="base", prompt="a", max_tokens=16).choices[0].text
     stop = whole[3:5]
     assert (
@@ -137,7 +137,7 @@ def test_a_stop_text_ends_the_answer(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_long_conversation_forgets_its_beginning(speakers: dict[str, ChatSession]) -> None:
+def test_a_long_conversation_is_truncated_at_its_start(speakers: dict[str, ChatSession]) -> None:
     turns = [{"role": role, "content": "asthma is a disease"} for _ in range(8) for role in ("user", "assistant")]
     answer = speakers["base"].answer([*turns, *asked("why")], max_new_tokens=8)
     assert answer.forgotten > 0 and answer.forgotten % 2 == 0, "a question goes with its answer"
@@ -147,19 +147,19 @@ def test_a_long_conversation_forgets_its_beginning(speakers: dict[str, ChatSessi
 @pytest.mark.parametrize(
     ("change", "status", "told"),
     [
-        ({"model": "other"}, 404, "there are: base, tuned"),
+        ({"model": "other"}, 404, "expected one of base, tuned, got 'other'"),
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "user's turn last"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "expected the last one from the user, got assistant"),
         ({"messages": [{"role": "user", "content": "asthma " * 200}]}, 400, "context of 96"),
         ({"temperature": -1}, 400, "temperature"),
         ({"n": 2}, 400, "n:"),
         ({"tools": [{}]}, 400, "tools"),
         ({"stop": [""]}, 400, "stop"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "x" * (MOST_BYTES + 1)}]}, 413, "at most"),
+        ({"messages": [{"role": "user", "content": "x" * (MAX_BYTES + 1)}]}, 413, "at most"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(client: openai.OpenAI, change: dict[str, Any], status: int, told: str) -> None:
+def test_a_bad_request_gets_an_error_message(client: openai.OpenAI, change: dict[str, Any], status: int, told: str) -> None:
     request: dict[str, Any] = {"model": "base", "messages": asked("hello"), "max_tokens": 4} | change
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", body=request, cast_to=dict)
@@ -178,7 +178,7 @@ def test_a_wrong_key_and_another_host_are_refused(address: str) -> None:
     caught.value.close()
 
 
-def test_a_reader_who_leaves_gives_the_turn_to_the_next(address: str, client: openai.OpenAI) -> None:
+def test_a_disconnected_client_releases_its_turn(address: str, client: openai.OpenAI) -> None:
     for _ in range(4):  # more than the queue holds
         stream = client.chat.completions.create(model="base", messages=asked("why"), max_tokens=80, stream=True)
         next(iter(stream))
@@ -186,7 +186,7 @@ def test_a_reader_who_leaves_gives_the_turn_to_the_next(address: str, client: op
     assert client.chat.completions.create(model="base", messages=asked("why"), max_tokens=2).choices
 
 
-def test_too_many_at_once_are_told_to_come_later(client: openai.OpenAI) -> None:
+def test_requests_beyond_the_queue_are_refused(client: openai.OpenAI) -> None:
     statuses: list[int] = []
 
     def ask() -> None:
@@ -204,7 +204,7 @@ def test_too_many_at_once_are_told_to_come_later(client: openai.OpenAI) -> None:
     assert set(statuses) == {200, 429}, statuses
 
 
-def test_the_page_stands_alone(address: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
     with urllib.request.urlopen(f"{address}/") as response:
         page = response.read().decode()
         assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")

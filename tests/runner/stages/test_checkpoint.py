@@ -102,7 +102,7 @@ def test_a_branch_is_pinned_to_the_commit_it_had_when_the_stage_began(
     first = put(hub, published("llama-2"))
     hub.faults["model.safetensors"] = [HTTPStatus.SERVICE_UNAVAILABLE]
     context = make_context()
-    with pytest.raises(InputError, match="run again to go on"):
+    with pytest.raises(InputError, match="run again to continue"):
         of_repo().run(context)
     put(hub, published("smollm"))
     assert of_repo().run(context)["commit"] == first
@@ -132,7 +132,7 @@ def test_a_connection_that_brings_nothing_is_given_up(
 ) -> None:
     put(hub, published("llama-2"))
     hub.faults["config.json"] = [0, 0]
-    with pytest.raises(InputError, match=r"config\.json cannot be downloaded from http://.*run again to go on"):
+    with pytest.raises(InputError, match=r"config\.json cannot be downloaded from http://.*run again to continue"):
         of_repo().run(make_context())
 
 
@@ -155,7 +155,7 @@ def test_bytes_that_are_not_the_hubs_are_thrown_away(
     part = context.scratch / "source" / "model.safetensors.part"
     part.parent.mkdir()
     part.write_bytes(b"something else")
-    with pytest.raises(InputError, match=r"model\.safetensors was damaged on the way; run again"):
+    with pytest.raises(InputError, match=r"model\.safetensors was damaged in transit; run again"):
         of_repo().run(context)
     of_repo().run(context)
 
@@ -179,11 +179,11 @@ def test_what_the_hub_does_not_give_is_told_with_the_cure(
         assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert complaint() == f"{REPO}: {hub.url} has no such model, or does not show it to the token"
+    assert complaint() == f"{REPO}: {hub.url} has no such model, or the token has no access"
     put(hub, published("llama-2"), gated=True)
     assert complaint(revision="v2") == f"{REPO}: {hub.url} has no revision 'v2' of this model"
     monkeypatch.delenv("HF_TOKEN")
-    assert f"{REPO}: is gated and not shown to anybody without a token (HF_TOKEN, or `hf auth login`)" in complaint()
+    assert f"{REPO}: is gated, and it needs a token (HF_TOKEN, or `hf auth login`)" in complaint()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "revision 'main' cannot be downloaded from http://127.0.0.1:9 (ConnectError: " in complaint()
 
