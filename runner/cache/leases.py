@@ -24,6 +24,7 @@ from typing import Literal
 from runner.cache import heartbeat
 from runner.cache.heartbeat import Holder, Watch, this_machine
 from runner.errors import StageError
+from runner.files import write_whole
 
 FREE, ALONE, READING, WORK = "free", "alone-", "reading-", "work"
 UNKNOWN = "another process"
@@ -229,9 +230,7 @@ class Leases:
             old.rename(left)
             shutil.copytree(left, copy, symlinks=True)
             copy.rename(new)
-        mark = self._root / "leases" / name / f".{WORK}.{lease.name}"
-        mark.write_text(new.name, encoding="utf-8")
-        mark.replace(mark.with_name(WORK))
+        write_whole(self._root / "leases" / name / WORK, new.name, durable=False)
         shutil.rmtree(left, ignore_errors=True)
 
     def _is_dead(self, place: Path) -> Literal["", "here", "elsewhere"]:

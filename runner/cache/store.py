@@ -290,10 +290,10 @@ def _locked(file: IO[bytes], mode: int) -> bool:
     return True
 
 
-def default_cache(recipe: Path, asked: Path | None) -> Path:
+def default_cache(recipe: Path, option: Path | None) -> Path:
     """`--cache`, else STOCKPOT_CACHE, else cache/ beside the nearest pyproject.toml above the recipe, else ./cache."""
-    if asked:
-        return asked
+    if option:
+        return option
     if os.environ.get("STOCKPOT_CACHE"):
         return Path(os.environ["STOCKPOT_CACHE"])
     for folder in recipe.resolve().parents:

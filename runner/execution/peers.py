@@ -36,7 +36,7 @@ class Peers(Protocol):
     def causes(self) -> list[str]:
         """What the other machines report after a training failed here; raises what ends it for good."""
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Sends a message for the users of the other machines."""
 
     def give_up(self) -> None:

@@ -209,7 +209,7 @@ class Scheduler:
         """Makes the artifact of a stage, whose locks are held; returns the seconds it took."""
         stage, key = entry.stage, str(entry.key)
         self._progress.started(entry)
-        begun, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         layout = self._peers.layout if self._peers else ALONE
         offer = functools.partial(self._offer_inputs, entry, plan)
         stage_run = StageRun(
@@ -238,7 +238,7 @@ class Scheduler:
                 "inputs": {plan.written(source): plan.record(source).summary() for source in plan.inputs(entry.name)},
                 **({"beginning": entry.beginning.summary()} if entry.beginning else {}),
                 "code": code_digest(type(stage)),
-                "started": begun.isoformat(timespec="seconds"),
+                "started": started.isoformat(timespec="seconds"),
                 "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 2),
                 **result,

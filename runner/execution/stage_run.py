@@ -101,7 +101,7 @@ class StageRun:
                 progress.note(text)
                 notifier.send(text)
                 if peers:
-                    peers.tell(text)
+                    peers.notify(text)
                     if policy.processes == 1:
                         peers.give_up()
             else:

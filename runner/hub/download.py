@@ -172,43 +172,41 @@ def as_input_error(repo: str, what: str, *, kind: Literal["model", "dataset"] = 
         ) from None
 
 
-def download_dataset_files(wanted: HubFiles, *, retries: Retries = DEFAULT_RETRIES) -> list[Path]:
-    """The local paths of the dataset files that `wanted` matches, sorted by their path in the dataset.
+def download_dataset_files(files: HubFiles, *, retries: Retries = DEFAULT_RETRIES) -> list[Path]:
+    """The local paths of the dataset files that `files` matches, sorted by their path in the dataset.
 
     Temporary failures are retried. InputError if there are none, or the Hub does not return them.
     """
-    with as_input_error(wanted.repo, wanted.path, kind="dataset"), quiet_client():
-        return with_retries(lambda: _download_dataset_files(wanted), retries)
+    with as_input_error(files.repo, files.path, kind="dataset"), quiet_client():
+        return with_retries(lambda: _download_dataset_files(files), retries)
 
 
-def _download_dataset_files(wanted: HubFiles) -> list[Path]:
+def _download_dataset_files(files: HubFiles) -> list[Path]:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    place: dict[str, Any] = {"repo_type": "dataset", "revision": wanted.commit}
+    place: dict[str, Any] = {"repo_type": "dataset", "revision": files.commit}
     source: dict[str, Any] = {"endpoint": credentials.endpoint(), "token": credentials.token() or False}
     try:
-        if not wanted.is_pattern:
-            return [Path(hf_hub_download(wanted.repo, wanted.path, **place, **source))]
-        names = wanted.matching(_names(wanted))
+        if not files.is_pattern:
+            return [Path(hf_hub_download(files.repo, files.path, **place, **source))]
+        names = files.matching(_names(files))
         if not names:
-            raise InputError(
-                f"{wanted.repo}@{wanted.commit[:8]}: expected files like {wanted.path!r}, but the dataset has none"
-            )
+            raise InputError(f"{files.repo}@{files.commit[:8]}: expected files like {files.path!r}, but the dataset has none")
         # The client also caches the list of all files, so that a pattern works offline later.
-        folder = snapshot_download(wanted.repo, allow_patterns=[glob.escape(name) for name in names], **place, **source)
+        folder = snapshot_download(files.repo, allow_patterns=[glob.escape(name) for name in names], **place, **source)
         return [Path(folder, name) for name in names]
     except LocalEntryNotFoundError as error:  # says only that there is no local copy; its cause is why the download failed
         raise error.__cause__ or error from None
 
 
-def _names(wanted: HubFiles) -> list[str]:
+def _names(files: HubFiles) -> list[str]:
     """All files of the dataset at the commit, from the client's cache or the Hub."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return [file.path for file in get_cached_repo_tree(wanted.repo, repo_type="dataset", revision=wanted.commit)]
+        return [file.path for file in get_cached_repo_tree(files.repo, repo_type="dataset", revision=files.commit)]
     except CachedRepoTreeNotFoundError:
         api = HfApi(endpoint=credentials.endpoint(), token=credentials.token() or False)
-        return api.list_repo_files(wanted.repo, repo_type="dataset", revision=wanted.commit)
+        return api.list_repo_files(files.repo, repo_type="dataset", revision=files.commit)

@@ -99,10 +99,10 @@ class Coordinator:
 
     def assemble(self) -> None:
         """Waits until all machines are connected; MachineLostError if one that was here does not come back."""
-        noted, begun = "", time.monotonic()
+        noted, started = "", time.monotonic()
         while missing := self._missing():
             was_here = self._seen.issuperset(missing)
-            patience = self._rejoin_seconds if was_here else JOIN_SECONDS
+            seconds = self._rejoin_seconds if was_here else JOIN_SECONDS
             listed = ", ".join(map(str, missing))
             if listed != noted:
                 self._note(
@@ -110,9 +110,9 @@ class Coordinator:
                     "there with its --machine-rank"
                 )
                 noted = listed
-            if time.monotonic() - begun > patience:
+            if time.monotonic() - started > seconds:
                 kind, came = (MachineLostError, "come back") if was_here else (StageError, "come")
-                raise kind(f"machine {listed} of {self.layout.machines} did not {came} within {patience:.0f} s")
+                raise kind(f"machine {listed} of {self.layout.machines} did not {came} within {seconds:.0f} s")
             self._stop.raise_if_requested()
             time.sleep(0.1)
         self._given_up = False
@@ -140,9 +140,9 @@ class Coordinator:
             except ConnectionClosed:
                 with self._guard:
                     self._peers.pop(peer.rank, None)
-                raise MachineLostError(f"{peer} is gone; what was checkpointed is kept") from None
+                raise MachineLostError(f"{peer} is gone; checkpoints are kept") from None
         if self._lost:
-            raise MachineLostError(f"{self._lost.pop()} is gone; what was checkpointed is kept")
+            raise MachineLostError(f"{self._lost.pop()} is gone; checkpoints are kept")
         for peer in self._all():
             fault, peer.fault = peer.fault, None
             if fault is not None:
@@ -163,7 +163,7 @@ class Coordinator:
             time.sleep(0.1)
         return []
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Sends a message for the users of the other machines."""
         for peer in self._all():
             peer.connection.send(do="note", text=text)

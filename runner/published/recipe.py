@@ -178,13 +178,13 @@ def _names_of(contents: Sequence[FileContent], is_folder: bool) -> list[str]:
     return names
 
 
-def _filled(folder: Path, wanted: Mapping[str, FileContent], finder: "_Finder") -> bool:
+def _filled(folder: Path, contents: Mapping[str, FileContent], finder: "_Finder") -> bool:
     """Places the files in the folder and removes all others; false, with an empty folder, if one is not found."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.name not in wanted or digest_file(path) != wanted[path.name].sha256:
+        if path.name not in contents or digest_file(path) != contents[path.name].sha256:
             path.unlink()
-    found = {name: folder / name if (folder / name).exists() else finder.find(content) for name, content in wanted.items()}
+    found = {name: folder / name if (folder / name).exists() else finder.find(content) for name, content in contents.items()}
     if not all(found.values()):
         for path in folder.iterdir():
             path.unlink()

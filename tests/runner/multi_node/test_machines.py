@@ -318,7 +318,7 @@ def test_a_machine_lost_during_a_failed_training_is_reported_as_its_cause(tmp_pa
         other.send(do="hello", rank=1, machines=2, who="process 7 on there", shares=True)
         coordinator.assemble()
         other.close()
-        assert coordinator.causes() == ["machine 1 (process 7 on there) is gone; what was checkpointed is kept"]
+        assert coordinator.causes() == ["machine 1 (process 7 on there) is gone; checkpoints are kept"]
         with pytest.raises(MachineLostError, match="machine 1 of 2 did not come back within 0 s"):
             coordinator.assemble()
         coordinator.give_up()
