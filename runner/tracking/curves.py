@@ -7,6 +7,10 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = ("loss", "validation_loss")  # metrics kept in a record
 POINTS = 100  # of a curve in a record
@@ -43,12 +47,7 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
     figure = Figure(figsize=(INCHES[0] * len(trainings), INCHES[1]), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, curves) in zip(figure.subplots(1, len(trainings), squeeze=False)[0], trainings.items(), strict=True):
-        for curve, style in (("loss", "-"), ("validation_loss", "o--")):
-            if points := curves.get(curve):
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, style, markersize=3, linewidth=1.2, label=curve.replace("_", " "))
-        axes.set(title=name, xlabel="step")
-        axes.grid(alpha=0.3)
+        _plot(axes, {curve: curves[curve] for curve in CURVES if curves.get(curve)}, title=name)
         axes.legend(frameon=False)
     figure.axes[0].set_ylabel("loss, nats per token")
     figure.savefig(picture, dpi=120)
@@ -63,23 +62,21 @@ def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False
     figure = Figure(figsize=INCHES, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for name, points in curves.items():
-        steps, heights = zip(*points, strict=True)
-        axes.plot(
-            steps,
-            heights,
-            "o--" if name.startswith("validation") else "-",
-            markersize=3,
-            linewidth=1.2,
-            label=name.replace("_", " "),
-        )
     values = [value for points in curves.values() for _, value in points]
     wide = min(values) > 0 and max(values) >= 10 * min(values)  # otherwise a logarithmic axis has hardly any labels
-    axes.set(title=title, xlabel="step", yscale="log" if logarithmic and wide else "linear")
-    axes.grid(alpha=0.3)
+    _plot(axes, curves, title=title, yscale="log" if logarithmic and wide else "linear")
     if len(curves) > 1:
         axes.legend(frameon=False)
     target = io.StringIO()
     with rc_context({"svg.hashsalt": title}):  # the same curves give the same bytes
         figure.savefig(target, format="svg", metadata={"Date": None})
     return target.getvalue()[target.getvalue().index("<svg") :]
+
+
+def _plot(axes: "Axes", curves: Mapping[str, Curve], *, title: str, yscale: str = "linear") -> None:
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        style = "o--" if name.startswith("validation") else "-"
+        axes.plot(steps, values, style, markersize=3, linewidth=1.2, label=name.replace("_", " "))
+    axes.set(title=title, xlabel="step", yscale=yscale)
+    axes.grid(alpha=0.3)
