@@ -166,8 +166,14 @@ def test_alerts_enter_the_key_only_where_they_change_the_training(tmp_path: Path
     ("head", "place"),
     [
         ("[alerts]\nlos = { above = 5.0 }\n", r"alerts\.los: is not known here; .*did you mean 'loss'"),
-        ("[alerts]\nvalidation = { action = 'skip' }\n", r"alerts\.validation\.action: expected 'off', 'warn', 'pause' or 'stop', got 'skip'"),
-        ("[alerts]\nnot_finite = { action = 'warn' }\n", r"alerts\.not_finite\.action: expected 'stop', 'skip' or 'rollback', got 'warn'"),
+        (
+            "[alerts]\nvalidation = { action = 'skip' }\n",
+            r"alerts\.validation\.action: expected 'off', 'warn', 'pause' or 'stop', got 'skip'",
+        ),
+        (
+            "[alerts]\nnot_finite = { action = 'warn' }\n",
+            r"alerts\.not_finite\.action: expected 'stop', 'skip' or 'rollback', got 'warn'",
+        ),
         (f"[alerts]\nnotify = ['{SECRET}']\n", ADDRESSES),
         (f"[alerts]\nnotify = 'ntfy://{SECRET}'\n", ADDRESSES),
         (f"[alerts]\nnotify = ['ntfy://topic', {{ to = '{SECRET}' }}]\n", ADDRESSES),
