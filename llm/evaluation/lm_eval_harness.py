@@ -107,7 +107,7 @@ def local_task(folder: Path, name: str) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise InputError(f"{path}: is not plain YAML, without tags such as !function, which name code: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-            raise InputError(f"{path}: expected a table with the name of a task in 'task'")
+            raise InputError(f"{path}: expected a table with the name of a task in 'task', got none")
         configs[config["task"]] = (path, config)
     if name not in configs:
         raise InputError(f"{folder}: has no task {name!r}; its files name {', '.join(sorted(configs)) or 'none'}")

@@ -61,7 +61,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         if (self.folder is None) == (self.repo is None):
             raise ValueError("expected either folder or repo" + ("" if self.folder is None else ", got both"))
         if self.repo is None and self.revision != "main":  # the default, since a resolved recipe writes it out
-            raise ValueError(f"revision belongs to a repo on the Hub, but this stage reads a folder; found {self.revision!r}")
+            raise ValueError(f"revision: expected a repo on the Hub beside it, got a folder and {self.revision!r}")
         return self
 
     def run(self, context: Context) -> Metrics:

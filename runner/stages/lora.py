@@ -43,7 +43,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
         """A base in four bits is not spread over processes."""
         if self.quantize is None or parallel.strategy != "fsdp" or parallel.processes == 1:
             return None
-        return f'quantize: found "{self.quantize}" beside parallel.strategy = "fsdp", expected strategy = "ddp" or no quantize'
+        return f'quantize: expected parallel.strategy = "ddp" beside "{self.quantize}", got "fsdp"'
 
     def prepare(self, context: Context) -> None:
         """Pack the rows, and what is mixed into them."""

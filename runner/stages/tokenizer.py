@@ -51,7 +51,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         if self.vocab_size < BYTES + specials:
             raise ValueError(
                 f"vocab_size: expected room for {BYTES} bytes and {specials} special tokens: at least {BYTES + specials}, "
-                f"found {self.vocab_size}"
+                f"got {self.vocab_size}"
             )
         return self
 

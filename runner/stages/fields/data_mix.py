@@ -51,7 +51,7 @@ class MixTable(Spec):
         with_field(self.response)
         chat = self.messages is not None or (self.prompt, self.response) != ("{prompt}", "{response}")
         if self.tokens is not None and (self.text is not None or chat):
-            raise ValueError("text, prompt, response and messages belong to files; found tokens")
+            raise ValueError("expected files beside text, prompt, response and messages, got tokens")
         if self.text is not None:
             split_text(self.text)
             if chat:

@@ -228,7 +228,7 @@ def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
     overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", overrides)
-    found = 'stage.medical.quantize: found "nf4" beside parallel.strategy = "fsdp", expected strategy = "ddp" or no quantize'
+    found = 'stage.medical.quantize: expected parallel.strategy = "ddp" beside "nf4", got "fsdp"'
     assert found in str(caught.value)
     load_recipe(RECIPES / "medical-lora.toml", [*overrides, "parallel.processes=1"])
 

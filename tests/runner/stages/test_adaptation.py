@@ -203,9 +203,9 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path, make_context: Cal
     [
         ([{"share": 0.2}], "expected either tokens or files"),
         ([{"share": 0.2, "tokens": "t", "files": "f.jsonl"}], "expected either tokens or files, got both"),
-        ([{"share": 0.2, "tokens": "t", "text": "text"}], "belong to files"),
+        ([{"share": 0.2, "tokens": "t", "text": "text"}], "expected files beside text"),
         ([{"share": 0.2, "files": "f.jsonl", "text": "text", "messages": "m"}], "either text or the fields of a chat"),
-        ([{"share": 0.6, "tokens": "t"}, {"share": 0.4, "tokens": "u"}], "sum to less than 1, .* found 1"),
+        ([{"share": 0.6, "tokens": "t"}, {"share": 0.4, "tokens": "u"}], "sum to less than 1, .* got 1"),
         ([{"share": 1.0, "tokens": "t"}], "less than 1"),
     ],
 )

@@ -221,7 +221,7 @@ def test_a_repository_of_pickles_is_refused(
     [
         ("", "stage.base: expected either folder or repo"),
         ('folder = "tiny"\nrepo = "a/b"', "stage.base: expected either folder or repo, got both"),
-        ('folder = "tiny"\nrevision = "v2"', "stage.base: revision belongs to a repo on the Hub"),
+        ('folder = "tiny"\nrevision = "v2"', "stage.base: revision: expected a repo on the Hub beside it, got a folder"),
         ('folder = "tniy"', "stage.base.folder: expected a file, got nothing at"),
         ('repo = "tiny"', "stage.base.repo: expected "),
         ('repo = "a/b"\nrevison = "v2"', "did you mean 'revision'?"),
