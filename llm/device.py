@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from typing import Literal
@@ -84,3 +86,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("can't allocate memory", "not enough memory", "could not create a memory")
     )
+
+
+def seconds_per_call(call: Callable[[], object], *, device: torch.device, calls: int = 1) -> float:
+    """Seconds that one of `calls` takes, until the device has finished."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

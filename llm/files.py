@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # this module is also used where torch is not imported
     from torch import Tensor
 
+TEMPORARY = ".tmp"  # ends the name of what is not complete
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end; on an error it is removed, so that a full disk gets no fuller."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         yield temporary
         temporary.replace(path)
@@ -26,12 +28,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, renamed to `path` at the end; `path` does not exist yet."""
-    temporary = path.with_name(path.name + ".tmp")
+    """An empty folder to fill, renamed to `path` at the end; on an error it is removed. `path` does not exist by then."""
+    temporary = path.with_name(path.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
-    yield temporary
-    temporary.rename(path)
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

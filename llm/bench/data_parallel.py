@@ -1,7 +1,7 @@
-"""What sharing a step costs: by one process with all threads, and by two that have half of them each, over gloo.
+"""What data parallelism costs: one process with all threads, and two with half of them each, over gloo.
 
-Each candidate is a group of processes of its own that takes a step when it is told to and waits on a pipe otherwise, so that
-they can take turns. All compute on the CPU, also where there is a GPU: what is measured is the way over main memory.
+Each candidate is a group of processes of its own that takes a step when asked and otherwise waits on a pipe, so that they can
+take turns. All compute on the CPU, even where there is a GPU: what is measured is communication through main memory.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from llm.bench.workload import Workload
 from llm.errors import InputError
 from llm.training.distributed.process_group import ProcessGroup
 
-TOGETHER = 2
-# Processes, and how they share a step.
+TOGETHER = 2  # processes
+# Processes, and their strategy.
 CANDIDATES: dict[str, tuple[int, Literal["ddp", "fsdp"]]] = {
     "one": (1, "ddp"),
     "ddp": (TOGETHER, "ddp"),
@@ -51,28 +51,28 @@ def measure_data_parallel(workload: Workload, *, seconds: float) -> dict[str, An
 
 
 class _Steps:
-    """Processes that take one step, all together, at each call."""
+    """A group of processes that takes one step at each call."""
 
     def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
         self._processes = processes
 
-    def tell(self, text: str) -> None:
-        """Send a line to all."""
+    def send(self, text: str) -> None:
+        """Send a line to all processes."""
         for process in self._processes:
             assert process.stdin is not None
             print(text, file=process.stdin, flush=True)
 
     def __call__(self) -> None:
-        self.tell("step")
+        self.send("step")
         for process in self._processes:
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise InputError(f"processes: one of {len(self._processes)} ended; what it said stands above")
+                raise InputError(f"processes: one of {len(self._processes)} ended; its output is above")
 
 
 @contextlib.contextmanager
 def _training(workload: Workload, processes: int, strategy: str) -> Iterator[_Steps]:
-    """The processes of a candidate, started; on leaving, ended."""
+    """The processes of a candidate, started; they end with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,18 +89,18 @@ def _training(workload: Workload, processes: int, strategy: str) -> Iterator[_St
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
             )
         steps = _Steps(started)
-        steps.tell(workload.model_dump_json())
+        steps.send(workload.model_dump_json())
         yield steps
     finally:
         for process in started:
-            process.kill()  # nothing of it is wanted any more
+            process.kill()  # its state is not needed
             process.communicate()
 
 
 def main() -> None:
-    """One process of a candidate: the first line of standard input has the workload, each other one asks for a step."""
+    """One process of a candidate: the first line of standard input is the workload, each other line asks for a step."""
     (strategy,) = sys.argv[1:]
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries say is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
     workload = Workload.model_validate_json(sys.stdin.readline())
     named: Literal["ddp", "fsdp"] = "fsdp" if strategy == "fsdp" else "ddp"
     training = StockpotTraining(

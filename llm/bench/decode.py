@@ -116,7 +116,7 @@ def teach(workload: Workload, model: LanguageModel, *, prompt_tokens: int, new_t
             group=group,
         )
         for step in range(LESSONS):
-            ours.take(*ours.load(step))
+            ours.step_on(*ours.load(step))
         model.eval()
         with torch.no_grad(), autocast(ours.runtime.precision, device=group.device):
             likeliest = model(tokens)[:, prompt_tokens - 1 : -1].float().topk(2).values

@@ -1,6 +1,5 @@
-"""The two that are compared: our training as `llm.training.trainer` runs it, and stock Transformers in the loop that its users write."""
+"""What is compared: our training as `llm.training.trainer` runs it, and stock Transformers in a loop as its users write it."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,29 +14,29 @@ from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, PackedRow, RowSource
 from llm.models import architectures
 from llm.models.interface import LanguageModel
-from llm.training.alerts.config import Alerts
-from llm.training.alerts.monitor import AlertMonitor
-from llm.training.config import Optimizer, Schedule
-from llm.training.distributed.fsdp import shard
+from llm.training.build import build
+from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup
-from llm.training.dry_run import settle
 from llm.training.loader import batches, most_batches
-from llm.training.loss import Learner, next_token_loss
+from llm.training.loss import next_token_loss
 from llm.training.runtime import resolve_runtime
-from llm.training.step import LOG_EVERY, Loop, Progress
+from llm.training.step import LOG_EVERY, Progress
+from llm.training.task import ComputeConfig, TrainingTask
 
 SCHEDULE = Schedule(kind="constant", learning_rate=1e-3)
-MANY = 2**31  # steps of a training that is never finished
-PREPARED = 4  # steps whose batches are made beforehand
+MANY = 2**31  # steps of a training that never ends
+PREPARED = 4  # steps with batches made beforehand
 ALPHABET = 61  # different tokens of the text to learn
 STRIDES = 3
+FULL, LORA, QLORA = WAYS = ("full", "lora", "qlora")  # which weights learn: all, an adapter, an adapter over four bits
+ADAPTER = lora.LoraConfig(r=8, alpha=16)  # the defaults of `lora` stages: all linear layers
 
 
 @dataclass(frozen=True)
 class CountingRows:
-    """Rows of one document that counts in steps of 1 to 3: soon learned, so that the model is sure of what comes next.
+    """Rows of one document that counts in steps of 1 to 3: quickly learned, so the model is sure of the next token.
 
-    Not of the second token of a row, which is why no mean loss over its targets can be below ln 3 / (context - 1).
+    Except for the second token of a row: no mean loss over its targets can be below ln 3 / (context - 1).
     """
 
     context: int
@@ -45,7 +44,7 @@ class CountingRows:
     rows_per_epoch: int = MANY
 
     def row(self, index: int) -> PackedRow:
-        """Row `index`; the stride shows only in two tokens together, so attention is needed to go on."""
+        """Row `index`; the stride shows only in two tokens together, so predicting it needs attention."""
         alphabet = min(ALPHABET, self.vocab_size)
         random = np.random.default_rng(index)
         tokens = (int(random.integers(alphabet)) + np.arange(self.context) * int(random.integers(1, STRIDES + 1))) % alphabet
@@ -54,7 +53,7 @@ class CountingRows:
 
 
 def build_stockpot_model(workload: Workload) -> LanguageModel:
-    """Our model with fresh weights, the same ones every time."""
+    """Our model with fresh weights, the same ones at each call."""
     torch.manual_seed(0)
     config = workload.architecture
     model = architectures()[config.name].build(config, vocab_size=workload.vocab_size)
@@ -73,7 +72,7 @@ def build_transformers_model(
     architecture = architectures()[workload.architecture.name]
     fields = architecture.to_transformers(workload.architecture) | {"vocab_size": workload.vocab_size}
     del fields["model_type"], fields["architectures"]
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # text that never ends
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the text never ends
     config = AutoConfig.for_model(architecture.model_type, **fields, **special)
     make: Any = AutoModelForCausalLM.from_config  # its signature is untyped
     model: nn.Module = make(config, attn_implementation="sdpa", dtype=dtype)
@@ -85,7 +84,7 @@ def build_transformers_model(
 
 
 class StockpotTraining:
-    """Our training, put together as in `llm.training.trainer.train`: its Loop with what it would resolve_runtime, on batches made beforehand."""
+    """Our training, built as `llm.training.trainer.train` builds it, on batches that are made beforehand."""
 
     def __init__(
         self,
@@ -102,72 +101,58 @@ class StockpotTraining:
     ) -> None:
         self.workload, self.model, self.group = workload, model, group
         self.progress = Progress(steps=steps)
-        self.rows = rows or CountingRows(workload.context, workload.vocab_size)
+        rows = rows or CountingRows(workload.context, workload.vocab_size)
+        budget = Budget(steps=steps)
+        self.task = TrainingTask(
+            next_token_loss, rows, budget, workload.tokens_per_step, schedule=schedule, optimizer=optimizer, seed=0
+        )
+        compute = compute_of(workload, strategy=strategy)
         began, auto = time.perf_counter(), workload.micro_batch == "auto"
-        runtime = resolve_runtime(
-            group,
-            workload.micro_batch,
-            workload.precision,
-            workload.compiled,
-            workload.fused_attention,
-            strategy,
-            cores=workload.cores,
-            context=workload.context,
-            rows_per_step=workload.rows,
-            flops=math.inf,  # of a long training
-            shape=f"{model} {workload.context}",
-        )
+        runtime = resolve_runtime(model, self.task, compute, group=group)
         torch.set_num_threads(runtime.threads)
-        learner = Learner(model, next_token_loss, precision=runtime.precision)
-        learner = shard(learner, runtime.strategy, device=group.device, processes=group.size)
-        self.runtime = settle(learner, self.rows, runtime, auto=auto, group=group, report=report)
-        self.settling = time.perf_counter() - began  # seconds of compiling, if layers are compiled
-        self.loop = Loop(
-            learner,
-            optimizer,
-            schedule=schedule,
-            seed=0,
-            group=group,
-            runtime=self.runtime,
-            auto=auto,
-            flops_per_token=model.flops_per_token(workload.context),
-            monitor=AlertMonitor(Alerts(), warmup_steps=schedule.warmup_steps),
-            report=report,
-            should_stop=lambda: False,
-        )
+        self.loop = build(model, self.task, runtime, auto=auto, group=group, report=report, should_stop=lambda: False)
+        self.build_seconds = time.perf_counter() - began  # of compiling, mostly, if layers are compiled
+        self.runtime = self.loop.runtime
         self.rounds = most_batches(workload.rows, group, self.runtime.micro_batch)
         self.prepared = [self.load(step) for step in range(PREPARED)]
 
     def load(self, step: int) -> tuple[list[Batch], int]:
-        """The micro-batches of one step, and how many targets they have: as `llm.training.loader` makes them."""
+        """The micro-batches of one step as `llm.training.loader` makes them, and the number of targets of all processes."""
         count = self.workload.rows
         mine = range(self.group.rank, count, self.group.size)
-        found = list(batches(self.rows, mine, self.runtime.micro_batch, first=step * count))
+        found = list(batches(self.task.rows, mine, self.runtime.micro_batch, first=step * count))
         (targets,) = self.group.sum(sum(int((batch.targets != IGNORE).sum()) for batch in found))
         return [batch.to(self.group.device) for batch in found], int(targets)
 
     def step(self) -> None:
-        """One optimizer step; losses are collected as often as a training reports them."""
-        self.take(*self.prepared[self.progress.step % PREPARED])
+        """One optimizer step on a prepared batch; losses are collected as often as a training reports them."""
+        self.step_on(*self.prepared[self.progress.step % PREPARED])
         if self.progress.step % LOG_EVERY == 0:
             self.loop.collect(self.progress)
             self.progress.recent = self.progress.recent[-1:]
 
-    def take(self, parts: list[Batch], targets: int) -> None:
-        """One optimizer step."""
+    def step_on(self, parts: list[Batch], targets: int) -> None:
+        """One optimizer step on these micro-batches."""
         self.loop.step(self.progress, parts, targets=targets, rounds=self.rounds)
         self.progress.step += 1
-
-    def last_loss(self) -> float:
-        """Of the last step."""
-        self.loop.collect(self.progress)
-        return self.progress.recent[-1]
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """Mean over the targets of `batch`, as training computes it but without dropout; nothing is learned."""
         total, targets = self.loop.learner.eval()(batch)
         return float(total / targets)
+
+
+def compute_of(workload: Workload, *, strategy: Literal["ddp", "fsdp"] = "ddp") -> ComputeConfig:
+    """How our training of `workload` is computed."""
+    return ComputeConfig(
+        cores=workload.cores,
+        micro_batch=workload.micro_batch,
+        precision=workload.precision,
+        compiled=workload.compiled,
+        fused_attention=workload.fused_attention,
+        strategy=strategy,
+    )
 
 
 class TransformersTraining:
@@ -212,17 +197,12 @@ class TransformersTraining:
         return float(self.forwards["fp32"](input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss)
 
 
-FULL, LORA, QLORA = "full", "lora", "qlora"
-SETTINGS = lora.LoraConfig(r=8, alpha=16)  # what `lora` stages do by default: all linear layers
-
-
-def training(workload: Workload, name: str, *, group: ProcessGroup) -> StockpotTraining:
-    """Our training of one of the three."""
+def build_stockpot_training(workload: Workload, way: str, *, group: ProcessGroup) -> StockpotTraining:
+    """Our training of a fresh model, by one of WAYS."""
     model = build_stockpot_model(workload)
-    if name == QLORA:
+    if way == QLORA:
         lora.quantize(model.to(group.device), double=True)
-    if name != FULL:
-        lora.attach(model, SETTINGS, seed=0)
-        workload = workload.model_copy(update={"compiled": False})  # as in a training: only where all weights learn
+    if way != FULL:
+        lora.attach(model, ADAPTER, seed=0)
     adamw = workload.optimizer if workload.optimizer.kind == "adamw" else Optimizer()
     return StockpotTraining(workload, model, optimizer=adamw, group=group)

@@ -1,9 +1,9 @@
 """Learning per minute: held-out bits per byte after equal time, ours as a recipe trains it and a plain model with AdamW.
 
-The plain one is stock Transformers' LLaMA of the same shape with its own initialization, bf16 autocast where ours has it, the
+The plain one is stock Transformers' model of the same shape with its own initialization, bf16 autocast where ours has it, the
 same rows in the same order, AdamW at 3e-3 and otherwise torch's defaults, gradients clipped to 1, the recipe's schedule.
-Each is given as many steps as fit into the time by its own speed, measured on a throw-away copy; what is once paid for
-(compiling, the self-check) is part of ours. Both are measured by the same code on the same text, documents kept apart.
+Each takes as many steps as fit into the time at its own speed, measured on a throw-away copy; what is done once (compiling,
+the sanity check) is part of our time. Both are measured by the same code on the same text, documents kept apart.
 """
 
 import time
@@ -16,22 +16,22 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llm.bench.implementations import build_stockpot_model, build_transformers_model
+from llm.bench.implementations import build_stockpot_model, build_transformers_model, compute_of
 from llm.bench.workload import Workload
 from llm.data.batch import IGNORE
 from llm.data.token_shards import TokenRows, TokenShards
 from llm.device import autocast, resolve_precision
-from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Schedule
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import feed
 from llm.training.loss import next_token_loss
 from llm.training.runtime import Runtime
+from llm.training.task import CheckpointConfig, TrainingTask
 from llm.training.trainer import train
 from llm.training.validation import Validation, validate_model
 
 PLAIN_RATE = 3e-3
-TRIAL_STEPS = 30  # after as many to warm up, to learn how many fit
+TRIAL_STEPS = 30  # to measure how many fit, after as many to warm up
 SEED = 42
 
 
@@ -71,37 +71,28 @@ def _ours(workload: Workload, text: Text, schedule: Schedule, seconds: float, sc
     ) -> tuple[dict[str, Any], float]:
         torch.manual_seed(SEED)
         began = time.perf_counter()
-        metrics = train(
-            build_stockpot_model(workload),
+        task = TrainingTask(
             next_token_loss,
-            rows=text.rows(workload.context),
-            validation=checked,
-            budget=Budget(steps=steps),
-            batch_tokens=workload.tokens_per_step,
+            text.rows(workload.context),
+            Budget(steps=steps),
+            workload.tokens_per_step,
             schedule=schedule,
             optimizer=workload.optimizer,
             seed=SEED,
-            check=check,
-            validate_every=None,
-            checkpoint_every=None,
-            checkpoint_minutes=None,
-            keep_checkpoints=1,
-            alerts=Alerts(),
-            micro_batch=workload.micro_batch,
-            precision=workload.precision,
-            compiled=workload.compiled,
-            fused_attention=workload.fused_attention,
-            strategy="ddp",
-            find_unused_parameters=False,
-            cores=workload.cores,
-            timeout_minutes=30.0,
-            scratch=folder,
+        )
+        metrics = train(
+            build_stockpot_model(workload),
+            task,
+            compute=compute_of(workload),
+            checkpoints=CheckpointConfig(folder, keep=1),
+            validation=checked,
             report=lambda **values: None,
             should_stop=lambda: False,
+            check=check,
         )
         return metrics, time.perf_counter() - began
 
-    _, once = run(TRIAL_STEPS, scratch / "first", check=False)  # what is compiled is compiled
+    _, once = run(TRIAL_STEPS, scratch / "first", check=False)  # with compilation
     _, begun = run(1, scratch / "second", check=False)
     _, taken = run(1 + TRIAL_STEPS, scratch / "third", check=False)
     per_step = (taken - begun) / TRIAL_STEPS

@@ -1,7 +1,7 @@
-"""Adapting a model by LoRA and QLoRA beside training all of its weights: share that learns, time of a step, peak memory.
+"""LoRA and QLoRA compared with training all weights: share of the weights that learns, time of a step, peak memory.
 
-All three take turns on the same model and step, in one process; peak memory is measured in a process of its own for each. The
-memory of a base is that of its weights alone, every one counted with what belongs to it, in four bits and in bf16.
+All three take turns on the same model and step, in one process; each has a process of its own for its peak memory. The memory
+of a base is that of its weights alone, with the scales that belong to them, in four bits and in bf16.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from torch import nn
 
 from llm.adapters import lora
 from llm.bench import memory
-from llm.bench.implementations import FULL, LORA, QLORA, SETTINGS, build_stockpot_model, training
+from llm.bench.implementations import ADAPTER, FULL, QLORA, WAYS, build_stockpot_model, build_stockpot_training
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.models.interface import count_parameters
@@ -20,9 +20,9 @@ from llm.training.distributed.process_group import ProcessGroup
 
 
 def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> dict[str, Any]:
-    """The figures of each way, and the memory of the base."""
-    names = [FULL, LORA, *([QLORA] if find_spec("bitsandbytes") else [])]
-    trainings = {name: training(workload, name, group=group) for name in names}
+    """The figures of each of WAYS (QLoRA where bitsandbytes is installed), and the memory of the base."""
+    names = [way for way in WAYS if way != QLORA or find_spec("bitsandbytes")]
+    trainings = {name: build_stockpot_training(workload, name, group=group) for name in names}
     timings = interleaved({name: one.step for name, one in trainings.items()}, seconds=seconds, device=group.device)
     peaks = {name: memory.peak_of(name, workload) for name in names}
     ways: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> 
             "peak_memory_bytes": peaks[name],
             "memory_of_full": peaks[name] / peaks[FULL],
         }
-    found: dict[str, Any] = {"r": SETTINGS.r, "ways": ways}
+    found: dict[str, Any] = {"r": ADAPTER.r, "ways": ways}
     if QLORA in names:
         base = build_stockpot_model(workload).to(group.device)
         bf16 = 2 * count_parameters(base)[1]
@@ -48,7 +48,7 @@ def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> 
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Memory of all weights; of those in four bits with the scales and the table that they are read by."""
+    """Bytes of all weights; those in four bits with their scales and lookup table."""
     held: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The matrix-product peak: what the hardware reaches on the best of square products and of those the model consists of.
+"""The peak of matrix products: the speed of the fastest among square products and those of the model.
 
 Shares of the peak are shares of what was measured here, not of what a data sheet promises.
 """
@@ -14,7 +14,7 @@ from llm.training.runtime import AUTO_TOKENS
 
 
 def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape]:
-    """Square products, and those of the model's linear layers on `tokens` positions, or on as many as a micro-batch has."""
+    """Square products, and those of the model's linear layers on `tokens` positions, at most those of a micro-batch."""
     tokens = min(tokens, AUTO_TOKENS[device.type])
     found: list[Shape] = [(size, size, size) for size in SQUARES[device.type]]
     found += [(tokens, module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear)]

@@ -1,8 +1,8 @@
-"""Peak memory of a training step, ours and stock Transformers' in fp32 eager: each alone in a process of its own.
+"""Peak memory of a training step, ours and stock Transformers' in fp32 eager: each in a process of its own.
 
-On CPU: the peak of resident memory over three steps, above what the process held after imports, before the model was built.
-So weights, gradients, optimizer, activations and what libraries keep for products count; the code of torch does not. On a GPU:
-the peak of what torch's allocator had handed out.
+On CPU: the peak of resident memory over three steps, less what the process held after imports, before the model was built. So
+weights, gradients, optimizer, activations and the buffers of libraries count; the code of torch does not. On a GPU: the peak of
+what torch's allocator handed out.
 """
 
 import contextlib
@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # optimizers import it when they are made, which is not what is measured
+import torch._dynamo  # optimizers import it when they are made, and imports are not measured
 
-from llm.bench.implementations import CountingRows, StockpotTraining, TransformersTraining, build_stockpot_model
+from llm.bench.implementations import (
+    FULL,
+    CountingRows,
+    StockpotTraining,
+    TransformersTraining,
+    build_stockpot_model,
+    build_stockpot_training,
+)
 from llm.bench.workload import Workload
 from llm.device import has_compiler, peak_memory
 from llm.training.distributed.process_group import ProcessGroup
@@ -30,7 +37,7 @@ CLEAR_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 
 def measure_memory(workload: Workload) -> dict[str, Any]:
-    """Bytes of both, and ours as a share of Transformers'."""
+    """Bytes of both, and our share of Transformers'."""
     ours, micro_batch = _in_a_process("ours", workload)
     theirs, _ = _in_a_process("transformers_fp32", workload.model_copy(update={"micro_batch": micro_batch}))
     return {
@@ -50,7 +57,7 @@ def peak_of(name: str, workload: Workload) -> int:
 def _in_a_process(name: str, workload: Workload) -> tuple[int, int]:
     """Peak bytes, and rows of a forward pass."""
     environment = dict(os.environ)
-    if name == "transformers_fp32":  # what a run tells the allocator for our sake is not what a plain program has
+    if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-m", "llm.bench.memory", name],
@@ -65,17 +72,17 @@ def _in_a_process(name: str, workload: Workload) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Take the steps of the one named on the command line; standard input has the workload, standard output gets the result."""
+    """Take the steps of the training named on the command line: workload on standard input, result on standard output."""
     (name,) = sys.argv[1:]
     workload = Workload.model_validate_json(sys.stdin.read())
     measured = {"ours": _ours, "transformers_fp32": _theirs}
-    print(json.dumps(measured[name](workload) if name in measured else _adapting(name, workload)))
+    print(json.dumps(measured[name](workload) if name in measured else _by_way(name, workload)))
 
 
 def _ours(workload: Workload) -> tuple[int, int]:
     group = ProcessGroup()
     if workload.compiled is not False and has_compiler(group.device.type):
-        torch.compile(torch.relu)(torch.ones(8, device=group.device))  # what the compiler imports is not counted either
+        torch.compile(torch.relu)(torch.ones(8, device=group.device))  # the compiler's imports do not count either
     before = _start()
     training = StockpotTraining(workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group)
     for _ in range(STEPS):
@@ -84,8 +91,8 @@ def _ours(workload: Workload) -> tuple[int, int]:
 
 
 def _theirs(workload: Workload) -> tuple[int, int]:
-    micro_batch = int(workload.micro_batch)  # as ours came to
-    importlib.import_module("transformers.models.llama.modeling_llama")  # importing is not what is measured
+    micro_batch = int(workload.micro_batch)  # that of ours
+    importlib.import_module("transformers.models.llama.modeling_llama")  # imports are not measured
     group = ProcessGroup()
     torch.set_num_threads(workload.cores)
     before = _start()
@@ -97,25 +104,23 @@ def _theirs(workload: Workload) -> tuple[int, int]:
     return _peak() - before, micro_batch
 
 
-def _adapting(name: str, workload: Workload) -> tuple[int, int]:
-    from llm.bench import implementations
-
+def _by_way(way: str, workload: Workload) -> tuple[int, int]:
     group = ProcessGroup()
-    for package in ("peft", "bitsandbytes") if name != implementations.FULL else ():
+    for package in ("peft", "bitsandbytes") if way != FULL else ():
         importlib.import_module(package)
     before = _start()
-    training = implementations.training(workload, name, group=group)
+    training = build_stockpot_training(workload, way, group=group)
     for _ in range(STEPS):
         training.step()
     return _peak() - before, training.loop.runtime.micro_batch
 
 
 def _start() -> int:
-    """What is held now; the peak is forgotten."""
+    """Bytes in use now; the peak is reset."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # where the kernel keeps it from us, the peak of importing counts too
+    with contextlib.suppress(OSError):  # without permission, the peak of imports counts, too
         CLEAR.write_text(CLEAR_PEAK)
     return _resident("VmRSS") if STATUS.exists() else _peak()
 
@@ -123,7 +128,7 @@ def _start() -> int:
 def _peak() -> int:
     if torch.cuda.is_available():
         return peak_memory("cuda")
-    # On Linux not `peak_memory`: what getrusage tells of a process includes the one that started it.
+    # On Linux not `peak_memory`: getrusage includes the process that started this one.
     return _resident("VmHWM") if STATUS.exists() else peak_memory("cpu")
 
 

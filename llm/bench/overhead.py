@@ -1,16 +1,16 @@
-"""What our own machinery costs a training: data, tracking and checkpoints, as shares of the time of a bare step.
+"""What everything around the steps costs a training: data, tracking and checkpoints, as shares of the time of a bare step.
 
-A bare step (`Loop.step` on batches that are there) and a full one (batches from `llm.training.loader` over real rows, losses through the
-real report with a tracker following, put together as in `llm.training.trainer.train`) take turns. A cost is what the loop waited, by the
-clock, plus the processor time that the background took from the step's cores, by the operating system's count:
+A bare step (`Loop.step` on batches that are ready) and a full one (batches from `llm.training.loader` over real rows, losses
+through the real report with a tracker behind it, as in `llm.training.trainer.train`) take turns. A cost is the time that the
+loop waits, plus the processor time that the background takes from the cores of the step, as the operating system counts it:
 
     data         wait for the next batches + processor time of making them
     tracking     time of reporting + processor time of the tracker's process, all of it charged to the full steps
     checkpoints  copying the state + processor time of writing it, once per interval of the recipe (five minutes by default)
 
-These are upper bounds: background work also costs nothing where a core is idle. They hardly depend on noise, unlike the
-difference between full and bare steps, which is given beside them as a check (a tracker runs during both, so it hardly shows).
-What happens once, such as starting the tracker, is in no share. On a GPU the bound counts processor cores as if they computed.
+These are upper bounds: where a core is idle, background work costs nothing. They hardly depend on noise, unlike the difference
+between full and bare steps, which is given as a check (a tracker runs during both, so it hardly shows there). What is done
+once, such as starting the tracker, is in no share. On a GPU the bound counts processor cores as if they computed.
 """
 
 import math
@@ -24,10 +24,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from llm.bench.implementations import MANY, StockpotTraining, build_stockpot_model
-from llm.bench.timing import LEAST_ROUNDS, synchronize
+from llm.bench.timing import LEAST_ROUNDS
 from llm.bench.workload import Workload
 from llm.data.batch import Batch, RowSource
 from llm.data.token_shards import TokenRows, TokenWriter
+from llm.device import synchronize
 from llm.training import checkpoint
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import feed
@@ -39,18 +40,18 @@ MEAN_DOCUMENT = 400  # tokens
 
 
 class Tracking(Protocol):
-    """What follows a training from outside."""
+    """What observes a training from outside."""
 
     def report(self, **values: Any) -> None:
-        """Takes one line of metrics."""
+        """Take one line of metrics."""
 
     def processor_seconds(self) -> float:
-        """That the tracker's process has used until now."""
+        """Processor time of the tracker's process until now."""
 
 
 @dataclass
 class Spent:
-    """Seconds of the full steps and of what they waited for."""
+    """Seconds of full and bare steps, and of what the full ones waited for."""
 
     full: list[float]
     bare: list[float]
@@ -110,7 +111,7 @@ def interval_seconds(step: float, *, every: int | None, minutes: float | None) -
 
 
 def made_up_rows(folder: Path, workload: Workload) -> TokenRows:
-    """Rows in the format on disk that trainings read, of documents that say nothing."""
+    """Rows of random documents, in the format on disk that trainings read."""
     random = np.random.default_rng(0)
     lengths = random.geometric(1 / MEAN_DOCUMENT, size=MADE_UP_TOKENS // MEAN_DOCUMENT) + 1
     with TokenWriter(folder, vocab_size=workload.vocab_size, context=workload.context, padding=0) as writer:
@@ -121,13 +122,13 @@ def made_up_rows(folder: Path, workload: Workload) -> TokenRows:
 
 
 def _batches(ours: StockpotTraining) -> Generator[tuple[list[Batch], int], None, None]:
-    yield from feed(ours.rows, ours.group, ours.runtime.micro_batch, ours.workload.rows, range(MANY))
+    yield from feed(ours.task.rows, ours.group, ours.runtime.micro_batch, ours.workload.rows, range(MANY))
 
 
 def _loading(ours: StockpotTraining, *, seconds: float) -> float:
     """Processor seconds of making the batches of one step, while nothing else runs."""
     loaded = _batches(ours)
-    next(loaded)  # with the first, files are opened and the order is drawn
+    next(loaded)  # the first opens files and draws the order
     began, busy, steps = time.perf_counter(), time.process_time(), 0
     while steps < LEAST_ROUNDS or time.perf_counter() - began < seconds / 10:
         next(loaded)
@@ -179,7 +180,7 @@ def _full_step(ours: StockpotTraining, loaded: Iterator[tuple[list[Batch], int]]
 
 
 def _checkpoints(ours: StockpotTraining, scratch: Path) -> tuple[float, float]:
-    """Seconds for which the loop stands while the state is copied, and processor seconds of writing it; medians."""
+    """Seconds that the loop waits while the state is copied, and processor seconds of writing it; medians."""
     copying, writing = [], []
     with checkpoint.Writer(scratch, kept=2) as writer:
         for save in range(SAVES):

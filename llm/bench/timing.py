@@ -1,4 +1,4 @@
-"""Comparing speeds fairly: candidates take turns, so that what else the machine does meets all of them alike."""
+"""Fair comparison of speeds: candidates take turns, so that other work on the machine slows all of them alike."""
 
 import math
 import statistics
@@ -8,25 +8,27 @@ from dataclasses import dataclass
 
 import torch
 
+from llm.device import seconds_per_call
+
 LEAST_ROUNDS = 3
-TURN_SECONDS = 0.25  # a turn is so many calls that the clock and, on a GPU, the wait at its end do not count
+TURN_SECONDS = 0.25  # a turn has enough calls that the clock and, on a GPU, the wait at its end do not count
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per call, one number per round: those of one round were measured side by side."""
+    """Seconds per call, one number per round; those of one round were measured side by side."""
 
     first: float  # the very first call: compilation and whatever else is done once
     rounds: list[float]
 
     @property
     def median(self) -> float:
-        """The middle round."""
+        """Of the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def once(self) -> float:
-        """What the first call took beyond a usual one."""
+        """Seconds that the first call took beyond a usual one."""
         return max(0.0, self.first - self.median)
 
 
@@ -35,33 +37,18 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], *, seconds: floa
 
     Two calls to warm up are left out. There are at least three rounds, however long they take.
     """
-    first = {name: timed(call, device=device) for name, call in candidates.items()}
+    first = {name: seconds_per_call(call, device=device) for name, call in candidates.items()}
     turn = min(TURN_SECONDS, seconds / LEAST_ROUNDS)
-    calls = {name: max(1, math.ceil(turn / timed(call, device=device))) for name, call in candidates.items()}
+    calls = {name: max(1, math.ceil(turn / seconds_per_call(call, device=device))) for name, call in candidates.items()}
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     began, done = time.perf_counter(), 0
     while done < LEAST_ROUNDS or time.perf_counter() - began < seconds * len(names):
         for name in names:
-            rounds[name].append(timed(candidates[name], device=device, calls=calls[name]))
+            rounds[name].append(seconds_per_call(candidates[name], device=device, calls=calls[name]))
         names.reverse()
         done += 1
     return {name: Timings(first[name], rounds[name]) for name in candidates}
-
-
-def timed(call: Callable[[], object], *, device: torch.device, calls: int = 1) -> float:
-    """Seconds per call, until the device has finished."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - began) / calls
-
-
-def synchronize(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(timings: Mapping[str, Timings], above: str, below: str) -> float:

@@ -1,7 +1,7 @@
 """Training speed: tokens/s of our step and of stock Transformers' on the same weights and rows, and the share of the peak.
 
 Rows hold one document each, so that Transformers, which keeps no documents apart, computes the same. All use fused AdamW; ours
-clips gradients and follows a schedule besides. A product at the machine's peak takes turns with them, so that the share
+also clips gradients and follows a schedule. A product at the machine's peak takes turns with them, so that the share
 compares what was measured side by side: the operations of a step (`flops_per_token`: matrix products with the head, without
 the input embedding, and the visible half of attention) over its time and over that peak.
 """
@@ -25,7 +25,7 @@ PEAK = "peak"
 def measure_train_step(
     workload: Workload, peaks: dict[str, Any], *, seconds: float, compiled: bool, group: ProcessGroup
 ) -> dict[str, Any]:
-    """The figures, by candidate."""
+    """The figures of each candidate, and what they have in common."""
     model = build_stockpot_model(workload)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     adamw = workload.optimizer if workload.optimizer.kind == "adamw" else Optimizer()
@@ -45,7 +45,7 @@ def measure_train_step(
     }
     if compiled:
         candidates["transformers_bf16_compiled"] = partial(theirs.step, "compiled")
-    settling = {"ours": ours.settling}
+    build_seconds = {"ours": ours.build_seconds}
     if workload.optimizer.kind != "adamw":
         other = StockpotTraining(workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group)
         candidates[f"ours_{workload.optimizer.kind}"] = other.step
@@ -60,7 +60,7 @@ def measure_train_step(
             "tokens_per_second": workload.tokens_per_step / timings[name].median,
             "seconds_per_step": timings[name].median,
             "rounds": timings[name].rounds,
-            "once_seconds": timings[name].once + settling.get(name, 0.0),  # compilation, mostly
+            "once_seconds": timings[name].once + build_seconds.get(name, 0.0),  # compilation, mostly
             "share_of_peak": flops / peak.flops * ratio(timings, PEAK, name),
         }
         if name.startswith("transformers"):
@@ -69,7 +69,7 @@ def measure_train_step(
         "tokens_per_step": workload.tokens_per_step,
         "micro_batch": ours.runtime.micro_batch,
         "precision": precision,
-        "compiled": ours.runtime.compiled,  # ours
+        "compiled": ours.runtime.compiled,
         "fused_attention": ours.runtime.fused_attention,
         "first_loss": losses,  # equal weights and rows: equal up to rounding
         "flops_per_token": model.flops_per_token(workload.context),
@@ -80,7 +80,7 @@ def measure_train_step(
 
 
 def measure_stockpot_step(workload: Workload, *, seconds: float, group: ProcessGroup) -> dict[str, Any]:
-    """Operations and tokens per second with the workload's own optimizer, and peak memory in bytes."""
+    """Operations and tokens per second of our step with the workload's own optimizer, and peak memory in bytes."""
     model = build_stockpot_model(workload)
     ours = StockpotTraining(workload, model, optimizer=workload.optimizer, group=group)
     timing = interleaved({"ours": ours.step}, seconds=seconds, device=group.device)["ours"]

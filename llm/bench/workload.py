@@ -1,4 +1,4 @@
-"""What is measured: the sizes of a model and of its training step. No torch here: whoever starts the bench reads it."""
+"""What is measured: the sizes of a model and of its training step. No torch: the process that starts the bench reads it."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -15,20 +15,20 @@ class Workload(ConfigTable):
     """A model and one optimizer step of its training."""
 
     architecture: ArchitectureConfig
-    """Its `context` is the row's where the recipe leaves it open."""
+    """Its `context` is that of the rows where the recipe leaves it open."""
     vocab_size: int
     context: int
     """Tokens in a row."""
     rows: int
-    """Of an optimizer step."""
+    """Rows of an optimizer step."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows of a forward pass."""
     optimizer: Optimizer = Optimizer()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compiled: bool | Literal["auto"] = "auto"
-    """Of our layers; "auto" is as a long training decides."""
+    """Our layers; "auto" is what a long training decides."""
     fused_attention: bool | Literal["auto"] = "auto"
-    """The same of our attention."""
+    """Our attention, in the same way."""
     recompute: bool = False
     cores: int
     """Threads of the step."""
@@ -40,7 +40,7 @@ class Workload(ConfigTable):
 
 
 def reference_workload(*, cores: int, compiled: bool | Literal["auto"] = "auto") -> Workload:
-    """The size at which we compare where no recipe names another: 28.8M parameters, 8 rows of one 512-token document."""
+    """The workload without a recipe: 28.8M parameters, 8 rows of one 512-token document."""
     sizes = {"hidden_size": 512, "layers": 8, "heads": 8, "context": 512}
     step = {"vocab_size": 6144, "context": 512, "rows": 8, "compiled": compiled, "fused_attention": compiled, "cores": cores}
     return Workload.model_validate({"architecture": sizes} | step)

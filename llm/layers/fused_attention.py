@@ -47,7 +47,7 @@ def fits(length: int, size: int, dtype: torch.dtype) -> bool:
 @cache
 def library() -> ctypes.CDLL:
     """The kernel, built unless that has been done before. UnavailableError where it cannot run."""
-    if not _cpu_fits():
+    if not cpu_fits():
         raise UnavailableError("this CPU is not one for which it is faster")
     program = compiler()
     if program is None or "clang" in Path(program).name:  # whose OpenMP would bring threads of its own beside torch's
@@ -63,7 +63,8 @@ def library() -> ctypes.CDLL:
         raise UnavailableError(str(error)) from error
 
 
-def _cpu_fits() -> bool:
+def cpu_fits() -> bool:
+    """Whether the kernel runs on this CPU, and is faster than products."""
     # AMX is left to plain products, which oneDNN computes with it; this kernel would not.
     return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
 

@@ -1,11 +1,11 @@
 """Training checkpoints: what a training needs to go on bit for bit. Not models for use: those are `llm.models.checkpoint`.
 
-`leave` puts beside the weights of a model folder what another training needs to go on from there, and `begin` makes a training
-checkpoint of such a folder. What depends on the clock is left out, so equal trainings leave equal bytes.
-
 `checkpoints/step-00000120/` holds `weights.safetensors` (the weights that learn), `optimizer.safetensors` and `state.json`
-(the step, counters, resolved choices, and the sha256 of all of it). A folder under its final name is complete; one whose
-digests do not match is passed over for the one before it. The last few are kept.
+(the step, counters, the resolved runtime, and the sha256 of all of it). A folder under its final name is complete; one whose
+digests do not match is skipped for the one before it. The last few are kept.
+
+`export_state` puts beside the weights of a model folder what another training needs to go on from there, and `import_state`
+makes a checkpoint of such a folder. What depends on the clock is left out, so equal trainings write equal bytes.
 """
 
 import contextlib
@@ -23,16 +23,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llm.files import write_json, write_tensors, write_text
+from llm.files import TEMPORARY, whole_folder, write_json, write_tensors, write_text
 from llm.models.checkpoint import WEIGHTS as MODEL
 from llm.training.distributed.fsdp import full_tensor, sharded_like
 from llm.training.distributed.process_group import ProcessGroup
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-PARTIAL = ".partial"
 BESIDE_MODEL = "training.json"  # in a model folder, the facts
 CLOCKED = "throughput"  # the alert that depends on the clock
-CHUNK = 2**24  # bytes of a file that go to the other machines at a time
+CHUNK = 2**24  # bytes of a file that are sent to the other machines at a time
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,15 @@ class TrainingState:
     facts: dict[str, Any]  # JSON; "step" is the number of finished steps
 
 
+# The state of a training in memory
+
+
 def take(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, facts: dict[str, Any], keep: bool = True
 ) -> TrainingState:
-    """A copy of everything that learning changes, in ordinary memory, so that training can go on while it is written.
+    """A copy of everything that learning changes, in main memory, so that training can go on while it is written.
 
-    What is spread over processes is gathered: all take part, and who does not `keep` it gets empty tensors.
+    All processes call this to gather sharded tensors; one that does not `keep` the state gets empty tensors.
     """
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
     states = {
@@ -70,7 +72,7 @@ def _copy(tensor: Tensor, keep: bool) -> Tensor:
 
 @torch.no_grad()
 def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Put weights and optimizer state back where `take` found them; what the optimizers have learned since is forgotten."""
+    """Put weights and optimizer state back as `take` found them; the optimizers forget what they have."""
     for optimizer in optimizers:
         optimizer.state.clear()
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -83,105 +85,24 @@ def restore(state: TrainingState, model: nn.Module, optimizers: Sequence[torch.o
         owners[weight].state[weight][part] = sharded_like(value, weight)
 
 
-def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = None) -> Path:
-    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept` up to it.
-
-    The last one that is not after the step `since` is kept besides, and the one after it, which will be that in its time.
-    """
-    final = folder / f"step-{state.facts['step']:08d}"
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_tensors(partial / WEIGHTS, state.weights)
-        write_tensors(partial / OPTIMIZER, state.optimizer)
-        digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
-        facts = json.dumps(state.facts, sort_keys=True)
-        digests["facts"] = hashlib.sha256(facts.encode()).hexdigest()
-        write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # so that a full disk is no fuller
-        raise
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-    partial.rename(final)
-    _fsync(folder)
-    earlier = [path for path in _finished(folder) if path <= final]  # later ones are damaged: this one is new
-    needed = set(earlier[-kept:])
-    if since is not None:
-        before = max(0, sum(_step(path) <= since for path in earlier) - 1)
-        needed |= set(earlier[before : before + 2])
-    for old in earlier:
-        if old not in needed:
-            shutil.rmtree(old)
-    return final
-
-
-def newest(folder: Path, *, until: int | None = None) -> tuple[Path | None, list[Path]]:
-    """The last checkpoint under `folder`, after the step `until` none, whose digests match, and the damaged ones after it."""
-    damaged: list[Path] = []
-    for path in reversed([path for path in _finished(folder) if until is None or _step(path) <= until]):
-        if _is_sound(path):
-            return path, damaged
-        damaged.append(path)
-    return None, damaged
-
-
-def read(path: Path) -> TrainingState:
-    """The state in a checkpoint that `newest` found sound."""
-    facts = json.loads((path / STATE).read_text(encoding="utf-8"))["facts"]
-    return TrainingState(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), facts)
-
-
-def leave(folder: Path, state: TrainingState) -> None:
-    """Put all but the weights into `folder`, which holds or will hold them as a model."""
-    progress = state.facts["progress"]
-    memory = progress["alerts"]
-    memory = memory | {
-        "raised": [name for name in memory["raised"] if name != CLOCKED],
-        "counts": {name: count for name, count in memory["counts"].items() if name != CLOCKED},
-    }
-    progress = progress | {"seconds": 0.0, "first_step": 0, "first_tokens": 0, "alerts": memory}
-    write_tensors(folder / OPTIMIZER, state.optimizer)
-    write_json(folder / BESIDE_MODEL, state.facts | {"progress": progress})
-
-
-def begin(folder: Path, model: Path) -> Path:
-    """Write a checkpoint under `folder` from which a training goes on that ended in the model folder `model`."""
-    facts = json.loads((model / BESIDE_MODEL).read_text(encoding="utf-8"))
-    facts["progress"] |= {"first_step": facts["step"], "first_tokens": facts["progress"]["tokens"]}
-    return write(folder, TrainingState(load_file(model / MODEL), load_file(model / OPTIMIZER), facts), kept=1)
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps."""
-    for path in _finished(folder):
-        if _step(path) > step:
-            shutil.rmtree(path)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a run that was killed has left of a checkpoint; nobody may be writing one."""
-    for partial in folder.glob(f"*{PARTIAL}"):
-        shutil.rmtree(partial)
+# Checkpoints on disk
 
 
 class Writer:
-    """Writes checkpoints beside the training, one at a time. A fault of writing comes up at the next write or at close.
+    """Writes checkpoints in the background, one at a time. An error is raised at the next write, or at the end.
 
-    The last `kept` stay; if `reach` is a number, so does the last one that is as many steps old.
+    The last `kept` stay; if `reach` is a number, so does the last one that is at least that many steps old.
     """
 
     def __init__(self, folder: Path, *, kept: int, reach: int | None = None) -> None:
-        self.folder, self._kept, self._reach = folder, kept, reach
+        self.folder, self.reach, self._kept = folder, reach, kept
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
     def submit(self, state: TrainingState) -> None:
         """Start writing `state`, after the one before it is on disk."""
         self.wait()
-        since = None if self._reach is None else max(0, state.facts["step"] - self._reach)
+        since = None if self.reach is None else max(0, state.facts["step"] - self.reach)
         self._pending = self._pool.submit(write, self.folder, state, kept=self._kept, since=since)
 
     def wait(self) -> None:
@@ -198,9 +119,65 @@ class Writer:
         self.wait()
 
 
+def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = None) -> Path:
+    """Write `state` under `folder`, complete or not at all, and remove all but the last `kept` up to it.
+
+    The last one at step `since` or before is kept as well, and the one after it, which will take its place later.
+    """
+    final = folder / f"step-{state.facts['step']:08d}"
+    with whole_folder(final) as partial:
+        write_tensors(partial / WEIGHTS, state.weights)
+        write_tensors(partial / OPTIMIZER, state.optimizer)
+        digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
+        digests["facts"] = _digest_of_facts(state.facts)
+        write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)  # an earlier one of the same step
+    _fsync(folder)
+    earlier = [path for path in _finished(folder) if path <= final]  # later ones are damaged: this one is new
+    needed = set(earlier[-kept:])
+    if since is not None:
+        before = max(0, sum(_step(path) <= since for path in earlier) - 1)
+        needed |= set(earlier[before : before + 2])
+    for old in earlier:
+        if old not in needed:
+            shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path, *, until: int | None = None) -> tuple[Path | None, list[Path]]:
+    """The last checkpoint under `folder`, at step `until` or before, whose digests match, and the damaged ones after it."""
+    damaged: list[Path] = []
+    for path in reversed([path for path in _finished(folder) if until is None or _step(path) <= until]):
+        if _is_sound(path):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged
+
+
+def read(path: Path) -> TrainingState:
+    """The state in a checkpoint that `newest` found sound."""
+    facts = json.loads((path / STATE).read_text(encoding="utf-8"))["facts"]
+    return TrainingState(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), facts)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for path in _finished(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove incomplete checkpoints of a run that was killed; no process may be writing one."""
+    for partial in folder.glob(f"*{TEMPORARY}"):
+        shutil.rmtree(partial)
+
+
 def _finished(folder: Path) -> list[Path]:
     """Checkpoints under their final name, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(PARTIAL))
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(TEMPORARY))
 
 
 def _step(path: Path) -> int:
@@ -210,8 +187,7 @@ def _step(path: Path) -> int:
 def _is_sound(path: Path) -> bool:
     try:
         stored = json.loads((path / STATE).read_text(encoding="utf-8"))
-        facts = hashlib.sha256(json.dumps(stored["facts"], sort_keys=True).encode()).hexdigest()
-        digests = {name: _digest(path / name) for name in (WEIGHTS, OPTIMIZER)} | {"facts": facts}
+        digests = {name: _digest(path / name) for name in (WEIGHTS, OPTIMIZER)} | {"facts": _digest_of_facts(stored["facts"])}
         return bool(digests == stored["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -222,6 +198,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of_facts(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -230,27 +210,49 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def carry(path: Path, folder: Path, group: ProcessGroup) -> Path:
-    """Where in its own `folder` each process finds the checkpoint that the main one has at `path`.
+# The state in a model folder, for another training
 
-    Whoever has none with the same digests there gets a copy, once per machine. All processes call this.
+
+def export_state(folder: Path, state: TrainingState) -> None:
+    """Put all but the weights into `folder`, which holds or will hold them as a model."""
+    progress = state.facts["progress"]
+    alerts = progress["alerts"]
+    alerts = alerts | {
+        "raised": [name for name in alerts["raised"] if name != CLOCKED],
+        "counts": {name: count for name, count in alerts["counts"].items() if name != CLOCKED},
+    }
+    progress = progress | {"seconds": 0.0, "first_step": 0, "first_tokens": 0, "alerts": alerts}
+    write_tensors(folder / OPTIMIZER, state.optimizer)
+    write_json(folder / BESIDE_MODEL, state.facts | {"progress": progress})
+
+
+def import_state(folder: Path, model: Path) -> Path:
+    """Write a checkpoint under `folder` from which a training continues the one that ended in the model folder `model`."""
+    facts = json.loads((model / BESIDE_MODEL).read_text(encoding="utf-8"))
+    facts["progress"] |= {"first_step": facts["step"], "first_tokens": facts["progress"]["tokens"]}
+    return write(folder, TrainingState(load_file(model / MODEL), load_file(model / OPTIMIZER), facts), kept=1)
+
+
+# Checkpoints on machines that do not share a disk
+
+
+def copy_to_machines(path: Path, folder: Path, group: ProcessGroup) -> Path:
+    """Where each process finds, in its own `folder`, the checkpoint that the main process has at `path`.
+
+    A machine without one of the same digests gets a copy, written by its first process. All processes call this.
     """
     name, state = group.from_main((path.name, (path / STATE).read_bytes() if group.is_main else b""))
     own: Path = folder / name
-    if group.least(_has(own, state))[0] == 1:
+    if group.min(_has(own, state))[0] == 1:
         return own
     files = group.from_main(sorted(file.name for file in path.iterdir()) if group.is_main else [])
-    partial = own.with_name(own.name + PARTIAL)
     writes = not _has(own, state) and os.environ.get("LOCAL_RANK", "0") == "0"
-    if writes:
-        for old in (partial, own):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
-    for file in files:
-        _send(path / file, partial / file if writes else None, group)
-    if writes:
-        partial.rename(own)
-    group.sum(0)  # nobody reads before it is written
+    with whole_folder(own) if writes else contextlib.nullcontext() as partial:
+        for file in files:
+            _send(path / file, partial / file if partial else None, group)
+        if partial:
+            shutil.rmtree(own, ignore_errors=True)
+    group.wait()  # no process reads it before it is written
     return own
 
 
@@ -262,7 +264,7 @@ def _has(path: Path, state: bytes) -> bool:
 
 
 def _send(source: Path, target: Path | None, group: ProcessGroup) -> None:
-    """Sends a file of the main process to all; who has a `target` writes it."""
+    """Send a file of the main process to all; those with a `target` write it."""
     size = group.from_main(source.stat().st_size if group.is_main else 0)
     with contextlib.ExitStack() as files:
         read = files.enter_context(source.open("rb")) if group.is_main else None

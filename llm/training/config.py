@@ -1,4 +1,4 @@
-"""What a recipe says about learning: budget, schedule of the learning rate, optimizer. Numbers only, no torch."""
+"""The tables of a recipe that say how a model learns: budget, learning rate schedule, optimizer. Numbers only, no torch."""
 
 import math
 from typing import Literal, Self
@@ -7,12 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigTable(BaseModel):
-    """A table inside a stage: strict types, no unknown keys, frozen."""
+    """A table of a recipe: strict types, no unknown keys, frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-MOST = 10**15  # tokens or steps; more than any training, and few enough that a float counts them
+MOST = 10**15  # tokens or steps; more than any training has, and few enough for a float to count
 
 
 class Budget(ConfigTable):
@@ -68,7 +68,7 @@ class Schedule(ConfigTable):
         return self
 
     def descent(self, steps: int) -> int:
-        """The step of so many from which on the rate goes down; before it, it does not depend on how many there are."""
+        """The step of `steps` from which on the rate goes down; before it, the rate does not depend on `steps`."""
         warmup = min(self.warmup_steps, steps)
         if self.kind == "constant":
             return steps

@@ -1,10 +1,10 @@
 """Direct preference optimisation (Rafailov et al. 2023): an objective over pairs of answers, and its reference.
 
-A row holds pairs: documents 2i and 2i + 1 are the chosen and the rejected answer of pair i, each behind the prompt. So a pair
-never comes apart, however rows are spread over micro-batches and processes. What the model was before, the reference, gives
-each token a log-probability once, before training, and these come with the rows.
+A row holds pairs: documents 2i and 2i + 1 are the chosen and the rejected answer of pair i, each after the prompt. So a pair
+stays together, however rows are split into micro-batches and processes. The reference is the model before training: it gives
+each token a log-probability once, and these are stored with the rows.
 
-Letters: B rows, T positions, N learned positions, P pairs of a row.
+Letters: B rows, T positions, N positions with a target, P pairs of a row.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ POSITIONS = 4096  # of one forward pass of the reference
 class PreferenceLoss:
     """-log sigmoid(m) of each pair's margin m = beta ((log p - log p_reference)(chosen) - the same of rejected).
 
-    With label smoothing e, a share e of the pairs is taken to be labelled the wrong way round (Mitchell 2023):
+    With label smoothing e, a share e of the pairs is assumed to be labelled the wrong way round (Mitchell 2023):
     -(1 - e) log sigmoid(m) - e log sigmoid(-m).
     """
 
@@ -46,8 +46,8 @@ class PreferenceLoss:
         gains = answer_gains(model, batch)  # (B, 2 P)
         margins = self.beta * (gains[:, 0::2] - gains[:, 1::2])  # (B, P)
         pairs = (batch.documents.amax(1) + 1) // 2  # (B,)
-        there = torch.arange(margins.shape[1], device=margins.device) < pairs[:, None]
-        margins = margins[there]
+        exists = torch.arange(margins.shape[1], device=margins.device) < pairs[:, None]
+        margins = margins[exists]
         smooth = self.label_smoothing
         loss = -(1 - smooth) * logsigmoid(margins) - smooth * logsigmoid(-margins)
         seen = margins.detach()
@@ -74,7 +74,7 @@ def write_reference(
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Keep beside the rows packed in `folder` what `model` gives each of their targets, in the precision of training."""
+    """Store beside the rows packed in `folder` the log-probability that `model` gives each target, in training's precision."""
     rows = PackedRows(folder, seed=None)
     device = model.device
     model.eval()

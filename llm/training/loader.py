@@ -1,4 +1,4 @@
-"""Batches for the training loop, made in the background while the step before is computed."""
+"""Batches for the training loop, made in the background while the step before them is computed."""
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +13,9 @@ def feed(
     micro_batch: int,
     rows_per_step: int,
     steps: range,
-    place: Callable[[int], int] = lambda step: step,  # whose rows a step learns from
+    place: Callable[[int], int] = lambda step: step,  # the step whose rows a step learns from
 ) -> Generator[tuple[list[Batch], int], None, None]:
-    """This process's micro-batches of each step and what they count for; the next step's are made meanwhile."""
+    """This process's micro-batches of each step, and how many targets they have."""
     mine = range(group.rank, rows_per_step, group.size)
 
     def load(step: int) -> tuple[list[Batch], int]:
@@ -35,7 +35,7 @@ def feed(
 
 
 def most_batches(count: int, group: ProcessGroup, micro_batch: int) -> int:
-    """Batches of the process that gets most of `count` rows."""
+    """Batches of the process that gets the most of `count` rows."""
     return -(-len(range(0, count, group.size)) // micro_batch)
 
 

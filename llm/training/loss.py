@@ -1,10 +1,10 @@
-"""What is minimized: functions of (model, batch) that return a sum over targets, how many targets there were, and whatever
-else is to be seen of held-out rows, as sums. Preferences have theirs in `llm.training.dpo`.
+"""Objectives: functions of (model, batch) that return the loss summed over targets, the number of targets, and sums of
+whatever else is reported of held-out rows. This is the one of language modelling; that of preferences is `llm.training.dpo`.
 
 The sum, not the mean: a step divides by the number of targets of all its rows, wherever they were computed. Logits exist for a
-part of the positions at a time, and only where something is learned.
+part of the positions at a time, and only where there is a target.
 
-Letters: N learned positions, D hidden size, V vocabulary.
+Letters: N positions with a target, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from llm.models.interface import LanguageModel
 
 Objective = Callable[[Any, Batch], tuple[Tensor, ...]]
 
-# Logits held at a time, in fp32: 24 MiB. Of 6144 tokens, chunks of 1,024 positions take 0.93 of the time of chunks of 341, and
+# Logits in memory at a time, in fp32: 24 MiB. Of 6144 tokens, chunks of 1,024 positions take 0.93 of the time of chunks of 341, and
 # no more than larger ones.
 CHUNK_ELEMENTS = 3 * 2**21
 
@@ -48,7 +48,7 @@ def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]
     hidden = model.hidden(batch.tokens, documents=batch.documents, positions=batch.positions).flatten(0, 1)
     targets = batch.targets.flatten()
     learned = targets != IGNORE
-    # Boolean indexing asks the device how many there are. On a GPU that would stop the queue, so there all are computed.
+    # Boolean indexing asks the device how many there are. On a GPU that would stall the queue, so there all are computed.
     if hidden.device.type == "cpu" and not bool(learned.all()):
         hidden, targets = hidden[learned], targets[learned]
     return cross_entropy_sum(model.lm_head, hidden, targets), learned.sum()
@@ -62,7 +62,7 @@ def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
             hidden, weight = hidden.detach(), weight.detach()
         total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
         return total
-    # A head that was wrapped (by an adapter, say) is called as a module; its logits are computed again in the backward pass.
+    # A wrapped head (with an adapter, say) is called as a module; its logits are computed again in the backward pass.
     return token_losses(head, hidden, targets).sum()
 
 
@@ -86,9 +86,9 @@ def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(Function):
-    """Head and cross-entropy in one, chunk by chunk: gradients are made in the forward pass, while a chunk's logits exist.
+    """Head and cross-entropy in one, chunk by chunk: the forward pass computes gradients too, while a chunk's logits exist.
 
-    The result is a sum, so the gradient that comes in is one number, and the backward pass only scales by it.
+    The result is a sum, so the incoming gradient is one number, and the backward pass only scales by it.
     """
 
     @staticmethod

@@ -1,23 +1,30 @@
-"""The speed of the fastest matrix product here, beside which a training shows what share of the hardware it uses.
+"""The speed of the fastest matrix product here: training shows what share of the hardware it uses by comparing with it.
 
 The best that was ever measured is kept beside compiled code, in TORCHINDUCTOR_CACHE_DIR, which a run sets to a folder of its
-cache: a training that is too short to measure for shows its share all the same.
+cache: a training that is too short to measure it shows its share all the same.
 """
 
 import hashlib
 import json
+import math
 import os
 import platform
 from pathlib import Path
 
 import torch
 
-from llm.bench.timing import interleaved
-from llm.device import Precision, is_out_of_memory
+from llm.device import Precision, is_out_of_memory, seconds_per_call
 from llm.files import write_json
 
-SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+KEPT = "peaks"  # in the cache folder: a file per hardware and precision
+SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # sizes of products; a training measures the first
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of measuring: five products of 1024 x 1024 on a CPU, or of 4096 x 4096 on a GPU. Measured 0.11 s on 2 cores in bf16 at
+# 900 GFLOP/s and 0.15 s in fp32 at 230; beside other work up to 0.3 s.
+SECONDS = 0.3
+ROUNDS, ROUND_SECONDS = 3, 0.02
+MOST_SHARE = 0.01  # of the time left of a training that measuring may take
+
 Shape = tuple[int, int, int]  # rows, inner size, columns: (rows, inner) @ (inner, columns)
 
 
@@ -37,16 +44,11 @@ class Product:
         torch.mm(self._x, self._weight.t(), out=self._out)
 
 
-KEPT = "peaks"  # in the cache folder: a file per hardware and precision
-# Of measuring: five products of 1024 x 1024 on a CPU, or of 4096 x 4096 on a GPU. Measured 0.11 s on 2 cores in bf16 at
-# 900 GFLOP/s and 0.15 s in fp32 at 230; beside other work up to 0.3 s.
-SECONDS = 0.3
-MOST_SHARE = 0.01  # of what is left of a training, that measuring may take
-
-
 def peak_flops(precision: Precision, *, device: torch.device, threads: int, seconds_left: float) -> float | None:
-    """Floating-point operations per second of one process; None where measuring would take over MOST_SHARE of
-    `seconds_left` and nothing was measured before."""
+    """Floating-point operations per second of one process.
+
+    None where nothing was measured before, and measuring would take more than MOST_SHARE of `seconds_left`.
+    """
     path = _path(precision, device=device, threads=threads)
     known = float(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else None
     if seconds_left * MOST_SHARE < SECONDS or device.type not in SQUARES:
@@ -56,7 +58,7 @@ def peak_flops(precision: Precision, *, device: torch.device, threads: int, seco
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return known  # what the training needs is not to be had for this
+        return known  # the training needs all of it
     if path is not None and best != known:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, best)
@@ -64,14 +66,16 @@ def peak_flops(precision: Precision, *, device: torch.device, threads: int, seco
 
 
 def _measured(precision: Precision, *, device: torch.device) -> float:
-    """By the fastest of a few rounds: other work on the machine only ever makes them slower."""
+    """By the fastest of a few rounds: other work on the machine only makes them slower."""
     size = SQUARES[device.type][0]
     product = Product((size, size, size), precision, device=device)
-    return product.flops / min(interleaved({"": product}, seconds=SECONDS / 5, device=device)[""].rounds)
+    product()
+    calls = max(1, math.ceil(ROUND_SECONDS / seconds_per_call(product, device=device)))
+    return product.flops / min(seconds_per_call(product, device=device, calls=calls) for _ in range(ROUNDS))
 
 
 def _path(precision: Precision, *, device: torch.device, threads: int) -> Path | None:
-    """Where the best of this hardware is kept; None where no folder is."""
+    """The file that keeps the best of this hardware; None without a folder for it."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not folder:
         return None

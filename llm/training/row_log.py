@@ -1,7 +1,7 @@
-"""Which rows each step learned from, written down as the loop got them, for comparing two trainings.
+"""Which rows each step learned from, as the loop got them, so that two trainings can be compared.
 
 One line of JSON per step and process: the process's id, the step, and of each row its place in the step and a digest of its
-content. The line is on its way to the disk before the next step begins, so a kill loses none that is finished.
+content. A line is handed to the system before the next step starts, so a kill loses none of a finished step.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from llm.data.batch import Batch
 
-HEX = 16  # digits of a digest, 64 bits: that two of a million rows look alike has a chance of 3e-8
+HEX = 16  # digits of a digest, 64 bits: the chance that two of a million rows have the same is 3e-8
 
 
 class RowLog:
-    """Appends the rows of finished steps to a file; called with a step and the batches that it consumed."""
+    """Appends the rows of finished steps to a file; called with a step and its batches."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

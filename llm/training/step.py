@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from llm.device import is_out_of_memory
 from llm.errors import InputError, MemoryShortageError, Paused
 from llm.layers.dropout import set_counters
 from llm.training.alerts.monitor import AlertMonitor, AlertState, Finding, RollBack, most_severe
-from llm.training.config import Optimizer, Schedule
 from llm.training.distributed.fsdp import full_tensor
 from llm.training.distributed.process_group import ProcessGroup
-from llm.training.dry_run import smaller
 from llm.training.loss import Learner
 from llm.training.mfu import peak_flops
 from llm.training.optim.optimizer import build_optimizers, set_learning_rate
+from llm.training.preflight.dry_run import smaller
 from llm.training.runtime import Runtime
+from llm.training.task import TrainingTask
 from llm.training.validation import Validation, validation_losses
 
 LOG_EVERY = 10  # steps between two reports
@@ -35,19 +35,19 @@ class Progress:
     step: int = 0  # finished
     tokens: int = 0
     targets: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # over all runs
     recent: list[float] = field(default_factory=list)  # losses of the steps since the last report
     loss: float | None = None  # mean over the steps of the last report
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     best: dict[str, float] = field(default_factory=dict)  # the one with the lowest loss
     self_check: dict[str, float] = field(default_factory=dict)
     reported: int = 0  # step of the last report
-    first_step: int = 0  # where it began: another training had taken the steps before
-    first_tokens: int = 0  # positions that the other had computed
+    first_step: int = 0  # where it began: another training took the steps before
+    first_tokens: int = 0  # positions that the other computed
     alerts: AlertState = field(default_factory=AlertState)
 
     @classmethod
-    def of(cls, facts: dict[str, Any]) -> "Progress":
+    def of(cls, facts: dict[str, Any]) -> Self:
         """The progress that a checkpoint keeps."""
         return cls(**(facts | {"alerts": AlertState(**facts["alerts"])}))
 
@@ -57,32 +57,28 @@ class Loop:
 
     def __init__(
         self,
-        learner: Learner,
-        optimizer: Optimizer,
-        *,
-        schedule: Schedule,
-        seed: int,
-        group: ProcessGroup,
+        learner: Learner,  # as `llm.training.distributed.fsdp.shard` returns it
+        task: TrainingTask,
         runtime: Runtime,
-        auto: bool,  # whether the micro-batch may shrink
-        monitor: AlertMonitor,
+        *,
+        auto: bool,  # whether the micro-batch may be made smaller
+        group: ProcessGroup,
         flops_per_token: float,  # forward and backward
         report: Callable[..., None],
         should_stop: Callable[[], bool],
     ) -> None:
-        model = learner.model
-        self.model, self.group, self.runtime, self.auto = model, group, runtime, auto
+        self.learner, self.model, self.group = learner, learner.model, group
+        self.runtime, self.auto = runtime, auto
         self.report, self.should_stop = report, should_stop
-        self.schedule, self.seed = schedule, seed
-        self.monitor = monitor
+        self.schedule, self.seed = task.schedule, task.seed
+        self.monitor = AlertMonitor(task.alerts, warmup_steps=task.schedule.warmup_steps)
         self.flops_per_token = flops_per_token
-        self.clip = optimizer.gradient_clip or math.inf
-        self.learner = learner
-        self.optimizers = build_optimizers(model, optimizer, schedule=schedule)
+        self.clip = task.optimizer.gradient_clip or math.inf
+        self.optimizers = build_optimizers(self.model, task.optimizer, schedule=task.schedule)
         self.wrapped = group.wrap(learner, runtime.strategy)
-        # Whether a process may only compute when all do: to gather weights, or to tell each other which were used.
+        # Whether a process may compute only when all do: to gather weights, or to tell each other which weights were used.
         self.together = runtime.strategy == "fsdp" or (runtime.strategy == "ddp" and group.find_unused_parameters)
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._losses: list[Tensor] = []  # of steps not yet collected: this process's share
         self._norms: list[Tensor] = []
         self._found: list[Finding] = []  # about steps, not yet acted upon
@@ -92,10 +88,10 @@ class Loop:
         self._peak: dict[str, float] | None = None  # what goes into the next report, once
 
     def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
-        """One optimizer step over this process's micro-batches; `targets` is the number over all processes.
+        """One optimizer step over this process's micro-batches; `targets` is their number over all processes.
 
-        No process has more micro-batches than `rounds`. Who has fewer begins later, so that all do their last one, which
-        sums the gradients, together; before each round they may agree to stop.
+        No process has more micro-batches than `rounds`. A process with fewer starts later, so that all compute their last one,
+        which sums the gradients, together; before each round they may agree to stop.
         """
         self.wrapped.train()
         if self.group.size == 1:
@@ -107,10 +103,10 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
             loss = None
-        if loss is None:  # out here nothing holds what the failed attempt had computed
+        if loss is None:  # outside of the handler, nothing holds what the failed attempt computed
             self.learner.zero_grad()
             micro_batch = smaller(self.runtime.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
-            if self.group.size > 1:  # the others wait amid a step: they can only all begin again
+            if self.group.size > 1:  # the others wait in the middle of a step: all have to start again
                 raise MemoryShortageError(
                     f"memory ran out at step {progress.step} with micro_batch = {self.runtime.micro_batch} in process "
                     f"{self.group.rank} of {self.group.size}; micro_batch = {micro_batch} is next",
@@ -136,7 +132,7 @@ class Loop:
             optimizer.zero_grad()
 
     def _is_left_out(self, progress: Progress, loss: Tensor, norm: Tensor) -> bool:
-        """Judges a step before its update, in every process alike; true if there is to be none."""
+        """Judge a step before its update, in every process alike; true if there is to be no update."""
         values = self.group.sum(loss.item(), norm.item() / self.group.size)
         self._judge(progress, progress.step, *values)
         return progress.alerts.skipped[-1:] == [progress.step]
@@ -152,10 +148,10 @@ class Loop:
 
     def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
         """Forward and backward passes of a step; returns this process's share of the sum of losses."""
-        # Whatever draws numbers besides our own dropout starts afresh, so nothing of a generator has to be kept.
+        # Everything else that draws random numbers is seeded by the step, so no state of a generator has to be kept.
         torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
         loss = torch.zeros((), device=self.group.device)
-        # DDP averages gradients over processes, where the sum is wanted: hence the factor.
+        # DDP averages gradients over processes, and the loss needs their sum: hence the factor.
         scale = self.group.size / max(1.0, targets)
         late = rounds - len(parts)
         for index in range(rounds):
@@ -163,21 +159,21 @@ class Loop:
                 self.group.stop_if(self.should_stop())
             if index < late and not self.together:
                 continue
-            # Who is only there for the others computes a row that counts nothing.
+            # A process that has nothing left, but has to compute with the others, computes a row that counts nothing.
             batch = parts[index - late] if index >= late else parts[0].split(1)[0]
             counts = float(index >= late)
             set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
             # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that DDP
-            # must not be called at all, if possible: it talks to the other processes even where it is told not to sum.
+            # is not called at all, if possible: it communicates even where it is told not to sum.
             last = index == rounds - 1
-            with self.group.averaging(self.wrapped, last):
+            with self.group.gradient_sync(self.wrapped, last):
                 total, *_ = (self.wrapped if last or self.together else self.learner)(batch)
                 (total * (scale * counts)).backward()
             loss += total.detach() * counts
         return loss
 
     def collect(self, progress: Progress) -> None:
-        """Wait for the steps taken so far, keep their losses and monitor them; raises what an alert asks for."""
+        """Wait for the steps taken so far, record their losses and judge them; raises what an alert asks for."""
         if self._losses:
             number, size = len(self._losses), self.group.size
             norms = [norm / size for norm in torch.stack(self._norms).tolist()]
@@ -189,7 +185,7 @@ class Loop:
         self.act(found)
 
     def act(self, findings: Iterable[Finding]) -> None:
-        """Tell what was found, and raise what the most_severe of it asks for: RollBack, InputError or Paused."""
+        """Report the findings, and raise what the most severe one asks for: RollBack, InputError or Paused."""
         findings = list(findings)
         decisive = most_severe(findings)
         if decisive is not None and decisive.action in ("rollback", "stop"):  # the rest follows from it
@@ -197,8 +193,8 @@ class Loop:
         for finding in findings:
             advised = f"{finding.text}. {finding.advice}"
             note = {"skip": f"{finding.text}: it is skipped", "warn": f"warning: {advised}"}.get(finding.action)
-            said = {"note": note} if note else {"text": finding.text if finding.action == "rollback" else advised}
-            self.report(alert=finding.alert, action=finding.action, **said)
+            message = {"note": note} if note else {"text": finding.text if finding.action == "rollback" else advised}
+            self.report(alert=finding.alert, action=finding.action, **message)
         match decisive:
             case Finding(action="rollback"):
                 raise RollBack(decisive)
@@ -208,7 +204,7 @@ class Loop:
                 raise Paused(f"paused by the alert {alert!r}: {text}. {advice}")
 
     def forget(self) -> None:
-        """Drop what is known of steps that never were."""
+        """Drop what is known of steps that were rolled back."""
         self.learner.zero_grad()
         self._losses, self._norms, self._found = [], [], []
         self._tokens, self._since = 0, time.monotonic()
@@ -238,7 +234,7 @@ class Loop:
         self.act(self.monitor.report(progress.alerts, steps, loss=loss, speed=speed, seconds=seconds))
 
     def _look_up_peak(self, progress: Progress, *, seconds: float) -> dict[str, float]:
-        """What the hardware could do, for the share of it that people are shown; `seconds` is what a step takes."""
+        """The peak of the hardware, for the share of it that is shown; `seconds` is the time of a step."""
         if not self.group.is_main:
             return {}
         began = time.monotonic()
@@ -248,11 +244,11 @@ class Loop:
             threads=self.runtime.threads,
             seconds_left=seconds * (progress.steps - progress.step),
         )
-        self._since += time.monotonic() - began  # the speed that is reported is of training
+        self._since += time.monotonic() - began  # the speed that is reported is that of training
         return {} if found is None else {"flops_per_token": self.flops_per_token, "peak_flops": found * self.group.size}
 
     def validate(self, progress: Progress, validation: Validation) -> None:
-        """Measure the loss on held-out text; training goes on as if it had not happened."""
+        """Measure the loss on held-out rows; this does not change what is learned."""
         began = time.monotonic()
         found: dict[str, float] = {"step": progress.step}
         found |= validation_losses(
@@ -262,6 +258,6 @@ class Loop:
         progress.validation = found
         if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
             progress.best = found
-        self._since += time.monotonic() - began  # the speed that is reported is of training
+        self._since += time.monotonic() - began  # the speed that is reported is that of training
         loss = found["validation_loss"]
         self.act(self.monitor.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))

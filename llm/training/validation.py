@@ -1,4 +1,4 @@
-"""The loss on held-out rows: measured, never learned from."""
+"""The loss on held-out rows; nothing is learned from them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,12 +18,13 @@ from llm.training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Validation:
-    """Text held out, in a fixed order."""
+    """Held-out rows in a fixed order, and when and how they are looked at."""
 
     rows: RowSource
-    bytes_per_token: float | None = None  # of the whole text; None where bits per byte mean nothing
-    tokens: int = 262_144  # positions to compute at most
-    watched: Sequence[str] = ()  # what the objective adds up besides the loss; a mean over what it counts is reported
+    bytes_per_token: float | None = None  # of the whole text; None where bits per byte have no meaning
+    tokens: int = 262_144  # positions to compute, at most
+    every: int | None = None  # steps; besides, they are looked at after the last step
+    watched: Sequence[str] = ()  # names of what the objective adds up besides the loss; the mean over its count is reported
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def validation_losses(
         batch = next(mine, None)
         if batch is None:  # another process has one row more
             if together:
-                learner(next(batches(source, range(1), 1)).to(group.device))  # so that it can gather weights
+                learner(next(batches(source, range(1), 1)).to(group.device))  # that one needs all to gather weights
             continue
         batch = batch.to(group.device)
         loss, number, *others = learner(batch)
@@ -56,7 +57,7 @@ def validation_losses(
     if validation.watched:
         found |= {f"validation_{name}": one / max(1.0, number) for name, one in zip(validation.watched, seen, strict=True)}
     else:
-        found["validation_perplexity"] = math.exp(min(loss_per_target, 700.0))  # beyond lies infinity, which JSON cannot say
+        found["validation_perplexity"] = math.exp(min(loss_per_target, 700.0))  # beyond is infinity, which JSON lacks
     if validation.bytes_per_token is not None:
         found["validation_bits_per_byte"] = nats / math.log(2) / max(1.0, tokens * validation.bytes_per_token)
     return found
@@ -65,7 +66,7 @@ def validation_losses(
 def validate_model(
     model: LanguageModel, validation: Validation, *, runtime: Runtime, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
-    """The same of a model that is not being trained, computed as a training with `runtime` does."""
+    """`validation_losses` of a model that is not being trained, computed as a training with `runtime` does."""
     group = ProcessGroup()
     model.fused_attention = runtime.fused_attention
     learner = Learner(model.to(group.device), next_token_loss, precision=runtime.precision)

@@ -40,8 +40,8 @@ class Pretraining(TrainingStage):
             return None
         return self.budget.in_steps(batch_tokens=rows * pack.context, rows_per_step=rows, rows_per_epoch=rows)
 
-    def learn_text(self, context: Context, *, beginning: "Path | None", goes_on: bool = False) -> dict[str, Any]:
-        """Draw the weights, train from there or from `beginning`, and write the checkpoint; returns the metrics."""
+    def learn_text(self, context: Context, *, start_from: "Path | None", leaves_state: bool = False) -> dict[str, Any]:
+        """Draw the weights, train from there or from `start_from`, and write the checkpoint; returns the metrics."""
         import torch
 
         from llm.data.token_shards import TokenRows, TokenShards
@@ -68,9 +68,10 @@ class Pretraining(TrainingStage):
                 TokenRows(tokens.validation, context=rows.context, seed=None),
                 bytes_per_token=held_out.bytes / held_out.tokens,
                 tokens=self.validation_tokens,
+                every=self.validate_every,
             )
         metrics = self.learn(
-            context, model, rows=rows, validation=validation, check=True, beginning=beginning, goes_on=goes_on
+            context, model, rows=rows, validation=validation, check=True, start_from=start_from, leaves_state=leaves_state
         )
         if is_main_process():
             save_checkpoint(context.work, model, tokens.tokenizer.folder)
@@ -127,7 +128,7 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
-        beginning = None
+        start_from = None
         if self.trunk is not None:
             state, tokens = context.open(self.trunk), context.open(self.tokens)
             if state.tokenizer.model.read_bytes() != tokens.tokenizer.model.read_bytes():
@@ -136,8 +137,8 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
                 raise InputError(
                     f"tokens: expected the tokenizer of {str(self.trunk)!r}; {str(self.tokens)!r} has another one"
                 )
-            beginning = state.folder
-        return self.learn_text(context, beginning=beginning)
+            start_from = state.folder
+        return self.learn_text(context, start_from=start_from)
 
 
 def _shared(stage: Pretraining) -> dict[str, Any]:
@@ -177,4 +178,4 @@ class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint and what is kept beside it."""
-        return self.learn_text(context, beginning=context.beginning, goes_on=True)
+        return self.learn_text(context, start_from=context.beginning, leaves_state=True)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dpo import PreferenceLoss, write_reference
 from llm.training.loss import next_token_loss
-from llm.training.trainer import CHECKPOINTS, train
+from llm.training.task import CHECKPOINTS, CheckpointConfig, ComputeConfig, TrainingTask
+from llm.training.trainer import train
 from llm.training.validation import Validation
 
 VOCABULARY = 40
@@ -78,36 +79,43 @@ def tiny_model(**changes: Any) -> Llama:
 
 
 def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
-    """Train `model`; what is reported goes to `lines`."""
+    """Train `model`; what is reported goes to `lines`. `changes` are fields of the task, of how it is computed and what is kept,
+    `validate_every`, and other arguments of `train`."""
     reported: list[dict[str, Any]] = [] if lines is None else lines
-    settings: dict[str, Any] = {
+    task: dict[str, Any] = {
         "objective": next_token_loss,
         "rows": MadeUpRows(),
-        "validation": Validation(MadeUpRows(rows_per_epoch=6, seed=9), bytes_per_token=3.0),
         "budget": Budget(steps=20),
         "batch_tokens": 5 * 24,
         "schedule": Schedule(learning_rate=1e-2, warmup_steps=3),
         "optimizer": Optimizer(),
         "seed": 7,
-        "check": False,
-        "validate_every": 8,
-        "checkpoint_every": None,
-        "checkpoint_minutes": None,
-        "keep_checkpoints": 2,
         "alerts": Alerts(),
-        "micro_batch": "auto",
-        "precision": "fp32",
-        "compiled": False,
-        "fused_attention": False,
-        "strategy": "ddp",
-        "find_unused_parameters": False,
-        "cores": 1,
-        "timeout_minutes": 1.0,
-        "scratch": scratch,
+    }
+    compute = {"cores": 1, "precision": "fp32", "compiled": False, "fused_attention": False, "timeout_minutes": 1.0}
+    arguments: dict[str, Any] = {
+        "validation": Validation(MadeUpRows(rows_per_epoch=6, seed=9), bytes_per_token=3.0),
         "report": lambda **values: reported.append(values),
         "should_stop": lambda: False,
-    } | changes
-    return train(model, settings.pop("objective"), **settings)
+    }
+    every = changes.pop("validate_every", 8)
+    arguments |= {
+        name: changes.pop(name) for name in ("validation", "report", "should_stop", "check", "row_log") if name in changes
+    }
+    if arguments["validation"] is not None:
+        arguments["validation"] = replace(arguments["validation"], every=every)
+    return train(
+        model,
+        TrainingTask(**task | _fields_of(TrainingTask, changes)),
+        compute=ComputeConfig(**compute | _fields_of(ComputeConfig, changes)),
+        checkpoints=CheckpointConfig(scratch, **_fields_of(CheckpointConfig, changes)),
+        **arguments | changes,
+    )
+
+
+def _fields_of(config: type, changes: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of `config` out of `changes`."""
+    return {field.name: changes.pop(field.name) for field in fields(config) if field.name in changes}
 
 
 def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
@@ -143,9 +151,9 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     scratch = folder / case.get("scratch", "unnamed")
     model = tiny_model(dropout=case.get("dropout", 0.1), **case.get("model", {}))
     changes: dict[str, Any] = {"micro_batch": 1, "budget": Budget(steps=case["steps"])}
-    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "checkpoint_every") if name in case}
+    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "every") if name in case}
     changes["optimizer"] = Optimizer.model_validate({"kind": case.get("optimizer", "adamw")})
-    changes |= {name: folder / case[name] for name in ("beginning", "left_in") if name in case}
+    changes |= {name: folder / case[name] for name in ("start_from", "leave_in") if name in case}
     if "schedule" in case:
         changes["schedule"] = Schedule.model_validate(case["schedule"])
     if case.get("adapter"):
@@ -161,9 +169,9 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case.get("objective") == "killed":
         changes["objective"] = killed(scratch)
     metrics = tiny_training(model, scratch, lines=lines, **changes)
-    if "left_in" in case and os.environ.get("RANK", "0") == "0":
+    if "leave_in" in case and os.environ.get("RANK", "0") == "0":
         left = {name: weight.detach() for name, weight in model.named_parameters()}
-        write_tensors(folder / case["left_in"] / WEIGHTS, left)
+        write_tensors(folder / case["leave_in"] / WEIGHTS, left)
     digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())).hexdigest()
     return {"metrics": metrics, "lines": lines, "digest": digest}
 

@@ -1,4 +1,4 @@
-"""Alerts as a recipe writes them."""
+"""Alerts as a recipe writes them: what is watched, its limits, and what is done about it. No torch, no judgement."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -9,13 +9,13 @@ from llm.training.config import ConfigTable
 
 Action = Literal["off", "warn", "pause", "stop", "skip", "rollback"]
 SLOWER = "A lower schedule.learning_rate or more schedule.warmup_steps usually helps"
-FEWER = "It may be learning its rows by heart: fewer steps, more rows or some dropout usually help"
-ADVICE = {  # what a person may do about each alert
-    "loss": f"{SLOWER}; where such a loss is to be expected, raise alerts.loss.above",
+FEWER = "It may be memorizing its rows: fewer steps, more rows or some dropout usually help"
+ADVICE = {  # what a user may do about each alert
+    "loss": f"{SLOWER}; where such a loss is expected, raise alerts.loss.above",
     "not_finite": SLOWER,
     "gradient_norm": f'{SLOWER}; alerts.gradient_norm.action = "skip" leaves such steps out',
     "validation": FEWER,
-    "throughput": "See what else the machine does",
+    "throughput": "Check what else runs on the machine",
     "gap": FEWER,
 }
 
@@ -29,8 +29,8 @@ class Alert(ConfigTable):
         action: Action = self.action  # type: ignore[attr-defined]  # each has it, with the actions that it allows
         return action
 
-    def learned(self) -> dict[str, Any]:
-        """The fields that decide what is learned: none, unless the action changes it."""
+    def semantic_fields(self) -> dict[str, Any]:
+        """The fields that decide what is learned: none, unless the action is `skip` or `rollback`."""
         if self.what_it_does == "rollback":
             return self.model_dump()
         return self.model_dump(exclude={"back"}) if self.what_it_does == "skip" else {}
@@ -42,31 +42,31 @@ class LossAlert(Alert):
     above: float = 10.0
     """Nats per target."""
     after: int = Field(100, ge=0)
-    """Steps from which on it is judged; never before the end of the schedule's warm-up."""
+    """Steps before it is judged; at least those of the schedule's warm-up."""
     action: Literal["off", "warn", "pause", "stop", "rollback"] = "pause"
     """What is done about it."""
     back: int = Field(20, ge=0)
-    """Of "rollback": steps before the offending ones that are undone, and their rows passed over, with them."""
+    """Of "rollback": how many steps before the offending ones are undone with them; the rows of all are skipped."""
 
 
 class NotFiniteAlert(Alert):
     """The loss or the gradient of a step is not a finite number."""
 
     action: Literal["stop", "skip", "rollback"] = "stop"
-    """What is done about it; going on as it is would be in vain."""
+    """What is done about it; to go on without any of these is useless."""
     back: int = Field(0, ge=0)
-    """Of "rollback": steps before the offending one that are undone, and their rows passed over, with it."""
+    """Of "rollback": how many steps before the offending one are undone with it; the rows of all are skipped."""
 
 
 class GradientNormAlert(Alert):
-    """The gradient's norm, before clipping, is far above what it was in the last 50 steps."""
+    """The norm of the gradient, before clipping, is far above that of the last 50 steps."""
 
     times: float = Field(10.0, gt=1)
-    """The median of those norms."""
+    """A multiple of the median of those norms."""
     action: Literal["off", "warn", "pause", "stop", "skip", "rollback"] = "warn"
     """What is done about it; "skip" leaves out the update of the step, counts it, and goes on."""
     back: int = Field(0, ge=0)
-    """Of "rollback": steps before the offending one that are undone, and their rows passed over, with it."""
+    """Of "rollback": how many steps before the offending one are undone with it; the rows of all are skipped."""
 
 
 class ValidationAlert(Alert):
@@ -79,10 +79,10 @@ class ValidationAlert(Alert):
 
 
 class ThroughputAlert(Alert):
-    """Training has become slow, for a minute and three reports at least."""
+    """Training is slow for at least a minute and three reports."""
 
     below: float = Field(0.3, gt=0, lt=1)
-    """A share of the median speed since this run began."""
+    """Share of the median speed since this run began."""
     action: Literal["off", "warn", "pause", "stop"] = "warn"
     """What is done about it."""
 
@@ -98,7 +98,7 @@ class GapAlert(Alert):
 
 class Alerts(ConfigTable):
     """What is watched while a training runs. Actions: `off`; `warn`; `pause`, a checkpoint and the end of the run with exit
-    code 5; `stop`, a failed stage; `skip`, no update from the step; `rollback`, back to before, and past the rows.
+    code 5; `stop`, a failed stage; `skip`, no update from the step; `rollback`, back to a checkpoint before, without the rows.
     """
 
     loss: LossAlert = LossAlert()
@@ -106,7 +106,7 @@ class Alerts(ConfigTable):
     not_finite: NotFiniteAlert = NotFiniteAlert()
     """The loss or the gradient of a step is not a finite number."""
     gradient_norm: GradientNormAlert = GradientNormAlert()
-    """The gradient is suddenly long."""
+    """The norm of the gradient is suddenly high."""
     validation: ValidationAlert = ValidationAlert()
     """The validation loss rises."""
     throughput: ThroughputAlert = ThroughputAlert()
@@ -114,9 +114,9 @@ class Alerts(ConfigTable):
     gap: GapAlert = GapAlert()
     """The validation loss is far above the training loss."""
 
-    def learned(self) -> dict[str, Any]:
-        """What of them decides what is learned: the alerts whose action is `skip` or `rollback`."""
-        return {name: fields for name, alert in self.each() if (fields := alert.learned())}
+    def semantic_fields(self) -> dict[str, Any]:
+        """What decides what is learned, by alert: the fields of those whose action is `skip` or `rollback`."""
+        return {name: fields for name, alert in self.each() if (fields := alert.semantic_fields())}
 
     def each(self) -> Iterator[tuple[str, Alert]]:
         """Name and alert."""
@@ -128,5 +128,5 @@ class Alerts(ConfigTable):
 
     @property
     def reach(self) -> int:
-        """Steps before a step or a report that a rollback undoes at most, with those of the report itself left aside."""
+        """The most steps before an offending step or report that a rollback undoes, without those of the report itself."""
         return max((alert.back for alert in (self.loss, self.not_finite, self.gradient_norm)), default=0)

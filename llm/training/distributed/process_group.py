@@ -1,6 +1,6 @@
-"""The processes of one training: who is first, what they add up, and the wrapping that sums their gradients.
+"""The processes of one training: which is the main one, what they add up, and the wrapper that sums their gradients.
 
-Counts and flags go over a gloo group of their own, between main memories, so asking them never waits for a GPU.
+Counts and flags go over a gloo group of their own, between main memories, so they never wait for a GPU.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ class ProcessGroup:
     """This process and the others that `accelerate launch` started with it; or this process alone."""
 
     def __init__(self, *, find_unused_parameters: bool = False, timeout_minutes: float = 30.0) -> None:
-        """Join the group; each waits `timeout_minutes` for the others, here and whenever they compute together."""
+        """Join the group; each process waits `timeout_minutes` for the others, here and whenever they compute together."""
         timeout = timedelta(minutes=timeout_minutes)
-        # Rows are split and the loss is normalized by the loop itself: DDP only has to average gradients.
+        # The loop splits rows and normalizes the loss itself: DDP only has to average gradients.
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
         )
@@ -45,22 +45,22 @@ class ProcessGroup:
         return self.rank == 0
 
     def wrap(self, learner: Learner, strategy: Strategy) -> nn.Module:
-        """What of `learner` (as `llm.training.distributed.fsdp.shard` left it) averages gradients over the group after a backward pass.
+        """`learner`, as `llm.training.distributed.fsdp.shard` returns it, such that a backward pass averages gradients.
 
-        RuntimeError if that is not `strategy`: no other one is ever run in its place.
+        RuntimeError if that does not follow `strategy`: no other strategy is ever used in its place.
         """
         wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner)
         found = "fsdp" if is_sharded(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
         if found != strategy or (found == "single") != (self.size == 1):
-            raise RuntimeError(f"{self.size} processes were to train by {strategy!r}; found {found!r}")
+            raise RuntimeError(f"strategy of {self.size} processes: expected {strategy!r}, got {found!r}")
         return wrapped
 
     @contextlib.contextmanager
-    def averaging(self, wrapped: nn.Module, wanted: bool) -> Iterator[None]:
-        """Whether backward passes inside average gradients; where not, they add up in each process alone."""
+    def gradient_sync(self, wrapped: nn.Module, enabled: bool) -> Iterator[None]:
+        """Whether backward passes inside average gradients; if not, they add up in each process alone."""
         if isinstance(wrapped, FSDPModule):
-            wrapped.set_requires_gradient_sync(wanted)
-        if isinstance(wrapped, DistributedDataParallel) and not wanted:
+            wrapped.set_requires_gradient_sync(enabled)
+        if isinstance(wrapped, DistributedDataParallel) and not enabled:
             with wrapped.no_sync():
                 yield
         else:
@@ -68,22 +68,25 @@ class ProcessGroup:
 
     def sum(self, *values: float) -> list[float]:
         """Each value added up over the group, in fp64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def min(self, *values: float) -> list[float]:
+        """The smallest of each value over the group."""
+        return self._reduce(values, dist.ReduceOp.MIN)
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self._host is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self._host)
+        dist.all_reduce(tensor, op=operation, group=self._host)
         return tensor.tolist()
 
-    def least(self, *values: float) -> list[float]:
-        """The least of each value over the group."""
-        if self._host is None:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._host)
-        return tensor.tolist()
+    def wait(self) -> None:
+        """Return once all processes have called this."""
+        self.sum(0)
 
     def stop_if(self, asked: bool) -> None:
-        """Raise Interrupted in every process once it is asked of one; all call this equally often."""
+        """Raise Interrupted in every process if one of them is `asked` to stop; all call this equally often."""
         if any(self.sum(asked)):
             raise Interrupted("asked to stop")
 

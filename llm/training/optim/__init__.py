@@ -1,1 +1,1 @@
-"""Optimizers: AdamW and Muon."""
+"""Optimizers: AdamW, which is torch's, and Muon."""

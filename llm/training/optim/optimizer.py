@@ -1,9 +1,9 @@
-"""Optimizers, built from a recipe's settings: AdamW, and Muon for the matrices of the layers.
+"""The optimizers of a training: AdamW, and Muon for the matrices of the layers.
 
 The learning rate over time is not here: that is `llm.training.config.Schedule`.
 
-Weight decay acts on matrices only: the two-dimensional weights inside the layers and an untied head. Embeddings (and with
-them a tied head) and norms are left alone: a row of an embedding that rarely gets a gradient would only shrink.
+Weight decay acts on matrices only: the two-dimensional weights inside the layers and an untied head. Embeddings (a tied head
+among them) and norms are left out: a row of an embedding that rarely gets a gradient would only shrink.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from llm.training.optim.muon import Muon
 
 
 def build_optimizers(model: nn.Module, settings: Optimizer, *, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """The optimizers of all weights that learn; each group knows its highest rate as `peak`."""
+    """The optimizers of all weights that learn; each parameter group has its highest learning rate as `peak`."""
     matrices, embeddings, rest = [], [], []
     # A tied head is found once, under the embedding's name. LoRA's factors are matrices inside layers like any other.
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -65,7 +65,7 @@ class PackedTraining(TrainingStage):
         if not self.tables()[1]:
             return None
         rows = PackedRows(context.scratch / VALIDATION_ROWS, seed=None)
-        return Validation(rows, tokens=self.validation_tokens, watched=watched)
+        return Validation(rows, tokens=self.validation_tokens, every=self.validate_every, watched=watched)
 
     def learn_rows(
         self,

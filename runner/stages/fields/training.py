@@ -57,7 +57,7 @@ class TrainingStage(Stage):
 
     def extra_identity(self) -> dict[str, Any]:
         """The alerts that change what is learned."""
-        learned = self.alerts.learned()
+        learned = self.alerts.semantic_fields()
         return {"alerts": learned} if learned else {}
 
     attempts: Execution[list[dict[str, Any]]] = Field(default_factory=list)
@@ -82,46 +82,53 @@ class TrainingStage(Stage):
         rows: "RowSource",
         validation: "Validation | None" = None,
         objective: "Objective | None" = None,  # default: cross-entropy of the next token
-        check: bool = False,  # a fresh model: see before a long run that it can learn at all
-        beginning: "Path | None" = None,  # a TrainingState to go on from
-        goes_on: bool = False,  # the artifact is one itself
+        check: bool = False,  # before a long training, that a fresh model can learn at all
+        start_from: "Path | None" = None,  # a TrainingState to go on from
+        leaves_state: bool = False,  # whether the artifact is a TrainingState
     ) -> dict[str, Any]:
         """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
         from llm.training.loss import next_token_loss
         from llm.training.row_log import RowLog
+        from llm.training.task import CheckpointConfig, ComputeConfig, TrainingTask
         from llm.training.trainer import train
 
         model.recompute = self.recompute
+        parallel = context.parallel
         return train(
             model,
-            objective or next_token_loss,
-            rows=rows,
+            TrainingTask(
+                objective or next_token_loss,
+                rows,
+                budget=self.budget,
+                batch_tokens=self.batch_tokens,
+                schedule=self.schedule,
+                optimizer=self.optimizer,
+                seed=self.seed,
+                alerts=self.alerts,
+            ),
+            compute=ComputeConfig(
+                cores=context.cores,
+                micro_batch=self.micro_batch,
+                precision=parallel.precision,
+                compiled=parallel.compile,
+                fused_attention=parallel.fused_attention,
+                strategy=parallel.strategy,
+                find_unused_parameters=parallel.find_unused_parameters,
+                timeout_minutes=parallel.timeout_minutes,
+            ),
+            checkpoints=CheckpointConfig(
+                context.scratch,
+                every=self.checkpoint_every,
+                minutes=self.checkpoint_minutes,
+                keep=self.keep_checkpoints,
+                start_from=start_from,
+                leave_in=context.work if leaves_state else None,
+            ),
             validation=validation,
-            budget=self.budget,
-            batch_tokens=self.batch_tokens,
-            schedule=self.schedule,
-            optimizer=self.optimizer,
-            seed=self.seed,
-            check=check,
-            validate_every=self.validate_every,
-            checkpoint_every=self.checkpoint_every,
-            checkpoint_minutes=self.checkpoint_minutes,
-            keep_checkpoints=self.keep_checkpoints,
-            alerts=self.alerts,
-            micro_batch=self.micro_batch,
-            precision=context.parallel.precision,
-            compiled=context.parallel.compile,
-            fused_attention=context.parallel.fused_attention,
-            strategy=context.parallel.strategy,
-            find_unused_parameters=context.parallel.find_unused_parameters,
-            cores=context.cores,
-            timeout_minutes=context.parallel.timeout_minutes,
-            scratch=context.scratch,
             report=context.report,
             should_stop=context.should_stop,
             row_log=RowLog(context.row_log) if context.row_log else None,
-            beginning=beginning,
-            left_in=context.work if goes_on else None,
+            check=check,
         )
 
 

@@ -18,10 +18,11 @@ from llm.layers.fused_attention import UnavailableError, fits, library
 from llm.training.config import Budget
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.runtime import WORTH, Runtime, resolve_fused_attention, restore_runtime
+from llm.training.task import ComputeConfig
 from llm.training.validation import Validation
 
 pytestmark = [
-    pytest.mark.skipif(not fused_attention._cpu_fits(), reason="the kernel is for CPUs with AVX512-BF16 and without AMX"),
+    pytest.mark.skipif(not fused_attention.cpu_fits(), reason="the kernel is for CPUs with AVX512-BF16 and without AMX"),
     pytest.mark.usefixtures("compiled_code"),
 ]
 TRAINING: dict[str, Any] = {
@@ -152,7 +153,7 @@ def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_pa
     changes = TRAINING | {"rows": MadeUpRows(context=context), "batch_tokens": 4 * context, "validation": None}
     metrics = tiny_training(tiny_model(**{"context": 32} | sizes), tmp_path, **changes, lines=lines)
     assert metrics["choices"]["fused_attention"] is False
-    found = f"multiples of 32; found bf16, {context}, {sizes['head_size']}"
+    found = f"multiples of 32, got bf16, {context}, {sizes['head_size']}"
     assert [line for line in lines if found in line.get("note", "")]
 
 
@@ -230,7 +231,7 @@ def test_with_fewer_heads_than_threads_it_is_left_out(tmp_path: Path, threads: N
         tiny_model(head_size=32, context=32, kv_heads=1), tmp_path, **TRAINING | {"cores": 2, "micro_batch": 1}, lines=lines
     )
     assert metrics["choices"]["fused_attention"] is False
-    assert [line for line in lines if "found 1 in a micro-batch, and 2 threads" in line.get("note", "")]
+    assert [line for line in lines if "for each of 2 threads, got 1 in a micro-batch" in line.get("note", "")]
 
 
 def test_an_adapter_learns_what_it_does_without_the_kernel(tmp_path: Path) -> None:
@@ -250,8 +251,8 @@ def test_a_training_that_goes_on_on_a_gpu_leaves_it_behind() -> None:
 
     kept = Runtime("bf16", 8, 1, 1, "cpu", fused_attention=True)
     on_gpu: Any = OnGpu()
-    assert not restore_runtime(asdict(kept), on_gpu, "ddp", cores=1).fused_attention
-    assert restore_runtime(asdict(kept), ProcessGroup(), "ddp", cores=1).fused_attention
+    assert not restore_runtime(asdict(kept), ComputeConfig(cores=1), group=on_gpu).fused_attention
+    assert restore_runtime(asdict(kept), ComputeConfig(cores=1), group=ProcessGroup()).fused_attention
 
 
 def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:

@@ -24,7 +24,7 @@ from llm.training.alerts.monitor import AlertMonitor, AlertState
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.runtime import limit_memory
 from llm.training.step import Progress
-from llm.training.trainer import CHECKPOINTS
+from llm.training.task import CHECKPOINTS
 from llm.training.validation import Validation
 
 STEPS = 40
@@ -121,7 +121,7 @@ def test_a_rollback_ends_as_if_the_offending_rows_had_not_been_there(tmp_path: P
         rollback = alerts(gradient_norm={"action": "rollback", "back": back})
         lines: list[dict[str, Any]] = []
         expected, _ = spiking(tmp_path / f"expected-{back}", [], rows=Without(first=POISONED - back))
-        found, metrics = spiking(tmp_path / str(back), lines, alerts=rollback, checkpoint_every=10)
+        found, metrics = spiking(tmp_path / str(back), lines, alerts=rollback, every=10)
         assert are_same(expected, found)
         assert metrics["alerts"]["passed_over"] == [[POISONED - back, POISONED + 1]]
         assert metrics["alerts"]["rollbacks"] == [POISONED] and metrics["steps"] == STEPS
@@ -141,8 +141,8 @@ def test_a_rollback_does_not_depend_on_when_checkpoints_were_made_or_the_trainin
     for step, every in ((22, None), (27, 1), (50, 2), (60, 7)):  # counted in steps taken, those undone among them
         folder = tmp_path / f"{step}"
         with pytest.raises(Interrupted):
-            spiking(folder, [], **settings, checkpoint_every=every, should_stop=asked_at(step))
-        resumed, found = spiking(folder, [], **settings, checkpoint_every=every)
+            spiking(folder, [], **settings, every=every, should_stop=asked_at(step))
+        resumed, found = spiking(folder, [], **settings, every=every)
         assert are_same(whole, resumed), step
         assert found["alerts"] == metrics["alerts"] and found["loss"] == metrics["loss"]
 
@@ -189,10 +189,10 @@ def test_a_rising_validation_and_a_gap_are_told_once_each(tmp_path: Path) -> Non
 
 
 def test_speed_that_collapses_for_a_while_is_told_once_against_the_usual_one() -> None:
-    monitor, memory, steps = AlertMonitor(Alerts(), warmup_steps=0), AlertState(), range(9, 10)
+    monitor, state, steps = AlertMonitor(Alerts(), warmup_steps=0), AlertState(), range(9, 10)
 
     def told(speed: float, *, seconds: float = 25.0) -> list[str]:
-        return [one.alert for one in monitor.report(memory, steps, loss=1.0, speed=speed, seconds=seconds)]
+        return [one.alert for one in monitor.report(state, steps, loss=1.0, speed=speed, seconds=seconds)]
 
     assert [told(speed) for speed in (100.0, 110.0, 90.0, 100.0, 100.0, 50.0)] == [[]] * 6
     assert [told(speed) for speed in (20.0, 29.0, 25.0, 25.0)] == [[], [], ["throughput"], []]
@@ -203,39 +203,37 @@ def test_speed_that_collapses_for_a_while_is_told_once_against_the_usual_one() -
 
 def test_endless_skips_and_rollbacks_end_in_an_error(tmp_path: Path) -> None:
     always = PoisonedRows(steps=tuple(range(POISONED, 200)))
-    for action, told in (("skip", "50 steps in a row were skipped"), ("rollback", "10 rollbacks before it were of no use")):
+    for action, told in (("skip", "50 steps in a row were skipped"), ("rollback", "10 rollbacks before it did not help")):
         settings: dict[str, Any] = {"alerts": alerts(not_finite={"action": action}), "budget": Budget(steps=80)}
         with pytest.raises(InputError, match=told):
-            spiking(tmp_path / action, [], times=math.nan, rows=always, checkpoint_every=5, **settings)
+            spiking(tmp_path / action, [], times=math.nan, rows=always, every=5, **settings)
 
 
 def test_only_alerts_that_change_learning_are_identity() -> None:
-    assert Alerts().learned() == {}
-    assert alerts(loss={"above": 3.0, "action": "stop"}).learned() == {}
-    assert alerts(gradient_norm={"times": 5.0, "action": "skip", "back": 9}).learned() == {
+    assert Alerts().semantic_fields() == {}
+    assert alerts(loss={"above": 3.0, "action": "stop"}).semantic_fields() == {}
+    assert alerts(gradient_norm={"times": 5.0, "action": "skip", "back": 9}).semantic_fields() == {
         "gradient_norm": {"times": 5.0, "action": "skip"}
     }
-    assert alerts(not_finite={"action": "rollback"}).learned() == {"not_finite": {"action": "rollback", "back": 0}}
+    assert alerts(not_finite={"action": "rollback"}).semantic_fields() == {"not_finite": {"action": "rollback", "back": 0}}
 
 
 def test_rows_passed_over_are_those_that_the_steps_saw() -> None:
-    memory = AlertState()
-    memory.pass_over(range(5, 7))
-    assert [memory.place(step) for step in range(4, 8)] == [4, 7, 8, 9]
-    memory.pass_over(range(6, 7))  # which saw the rows of 8
-    assert [memory.place(step) for step in range(4, 8)] == [4, 7, 9, 10]
-    memory.pass_over(range(4, 6))
-    assert memory.passed == [[4, 9]]
-    assert [memory.place(step) for step in range(3, 6)] == [3, 9, 10]
-    assert Progress.of({"steps": 9, "alerts": vars(memory)}).alerts == memory
+    state = AlertState()
+    state.pass_over(range(5, 7))
+    assert [state.place(step) for step in range(4, 8)] == [4, 7, 8, 9]
+    state.pass_over(range(6, 7))  # which saw the rows of 8
+    assert [state.place(step) for step in range(4, 8)] == [4, 7, 9, 10]
+    state.pass_over(range(4, 6))
+    assert state.passed == [[4, 9]]
+    assert [state.place(step) for step in range(3, 6)] == [3, 9, 10]
+    assert Progress.of({"steps": 9, "alerts": vars(state)}).alerts == state
 
 
 def test_as_many_checkpoints_are_kept_as_asked_and_one_to_roll_back_to(tmp_path: Path) -> None:
     for kept in (1, 3):
         folder = tmp_path / str(kept)
-        tiny_training(
-            tiny_model(), folder, checkpoint_every=4, keep_checkpoints=kept, budget=Budget(steps=20), validation=None
-        )
+        tiny_training(tiny_model(), folder, every=4, keep=kept, budget=Budget(steps=20), validation=None)
         assert [path.name for path in sorted((folder / CHECKPOINTS).iterdir())] == [
             f"step-{step:08d}" for step in (12, 16, 20)[-kept:]
         ]
@@ -280,7 +278,7 @@ def takes(model, batch):
     return next_token_loss(model, batch)
 
 metrics = tiny_training(
-    tiny_model(), folder, objective=takes, validation=None, checkpoint_every=2, budget=Budget(steps=10), micro_batch="auto"
+    tiny_model(), folder, objective=takes, validation=None, every=2, budget=Budget(steps=10), micro_batch="auto"
 )
 if os.environ["RANK"] == "0":
     (folder / "result.json").write_text(json.dumps(metrics))

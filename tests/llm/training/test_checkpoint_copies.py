@@ -13,10 +13,10 @@ from runner.execution.launch import _free_port
 PROCESS = """
 import sys
 from pathlib import Path
-from llm.training.checkpoint import carry
+from llm.training.checkpoint import copy_to_machines
 from llm.training.distributed.process_group import ProcessGroup
 folder, path = map(Path, sys.argv[1:])
-print(carry(path, folder, ProcessGroup()))
+print(copy_to_machines(path, folder, ProcessGroup()))
 """
 
 

@@ -50,16 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MUON = {"steps": STEPS, "strategy": "fsdp", "optimizer": "muon"}
-KILLED = MUON | {"scratch": "killed", "checkpoint_every": 5, "objective": "killed"}
+KILLED = MUON | {"scratch": "killed", "every": 5, "objective": "killed"}
 LEARNING = {  # alerts that change what is learned, of a training whose gradient spikes at step 25
-    action: {"steps": 32, "checkpoint_every": 10, "alerts": {"gradient_norm": {"action": action, "back": 4}}}
+    action: {"steps": 32, "every": 10, "alerts": {"gradient_norm": {"action": action, "back": 4}}}
     for action in ("skip", "rollback")
 }
 SPARE = {"steps": STEPS, "strategy": "ddp", "objective": "spare", "find_unused_parameters": True}
 
 STABLE = MUON | {"schedule": {"kind": "constant", "learning_rate": 1e-2, "warmup_steps": 3}}
-TRUNK = STABLE | {"steps": 5, "left_in": "trunk"}
-REST = STABLE | {"strategy": "ddp", "beginning": "trunk"}
+TRUNK = STABLE | {"steps": 5, "leave_in": "trunk"}
+REST = STABLE | {"strategy": "ddp", "start_from": "trunk"}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_it_goes_on_with_other_processes_and_strategy(folder: Path, one: dict[st
 
 def test_another_strategy_than_the_one_named_is_never_run() -> None:
     learner = Learner(tiny_model(), next_token_loss, precision="fp32")
-    with pytest.raises(RuntimeError, match="were to train by 'fsdp'; found 'single'"):
+    with pytest.raises(RuntimeError, match="strategy of 1 processes: expected 'fsdp', got 'single'"):
         ProcessGroup().wrap(learner, "fsdp")
 
 

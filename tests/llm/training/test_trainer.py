@@ -23,8 +23,8 @@ from llm.files import write_tensors
 from llm.training import checkpoint
 from llm.training.config import Budget, Optimizer
 from llm.training.loss import cross_entropy_sum, next_token_loss
-from llm.training.sanity_check import NEAR, self_check
-from llm.training.trainer import CHECKPOINTS
+from llm.training.preflight.sanity_check import NEAR, sanity_check
+from llm.training.task import CHECKPOINTS
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def test_a_training_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) 
     unstopped, resumed = tiny_model(), tiny_model()
     tiny_training(unstopped, tmp_path / "unstopped")
     with pytest.raises(OSError, match="went away"):
-        tiny_training(tiny_model(), tmp_path / "failed", rows=Failing(), checkpoint_every=5)
+        tiny_training(tiny_model(), tmp_path / "failed", rows=Failing(), every=5)
     lines: list[dict[str, Any]] = []
     tiny_training(resumed, tmp_path / "failed", lines=lines)
     assert "continues from step 10 of 20" in [line.get("note") for line in lines]
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_o
 
     try:
         with pytest.raises(OSError, match=r"File too large.*optimizer\.safetensors"):
-            tiny_training(tiny_model(), tmp_path / "full", checkpoint_every=5, should_stop=full_after_the_first)
+            tiny_training(tiny_model(), tmp_path / "full", every=5, should_stop=full_after_the_first)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in folder.iterdir()] == ["step-00000005"]
@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_o
 
 def test_checkpoints_by_the_clock_change_nothing_that_is_learned(tmp_path: Path) -> None:
     often, never = tiny_model(), tiny_model()
-    metrics = tiny_training(often, tmp_path / "often", checkpoint_minutes=1e-9)
+    metrics = tiny_training(often, tmp_path / "often", minutes=1e-9)
     assert metrics["loss"] == tiny_training(never, tmp_path / "never")["loss"]
     assert_same(weights(often), weights(never), atol=0, rtol=0)
     assert [path.name for path in sorted((tmp_path / "often" / CHECKPOINTS).iterdir())] == ["step-00000019", "step-00000020"]
@@ -173,7 +173,7 @@ def damage(file: Path) -> None:
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
     unstopped, resumed = tiny_model(), tiny_model()
-    tiny_training(unstopped, tmp_path, checkpoint_every=5, budget=Budget(steps=20))
+    tiny_training(unstopped, tmp_path, every=5, budget=Budget(steps=20))
     last, before = tmp_path / CHECKPOINTS / "step-00000020", "step-00000015"
     damage(last / name)
     lines: list[dict[str, Any]] = []
@@ -187,10 +187,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
 
 
 def test_a_checkpoint_made_after_damaged_ones_is_kept(tmp_path: Path) -> None:
-    tiny_training(tiny_model(), tmp_path, checkpoint_every=5)
+    tiny_training(tiny_model(), tmp_path, every=5)
     for last in (tmp_path / CHECKPOINTS).iterdir():
         damage(last / "state.json")
-    (tmp_path / CHECKPOINTS / "step-00000007.partial").mkdir()
+    (tmp_path / CHECKPOINTS / "step-00000007.tmp").mkdir()
     with pytest.raises(Interrupted, match="after step 3"):
         tiny_training(tiny_model(), tmp_path, should_stop=stop_after(4))
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000003"]
@@ -205,7 +205,7 @@ def test_writing_a_checkpoint_never_removes_it(tmp_path: Path) -> None:
 
 def test_a_process_that_comes_later_leaves_alone_what_the_first_one_writes(tmp_path: Path) -> None:
     """With a rollback, the first process writes the beginning before any has waited for another."""
-    written = tmp_path / "step-00000000.partial"
+    written = tmp_path / "step-00000000.tmp"
     written.mkdir()
     with checkpoint.Writer(tmp_path, kept=1):
         assert written.exists()
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Pat
 
     breaks.calls = 0  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"step 13: loss nan, gradient norm nan, learning rate 0\.00"):
-        tiny_training(tiny_model(), tmp_path, objective=breaks, checkpoint_every=4, validation=None)
+        tiny_training(tiny_model(), tmp_path, objective=breaks, every=4, validation=None)
     kept = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
     assert kept == ["step-00000008", "step-00000012"]
 
@@ -339,7 +339,7 @@ def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(100)
     with pytest.raises(InputError, match=r"first loss: expected to be near ln\(vocabulary\) = 3.69"):
-        self_check(model, next_token_loss, some_batch(), precision="fp32")
+        sanity_check(model, next_token_loss, some_batch(), precision="fp32")
 
     def deaf(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         total, count = next_token_loss(model, batch)
@@ -348,8 +348,8 @@ def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
     large = tiny_model()
     large.vocab_size = 300
     large.lm_head = torch.nn.Linear(32, 300, bias=False)
-    with pytest.raises(InputError, match=r"learned to a loss below 5\.0"):
-        self_check(large, deaf, some_batch(), precision="fp32")
+    with pytest.raises(InputError, match=r"loss on one batch: expected less than 5\.0"):
+        sanity_check(large, deaf, some_batch(), precision="fp32")
 
 
 def test_the_self_check_learns_several_rows_and_goes_back_outside_autocast() -> None:
@@ -363,7 +363,7 @@ def test_the_self_check_learns_several_rows_and_goes_back_outside_autocast() -> 
 
     model = tiny_model()
     model.vocab_size, model.lm_head = 300, torch.nn.Linear(32, 300, bias=False)  # chance is above the loss it has to reach
-    found = self_check(model, watched, some_batch(), precision="bf16")
+    found = sanity_check(model, watched, some_batch(), precision="bf16")
     assert found["overfit_loss"] < 5 < found["first_loss"]
     assert set(seen) == {(4, True, False)}
 

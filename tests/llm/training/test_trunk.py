@@ -18,7 +18,7 @@ from llm.training import checkpoint
 from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.loss import next_token_loss
-from llm.training.trainer import CHECKPOINTS
+from llm.training.task import CHECKPOINTS
 
 RATE = {"learning_rate": 1e-2, "warmup_steps": 3}
 WHOLE = {"budget": Budget(steps=27), "schedule": Schedule(kind="wsd", decay_steps=14, **RATE)}
@@ -28,7 +28,7 @@ SHAPE = {"dropout": 0.1}
 def trunk(folder: Path, steps: int = 13, **changes: Any) -> dict[str, Any]:
     """Trains so many steps at a constant rate, and leaves model and state in `folder`."""
     model = tiny_model(**SHAPE)
-    settings = {"budget": Budget(steps=steps), "schedule": Schedule(kind="constant", **RATE), "left_in": folder}
+    settings = {"budget": Budget(steps=steps), "schedule": Schedule(kind="constant", **RATE), "leave_in": folder}
     folder.mkdir(exist_ok=True)
     metrics = tiny_training(model, folder / ".work", **settings | changes)
     write_tensors(folder / WEIGHTS, {name: weight.detach() for name, weight in model.named_parameters()})
@@ -70,13 +70,13 @@ def test_a_trunk_and_its_decay_end_bit_for_bit_where_one_training_does(
         "optimizer": Optimizer.model_validate({"kind": kind}),
         "precision": precision,
         "compiled": compiled,
-        "checkpoint_every": 27,
-        "keep_checkpoints": 9,
+        "every": 27,
+        "keep": 9,
     }
     expected = tiny_training(tiny_model(**SHAPE), tmp_path / "whole", **settings | WHOLE)
     trunk(tmp_path / "trunk", **settings)
     decay = settings | WHOLE | {"precision": "auto", "compiled": False}  # restored, and not chosen anew
-    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", beginning=tmp_path / "trunk", **decay)
+    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", start_from=tmp_path / "trunk", **decay)
     assert_equal(tmp_path / "whole", tmp_path / "decay")
     assert found["choices"] == expected["choices"] and found["first_step"] == 13
     assert {found[name] == expected[name] for name in ("loss", "validation_loss", "tokens", "targets", "steps")} == {True}
@@ -88,8 +88,8 @@ def test_a_trunk_that_goes_on_from_a_shorter_one_leaves_the_same_bytes_also_afte
     trunk(tmp_path / "short", 7)
     calls = iter(range(9))
     with pytest.raises(Interrupted, match="after step 8 of 13"):
-        trunk(tmp_path / "longer", 13, beginning=tmp_path / "short", should_stop=lambda: next(calls) >= 3)
-    metrics = trunk(tmp_path / "longer", 13, beginning=tmp_path / "short")
+        trunk(tmp_path / "longer", 13, start_from=tmp_path / "short", should_stop=lambda: next(calls) >= 3)
+    metrics = trunk(tmp_path / "longer", 13, start_from=tmp_path / "short")
     assert left(tmp_path / "longer") == left(tmp_path / "long")
     assert left(tmp_path / "longer") != left(tmp_path / "short")
     assert metrics["first_step"] == 7 and metrics["steps"] == 13
@@ -118,11 +118,11 @@ def test_rows_that_an_alert_passed_over_in_the_trunk_stay_so_in_the_decay(tmp_pa
         "rows": MarkedRows(),
         "objective": broken_where_marked,
         "alerts": Alerts.model_validate({"not_finite": {"action": "rollback", "back": 1}}),
-        "checkpoint_every": 27,
+        "every": 27,
     }
     expected = tiny_training(tiny_model(**SHAPE), tmp_path / "whole", **settings | WHOLE)
     trunk(tmp_path / "trunk", **settings)
-    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", beginning=tmp_path / "trunk", **settings | WHOLE)
+    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", start_from=tmp_path / "trunk", **settings | WHOLE)
     assert found["alerts"] == expected["alerts"] == {"passed_over": [[4, 6]], "rollbacks": [5]}
     assert_equal(tmp_path / "whole", tmp_path / "decay")
 
@@ -131,13 +131,13 @@ def test_a_rollback_goes_no_further_than_the_end_of_the_trunk(tmp_path: Path) ->
     alerts = Alerts.model_validate({"not_finite": {"action": "rollback", "back": 5}})
     settings: dict[str, Any] = {"rows": MarkedRows(marked=15), "objective": broken_where_marked, "alerts": alerts}
     trunk(tmp_path / "trunk", **settings)
-    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", beginning=tmp_path / "trunk", **settings | WHOLE)
+    found = tiny_training(tiny_model(**SHAPE), tmp_path / "decay", start_from=tmp_path / "trunk", **settings | WHOLE)
     assert found["alerts"]["passed_over"] == [[13, 16]]
 
 
 def test_what_does_not_fit_a_trunk_is_refused(tmp_path: Path) -> None:
     trunk(tmp_path / "trunk")
-    settings: dict[str, Any] = {"beginning": tmp_path / "trunk", **WHOLE}
+    settings: dict[str, Any] = {"start_from": tmp_path / "trunk", **WHOLE}
     with pytest.raises(InputError, match=r"budget: expected more than the 13 steps .* got 13"):
         tiny_training(tiny_model(**SHAPE), tmp_path / "short", **settings | {"budget": Budget(steps=13)})
     with pytest.raises(InputError, match=r"optimizer\.kind: expected 'adamw'.* got 'muon'"):

@@ -1,7 +1,7 @@
-"""Tried before the first step, on rows of the data: whether the layers compile, and how many rows fit in memory.
+"""A forward and a backward pass on rows of the data: whether the layers compile, and how many rows fit in memory.
 
-Nothing of it stays: no gradient, no number drawn. What is found is part of the training's runtime, so it is kept in its
-checkpoints, and a training that goes on tries no more than what it was restored with.
+It leaves no gradient and draws no random number. What is found is part of the runtime, so it is kept in checkpoints, and a
+training that goes on tries no more than what it was restored with.
 """
 
 import math
@@ -23,7 +23,7 @@ from llm.training.loader import batches
 from llm.training.loss import Learner
 from llm.training.runtime import Runtime
 
-SPARE = 0.8  # share of the free memory that activations may take, as far as they can be foretold
+SPARE = 0.8  # share of the free memory that activations may take, by the estimate
 
 
 def settle(
@@ -31,14 +31,14 @@ def settle(
 ) -> Runtime:
     """`runtime` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
 
-    The micro-batch is only changed where it is `auto`; an InputError says what to do where not even one row fits, or not
-    as many as the recipe asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
+    The micro-batch is changed only where it is `auto`; InputError where not even one row fits, or not as many as the recipe
+    asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model = learner.model
     runtime = _with_kernel(runtime, model, rows.context, group=group, report=report)
     model.fused_attention = runtime.fused_attention
     if auto and runtime.micro_batch > 1:
-        runtime = replace(runtime, micro_batch=_foretold(learner, rows, runtime.micro_batch, group=group))
+        runtime = replace(runtime, micro_batch=_estimated(learner, rows, runtime.micro_batch, group=group))
     while True:
         model.compiled = runtime.compiled
         batch = next(batches(rows, range(runtime.micro_batch), runtime.micro_batch)).to(group.device)
@@ -77,22 +77,20 @@ def _with_kernel(
 
     def tried() -> str | None:
         if runtime.device != "cpu":
-            return f"it is for CPUs; found {runtime.device}"
+            return f"expected a CPU, got {runtime.device}"
         heads, size = runtime.micro_batch * model.config.kv_heads, model.config.head_size
         if not fits(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
-            return (
-                f"it is for bf16, rows and heads of sizes in multiples of {PANEL}; found {runtime.precision}, {length}, {size}"
-            )
+            return f"expected bf16, and rows and heads of sizes in multiples of {PANEL}, got {runtime.precision}, {length}, {size}"
         if heads < runtime.threads:
-            return f"it shares heads of keys among threads; found {heads} in a micro-batch, and {runtime.threads} threads"
+            return f"expected a head of keys for each of {runtime.threads} threads, got {heads} in a micro-batch"
         try:
             library()
         except UnavailableError as error:
             return str(error)
         return None
 
-    reason = tried() if group.is_main else None  # which builds it, so that the others find it
-    group.sum(0)
+    reason = tried() if group.is_main else None  # the main process builds it, and the others find it built
+    group.wait()
     if not group.is_main:
         reason = tried()
     if not group.sum(reason is not None)[0]:
@@ -106,12 +104,12 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
     if not auto:
         raise InputError(
             f'memory ran out with micro_batch = {micro_batch} rows of {context} positions; micro_batch = "auto" finds what '
-            "fits, and recompute = true takes less"
+            "fits, and recompute = true needs less"
         )
     if micro_batch == 1:
         raise InputError(
             f"memory ran out with a single row of {context} positions; recompute = true, a shorter context or a smaller "
-            "architecture takes less"
+            "architecture needs less"
         )
     return micro_batch // 2
 
@@ -119,26 +117,26 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
 def _forward_and_backward(learner: Learner, batch: Batch) -> None:
     learner.train()
     set_counters(learner.model, seed=0, step=0, rows=batch.rows)
-    room = torch.empty(_optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for what comes later
+    reserved = torch.empty(_optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for the optimizer
     try:
         with torch.random.fork_rng(devices=[batch.tokens.device] if batch.tokens.is_cuda else []):
             loss, *_ = learner(batch)
             loss.backward()
     finally:
-        del room
+        del reserved
         learner.zero_grad()
 
 
 def _optimizer_bytes(learner: Learner) -> int:
-    """At most this much an optimizer keeps: two numbers for each weight that learns."""
+    """The most that an optimizer keeps: two numbers for each weight that learns."""
     return sum(2 * local_part(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
 
 
-def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: ProcessGroup) -> int:
-    """At most `micro_batch` rows, and as many as free memory holds by what one row keeps for its backward pass.
+def _estimated(learner: Learner, rows: RowSource, micro_batch: int, *, group: ProcessGroup) -> int:
+    """At most `micro_batch` rows, and as many as fit in free memory by what one row keeps for its backward pass.
 
-    A GPU says when it is full. A computer's own memory is promised first and found missing later, when the system ends the
-    process, so there this comes before trying; and where there is one try only, under "fsdp".
+    A GPU says when it is full. Main memory is promised first and missing later, when the system kills the process, so there the
+    estimate comes before the try; and under "fsdp", where there is only one try.
     """
     if group.device.type != "cpu" and not is_sharded(learner):
         return micro_batch
@@ -147,11 +145,11 @@ def _foretold(learner: Learner, rows: RowSource, micro_batch: int, *, group: Pro
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        needed = math.inf  # the trial that follows says what to do
+        needed = math.inf  # the try that follows says what to do
     sharing = group.size if group.device.type == "cpu" else 1
     fitting = (SPARE * free_memory(group.device) / sharing - _optimizer_bytes(learner)) / max(1, needed)
-    (least,) = group.least(max(1.0, min(float(micro_batch), fitting)))
-    return int(least)
+    (fewest,) = group.min(max(1.0, min(float(micro_batch), fitting)))
+    return int(fewest)
 
 
 def _kept_for_backward(learner: Learner, batch: Batch) -> int:
@@ -167,6 +165,6 @@ def _kept_for_backward(learner: Learner, batch: Batch) -> int:
     devices = [batch.tokens.device] if batch.tokens.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         learner(batch)
-    found = sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go of: they count nothing
+    found = sum(storage.nbytes() for storage in kept.values())  # gathered weights are freed by now: they count nothing
     reshard(learner)
     return found

@@ -1,4 +1,4 @@
-"""Seconds before hours: whether a fresh model has the right output shape, starts near chance, and can learn a batch by heart.
+"""Whether a fresh model has the right output shape, starts near chance, and can overfit one batch: seconds before hours.
 
 It works on a copy and draws no random numbers, so the training that follows is the same with and without it.
 """
@@ -18,21 +18,21 @@ from llm.errors import InputError
 from llm.models.interface import LanguageModel
 from llm.training.loss import Learner, Objective
 
-ROWS, LENGTH = 8, 128  # of the batch, at most: a large model, too, is to be done in seconds
+ROWS, LENGTH = 8, 128  # of the batch, at most: a large model takes seconds, too
 NEAR = 1.0  # nats between the first loss and ln(vocabulary)
 OVERFITS_BELOW = 5.0  # nats per target
 TRIES = 60  # steps to get there
 
 
-def self_check(
+def sanity_check(
     model: LanguageModel,
     objective: Objective,
     batch: Batch,
     *,
     precision: Precision,
-    placed: Callable[[Learner], Learner] = lambda learner: learner,  # where training would have it
+    placed: Callable[[Learner], Learner] = lambda learner: learner,  # on its device, and sharded as in training
 ) -> dict[str, float]:
-    """What was found on (a corner of) `batch`, or InputError with what is wrong."""
+    """What was found on the first rows and positions of `batch`; InputError says what is wrong."""
     learner = placed(Learner(copy.deepcopy(model), objective, precision=precision)).eval()  # without dropout
     copied = learner.model
     device = next(copied.parameters()).device
@@ -65,7 +65,7 @@ def self_check(
         optimizer.step()
         optimizer.zero_grad()
     raise InputError(
-        f"self-check: one batch wants to be learned to a loss below {OVERFITS_BELOW} in {TRIES} steps, got {loss:.2f}"
+        f"self-check: the loss on one batch: expected less than {OVERFITS_BELOW} after {TRIES} steps on it, got {loss:.2f}"
     )
 
 
