@@ -1,11 +1,12 @@
-"""Decoding speed: our `generate` and Transformers', greedy, on the same weights in the number format of training's products.
+"""Decoding speed: our `generate` and Transformers', greedy, on the same weights in the dtype of training's products.
 
-The model is taught to count first, until it is sure of each token: on flat logits, rounding would decide which is likeliest,
-and equal tokens would say nothing. The time of a call is whole, from prompt to last token; our `Decoding` of the model is made
-(and compiled) once, as Transformers' model is.
+The model first learns to count, until it is sure of each token: on flat logits, rounding would decide which token is likeliest,
+and equal tokens would say nothing. A call is timed from prompt to last token; our `Decoding` of the model is made (and
+compiled) once, as Transformers' model is.
 """
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,13 @@ BATCHES = (1, 8)
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
 UNSEEN = 10**6  # first row of the prompts
-# With 29M parameters, 120 lessons of 1024 tokens leave at least 4.8 between the two likeliest tokens; 10k parameters want two
-# to four times as many. The rate has to go down: held constant, some are as near as 0.1 after 160.
+# With 29M parameters, 120 lessons of 1024 tokens leave at least 4.8 between the two likeliest tokens; 10k parameters need two
+# to four times as many. The rate has to go down: if it is constant, some are as near as 0.1 after 160.
 LESSONS = 120
 LESSON_TOKENS = 1024
 LESSON_SCHEDULE = Schedule(kind="linear", learning_rate=2e-3, warmup_steps=10)
 SURE = 3.0  # of logits, where bf16 rounds to 0.1 at most
-MOST_TERMS = 4  # of so many lessons
+MOST_TERMS = 4  # of LESSONS each
 
 
 def measure_decode(
@@ -39,7 +40,7 @@ def measure_decode(
 ) -> dict[str, Any]:
     """For each batch size: tokens/s of all, and whether all greedy tokens are the same. Teaches `model` before that.
 
-    If `compiled`, one row is decoded with a compiled step as well, where there can be one: on a CPU, with a compiler.
+    If `compiled`, one row is decoded with a compiled step as well, where that is possible: on a CPU, with a compiler.
     """
     device = group.device
     precision = resolve_precision(workload.precision, device=device)
@@ -48,59 +49,80 @@ def measure_decode(
     new_tokens = min(NEW_TOKENS, workload.context - prompt_tokens)
     margin = teach(workload, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)
     model.to(dtype).eval()
-    decoding, compiling = {"ours": model.decoding()}, 0.0
+    ours, compiling = {"ours": model.decoding()}, 0.0
     if compiled and device.type == "cpu" and has_compiler("cpu"):
-        began, decoding["ours_compiled"] = time.perf_counter(), model.decoding()
+        began, ours["ours_compiled"] = time.perf_counter(), model.decoding()
         with torch.inference_mode():
-            decoding["ours_compiled"].compile()
+            ours["ours_compiled"].compile()
         compiling = time.perf_counter() - began
-    theirs: Any = build_transformers_model(workload, model.state_dict(), dtype=dtype).to(device).eval()
+    theirs = build_transformers_model(workload, model.state_dict(), dtype=dtype).to(device).eval()
     rows = CountingRows(workload.context, workload.vocab_size)
-    result: dict[str, Any] = {
+    prompts = [rows.row(UNSEEN + index).tokens[:prompt_tokens].tolist() for index in range(max(BATCHES))]
+    return {
         "dtype": str(dtype).removeprefix("torch."),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "least_margin": margin,  # of logits, between the two likeliest tokens
         "compiling_seconds": compiling,
-        "batch": {},
+        "batch": {
+            str(batch): _compare(
+                {name: decoding for name, decoding in ours.items() if name == "ours" or batch == 1},
+                theirs,
+                prompts[:batch],
+                new_tokens=new_tokens,
+                seconds=seconds,
+                device=device,
+            )
+            for batch in BATCHES
+        },
     }
-    for batch in BATCHES:
-        prompts = [rows.row(UNSEEN + index).tokens[:prompt_tokens].tolist() for index in range(batch)]
-        inputs = torch.tensor(prompts, device=device)
 
-        def our_answers(decoding: Decoding, prompts: list[list[int]] = prompts) -> list[list[int]]:
-            return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), timer=GenerationTimer())
 
-        def their_answers(inputs: torch.Tensor = inputs) -> list[list[int]]:
-            answers: list[list[int]] = theirs.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-            )[:, prompt_tokens:].tolist()
-            return answers
+def _compare(
+    ours: Mapping[str, Decoding],
+    theirs: Any,
+    prompts: list[list[int]],
+    *,
+    new_tokens: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Tokens/s of all on one batch of prompts, and how many of ours continue a prompt as theirs does."""
+    inputs = torch.tensor(prompts, device=device)
 
-        ours = {name: partial(our_answers, one) for name, one in decoding.items() if name == "ours" or batch == 1}
-        wanted = their_answers()
-        same = {name: sum(map(list.__eq__, answers(), wanted)) for name, answers in ours.items()}
-        timings = interleaved({**ours, "transformers": their_answers}, seconds=seconds, device=device)
-        made = batch * new_tokens
-        result["batch"][str(batch)] = {
-            "transformers": made / timings["transformers"].median,
-            "rounds": {name: timing.rounds for name, timing in timings.items()},
+    def our_answers(decoding: Decoding) -> list[list[int]]:
+        return generate(decoding, prompts, max_new_tokens=new_tokens, end=(), timer=GenerationTimer())
+
+    def their_answers() -> list[list[int]]:
+        answers: list[list[int]] = theirs.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )[:, inputs.shape[1] :].tolist()
+        return answers
+
+    calls = {name: partial(our_answers, decoding) for name, decoding in ours.items()}
+    expected = their_answers()
+    same = {name: sum(map(list.__eq__, answers(), expected)) for name, answers in calls.items()}
+    timings = interleaved({**calls, "transformers": their_answers}, seconds=seconds, device=device)
+    made = len(prompts) * new_tokens
+    found: dict[str, Any] = {
+        "transformers": made / timings["transformers"].median,
+        "rounds": {name: timing.rounds for name, timing in timings.items()},
+    }
+    for name in ours:
+        found |= {
+            name: made / timings[name].median,
+            f"{name}_times_as_fast": ratio(timings, "transformers", name),
+            f"{name}_same_prompts": same[name],
         }
-        for name in ours:
-            result["batch"][str(batch)] |= {
-                name: made / timings[name].median,
-                f"{name}_times_as_fast": ratio(timings, "transformers", name),
-                f"{name}_same_prompts": same[name],
-            }
-    return result
+    return found
 
 
 def teach(workload: Workload, model: LanguageModel, *, prompt_tokens: int, new_tokens: int, group: ProcessGroup) -> float:
-    """Train until the model is sure of what to write, or patience ends; the least margin of its likeliest token."""
+    """Train until the model is sure of each token, or MOST_TERMS are over; returns the least margin of the likeliest token."""
     rows = CountingRows(workload.context, workload.vocab_size)
     unseen = [rows.row(UNSEEN + index).tokens[: prompt_tokens + new_tokens] for index in range(max(BATCHES))]
     tokens = torch.from_numpy(np.stack(unseen)).to(group.device)
