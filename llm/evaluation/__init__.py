@@ -1,1 +1,1 @@
-"""How good a model is: scores, comparisons and their intervals."""
+"""Evaluation of models: scores, comparisons of two models, and resamples for their intervals."""

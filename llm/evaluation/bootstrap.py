@@ -1,8 +1,8 @@
-"""How much scores depend on which examples happened to be there: what resamples of the examples would score (Efron 1979).
+"""Bootstrap resamples: how much a score depends on which examples were scored (Efron 1979).
 
-A resample draws as many examples as there are, with replacement, and is told as how often each was drawn. The draws depend on
-the number of examples alone, so that two models scored on the same examples are compared resample by resample: the
-differences are those of a paired bootstrap. What becomes of the numbers (intervals, gates) is not known here.
+A resample draws as many examples as there are, with replacement, and is represented by how often each was drawn. The draws
+depend only on the number of examples, so two models scored on the same examples can be compared resample by resample, as in a
+paired bootstrap. Intervals and gates are computed elsewhere.
 """
 
 import hashlib
@@ -13,40 +13,40 @@ import numpy.typing as npt
 
 RESAMPLES = 1000  # the ends of a 95% interval are then the 25th value from either side
 SEED = 0
-DIGITS = 6  # of a score; in which order cores add numbers shows from the 9th on
+DIGITS = 6  # of a score; the order in which cores add numbers shows from the 9th on
 
 Resamples = npt.NDArray[np.float64]  # (N,) how often each example was drawn
 
 
 def resamples(examples: int) -> Iterator[Resamples]:
     """How often each of N examples is drawn, for every resample; the same for the same N on every machine."""
-    # RandomState, because its stream is frozen for good (NEP 19), and that of the newer Generator is not.
+    # RandomState: its stream is frozen (NEP 19); that of the newer Generator is not.
     random = np.random.RandomState(SEED)
     for _ in range(RESAMPLES):
         yield np.bincount(random.randint(examples, size=examples), minlength=examples).astype(np.float64)
 
 
 def resample(examples: int, score: Callable[[Resamples], Mapping[str, float]]) -> dict[str, list[float]]:
-    """For each score, its value in every resample; `score` maps how often each example counts to scores by name."""
+    """The value of each score in every resample; `score` maps how often each example was drawn to scores by name."""
     values: dict[str, list[float]] = {}
     for draws in resamples(examples):
         for name, value in score(draws).items():
             values.setdefault(name, []).append(value)
-    return {name: round_all(of_one) for name, of_one in values.items()}
+    return {name: round_all(numbers) for name, numbers in values.items()}
 
 
-def macro_f1(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels: int) -> Callable[[Resamples], float]:
-    """Macro-F1 as a function of how often each row counts, from the number of the label that was wanted and found in each.
+def macro_f1(expected: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64], labels: int) -> Callable[[Resamples], float]:
+    """Macro-F1 as a function of how often each row was drawn, from each row's expected and chosen label (indices).
 
-    A label of the rows that a resample has no trace of is left out there: nothing says how well it would be found. One that
-    no row has at all counts 0, as in the score itself.
+    A label that occurs in the rows but not in a resample is left out of that resample, because its F1 is undefined there. A
+    label that occurs in no row counts 0, as in the score itself.
     """
-    hit = wanted == found
-    absent = labels - len(np.union1d(wanted, found))
+    hit = expected == chosen
+    absent = labels - len(np.union1d(expected, chosen))
 
     def score(draws: Resamples) -> float:
-        hits = np.bincount(wanted[hit], weights=draws[hit], minlength=labels)
-        either = np.bincount(wanted, weights=draws, minlength=labels) + np.bincount(found, weights=draws, minlength=labels)
+        hits = np.bincount(expected[hit], weights=draws[hit], minlength=labels)
+        either = np.bincount(expected, weights=draws, minlength=labels) + np.bincount(chosen, weights=draws, minlength=labels)
         seen = either > 0
         return float((2 * hits[seen] / either[seen]).sum() / (seen.sum() + absent))
 
@@ -54,7 +54,7 @@ def macro_f1(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], labels
 
 
 def fingerprint(examples: Iterable[str]) -> str:
-    """What tells whether two evaluations had the same examples in the same order."""
+    """A digest of the examples in their order, to check that two evaluations used the same ones."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(hashlib.sha256(example.encode()).digest())
@@ -62,10 +62,10 @@ def fingerprint(examples: Iterable[str]) -> str:
 
 
 def rounded(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores with as many digits as mean something."""
+    """Scores rounded to DIGITS significant digits."""
     return dict(zip(scores, round_all(scores.values()), strict=True))
 
 
 def round_all(values: Iterable[float]) -> list[float]:
-    """Numbers with as many digits as mean something."""
+    """Numbers rounded to DIGITS significant digits."""
     return [float(f"{value:.{DIGITS}g}") for value in values]

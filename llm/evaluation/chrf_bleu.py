@@ -1,4 +1,4 @@
-"""How like one set of texts is to another: chrF and BLEU, of the whole set, of resamples, and of each pair."""
+"""chrF and BLEU between two sets of texts: of the whole set, of resamples, and of each pair."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,25 +12,26 @@ from llm.text.documents import language_by_script
 BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "thai": "char"}  # languages that write no spaces; "13a" for all others
 
 
-class Likeness:
-    """How like the wanted texts the found ones are: `chrf` (Popović 2015) and `bleu` (Papineni et al. 2002), by sacrebleu
-    (Post 2018). Both are functions of counts that are summed over the texts.
+class ChrfBleu:
+    """`chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) of generated texts against expected ones, by sacrebleu (Post 2018).
+
+    Both are functions of counts that are summed over the texts.
     """
 
-    def __init__(self, found: Sequence[str], wanted: Sequence[str]) -> None:
+    def __init__(self, generated: Sequence[str], expected: Sequence[str]) -> None:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
 
-        ((language, _),) = Counter(map(language_by_script, wanted)).most_common(1)
+        ((language, _),) = Counter(map(language_by_script, expected)).most_common(1)
         tokenizer = BLEU_TOKENIZERS.get(language, "13a")
         self._metrics: dict[str, Any] = {"chrf": CHRF(), "bleu": BLEU(tokenize=tokenizer, force=True)}  # force: no warning
-        self._counts = {  # (N, ...): sacrebleu's own bootstrap sums these, too
-            name: np.array(metric._extract_corpus_statistics(found, [wanted]), dtype=np.float64)
+        self._counts = {  # (N, ...): sacrebleu's own bootstrap sums them too
+            name: np.array(metric._extract_corpus_statistics(generated, [expected]), dtype=np.float64)
             for name, metric in self._metrics.items()
         }
 
     def score(self, draws: Resamples) -> dict[str, float]:
-        """Both, 0 to 100, where each pair of texts counts as often as it was drawn."""
+        """Both, 0 to 100; each pair of texts counts as often as it was drawn."""
         return {name: self._score(name, draws @ counts) for name, counts in self._counts.items()}
 
     @property
@@ -40,13 +41,8 @@ class Likeness:
 
     @property
     def sentence_chrf(self) -> list[float]:
-        """The chrF of each pair alone."""
+        """The chrF of each pair."""
         return [self._score("chrf", counts) for counts in self._counts["chrf"]]
 
     def _score(self, name: str, counts: Any) -> float:
         return float(self._metrics[name]._compute_score_from_stats([int(count) for count in counts]).score)
-
-
-def compare(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """`chrf` and `bleu` of the whole set."""
-    return Likeness(found, wanted).scores

@@ -1,8 +1,8 @@
-"""EleutherAI's lm-eval on a model folder: its own benchmarks, and tasks written in a YAML file.
+"""Runs EleutherAI's lm-eval on a model folder: its own benchmarks, and tasks from YAML files.
 
-A task file is data here, also where it comes from a stranger: it is read without tags (`!function` names Python code), only
-fields that are data are taken, the data files that it names lie beside it, metrics and filters are those of lm-eval itself,
-and its templates are rendered in Jinja's sandbox. The package is an extra: `pip install 'stockpot[lm-eval]'`.
+A task file may come from anyone, so it is data only: tags are refused (`!function` names Python code), only fields that hold
+data are accepted, data files must be in its folder, metrics and filters must be those of lm-eval, and templates are rendered in
+Jinja's sandbox. The package is an extra: `pip install 'stockpot[lm-eval]'`.
 """
 
 import math
@@ -36,17 +36,15 @@ def evaluate_folder(
     limit: int | None,
     scratch: Path,
 ) -> Outcome:
-    """The scores that lm-eval gives the model in `folder`, by its own names: `acc`, `acc_norm`, `exact_match_strict-match`."""
+    """lm-eval's scores of the model in `folder`, by its names: `acc`, `acc_norm`, `exact_match_strict-match`."""
     config = None if tasks is None else local_task(tasks, benchmark)
     try:
         import lm_eval.utils
         from lm_eval import evaluator
-        from lm_eval.api.task import ConfigurableTask
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f"lm_eval:{benchmark}: expected the package lm-eval: pip install 'stockpot[lm-eval]' ({error})"
+            f"lm_eval:{benchmark}: expected the package lm-eval, got {error}; pip install 'stockpot[lm-eval]'"
         ) from error
     import torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -56,23 +54,11 @@ def evaluate_folder(
     sandbox.filters.update(plain.filters)
     lm_eval.utils.env = sandbox
     try:
-        if config is None:
-            try:
-                loaded = TaskManager().load([benchmark])
-            except KeyError as error:
-                raise InputError(f"lm_eval:{benchmark}: lm-eval has no such task ({error})") from error
-        else:
-            _check_names(config, benchmark)
-            kwargs = {**config["dataset_kwargs"], "cache_dir": str(scratch / "lm-eval")}
-            loaded = {"tasks": {benchmark: ConfigurableTask(config={**config, "dataset_kwargs": kwargs})}, "groups": {}}
-        for task in loaded["tasks"].values():
-            if shots or task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=shots)
-            task.set_fewshot_seed(seed=1234)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        tasks_by_name = _load_tasks(benchmark, config, shots=shots, scratch=scratch)
         found = evaluator.evaluate(
             lm=HFLM(pretrained=str(folder), device=device, batch_size=8),
-            task_dict=loaded,
+            task_dict=tasks_by_name,
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
@@ -86,8 +72,31 @@ def evaluate_folder(
     return Outcome(_scores(results), rows, facts={"versions": {"lm_eval": lm_eval.__version__}, "shots": shots})
 
 
+def _load_tasks(benchmark: str, config: dict[str, Any] | None, *, shots: int, scratch: Path) -> dict[str, Any]:
+    """The tasks of the benchmark as lm-eval's evaluator takes them."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    if config is None:
+        try:
+            loaded: dict[str, Any] = TaskManager().load([benchmark])
+        except KeyError as error:
+            raise InputError(
+                f"lm_eval:{benchmark}: expected a task of lm-eval, got an unknown one ({error}); see `lm-eval ls tasks`"
+            ) from error
+    else:
+        _check_names(config, benchmark)
+        kwargs = {**config["dataset_kwargs"], "cache_dir": str(scratch / "lm-eval")}
+        loaded = {"tasks": {benchmark: ConfigurableTask(config={**config, "dataset_kwargs": kwargs})}, "groups": {}}
+    for task in loaded["tasks"].values():
+        if shots or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed=1234)
+    return loaded
+
+
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:
-    """`acc,none` is `acc`; of another filter, its name is added."""
+    """Scores by name: `acc,none` becomes `acc`, and the name of any other filter is appended."""
     scores = {}
     for name, value in results.items():
         metric, _, chosen = name.partition(",")
@@ -97,7 +106,7 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def local_task(folder: Path, name: str) -> dict[str, Any]:
-    """The task `name` of the YAML files in `folder`, its data files by absolute paths; InputError where it is not data."""
+    """The task `name` of the YAML files in `folder`, with absolute paths of its data files; InputError if it is not only data."""
     import yaml
 
     configs: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -105,28 +114,30 @@ def local_task(folder: Path, name: str) -> dict[str, Any]:
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise InputError(f"{path}: is not plain YAML, without tags such as !function, which name code: {error}") from error
+            raise InputError(f"{path}: expected YAML without tags such as !function, which name code, got {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-            raise InputError(f"{path}: expected a table with the name of a task in 'task', got none")
+            raise InputError(f"{path}: task: expected the name of the task, got none")
         configs[config["task"]] = (path, config)
     if name not in configs:
-        raise InputError(f"{folder}: has no task {name!r}; its files name {', '.join(sorted(configs)) or 'none'}")
+        raise InputError(f"{folder}: expected the task {name!r}, got only {', '.join(sorted(configs)) or 'no tasks'}")
     path, config = configs[name]
     for field, value in config.items():
         if field not in TEXTS | OTHERS:
-            raise InputError(f"{path}: {field} is not taken from a task file; these are: {', '.join(sorted(TEXTS | OTHERS))}")
+            raise InputError(
+                f"{path}: {field}: expected one of {', '.join(sorted(TEXTS | OTHERS))}, got another field; remove it"
+            )
         if field in TEXTS and not isinstance(value, str | int):
-            raise InputError(f"{path}: {field}: expected a text, got {value!r}")
+            raise InputError(f"{path}: {field}: expected a string, got {value!r}")
     if config.get("dataset_path") not in FORMATS:
         raise InputError(f"{path}: dataset_path: expected one of {', '.join(FORMATS)}, got {config.get('dataset_path')!r}")
     kwargs = config.get("dataset_kwargs")
     if not isinstance(kwargs, dict) or set(kwargs) != {"data_files"}:
-        raise InputError(f"{path}: dataset_kwargs: expected data_files and nothing else, got {kwargs!r}")
+        raise InputError(f"{path}: dataset_kwargs: expected only data_files, got {kwargs!r}")
     return config | {"dataset_kwargs": {"data_files": _located(kwargs["data_files"], path)}}
 
 
 def _located(files: Any, path: Path) -> Any:
-    """Names of data files as absolute paths below the folder of the task file, wherever links lead."""
+    """Names of data files as absolute paths; InputError if one is outside the task file's folder, links resolved."""
     match files:
         case dict():
             return {str(split): _located(one, path) for split, one in files.items()}
@@ -140,7 +151,7 @@ def _located(files: Any, path: Path) -> Any:
 
 
 def _check_names(config: Mapping[str, Any], benchmark: str) -> None:
-    """Metrics and filters are looked up in lm-eval; a metric that it does not have would be fetched from the Hub, as code."""
+    """InputError for metrics and filters that lm-eval does not have: it would fetch such a metric from the Hub, as code."""
     import lm_eval.api.metrics
     import lm_eval.filters  # noqa: F401  # importing registers
     from lm_eval.api.registry import aggregation_registry, filter_registry, metric_registry
@@ -158,7 +169,9 @@ def _check_names(config: Mapping[str, Any], benchmark: str) -> None:
     ]
     for field, value, known in wanted:
         if not isinstance(value, str) or value not in known or value == "custom":
-            raise InputError(f"lm_eval:{benchmark}: {field}: expected one that lm-eval has, got {value!r}")
+            raise InputError(f"lm_eval:{benchmark}: {field}: expected one of lm-eval's own, got {value!r}")
     for one in config.get("metric_list", ()):
         if one.get("hf_evaluate"):
-            raise InputError(f"lm_eval:{benchmark}: hf_evaluate fetches code from the Hub, so it is refused")
+            raise InputError(
+                f"lm_eval:{benchmark}: expected no hf_evaluate, which fetches code from the Hub, got it; remove it"
+            )

@@ -1,17 +1,19 @@
-"""Two models answer the same questions, and their answers are compared pair by pair. Which is the better one is for readers
-and gates to say; how the pairs are shown is not known here.
-"""
+"""Compares two models pair by pair on their answers to the same questions."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
-from llm.evaluation.chrf_bleu import Likeness
-from llm.evaluation.scoring import Answered, Outcome, Question, answer
+from llm.evaluation.chrf_bleu import ChrfBleu
+from llm.evaluation.scoring import Answers, Outcome, Question, answer_questions
 from llm.inference.likelihood import OnProgress
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
+
+Measure = npt.NDArray[np.float64]  # (N,) one number per question
 
 GRAM = 4  # tokens; seq-rep-4 of Welleck et al. (2020)
 
@@ -28,20 +30,20 @@ def compare_models(
     max_new_tokens: int,
     progress: OnProgress,
 ) -> Outcome:
-    """`win_rate`, the share of questions to which the model's greedy answer is nearer to the wanted one by chrF than the
-    other's, and `likelihood_win_rate`, that of wanted answers that it finds likelier, where a tie is half a win; and by how
-    much it changes chrF, the bits per byte of the wanted answer, the length of the answer in characters, and the share of
-    it that repeats itself. The other model is in memory only while it answers.
+    """Win rates of the model against the other, and mean changes; a tie is half a win.
+
+    `win_rate` is the share of questions on which the model's greedy answer has the higher chrF, `likelihood_win_rate` the share
+    on which it gives the expected answer the higher likelihood. The changes are of chrF, of the bits per byte of the expected
+    answer, of the answer's length in characters, and of its `repetition`. The other model is in memory only while it answers.
     """
 
     def half(done: int) -> OnProgress:
         return lambda part, of: progress(done * of + part, 2 * of)
 
-    other = answer(*load_other(), questions=questions, max_new_tokens=max_new_tokens, progress=half(0))
-    own = answer(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=half(1))
-    # Both with the model's own tokens: one yardstick.
-    measures = [_measures(one, tokenizer) for one in (other, own)]
-    changes = {name: own_values - measures[0][name] for name, own_values in measures[1].items()}
+    other = answer_questions(*load_other(), questions=questions, max_new_tokens=max_new_tokens, progress=half(0))
+    own = answer_questions(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=half(1))
+    of_other, of_own = (_measures(answers, tokenizer) for answers in (other, own))  # both with the model's own tokenizer
+    changes = {name: values - of_other[name] for name, values in of_own.items()}
     values = {
         "win_rate": _wins(changes["chrf"]),
         "likelihood_win_rate": _wins(-changes["bits_per_byte"]),
@@ -56,11 +58,9 @@ def compare_models(
         {
             "row": row + 1,
             "prompt": own.prompts[row],
-            "wanted": own.wanted[row],
-            **{
-                name: {"text": one.found[row], **{what: round_all([of_one[what][row]])[0] for what in of_one}}
-                for name, one, of_one in (("other", other, measures[0]), ("found", own, measures[1]))
-            },
+            "wanted": own.expected[row],
+            "other": _example(other, of_other, row),
+            "found": _example(own, of_own, row),
         }
         for row in range(len(questions))
     ]
@@ -70,28 +70,32 @@ def compare_models(
         len(questions),
         examples,
         facts,
-        values={name: round_all(of_one) for name, of_one in values.items()},
+        values={name: round_all(numbers) for name, numbers in values.items()},
         replicates=resample(len(questions), score),
     )
 
 
-def _measures(answered: Answered, tokenizer: TextTokenizer) -> dict[str, Resamples]:
-    """Of every answer: chrF, bits per byte of the wanted one, characters, and the share that repeats itself."""
-    likelihoods = answered.likelihoods
+def _example(answers: Answers, measures: dict[str, Measure], row: int) -> dict[str, Any]:
+    return {"text": answers.generated[row], **{name: round_all([numbers[row]])[0] for name, numbers in measures.items()}}
+
+
+def _measures(answers: Answers, tokenizer: TextTokenizer) -> dict[str, Measure]:
+    """Of each answer: chrF, bits per byte of the expected one, characters, and repetition."""
+    likelihoods = answers.likelihoods
     bits = np.array(likelihoods.nats) / np.log(2) / np.array(likelihoods.text_bytes)
     return {
-        "chrf": np.array(Likeness(answered.found, answered.wanted).sentence_chrf),
-        "bits_per_byte": np.array(round_all(bits)),  # so that what only rounding makes differ is a tie
-        "length": np.array([len(text) for text in answered.found], dtype=np.float64),
-        "repetition": np.array([repetition(tokenizer.encode(text)) for text in answered.found]),
+        "chrf": np.array(ChrfBleu(answers.generated, answers.expected).sentence_chrf),
+        "bits_per_byte": np.array(round_all(bits)),  # rounded, so that numerical noise is a tie
+        "length": np.array([len(text) for text in answers.generated], dtype=np.float64),
+        "repetition": np.array([repetition(tokenizer.encode(text)) for text in answers.generated]),
     }
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """The share of the runs of four tokens that occurred before."""
+    """The share of runs of four tokens that occurred before."""
     grams = [tuple(tokens[start : start + GRAM]) for start in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _wins(change: Resamples) -> Resamples:
+def _wins(change: Measure) -> Measure:
     return np.where(change == 0, 0.5, change > 0)

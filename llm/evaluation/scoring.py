@@ -1,8 +1,8 @@
-"""What a model is worth on held-out data: likelihood of text, classification by the likelihood of labels, and answers.
+"""Scores of a model on held-out data: likelihood of text, classification by the likelihood of labels, and answers.
 
-Every function returns an `Outcome`: scores that depend on model and data alone (rounded, so that the order in which cores
-add numbers does not show), and facts such as speeds, which depend on the machine and are for the record only. Gates and
-files are not known here, nor how likelihoods are computed: `llm.inference.likelihood`.
+Every function returns an `Outcome`: scores that depend only on model and data (rounded, so that the order in which cores add
+numbers does not show), and facts such as speeds, which depend on the machine and are only recorded. `llm.inference.likelihood`
+computes the likelihoods.
 """
 
 import math
@@ -17,21 +17,30 @@ from llm.data.conversations import Turn
 from llm.data.truncation import Stream, fit
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
-from llm.evaluation.chrf_bleu import Likeness
+from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.inference.generate import GenerationTimer, generate
 from llm.inference.likelihood import OnProgress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
-SAMPLES = 20  # answers that are shown
+SAMPLES = 20  # answers kept as examples
 
 
 @dataclass(frozen=True)
 class Question:
-    """A chat whose last turn is the answer that is wanted; `place` is where it stands, as file:line."""
+    """A chat whose last turn is the expected answer; `place` is its file:line."""
 
     place: str
     turns: Sequence[Turn]
+
+    @property
+    def expected(self) -> str:
+        """The text of the expected answer."""
+        return self.turns[-1].content
+
+    def with_answer(self, text: str) -> "Question":
+        """The same question with another expected answer."""
+        return replace(self, turns=[*self.turns[:-1], Turn("assistant", (text,))])
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,15 @@ class Outcome:
 
     scores: dict[str, float]
     rows: int
-    examples: list[dict[str, Any]] = field(default_factory=list)  # what went wrong, or samples
+    examples: list[dict[str, Any]] = field(default_factory=list)  # wrong rows, or samples
     facts: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, list[Any]] = field(default_factory=dict)  # by name, a number for each row
-    replicates: dict[str, list[float]] = field(default_factory=dict)  # by score, its value in every resample of the rows
+    values: dict[str, list[Any]] = field(default_factory=dict)  # by name, one per row
+    replicates: dict[str, list[float]] = field(default_factory=dict)  # by score, its value in each resample of the rows
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Of texts or answers: in nats, over how many tokens, and how long they are in bytes; one entry for each."""
+    """Negative log-likelihoods of texts or answers, in nats, with their lengths in tokens and bytes; one entry each."""
 
     nats: list[float]
     tokens: list[int]
@@ -67,11 +76,9 @@ class Likelihoods:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores of all together; InputError if the model gives no finite numbers."""
+        """The scores of all entries; InputError if the model's likelihoods are not finite."""
         if not math.isfinite(sum(self.nats)):
-            raise InputError(
-                "the model's likelihoods are not finite numbers; its weights are damaged, or its training diverged"
-            )
+            raise InputError("the model's likelihoods are not finite: its weights are damaged, or its training diverged")
         return rounded(self.score(np.ones(len(self.nats))))
 
     @property
@@ -81,10 +88,10 @@ class Likelihoods:
 
 
 def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: OnProgress) -> Outcome:
-    """`perplexity` per token and `bits_per_byte` of whole documents, the end token of each included.
+    """`perplexity` per token and `bits_per_byte` of whole documents, with the end token of each.
 
-    A document longer than the model's context is cut into windows that do not overlap; each token is scored once, in view of
-    what its window holds before it.
+    A document longer than the model's context is split into windows without overlap; each token is scored once, given the
+    tokens before it in its window.
     """
     context = model.context
     documents = [
@@ -105,7 +112,7 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
     return Outcome(
         found.scores,
         len(texts),
-        facts=_speeds(timer),
+        facts=speeds(timer),
         values=found.values,
         replicates=resample(len(texts), found.score),
     )
@@ -119,58 +126,44 @@ def classify(
     labels: Sequence[str] | None = None,
     progress: OnProgress,
 ) -> Outcome:
-    """`accuracy` and `macro_f1` where the model's label is the likeliest: the largest sum of the log-probabilities of the
-    label's tokens, end token included, after the chat up to there. Without `labels`, those that occur are the choice.
+    """`accuracy` and `macro_f1` of the likeliest label: the largest sum of the log-probabilities of the label's tokens, end token
+    included, after the prompt. By default the labels are those that occur.
 
-    The prompt is computed once for all labels. A prompt that does not fit the model beside the longest label is cut as in
-    training. Raises InputError for a label that is not among `labels`, and where there is nothing to choose from.
+    The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
+    training. InputError for a label that is not in `labels`, or if there are fewer than two labels.
     """
-    wanted = [question.turns[-1].content for question in questions]
-    names = sorted(set(wanted)) if labels is None else list(labels)
-    for question, label in zip(questions, wanted, strict=True):
-        if label not in names:
-            raise InputError(f"{question.place}: expected one of the labels {', '.join(map(repr, names))}, got {label!r}")
-    if len(set(names)) < 2:
-        raise InputError(
-            f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "
-            f"{len(questions):,} rows"
-        )
+    names = _label_names(questions, labels)
     spelled = [_label_tokens(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
-    streams = [
-        _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", (names[longest],))]), tokenizer, model.context)
-        for question in questions
-    ]
+    streams = [_fit(question.with_answer(names[longest]), tokenizer, model.context) for question in questions]
     prompts = [stream.ids[: -len(spelled[longest])] for stream in streams]
     timer = GenerationTimer()
-    chosen: list[int] = [0] * len(prompts)
-    margins: list[float] = [0.0] * len(prompts)
+    number = {name: index for index, name in enumerate(names)}
+    expected = [number[question.expected] for question in questions]
+    chosen = [0] * len(prompts)
+    margins = [0.0] * len(prompts)
     done = 0
     decoding = model.decoding()
     for batch in similar_lengths([len(prompt) + len(spelled[longest]) for prompt in prompts]):
         likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, timer=timer)  # (B, L)
         for index, row in zip(batch, likelihoods, strict=True):
-            chosen[index] = int(row.argmax())
-            margins[index] = float(row.max() - row[names.index(wanted[index])])
+            chosen[index] = number[names[int(row.argmax())]]
+            margins[index] = float(row.max() - row[expected[index]])
         progress(done := done + len(batch), len(prompts))
-    found = [names[index] for index in chosen]
     wrong = [
         {
             "row": row + 1,
-            "prompt": _prompt_text(streams[row]),
-            "wanted": wanted[row],
-            "found": found[row],
+            "prompt": "\n".join(message["content"] for message in streams[row].messages[:-1]),
+            "wanted": names[expected[row]],
+            "found": names[chosen[row]],
             "nats_behind": round(margins[row], 3),
         }
         for row in range(len(prompts))
-        if wanted[row] != found[row]
+        if expected[row] != chosen[row]
     ]
-    facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **_speeds(timer)}
-    number = {name: index for index, name in enumerate(names)}
-    of_wanted = np.array([number[name] for name in wanted])
-    of_found = np.array([number[name] for name in found])
-    f1 = macro_f1(of_wanted, of_found, len(names))
-    hits = (of_wanted == of_found).astype(np.float64)
+    facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
+    f1 = macro_f1(np.array(expected), np.array(chosen), len(names))
+    hits = np.equal(expected, chosen).astype(np.float64)
 
     def score(draws: Resamples) -> dict[str, float]:
         return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
@@ -180,63 +173,80 @@ def classify(
         len(prompts),
         wrong,
         facts,
-        values={"wanted": of_wanted.tolist(), "found": of_found.tolist()},
+        values={"wanted": expected, "found": chosen},
         replicates=resample(len(prompts), score),
     )
+
+
+def _label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
+    """The labels to choose from, after a check of the rows."""
+    names = sorted({question.expected for question in questions}) if labels is None else list(labels)
+    for question in questions:
+        if question.expected not in names:
+            shown = ", ".join(map(repr, names))
+            raise InputError(f"{question.place}: expected one of the labels {shown}, got {question.expected!r}")
+    if len(set(names)) < 2:
+        raise InputError(
+            f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "
+            f"{len(questions):,} rows"
+        )
+    return names
+
+
+def _label_tokens(tokenizer: TextTokenizer, label: str) -> list[int]:
+    """The tokens of a label as an answer, with the end token."""
+    ids, loss_mask = tokenizer.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+    return [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
 
 
 def score_answers(
     model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
 ) -> Outcome:
-    """`perplexity` and `bits_per_byte` of the wanted answers after their prompts, and `chrf` and `bleu` of the model's own
-    greedy answers against them, 0 to 100. Without `max_new_tokens`, nothing is generated.
+    """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and `chrf` and `bleu` (0 to 100) of the
+    model's greedy answers against them. With `max_new_tokens` 0 nothing is generated.
 
-    An answer that does not fit the model is scored as far as it does.
+    An answer that does not fit the context is scored up to its end.
     """
-    answered = answer(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=progress)
-    likelihoods, rows = answered.likelihoods, len(questions)
-    scores, of_draws = likelihoods.scores, likelihoods.score
+    answers = answer_questions(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=progress)
+    likelihoods, rows = answers.likelihoods, len(questions)
+    scores, score = likelihoods.scores, likelihoods.score
     if not max_new_tokens:
-        resampled = resample(rows, of_draws)
-        return Outcome(scores, rows, [], answered.facts, likelihoods.values, resampled)
+        return Outcome(scores, rows, [], answers.facts, likelihoods.values, resample(rows, score))
     examples = [
-        {"row": row + 1, "prompt": answered.prompts[row], "wanted": answered.wanted[row], "found": answered.found[row]}
+        {"row": row + 1, "prompt": answers.prompts[row], "wanted": answers.expected[row], "found": answers.generated[row]}
         for row in range(min(SAMPLES, rows))
     ]
-    likeness = Likeness(answered.found, answered.wanted)
-    resampled = resample(rows, lambda draws: of_draws(draws) | likeness.score(draws))
-    values = likelihoods.values | {"chrf": round_all(likeness.sentence_chrf)}
-    return Outcome(scores | likeness.scores, rows, examples, answered.facts, values, resampled)
+    similarity = ChrfBleu(answers.generated, answers.expected)
+    replicates = resample(rows, lambda draws: score(draws) | similarity.score(draws))
+    values = likelihoods.values | {"chrf": round_all(similarity.sentence_chrf)}
+    return Outcome(scores | similarity.scores, rows, examples, answers.facts, values, replicates)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model makes of questions, an entry for each: how likely it finds the wanted answer, and its own greedy one."""
+class Answers:
+    """A model's answers to questions, and its likelihoods of the expected ones; an entry for each question."""
 
     likelihoods: Likelihoods
     prompts: list[str]  # whole
-    wanted: list[str]
-    found: list[str]  # empty where nothing was generated
+    expected: list[str]
+    generated: list[str]  # empty if nothing was generated
     facts: dict[str, Any]
 
 
-def answer(
+def answer_questions(
     model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
-) -> Answered:
-    """The likelihood of the wanted answers after their prompts, as far as they fit the model; and its own, if at most
-    `max_new_tokens` are asked for.
+) -> Answers:
+    """The likelihoods of the expected answers after their prompts, as far as they fit the context, and greedy answers of at most
+    `max_new_tokens` tokens, or none if it is 0.
     """
     context = model.context
     streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
     starts = [stream.answer_start for stream in streams]
-    windows = [
-        Window(stream.ids[:-1], [IGNORE] * (start - 1) + stream.ids[start:])
-        for stream, start in zip(streams, starts, strict=True)
-    ]
-    wanted = [question.turns[-1].content for question in questions]
+    windows = [answer_window(stream) for stream in streams]
+    expected = [question.expected for question in questions]
     scored = [
         tokenizer.decode(stream.ids[start:]) if stream.cut_response else text
-        for stream, start, text in zip(streams, starts, wanted, strict=True)
+        for stream, start, text in zip(streams, starts, expected, strict=True)
     ]
     total = len(questions) * (2 if max_new_tokens else 1)
     timer = GenerationTimer()
@@ -249,7 +259,7 @@ def answer(
         "cut_prompts": sum(stream.cut_prompt for stream in streams),
         "cut_answers": sum(stream.cut_response for stream in streams),
     }
-    found: list[str] = []
+    generated: list[str] = []
     if max_new_tokens:
         prompts = [_prompt(question, tokenizer, context - max_new_tokens) for question in questions]
         written = generate(
@@ -260,50 +270,49 @@ def answer(
             timer=timer,
             progress=lambda done: progress(len(questions) + done, total),
         )
-        found = [tokenizer.decode(ids) for ids in written]
+        generated = [tokenizer.decode(ids) for ids in written]
         facts["unended"] = sum(len(ids) == max_new_tokens for ids in written)
-    # The whole question: to score a long answer it may have been cut, but what the model writes follows all of it that fits.
+    # Whole prompts: a prompt may have been cut to score a long answer, but the model's own answer follows a longer part of it.
     asked = ["\n".join(turn.content for turn in question.turns[:-1]) for question in questions]
-    return Answered(likelihoods, asked, wanted, found, facts | _speeds(timer))
+    return Answers(likelihoods, asked, expected, generated, facts | speeds(timer))
+
+
+def answer_window(stream: Stream) -> Window:
+    """The chat as a window in which only the last answer is scored."""
+    start = stream.answer_start
+    return Window(stream.ids[:-1], [IGNORE] * (start - 1) + stream.ids[start:])
+
+
+def speeds(timer: GenerationTimer) -> dict[str, Any]:
+    """Tokens and tokens per second, for the facts of an outcome."""
+    found = {
+        "prompt_tokens": timer.prompt_tokens,
+        "prompt_tokens_per_second": round(timer.prompt_tokens / timer.prompt_seconds),
+    }
+    if timer.new_tokens:
+        found |= {"new_tokens": timer.new_tokens, "new_tokens_per_second": round(timer.new_tokens / timer.new_seconds)}
+    return found
 
 
 def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:
-    """The chat within the model's context; an InputError names the row if the answer does not fit and may not be cut."""
+    """The chat cut to the context; InputError if the answer does not fit and may not be cut."""
     try:
         stream = fit(question.turns, tokenizer, positions=context)
     except InputError as error:
         raise InputError(f"{question.place}: {error}") from error
     if not any(stream.loss_mask[1:]) or (stream.cut_response and not cut_response):
         raise InputError(
-            f"{question.place}: the answer does not fit: it ends at token {stream.full_length:,} with what the prompt always "
-            f"says, and the model's context is {context:,}"
+            f"{question.place}: expected the answer and the fixed text of the prompt to fit the model's context of {context:,} "
+            f"tokens, got {stream.full_length:,} tokens; shorten the template or leave out the row"
         )
     return stream
 
 
 def _prompt(question: Question, tokenizer: TextTokenizer, room: int) -> list[int]:
-    """What is said before the answer, as at most `room` tokens."""
+    """The chat up to the answer, as at most `room` tokens."""
     if room < 1:
-        raise InputError(f"max_new_tokens: expected less than the model's context; it leaves {room:,} tokens for the prompt")
-    stream = _fit(replace(question, turns=[*question.turns[:-1], Turn("assistant", ("",))]), tokenizer, room)
+        raise InputError(
+            f"max_new_tokens: expected less than the model's context, but it leaves {room:,} tokens for the prompt"
+        )
+    stream = _fit(question.with_answer(""), tokenizer, room)
     return stream.ids[: stream.answer_start]
-
-
-def _label_tokens(tokenizer: TextTokenizer, label: str) -> list[int]:
-    """The tokens of a label as an answer, with the end token."""
-    ids, loss_mask = tokenizer.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
-    return [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
-
-
-def _prompt_text(stream: Stream) -> str:
-    return "\n".join(message["content"] for message in stream.messages[:-1])
-
-
-def _speeds(timer: GenerationTimer) -> dict[str, Any]:
-    speeds = {
-        "prompt_tokens": timer.prompt_tokens,
-        "prompt_tokens_per_second": round(timer.prompt_tokens / timer.prompt_seconds),
-    }
-    if timer.new_tokens:
-        speeds |= {"new_tokens": timer.new_tokens, "new_tokens_per_second": round(timer.new_tokens / timer.new_seconds)}
-    return speeds

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from llm.evaluation.bootstrap import RESAMPLES, fingerprint, macro_f1, resample, resamples
-from llm.evaluation.chrf_bleu import Likeness, compare
+from llm.evaluation.chrf_bleu import ChrfBleu
 
 
 def test_every_resample_draws_as_many_examples_as_there_are_and_the_same_each_time() -> None:
@@ -41,7 +41,7 @@ def test_chrf_and_bleu_of_drawn_pairs_are_those_of_the_pairs_written_out() -> No
     wanted = ["the heart pumps the blood", "a fever is a sign of illness", "the liver is red"]
     draws = np.array([2.0, 0.0, 1.0])
     twice = [found[0], found[0], found[2]], [wanted[0], wanted[0], wanted[2]]
-    assert Likeness(found, wanted).score(draws) == pytest.approx(compare(*twice), rel=1e-5)
+    assert ChrfBleu(found, wanted).score(draws) == pytest.approx(ChrfBleu(*twice).scores, rel=1e-5)
 
 
 def test_other_examples_or_another_order_have_another_fingerprint() -> None:

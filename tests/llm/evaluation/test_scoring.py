@@ -10,7 +10,7 @@ import llm.inference.likelihood
 from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
 from llm.errors import InputError, Interrupted
-from llm.evaluation.chrf_bleu import compare
+from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.evaluation.pairwise import compare_models, repetition
 from llm.evaluation.scoring import Question, classify, score_answers, score_texts
 from llm.inference.generate import generate
@@ -215,9 +215,9 @@ def test_a_model_that_is_not_a_number_is_refused(model: Llama, tokenizer: TextTo
 
 def test_chinese_is_compared_character_by_character() -> None:
     # Without spaces the whole sentence is one word for "13a", and one wrong character would make BLEU zero.
-    scores = compare(["患者需要多喝水，注意休息。"], ["患者需要多饮水，注意休息。"])
+    scores = ChrfBleu(["患者需要多喝水，注意休息。"], ["患者需要多饮水，注意休息。"]).scores
     assert 50 < scores["bleu"] < 100
-    assert compare(["the heart pumps blood well"], ["the heart pumps blood well"]) == {"chrf": 100, "bleu": 100}
+    assert ChrfBleu(["the heart pumps blood well"], ["the heart pumps blood well"]).scores == {"chrf": 100, "bleu": 100}
 
 
 def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> None:
@@ -231,7 +231,7 @@ def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> No
         "text": score_texts(model, tokenizer, texts=TEXTS, progress=silent).scores,
         "labels": classify(model, tokenizer, questions=questions, progress=silent).scores,
         "answers": score_answers(model, tokenizer, questions=questions, max_new_tokens=0, progress=silent).scores,
-        "comparison": compare(["the heart pumps red blood"], ["the heart pumps red blood well"]),
+        "comparison": ChrfBleu(["the heart pumps red blood"], ["the heart pumps red blood well"]).scores,
     }
     assert found == {task: pytest.approx(scores, rel=1e-4) for task, scores in GOLDEN.items()}
 

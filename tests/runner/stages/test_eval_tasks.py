@@ -93,7 +93,7 @@ def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
     task |= {"choices": ["{A}", "It is {B}"], "answer": "right", "first": 1}
     scores, _ = score(task)
     assert scores["exam.accuracy"] == 0.5  # the same question twice, with either answer
-    with pytest.raises(InputError, match=r"rows\.jsonl:2: expected in 'right' .* a number from 0 to 1, got 2"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: field 'right': expected .* a number from 0 to 1, got 2"):
         score(task | {"name": "again", "first": 0})
 
 
@@ -180,17 +180,17 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("process_docs: !function evil.run", "is not plain YAML, without tags such as !function"),
-        ("other: !!python/object/apply:os.system [id]", "is not plain YAML"),
-        ("process_docs: evil.run", "process_docs is not taken from a task file"),
-        ("unsafe_code: true", "unsafe_code is not taken"),
-        ("include: other.yaml", "include is not taken"),
+        ("process_docs: !function evil.run", "expected YAML without tags such as !function"),
+        ("other: !!python/object/apply:os.system [id]", "expected YAML without tags"),
+        ("process_docs: evil.run", "process_docs: expected one of .*, got another field"),
+        ("unsafe_code: true", "unsafe_code: expected one of .*, got another field"),
+        ("include: other.yaml", "include: expected one of .*, got another field"),
         ("dataset_path: owner/name", "dataset_path: expected one of json, csv"),
         ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, got '\.\./secret\.jsonl'"),
         ("dataset_kwargs: { data_files: 'https://x/y.jsonl' }", "in the folder of the task file"),
         ("dataset_kwargs: { data_files: link.jsonl }", "got 'link.jsonl'"),
-        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "expected data_files and nothing else"),
-        ("doc_to_text: [1]", "doc_to_text: expected a text"),
+        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "expected only data_files"),
+        ("doc_to_text: [1]", "doc_to_text: expected a string"),
     ],
 )
 def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: Path) -> None:
@@ -207,7 +207,10 @@ def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: 
 @pytest.mark.parametrize("metrics", ["[{ metric: owner/evil }]", "[{ metric: acc, hf_evaluate: true }]"])
 def test_a_metric_that_would_be_fetched_as_code_is_refused(metrics: str, tasks: Path, score: Callable[..., Any]) -> None:
     (tasks / "organs.yaml").write_text(TASK[: TASK.index("metric_list")] + f"metric_list: {metrics}\n")
-    with pytest.raises(InputError, match=r"lm_eval:organs: (metric: expected one that lm-eval has|hf_evaluate fetches code)"):
+    with pytest.raises(
+        InputError,
+        match=r"lm_eval:organs: (metric: expected one of lm-eval's own|expected no hf_evaluate, which fetches code)",
+    ):
         score(lm_eval(tasks))
 
 

@@ -42,12 +42,12 @@ class MultipleChoiceTask(FileTable, EvalTask):
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
         from llm.evaluation.bootstrap import fingerprint
-        from llm.evaluation.multiple_choice import ChoiceTemplate, choose, read_choices
+        from llm.evaluation.multiple_choice import ChoiceTemplate, read_choices, score_choices
 
         choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
         template = ChoiceTemplate(self.prompt, choices, self.answer, self.first)
         questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
         used = self.limited(questions, self.files.pattern)
-        found = choose(evaluated.model, evaluated.tokenizer, questions=used, progress=progress)
+        found = score_choices(evaluated.model, evaluated.tokenizer, questions=used, progress=progress)
         examples = fingerprint(json.dumps([turn.message for chat in one.chats for turn in chat]) for one in used)
         return replace(found, facts={**found.facts, "skipped_rows": skipped, "examples": examples})
