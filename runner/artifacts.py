@@ -1,7 +1,7 @@
-"""What stages hand to each other: folders with fixed file names, which live only here.
+"""The artifacts that stages pass to each other: folders with fixed file names, which are defined only here.
 
-An artifact is a folder. Reading and writing its content is the business of `llm` (tensors, text) and of the stages; this
-file only says which file is where, and which files are content: the digest of an artifact is over those.
+This file says where each file is, and which files are content: the digest of an artifact is over those. `llm` and the stages
+read and write them.
 """
 
 import hashlib
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-RECORD = "record.json"  # how the artifact came to be: fields, digests, metrics, durations, versions
+RECORD = "record.json"  # how the artifact was made: fields, digests, metrics, durations, versions
 METRICS = "metrics.jsonl"  # what the worker reported while it made the artifact
+PAUSED = "paused.json"  # the message of an alert that waits for a person; deleted when the stage continues
 NOT_CONTENT = frozenset({RECORD, METRICS})
-SCRATCH = ".work"  # what only a restart needs
+SCRATCH = ".work"  # files that only a restart needs
 
 
 def digest_file(path: Path) -> str:
@@ -24,15 +25,15 @@ def digest_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished (or growing) folder. Subclasses name its files."""
+    """The folder of an artifact, finished or in progress. Subclasses name its files."""
 
     folder: Path
 
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT
 
     def content(self) -> list[Path]:
-        """The files whose bytes are the artifact, sorted by name; records of how it was made, scratch and temporary files (all
-        of which begin with a dot) are not among them.
+        """The content files, sorted by name: all but the records of how it was made, scratch and temporary files (whose names
+        begin with a dot).
         """
         files = {path.relative_to(self.folder): path for path in self.folder.rglob("*") if path.is_file()}
         return sorted(
@@ -42,7 +43,7 @@ class Artifact:
         )
 
     def attachments(self) -> list[Path]:
-        """The files that go with the content, such as a model card; the record, which names them, is not among them."""
+        """Other files that belong to the artifact, such as a model card, without the record, which names them."""
         return sorted(path for name in self.not_content - {RECORD} if (path := self.folder / name).is_file())
 
     def digests(self) -> dict[str, str]:
@@ -56,7 +57,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Corpus(Artifact):
-    """Cleaned documents, one JSON object a line: `text`, `source`, and `passes` (how often training sees it)."""
+    """Cleaned documents, one JSON object per line: `text`, `source`, and `passes` (how often an epoch has it)."""
 
     @property
     def train(self) -> Path:
@@ -71,22 +72,22 @@ class Corpus(Artifact):
 
 @dataclass(frozen=True)
 class Tokenizer(Artifact):
-    """A byte-level BPE with its chat template, as Transformers reads it."""
+    """A byte-level BPE with its chat template, in the format of Transformers."""
 
     @property
     def model(self) -> Path:
-        """The tokenizer itself, as the `tokenizers` library writes it."""
+        """The tokenizer, in the format of the `tokenizers` library."""
         return self.folder / "tokenizer.json"
 
     @property
     def config(self) -> Path:
-        """Special tokens and the chat template, as Transformers writes them."""
+        """Special tokens and the chat template, in the format of Transformers."""
         return self.folder / "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class Tokens(Artifact):
-    """Token shards with document boundaries, and the tokenizer that made them. `llm.data.token_shards` reads and writes them."""
+    """Token shards with document boundaries, and their tokenizer. `llm.data.token_shards` reads and writes them."""
 
     @property
     def train(self) -> Path:
@@ -100,7 +101,7 @@ class Tokens(Artifact):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, carried along so that a checkpoint trained on these tokens can hold it."""
+        """A copy of the tokenizer, for the checkpoints that are trained on these tokens."""
         return Tokenizer(self.folder / "tokenizer")
 
 
@@ -126,22 +127,22 @@ class Checkpoint(Artifact):
 
 @dataclass(frozen=True)
 class TrainingState(Checkpoint):
-    """A Checkpoint with what the training that made it needs to go on; `llm.training.checkpoint` reads and writes it."""
+    """A Checkpoint with what its training needs to continue; `llm.training.checkpoint` reads and writes it."""
 
     @property
     def optimizer(self) -> Path:
-        """What the optimizer keeps of each weight, one safetensors file."""
+        """The optimizer state of each weight, one safetensors file."""
         return self.folder / "optimizer.safetensors"
 
     @property
     def training(self) -> Path:
-        """The step, the counters and how it was computed."""
+        """The step, the counters and the runtime of the training."""
         return self.folder / "training.json"
 
 
 @dataclass(frozen=True)
 class Adapter(Artifact):
-    """LoRA weights as stock PEFT writes and opens them."""
+    """LoRA weights in the format of PEFT."""
 
     @property
     def config(self) -> Path:
@@ -159,11 +160,11 @@ class Gguf(Artifact):
     """A model as GGUF files, one per precision, and the Modelfile that makes one of them a model of Ollama."""
 
     def file(self, precision: str) -> Path:
-        """The file of that precision; llama.cpp and Ollama find it in a repository by the end of its name."""
+        """The file of a precision; llama.cpp and Ollama find it in a repository by the end of its name."""
         return self.folder / f"model-{precision.upper()}.gguf"
 
     def files(self) -> dict[str, Path]:
-        """All of them, by precision."""
+        """All files, by precision."""
         return {path.stem.removeprefix("model-").lower(): path for path in sorted(self.folder.glob("model-*.gguf"))}
 
     @property
@@ -174,7 +175,7 @@ class Gguf(Artifact):
 
 @dataclass(frozen=True)
 class Parity(Artifact):
-    """What came of opening a model in other systems."""
+    """The comparison of a model with other systems that open it."""
 
     @property
     def results(self) -> Path:
@@ -186,7 +187,7 @@ class Parity(Artifact):
 class Scores(Artifact):
     """The result of an evaluation: flat names `task.metric`, deterministic values only."""
 
-    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"values.json"}  # whose last digits depend on how cores add
+    not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"values.json"}  # its last digits depend on the number of cores
 
     @property
     def scores(self) -> Path:
@@ -197,22 +198,22 @@ class Scores(Artifact):
 
     @property
     def values(self) -> Path:
-        """What each example scores, by task and name of the value."""
+        """The values of each example, by task and name of the value."""
         return self.folder / "values.json"
 
     @property
     def errors(self) -> Path:
-        """Wrong examples, one JSON object a line."""
+        """Wrong examples, one JSON object per line."""
         return self.folder / "errors.jsonl"
 
     def side_by_side(self, task: str) -> Path:
-        """The page that shows the answers of two models beside each other."""
+        """The page that shows the answers of two models side by side."""
         return self.folder / f"{task}.html"
 
 
 @dataclass(frozen=True)
 class Release(Artifact):
-    """What is pushed: a Checkpoint with model card, resolved recipe, lock file and scores."""
+    """The folder to push: a Checkpoint with model card, resolved recipe, lock file and scores."""
 
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"README.md", "recipe.lock.json", "curves.png"}
 
@@ -233,23 +234,20 @@ class Release(Artifact):
 
     @property
     def scores(self) -> Path:
-        """The scores before and after, by stage name."""
+        """The scores of the evaluations, by stage name."""
         return self.folder / "scores.json"
 
     @property
     def parity(self) -> Path:
-        """What came of opening the model in other systems."""
+        """The comparison of the model with other systems that open it."""
         return self.folder / "parity.json"
 
     @property
     def curves(self) -> Path:
-        """How the loss went down, as a picture for the card."""
+        """The loss curves, an image for the card."""
         return self.folder / "curves.png"
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter alone, for PEFT."""
+        """The adapter, for PEFT."""
         return Adapter(self.folder / "adapter")
-
-
-PAUSED = "paused.json"  # the sentence of an alert that asks for a person; stays until the stage goes on

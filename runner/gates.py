@@ -8,8 +8,9 @@
 A gate is judged from the scores in an evaluation's record on every run, also for cached results, and is not part of any key.
 What a failed gate means for the run (exit code, blocked stages) is decided by the caller.
 
-An interval lies between percentiles of the scores of resamples of the examples (Efron 1979). All evaluations of the same examples
-draw the same resamples (`llm.evaluation.bootstrap`), so their differences, resample by resample, are a paired bootstrap.
+An interval lies between percentiles of the scores of resamples of the examples (Efron 1979). All evaluations of the same
+examples draw the same resamples (`llm.evaluation.bootstrap`), so their differences, resample by resample, are a paired
+bootstrap.
 """
 
 import difflib

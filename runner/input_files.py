@@ -116,8 +116,8 @@ class AllowedFolders:
         """The message for a path that is outside."""
         real = Path(os.path.realpath(path))
         return (
-            f"expected a path in the recipe's folder {self.recipe}, got {found!r}, which leads to {real}; if you trust it, pass "
-            f"--allow-path {real if real.is_dir() else real.parent}"
+            f"expected a path in the recipe's folder {self.recipe}, got {found!r}, which leads to {real}; if you trust it, "
+            f"pass --allow-path {real if real.is_dir() else real.parent}"
         )
 
 

@@ -97,8 +97,9 @@ class Parallel(Spec):
     main_address: Execution[str | None] = None
     """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the port after it are used there."""
     strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
-    """How processes share a training: with "ddp" each has the whole model, and gradients are summed; with "fsdp" (FSDP2) weights,
-    gradients and optimizer state are sharded, and each layer gathers its weights to compute. One process alone does neither."""
+    """How processes share a training: with "ddp" each has the whole model, and gradients are summed; with "fsdp" (FSDP2)
+    weights, gradients and optimizer state are sharded, and each layer gathers its weights to compute. One process alone does
+    neither."""
     find_unused_parameters: Execution[bool] = False
     """For "ddp": find weights without a gradient in each step. Costs time; needed only if the model has such weights."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
@@ -110,7 +111,8 @@ class Parallel(Spec):
     AVX512-BF16 if a training in bf16 is long enough to save time."""
     retries: Execution[int] = Field(2, ge=0)
     """How often a training restarts from its last checkpoint after a worker died, a process group failed, memory ran out or a
-    step did not end. The count starts again after a fault at a later step than before. Faults of data or recipe are not retried."""
+    step did not end. The count starts again after a fault at a later step than before. Faults of data or recipe are not
+    retried."""
     fallback: Execution[Literal["single", "none"]] = "single"
     """What to do when retries are used up: "single" continues with one process and the same global batch; "none" fails."""
     rejoin_minutes: Execution[float] = Field(2.0, gt=0, le=10_000)
@@ -236,7 +238,7 @@ class Stage(Spec):
 
     @property
     def attempted_changes(self) -> Sequence[Mapping[str, Any]]:
-        """The fields that each attempt changes; an attempt runs after a gate failed the one before (`runner.recipe.branches`)."""
+        """The fields that each attempt changes; it runs after the attempt before failed a gate (`runner.recipe.branches`)."""
         return ()
 
     @property
@@ -246,7 +248,7 @@ class Stage(Spec):
 
     @property
     def score_names(self) -> Sequence[str]:
-        """The scores in its record, as `task.metric`; one that ends in a dot is the prefix of names that are not known before."""
+        """The scores in its record, as `task.metric`; one that ends in a dot is a prefix of names that are not known yet."""
         return ()
 
     def faults_among(self, stages: Mapping[str, "Stage"]) -> Iterator[str]:
@@ -271,5 +273,5 @@ class Stage(Spec):
         return ()
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
-        """What remains to be done once the artifact exists, None if nothing; `receipts` is a folder for notes of what was done."""
+        """What remains to be done once the artifact exists, if anything; `receipts` is a folder for notes of what was done."""
         return None

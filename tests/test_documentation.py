@@ -20,7 +20,7 @@ from runner import cli
 from runner.recipe.head import Head
 from runner.recipe.reference import recipe_reference
 from runner.recipe.schema import recipe_schema
-from runner.recipe.toml import _spread
+from runner.recipe.toml import _nested_sweep
 from runner.recipe.validation import validated
 from runner.stages import stage_kinds
 
@@ -99,7 +99,7 @@ def test_every_command_is_in_both_lists() -> None:
 
 @pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "toml")])
 def test_toml_on_a_page_validates(page: str, text: str) -> None:
-    table = _spread(tomli.loads(text))
+    table = _nested_sweep(tomli.loads(text))
     faults: list[str] = []
     for name, fields in table.pop("stage", {}).items():
         kind = fields.pop("kind")

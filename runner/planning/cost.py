@@ -94,7 +94,7 @@ def spare(plan: Plan) -> set[str]:
     return {
         name
         for family in families
-        for name, numbers in family.places.items()
+        for name, numbers in family.numbers.items()
         if min(numbers) > plan.selected[family.stage] and name in plan.entries
     }
 

@@ -12,7 +12,7 @@ from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.graph import ancestors, differences, identity, in_order, inputs_of, key_of, sources_of
 from runner.planning.code_digest import code_digest
-from runner.recipe.branches import Attempts, Branches, Sweep, sources
+from runner.recipe.branches import Attempts, Branches, Sweep, predecessors
 from runner.recipe.recipe import Recipe
 from runner.stage import Effect, Lineage, Stage, Verdict
 
@@ -82,12 +82,12 @@ class Plan:
         """Makes the entries from keys, records and gates, in topological order."""
         recipe = self.recipe
         stages = recipe.with_branches(self.selected)
-        order = sources(stages, recipe.families)
+        order = predecessors(stages, recipe.families)
         wanted = recipe.needed(until) if until else set(stages)
         self._stages = {name: stages[name] for name in in_order(order) if name in wanted}
-        self._before = sources(self._stages, recipe.families)
+        self._before = predecessors(self._stages, recipe.families)
         self._inputs, self._sources = inputs_of(self._stages), sources_of(self._stages)
-        self._family = {name: family for family in recipe.families.values() for name in family.places}
+        self._family = {name: family for family in recipe.families.values() for name in family.numbers}
         self.entries: dict[str, Entry] = {}
         for name in self._stages:
             self.entries[name] = self._from_records(name)
@@ -149,14 +149,14 @@ class Plan:
     def is_in_use(self, name: str) -> bool:
         """Whether a stage is not of a branch, or of the branch that was decided on."""
         family = self._family.get(name)
-        return family is None or self.decided[family.stage] in family.places[name]
+        return family is None or self.decided[family.stage] in family.numbers[name]
 
     def is_needless(self, name: str) -> bool:
         """Whether it belongs to an attempt that is not needed because an earlier one passed."""
         family = self._family.get(name)
         if not isinstance(family, Attempts) or (decided := self.decided[family.stage]) is None:
             return False
-        return family.places[name][0] > decided
+        return family.numbers[name][0] > decided
 
     def all_failed(self, family: Branches) -> bool:
         """Whether every branch failed its gates."""
@@ -165,7 +165,7 @@ class Plan:
     def _is_unselected(self, name: str) -> bool:
         """Whether it belongs to a branch other than the selected one."""
         family = self._family.get(name)
-        return family is not None and self.selected[family.stage] not in family.places[name]
+        return family is not None and self.selected[family.stage] not in family.numbers[name]
 
     def record(self, name: str) -> Record:
         """The record of a finished stage, such as an input of a stage that can run."""
@@ -238,7 +238,7 @@ class Plan:
         """Skips stages after a failed gate and attempts after one that passed, and holds back what is undecided."""
         entry = self.entries[name]
         family = self._family.get(name)
-        if isinstance(family, Attempts) and (number := family.places[name][0]) > self.selected[family.stage]:
+        if isinstance(family, Attempts) and (number := family.numbers[name][0]) > self.selected[family.stage]:
             if (decided := self.decided[family.stage]) is not None:
                 return replace(entry, state="skipped", reason=f"attempt {decided + 1} of {family.stage} passed")
             return replace(entry, state="waiting", reason=f"until attempt {number} of {family.stage} has failed")
@@ -332,10 +332,10 @@ def _judgement_as_json(plan: Plan, entry: Entry) -> dict[str, Any]:
         ]
     family = plan.family_of(entry.name)
     if isinstance(family, Sweep):
-        numbers = [number + 1 for number in family.places[entry.name]]
+        numbers = [number + 1 for number in family.numbers[entry.name]]
         found["setting"] = {"numbers": numbers, "stands": plan.is_in_use(entry.name)}
     elif family is not None:
-        number = family.places[entry.name][0]
+        number = family.numbers[entry.name][0]
         found["attempt"] = {
             "of": family.stage,
             "number": number + 1,

@@ -1,1 +1,1 @@
-"""From TOML files to what a recipe says: tables merged, patterns of files, faults told with their place, the schema."""
+"""Recipes: reading and merging TOML, validation, expansion into ordinary stages, and the schema."""

@@ -1,15 +1,14 @@
-"""The expansion of a recipe: what stands for several stages becomes ordinary stages, before anything is planned.
+"""The expansion of a recipe into ordinary stages, before anything is planned.
 
     attempts = [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]
 
-on the stage `medical` makes a branch of each attempt: `medical@1`, `medical@2`, and likewise every stage between it and the
-gates behind it (`release@1`, `after@1`, ...). A stage behind the branches reads the one that is taken: of attempts the first
-that has not failed its gates, of a sweep (`runner.recipe.sweep`) the setting with the best score. Which that is, and that an attempt
-only runs once the one before it has failed, is the business of `runner.planning.plan`; here are pure functions over stages, and names
-are no part of any key.
+on the stage `medical` makes a branch for each attempt: `medical@1`, `medical@2`, with every stage between it and the gates
+behind it (`release@1`, `after@1`, ...). A stage behind the branches reads the selected one: of attempts the first that has not
+failed its gates, of a sweep (`runner.recipe.sweep`) the setting with the best score. `runner.planning.plan` chooses, and lets
+an attempt run only after the one before it failed; here are pure functions over stages. Names are not part of any key.
 
-Last, a stage that stands for several (`Stage.expanded`) becomes those: a pretraining with a "wsd" schedule its trunk and what
-follows. One in a branch stays whole, since trunks would be trained of attempts that are never needed.
+Finally, stages that are split into several (`Stage.expanded`) are replaced by those: a pretraining with a "wsd" schedule by
+its trunk and the rest. In a branch they stay whole, since the trunks of attempts that are never needed would be trained.
 """
 
 import math
@@ -25,21 +24,21 @@ from runner.recipe.toml import merged
 from runner.recipe.validation import shown
 from runner.stage import Stage
 
-SIGN = "@"  # between the name of a stage and the number of its branch, from 1
+SEPARATOR = "@"  # between the name of a stage and the number of its branch, which counts from 1
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Several versions of some stages, of which one is taken. They are counted from 0."""
+    """Several versions of some stages, one of which is selected. Branches are counted from 0."""
 
-    changes: tuple[Mapping[str, Mapping[str, Any]], ...]  # of each branch: by stage, what it changes, as a table over it
-    changed: tuple[Mapping[str, Stage], ...]  # of each branch: the stages that it changes, as it has them
-    names: tuple[Mapping[str, str], ...]  # of each branch: its stages, by their names as written
-    judges: tuple[str, ...]  # the evaluations in every branch that decide, as written
+    changes: tuple[Mapping[str, Mapping[str, Any]], ...]  # of each branch: by stage, the fields that it changes
+    changed: tuple[Mapping[str, Stage], ...]  # of each branch: the stages with these changes
+    names: tuple[Mapping[str, str], ...]  # of each branch: the names of its stages, by their names as written
+    judges: tuple[str, ...]  # the evaluations that decide, by their names as written
 
     @property
     def stage(self) -> str:
-        """The stage by which these branches are known, since no others have it: the first that changes."""
+        """The first stage that changes, the key of these branches among others."""
         return next(iter(self.changed[0]))
 
     @cached_property
@@ -48,8 +47,8 @@ class Branches:
         return frozenset(self.names[0])
 
     @cached_property
-    def places(self) -> Mapping[str, Sequence[int]]:
-        """The branches that each stage is in, by its name there."""
+    def numbers(self) -> Mapping[str, Sequence[int]]:
+        """The numbers of the branches that each stage is in, by its name there."""
         found: dict[str, list[int]] = {}
         for number, branch in enumerate(self.names):
             for name in branch.values():
@@ -58,33 +57,33 @@ class Branches:
 
     @cached_property
     def all_judges(self) -> list[str]:
-        """The evaluations that decide on any branch."""
+        """The evaluations that decide, of all branches."""
         return [judge for number in range(len(self.names)) for judge in self.judges_of(number)]
 
     def judges_of(self, number: int) -> list[str]:
-        """The evaluations that decide on one branch."""
+        """The evaluations that decide, of one branch."""
         return [self.names[number][judge] for judge in self.judges]
 
     def awaited(self, number: int) -> list[str]:
-        """The evaluations that are over before a branch begins."""
+        """The evaluations that finish before a branch starts."""
         return []
 
     def describe(self, number: int) -> str:
-        """What a branch changes, in short."""
+        """The changes of a branch as a short text."""
         raise NotImplementedError
 
     def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
-        """Which branch is relied on now, and whether that is the end of it, by whether the gates of each hold (None while
-        that is unknown) and by what each scored.
+        """The number of the selected branch, and whether the choice is final, from whether the gates of each branch hold (None
+        while unknown) and from its score.
         """
         raise NotImplementedError
 
 
 class Attempts(Branches):
-    """The attempts of one stage: each runs once the one before it has failed, and the first that passes is taken."""
+    """The attempts of one stage: each runs after the one before it failed, and the first that passes is selected."""
 
     def awaited(self, number: int) -> list[str]:
-        """What judges the attempt before."""
+        """The evaluations of the attempt before."""
         return self.judges_of(number - 1) if number else []
 
     def describe(self, number: int) -> str:
@@ -100,12 +99,12 @@ class Attempts(Branches):
 
 @dataclass(frozen=True)
 class Sweep(Branches):
-    """The settings of a sweep: all of them run, and the best is taken, by one score of one evaluation."""
+    """The settings of a sweep: all of them run, and the one with the best score of one evaluation is selected."""
 
     axes: tuple["Axis", ...]
-    choices: tuple[tuple[int, ...], ...]  # of each setting: which value of each axis
+    choices: tuple[tuple[int, ...], ...]  # of each setting: the index of its value on each axis
     score: str  # of the evaluation that decides, as `section.macro_f1`
-    highest: bool  # whether the highest is the best, or the lowest
+    highest: bool  # whether the highest score is the best, or the lowest
 
     @property
     def criterion(self) -> str:
@@ -113,7 +112,7 @@ class Sweep(Branches):
         return f"{'highest' if self.highest else 'lowest'} {self.judges[0]}.{self.score}"
 
     def values(self, number: int) -> list[Any]:
-        """What a setting has for each axis."""
+        """The value of a setting on each axis."""
         return [axis.values[index] for axis, index in zip(self.axes, self.choices[number], strict=True)]
 
     def describe(self, number: int) -> str:
@@ -121,7 +120,7 @@ class Sweep(Branches):
         return ", ".join(f"{axis} = {shown(value)}" for axis, value in zip(self.axes, self.values(number), strict=True))
 
     def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
-        """The best of those whose gates hold, once all are judged; of equals the first. The first as long as there is none."""
+        """The best of those whose gates hold, once all are judged, and the first of equals. Until then, the first setting."""
 
         def rank(number: int) -> float:
             score = scores[number]
@@ -150,22 +149,22 @@ class Axis:
         return f"{self.stage}.{self.field}"
 
 
-def numbered(members: Iterable[str], count: int) -> tuple[dict[str, str], ...]:
-    """Names of the stages of so many branches."""
-    return tuple({member: f"{member}{SIGN}{number + 1}" for member in members} for number in range(count))
+def branch_names(members: Iterable[str], count: int) -> tuple[dict[str, str], ...]:
+    """The names of the stages in each of `count` branches."""
+    return tuple({member: f"{member}{SEPARATOR}{number + 1}" for member in members} for number in range(count))
 
 
-def changes_of(kind: type[Stage], attempts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The attempts as tables over a stage of this kind: a field that only one of its tables has may be named without it, as
+def nested_changes(kind: type[Stage], changes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Changes as tables over a stage of this kind: a field that only one of its tables has may be named without the table, as
     `learning_rate` for `schedule.learning_rate`.
     """
-    return [_with_tables(kind, attempt) for attempt in attempts]
+    return [_nested(kind, change) for change in changes]
 
 
-def _with_tables(kind: type[Stage], attempt: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(kind: type[Stage], change: Mapping[str, Any]) -> dict[str, Any]:
     full: dict[str, Any] = {}
-    for key, value in attempt.items():
-        annotations = {name: field.annotation for name, field in kind.model_fields.items()}
+    annotations = {name: field.annotation for name, field in kind.model_fields.items()}
+    for key, value in change.items():
         holders = [
             name
             for name, table in annotations.items()
@@ -176,7 +175,7 @@ def _with_tables(kind: type[Stage], attempt: Mapping[str, Any]) -> dict[str, Any
     return full
 
 
-def branches(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def branched_stages(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The stages from one with attempts to the gates behind it, itself first, and those of them that have gates."""
     above = {name: ancestors(inputs_of(stages), name) for name in stages}
     judges = tuple(name for name in stages if stages[name].has_gates and (stage == name or stage in above[name]))
@@ -187,47 +186,47 @@ def branches(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str, ...], 
 
 
 def expand(
-    written: Mapping[str, Stage], families: Mapping[str, Branches], chosen: Mapping[str, int] | None = None
+    written: Mapping[str, Stage], families: Mapping[str, Branches], selected: Mapping[str, int] | None = None
 ) -> dict[str, Stage]:
-    """Ordinary stages: those of every branch, and stages behind them that read the branch which is `chosen` (by the stage
-    that names the family; the first branch where nothing is said).
+    """Ordinary stages: those of every branch, and behind them stages that read the `selected` branch of each family, by default
+    the first.
     """
     owners = {member: family for family in families.values() for member in family.members}
-    stands = {
+    selected_names = {
         member: name
         for family in families.values()
-        for member, name in family.names[(chosen or {}).get(family.stage, 0)].items()
+        for member, name in family.names[(selected or {}).get(family.stage, 0)].items()
     }
     stages: dict[str, Stage] = {}
     for name, stage in written.items():
         family = owners.get(name)
         if family is None:
-            stages[name] = renamed(stage, stands)
-        elif family.names[0][name] not in stages:  # a whole family stands where its first member is written
+            stages[name] = renamed(stage, selected_names)
+        elif family.names[0][name] not in stages:  # all branches take the place of the first member
             members = [member for member in written if member in family.members]
             for branch, changed in zip(family.names, family.changed, strict=True):
                 for member in members:
                     if branch[member] not in stages:
-                        stages[branch[member]] = renamed(changed.get(member, written[member]), {**stands, **branch})
-    branched = {name for family in families.values() for name in family.places}
-    parts: dict[str, Stage] = {}
+                        stages[branch[member]] = renamed(changed.get(member, written[member]), {**selected_names, **branch})
+    branched = {name for family in families.values() for name in family.numbers}
+    expanded: dict[str, Stage] = {}
     for name, stage in stages.items():
-        parts |= {name: stage} if name in branched else stage.expanded(name, stages)
-    return parts
+        expanded |= {name: stage} if name in branched else stage.expanded(name, stages)
+    return expanded
 
 
-def sources(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, list[str]]:
-    """What comes before each stage: what it names; before an attempt, what judges the one before it; and before a stage
-    that reads from a branch, what judges all of them.
+def predecessors(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, list[str]]:
+    """The stages that run before each stage: those it names, the judges of the attempt before it, and for a stage that reads
+    from a branch the judges of all branches.
     """
     found = sources_of(stages)
     for family in families.values():
-        places = family.places
+        numbers = family.numbers
         for name in stages:
-            if name in places:
-                before = family.awaited(places[name][0])
+            if name in numbers:
+                before = family.awaited(numbers[name][0])
             else:
-                before = family.all_judges if any(source in places for source in found[name]) else []
+                before = family.all_judges if any(source in numbers for source in found[name]) else []
             found[name] = list(dict.fromkeys([*found[name], *before]))
     return found
 

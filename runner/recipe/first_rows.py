@@ -1,6 +1,6 @@
-"""What the first rows of data tell before anything runs: a field that is asked of them and that they do not have.
+"""A check of the first rows of data before anything runs: whether they have the fields that the recipe uses.
 
-Looked at where a recipe is about to run, not wherever it is read: data of a stranger is not parsed before the user agrees.
+Done only when a recipe is about to run, since data of a stranger is not parsed before the user agrees.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from runner.stages.fields.data_tables import PreferenceTable, RowTable
 
 
 def check_first_rows(recipe: Recipe) -> None:
-    """RecipeError where the first row of a table's first file lacks a field: its stage would stop there, once it runs."""
+    """RecipeError if the first row of a table's first file lacks a field, at which its stage would fail."""
     faults = []
     for name, stage in recipe.stages.items():
         for place, table in tables(stage):
@@ -37,7 +37,7 @@ def check_first_rows(recipe: Recipe) -> None:
 
 @cache
 def _fields(path: Path) -> list[str] | None:
-    """None where the first row cannot be read: what is wrong with it, its stage says."""
+    """The fields of the first row; None if it cannot be read, which its stage will report."""
     try:
         return field_names(path)
     except (InputError, OSError, ValueError):

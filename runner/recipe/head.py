@@ -1,4 +1,4 @@
-"""The tables of a recipe that are not stages."""
+"""The head of a recipe: its fields and tables that are not stages."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -15,28 +15,28 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 
 
 class AlertsTable(Alerts):
-    """What is watched in every training, unless its stage says otherwise, and who is told of it."""
+    """The alerts of every training, unless its stage overrides them, and where notices go."""
 
     notify: list[str] = Field(default_factory=list)
-    """Where notices of alerts and faults go, as addresses of apprise ("ntfy://TOPIC"). One with a password in it belongs in
+    """Where notices of alerts and faults go, as addresses of apprise ("ntfy://TOPIC"). An address with a password belongs in
     STOCKPOT_NOTIFY instead."""
 
     @field_validator("notify", mode="before")
     @classmethod
     def _are_addresses(cls, notify: Any) -> Any:
         if not isinstance(notify, list) or not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in notify):
-            # What was found is not said: it may hold a secret.
-            raise ValueError('expected a list of addresses as apprise knows them, such as ["ntfy://TOPIC"]')
+            # The value is not shown: it may hold a secret.
+            raise ValueError('expected a list of apprise addresses, such as ["ntfy://TOPIC"]')
         return notify
 
 
 class CacheTable(Spec):
-    """A cache elsewhere that is asked for what is not here; `--remote` and STOCKPOT_REMOTE override it."""
+    """A remote cache to look up results that are not in the local one; `--remote` and STOCKPOT_REMOTE override it."""
 
     remote: Execution[str | None] = None
     """s3://BUCKET/..., hf://OWNER/REPOSITORY/..., a folder, or memory://..."""
     upload: Execution[bool] = True
-    """Whether what a run makes is uploaded there."""
+    """Whether the results of a run are uploaded to it."""
 
     @field_validator("remote")
     @classmethod
@@ -47,28 +47,28 @@ class CacheTable(Spec):
 
 
 class TrackingTable(Spec):
-    """Where the curves of trainings go besides metrics.jsonl."""
+    """Where the curves of trainings go in addition to metrics.jsonl."""
 
     to: Execution[list[TrackerName] | Literal["auto"]] = "auto"
-    """Trackers, each with its client installed; "auto" is aim where it is installed, [] is none."""
+    """Trackers, whose clients must be installed; "auto" is aim if it is installed, [] is none."""
 
 
 class Head(Spec):
-    """What stands in a recipe above its stages."""
+    """The fields of a recipe outside of its stages."""
 
     name: Execution[Annotated[str, Field(pattern=r"^[\w.-]+$")]]
-    """What the recipe is called."""
+    """The name of the recipe."""
     description: Execution[str] = ""
-    """One sentence on what comes out."""
+    """One sentence on the result."""
     seed: Semantic[int] = 0
-    """Default seed of every stage that draws randomness."""
+    """Default seed of every stage that uses randomness."""
     parallel: Execution[Parallel] = Parallel()
     """Where and how to run."""
     cache: Execution[CacheTable] = CacheTable()
-    """Where else results may be."""
+    """A remote cache of results."""
     tracking: Execution[TrackingTable] = TrackingTable()
-    """Where curves go."""
+    """Trackers of training curves."""
     alerts: Execution[AlertsTable] = AlertsTable()
-    """What is watched in every training, and who is told of it; `stage.NAME.alerts` overrides it field by field."""
+    """The alerts of every training, and where notices go; `stage.NAME.alerts` overrides them field by field."""
     sweep: Execution[SweepTable | None] = None
-    """Settings to compare, the best of which is taken."""
+    """Settings to compare; the stages behind use the best."""

@@ -1,11 +1,12 @@
-"""TOML to Recipe: reads the file and what it extends, validates all of it, and reports every fault at once.
+"""TOML to Recipe: reads the file and those it extends, validates everything, and reports all faults at once.
 
-Planning and running start only from a Recipe, so nothing after this file checks fields again. How files are read and merged is
-`runner.recipe.toml`' business, how a fault is told `runner.recipe.validation`'.
+Planning and running start from a Recipe, so nothing else checks fields again. `runner.recipe.toml` reads and merges files,
+`runner.recipe.validation` writes the messages.
 """
 
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,33 +16,41 @@ from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
 from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of
 from runner.input_files import AllowedFolders, InputFile, Located, fixed_part, has_parent_behind_wildcard
-from runner.recipe.branches import Attempts, Branches, Sweep, branches, changes_of, expand, numbered, sources
+from runner.recipe.branches import (
+    Attempts,
+    Branches,
+    Sweep,
+    branch_names,
+    branched_stages,
+    expand,
+    nested_changes,
+    predecessors,
+)
 from runner.recipe.head import Head
-from runner.recipe.sweep import read_sweep
-from runner.recipe.sweep import resolved as resolved_sweep
+from runner.recipe.sweep import read_sweep, resolved_sweep
 from runner.recipe.toml import apply_override, merged, read_with_parents
 from runner.recipe.validation import listed, nearest, shown, validated
-from runner.stage import Stage
+from runner.stage import Parallel, Stage
 from runner.stages import stage_kinds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that can be run: stages by name, in the order in which they are written."""
+    """A valid recipe: stages by name, in the order in which they are written."""
 
     path: Path
     head: Head
     written: Mapping[str, Stage]
-    families: Mapping[str, Branches]  # attempts and settings, by the stage that names them; each before those behind it
+    families: Mapping[str, Branches]  # attempts and sweep, by the stage that names them; each before those that read from it
 
     @cached_property
     def stages(self) -> Mapping[str, Stage]:
-        """Ordinary stages, those of every branch among them; what reads from branches reads the first."""
+        """Ordinary stages, including those of every branch; what reads from branches reads the first."""
         return expand(self.written, self.families)
 
-    def with_branches(self, chosen: Mapping[str, int]) -> Mapping[str, Stage]:
-        """The same where what reads from branches reads those that are `chosen`, by the stage that names the family."""
-        return expand(self.written, self.families, chosen)
+    def with_branches(self, selected: Mapping[str, int]) -> Mapping[str, Stage]:
+        """The stages, where what reads from branches reads the `selected` one of each family."""
+        return expand(self.written, self.families, selected)
 
     @property
     def sweep(self) -> Sweep | None:
@@ -49,23 +58,24 @@ class Recipe:
         return next((family for family in self.families.values() if isinstance(family, Sweep)), None)
 
     def family_of(self, name: str) -> Branches | None:
-        """The branches that a stage, by its name as written, belongs to."""
+        """The branches that a stage belongs to, by its name as written."""
         return next((family for family in self.families.values() if name in family.members), None)
 
     def names_of(self, name: str) -> list[str]:
-        """The stages that `name` stands for: itself, or those of its branches."""
+        """The names of a written stage in its branches, or its own name if it has none."""
         family = self.family_of(name)
         return [name] if family is None else list(dict.fromkeys(branch[name] for branch in family.names))
 
     def needed(self, name: str) -> set[str]:
-        """The stages that a run until `name` may run. All branches with their judges, where it stands for branches."""
+        """The stages that a run until `name` may run; if it is branched, all its branches and their evaluations."""
         family = self.family_of(name)
         names = [*self.names_of(name), *(family.all_judges if family else ())]
-        return {*names, *ancestors(sources(self.stages, self.families), *names)}
+        return {*names, *ancestors(predecessors(self.stages, self.families), *names)}
 
-    def resolved(self, chosen: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """The whole recipe with its defaults, ready for TOML; file names relative to the recipe's folder. With the branches
-        that are `chosen` it has these alone, as if they had been written.
+    def resolved(self, selected: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The whole recipe with its defaults, ready for TOML; file names are relative to the recipe's folder.
+
+        With `selected`, each family is replaced by that one of its branches, as if it alone had been written.
         """
         folder = self.path.parent.resolve()
 
@@ -76,12 +86,12 @@ class Recipe:
 
         def table(name: str, stage: Stage) -> dict[str, Any]:
             family = self.family_of(name)
-            if chosen is not None and family is not None:
-                stage = family.changed[chosen[family.stage]].get(name, stage)
+            if selected is not None and family is not None:
+                stage = family.changed[selected[family.stage]].get(name, stage)
             fields = {"kind": stage.kind, **plain(stage, file=relative)}
-            if chosen is None and isinstance(family, Attempts) and name == family.stage:
-                tries = [plain(changed[name], file=relative) for changed in family.changed]
-                pairs = zip(family.changes, tries, strict=True)
+            if selected is None and isinstance(family, Attempts) and name == family.stage:
+                attempts = [plain(changed[name], file=relative) for changed in family.changed]
+                pairs = zip(family.changes, attempts, strict=True)
                 fields["attempts"] = [{key: attempt[key] for key in change[name]} for change, attempt in pairs]
             return fields
 
@@ -89,7 +99,7 @@ class Recipe:
         head = plain(self.head)
         del head["alerts"]["notify"]
         if (sweep := self.sweep) is not None:
-            if chosen is None:
+            if selected is None:
                 tables = [{n: plain(s, file=relative) for n, s in changed.items()} for changed in sweep.changed]
                 head["sweep"] = resolved_sweep(sweep, tables=tables)
             else:
@@ -102,69 +112,55 @@ def load_recipe(
 ) -> Recipe:
     """The recipe at `path` with `overrides` ("stage.base.seed=1") applied; RecipeError lists every fault.
 
-    All that it names has to lie in its own folder or in one that is `allowed`. Input files at the places `absent` may be
-    missing: what they hold is known, and a result that was made of them may be in the cache.
+    All files that it names have to lie in its own folder or in one that is `allowed`. Input files at the paths `absent` may be
+    missing: their digests are known, and results that were made from them may be in the cache.
     """
     folders = AllowedFolders(path.resolve().parent, tuple(allowed))
     table = read_with_parents(path, (), folders)
     for override in overrides:
         apply_override(table, override, path)
     faults = list(_place_remote(table, folders))
-    stage_tables = table.pop("stage", None)
+    tables = table.pop("stage", None)
     head = validated(Head, table, "", faults)
-    alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
-    stages: dict[str, Stage] = {}
-    if not isinstance(stage_tables, dict) or not stage_tables:
+    if not isinstance(tables, dict) or not tables:
         faults.append("stage: expected at least one [stage.NAME] table, got none")
-        stage_tables = {}
-    broken: set[str] = set()
-    for name, fields in stage_tables.items():
-        others = [other for other in stage_tables if other != name]
-        stage = _validate_stage(name, fields, head.seed if head else 0, alerts, faults, others=others)
-        if stage is None:
-            broken.add(name)
-        else:
-            stages[name] = stage
-    seed = head.seed if head else 0
-    tried = {
-        name: _tried(name, stage_tables[name], stage, seed, alerts, faults)
+        tables = {}
+    defaults = _Defaults.of(head, table)
+    found = {name: _validated_stage(name, tables, defaults, faults) for name in tables}
+    stages = {name: stage for name, stage in found.items() if stage is not None}
+    broken = found.keys() - stages.keys()
+    attempts = {
+        name: _validated_attempts(name, tables[name], stage, defaults, faults)
         for name, stage in stages.items()
         if stage.attempted_changes
     }
-    faults.extend(_reference_faults(stages, broken))
-    faults.extend(_file_faults(stages, folders, absent))
+
+    def check(stages: Mapping[str, Stage]) -> None:
+        faults.extend(_reference_faults(stages, broken))
+        faults.extend(_file_faults(stages, folders, absent))
+
+    check(stages)
     if not faults:
         for name, stage in list(stages.items()):
             stages |= stage.completed(name, stages)
         faults.extend(f"stage.{name}.{fault}" for name, stage in stages.items() for fault in stage.faults_among(stages))
-    families: dict[str, Branches] = {}
-    attempts = _attempts(stages, tried, faults) if not faults else {}
-    families |= attempts
+    families: dict[str, Branches] = {} if faults else {**_attempts(stages, attempts, faults)}
     if head is not None and head.sweep is not None:
         sweep = read_sweep(
             head.sweep,
             stages,
-            stage_tables,
+            tables,
             broken=broken,
-            filled=lambda kind, fields: _filled(kind, fields, seed, alerts),
+            filled=defaults.filled,
             parallel=head.parallel,
             families=families,
             faults=faults,
         )
         families |= {sweep.stage: sweep} if sweep else {}
     if families and not faults:
-        expanded = expand(stages, families)
-        faults.extend(_reference_faults(expanded, broken))
-        faults.extend(_file_faults(expanded, folders, absent))
+        check(expand(stages, families))
     if head is not None:
-        found = {name: stage.parallel_fault(head.parallel) for name, stage in stages.items()}
-        found |= {  # of attempts, what they alone are at odds with
-            f"{name}.attempts[{number}]": changed[name].parallel_fault(head.parallel)
-            for name, family in attempts.items()
-            for number, changed in enumerate(family.changed)
-            if not found[name]
-        }
-        faults.extend(f"stage.{name}.{fault}" for name, fault in found.items() if fault)
+        faults.extend(_parallel_faults(stages, families, head.parallel))
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
     return Recipe(path, head, stages, _ordered(stages, families))
@@ -173,65 +169,90 @@ def load_recipe(
 # Validating
 
 
-def _validate_stage(
-    name: str, fields: Any, seed: int, alerts: dict[str, Any], faults: list[str], *, others: Sequence[str]
-) -> Stage | None:
+@dataclass(frozen=True)
+class _Defaults:
+    """What the head of a recipe gives to all its stages."""
+
+    seed: int
+    alerts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, head: Head | None, table: Mapping[str, Any]) -> "_Defaults":
+        """From the validated head and its table; none from a head with faults."""
+        if head is None:
+            return cls(0, {})
+        return cls(head.seed, {key: value for key, value in table.get("alerts", {}).items() if key != "notify"})
+
+    def filled(self, kind: type[Stage], fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a stage over the seed, if the kind has one, and over the alerts."""
+        if "seed" in kind.model_fields:
+            fields = {"seed": self.seed, **fields}
+        if "alerts" in kind.model_fields and isinstance(fields.get("alerts", {}), dict):
+            fields = {**fields, "alerts": merged(dict(self.alerts), fields.get("alerts", {}))}
+        return fields
+
+
+def _validated_stage(name: str, tables: Mapping[str, Any], defaults: _Defaults, faults: list[str]) -> Stage | None:
+    fields, kinds = tables[name], stage_kinds()
     if not isinstance(fields, dict):
         faults.append(f"stage.{name}: expected a table, got {fields!r}")
         return None
     fields = dict(fields)
-    kinds = stage_kinds()
     kind = fields.pop("kind", None)
     if kind is None:
-        meant = nearest(name, others).replace("did you mean", "did you mean stage")
-        faults.append(f"stage.{name}.kind: is missing; expected one of {listed(kinds)}{meant}")
+        others = [other for other in tables if other != name]
+        hint = nearest(name, others).replace("did you mean", "did you mean stage")
+        faults.append(f"stage.{name}.kind: is missing; expected one of {listed(kinds)}{hint}")
         return None
     if not isinstance(kind, str) or kind not in kinds:
         faults.append(f"stage.{name}.kind: expected one of {listed(kinds)}, got {shown(kind)}{nearest(kind, kinds)}")
         return None
-    return validated(kinds[kind], _filled(kinds[kind], fields, seed, alerts), f"stage.{name}.", faults)
+    return validated(kinds[kind], defaults.filled(kinds[kind], fields), f"stage.{name}.", faults)
 
 
-def _filled(kind: type[Stage], fields: dict[str, Any], seed: int, alerts: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a stage over what the head says for all: its seed, where the kind draws numbers, and its alerts."""
-    if "seed" in kind.model_fields:
-        fields = {"seed": seed, **fields}
-    if "alerts" in kind.model_fields and isinstance(fields.get("alerts", {}), dict):
-        fields = {**fields, "alerts": merged(alerts, fields.get("alerts", {}))}
-    return fields
+def _parallel_faults(stages: Mapping[str, Stage], families: Mapping[str, Branches], parallel: Parallel) -> Iterator[str]:
+    """The stages that cannot run as [parallel] says, and the attempts of the others that cannot."""
+    found = {name: stage.parallel_fault(parallel) for name, stage in stages.items()}
+    found |= {
+        f"{name}.attempts[{number}]": changed[name].parallel_fault(parallel)
+        for name, family in families.items()
+        if isinstance(family, Attempts) and not found[name]
+        for number, changed in enumerate(family.changed)
+    }
+    return (f"stage.{name}.{fault}" for name, fault in found.items() if fault)
 
 
 # Attempts
 
 
-def _tried(
-    name: str, fields: Mapping[str, Any], stage: Stage, seed: int, alerts: dict[str, Any], faults: list[str]
+def _validated_attempts(
+    name: str, fields: Mapping[str, Any], stage: Stage, defaults: _Defaults, faults: list[str]
 ) -> list[tuple[dict[str, Any], Stage]]:
-    """Each attempt of a stage: what it changes, and the stage with it."""
-    tried = []
-    for number, change in enumerate(changes_of(type(stage), stage.attempted_changes)):
+    """Each valid attempt of a stage: its changes, and the stage with them."""
+    attempts = []
+    for number, change in enumerate(nested_changes(type(stage), stage.attempted_changes)):
         place = f"stage.{name}.attempts[{number}]"
         if fixed := [key for key in ("kind", "attempts") if key in change]:
-            faults.append(f"{place}.{fixed[0]}: is the same in all attempts; expected it outside of them")
+            faults.append(f"{place}.{fixed[0]}: expected it outside of the attempts, since it is the same in all of them")
             continue
         written = {key: value for key, value in fields.items() if key not in ("kind", "attempts")}
-        filled = _filled(type(stage), merged(written, change), seed, alerts)
+        filled = defaults.filled(type(stage), merged(written, change))
         if attempt := validated(type(stage), filled, f"{place}.", faults):
-            tried.append((change, attempt))
-    return tried
+            attempts.append((change, attempt))
+    return attempts
 
 
 def _attempts(
-    stages: Mapping[str, Stage], tried: Mapping[str, Sequence[tuple[dict[str, Any], Stage]]], faults: list[str]
+    stages: Mapping[str, Stage], validated: Mapping[str, Sequence[tuple[dict[str, Any], Stage]]], faults: list[str]
 ) -> dict[str, Attempts]:
-    """The attempts of every stage that has some, with their branches, which have to be apart."""
+    """The branches of every stage with attempts; no stage may be in those of two."""
     attempts: dict[str, Attempts] = {}
-    for name, tries in tried.items():
-        members, judges = branches(stages, name)
+    for name, of_stage in validated.items():
+        members, judges = branched_stages(stages, name)
         family = Attempts(
-            changes=tuple({name: change} for change, _ in tries),
-            changed=tuple({name: stage} for _, stage in tries),
-            names=numbered(members, len(tries)),
+            changes=tuple({name: change} for change, _ in of_stage),
+            changed=tuple({name: stage} for _, stage in of_stage),
+            names=branch_names(members, len(of_stage)),
             judges=judges,
         )
         for other in attempts.values():
@@ -241,24 +262,24 @@ def _attempts(
                 )
         if not judges:
             faults.append(f"stage.{name}.attempts: expected an evaluation with gates behind it, to judge them, got none")
-        for taken in sorted(family.places.keys() & stages.keys()):
+        for taken in sorted(family.numbers.keys() & stages.keys()):
             faults.append(f"stage.{taken}: expected another name; an attempt of {name!r} has this one")
         attempts[name] = family
     return attempts
 
 
 def _ordered(stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> dict[str, Branches]:
-    """Families so that each stands before those that read from it: what decides on the latter comes after it."""
+    """The families, each before those that read from it."""
     if len(families) < 2:
         return dict(families)
-    place = {name: number for number, name in enumerate(in_order(sources(expand(stages, families), families)))}
+    place = {name: number for number, name in enumerate(in_order(predecessors(expand(stages, families), families)))}
     return dict(sorted(families.items(), key=lambda item: max(place[judge] for judge in item[1].all_judges)))
 
 
 # References and files
 
 
-def _reference_faults(stages: Mapping[str, Stage], broken: set[str]) -> Iterator[str]:
+def _reference_faults(stages: Mapping[str, Stage], broken: AbstractSet[str]) -> Iterator[str]:
     dangling = False
     for name, stage in stages.items():
         for field, ref in edges(stage):
@@ -282,7 +303,7 @@ def _file_faults(stages: Mapping[str, Stage], folders: AllowedFolders, absent: C
         for field, file in input_files(stage):
             place = f"stage.{name}.{field}"
             if file.hub:
-                continue  # whether it is there is for the Hub to say, once the stage runs
+                continue  # looked up when the stage runs
             if has_parent_behind_wildcard(file.pattern):
                 yield f"{place}: expected no .. behind a wildcard, got {str(file)!r}"
             elif not folders.contain(fixed_part(file.pattern)):
@@ -294,7 +315,7 @@ def _file_faults(stages: Mapping[str, Stage], folders: AllowedFolders, absent: C
             elif outside := [match for match in matches if not folders.contain(match)]:
                 yield f"{place}: {folders.fault(outside[0].name, outside[0])}"
             elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
-                yield f"{place}: expected a file, got {closed[0]}, which may not be read"
+                yield f"{place}: expected a file that can be read, got {closed[0]} without the permission"
 
 
 def _place_remote(table: dict[str, Any], folders: AllowedFolders) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The reference of recipes as Markdown: every table and field, from the classes that validate and from their docstrings."""
+"""The reference of recipes in Markdown: every table and field, from the classes that validate them and their docstrings."""
 
 import inspect
 import json
@@ -20,15 +20,15 @@ from runner.stages import stage_kinds
 
 INTRODUCTION = """# Reference of recipes
 
-Every table and field that a recipe may have. This page is made from the classes that validate recipes, by
+Every table and field that a recipe may have. This page is generated from the classes that validate recipes, by
 
 ```sh
 run schema --markdown > recipes/reference.md
 ```
 
-**Key** tells whether a field decides the result and is part of the stage's key: another value of a field with *yes* makes the
-stage run again, one with *no* never does. *As its table*: as the field that holds the table. A field without a default has to
-be there. "Stage: X" is the name of a stage that makes an X.
+**Key** says whether a field decides the result and is part of the stage's key: changing a field with *yes* makes the stage run
+again, changing one with *no* does not. *As its table*: like the field that holds the table. A field with the default *needed*
+is required. "Stage: X" is the name of a stage that makes an X.
 """
 
 BOUNDS = {Ge: "at least {ge}", Gt: "above {gt}", Le: "at most {le}", Lt: "below {lt}"}
@@ -42,19 +42,19 @@ def recipe_reference() -> str:
     contents = ", ".join(f"[{kind}](#{kind})" for kind, _ in kinds)
     lines = [INTRODUCTION, f"Kinds of stages: {contents}.\n", "## The head of a recipe\n", *_fields(Head)]
     lines += [
-        "`extends` (text) names the recipe over which this one is merged. Each `[stage.NAME]` has the field `kind`, and those "
-        "of that kind.\n"
+        "`extends` (text) is the path of another recipe, over which this one is merged. Each `[stage.NAME]` has the field "
+        "`kind` and the fields of that kind.\n"
     ]
     for kind, model in kinds:
         lines += [f"## {kind}\n", f"{_on_one_line(inspect.getdoc(model))} Makes: {model.makes.__name__}.\n", *_fields(model)]
-    lines += ["## Tables inside of others\n"]
+    lines += ["## Nested tables\n"]
     for table in inner:
         lines += [f"### {table.__name__}\n", f"{_on_one_line(inspect.getdoc(table))}\n", *_fields(table)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
-    """The tables that stand in the fields of `tables`, and in theirs, by name."""
+    """The tables nested in the fields of `tables`, sorted by name."""
     found: dict[type[BaseModel], None] = {}
     waiting = list(tables)
     while waiting:

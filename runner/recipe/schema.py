@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes, for editors: made from the classes that validate and from the docstrings of their fields."""
+"""The JSON Schema of recipes, for editors, from the classes that validate them and the docstrings of their fields."""
 
 import ast
 import inspect
@@ -49,7 +49,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _with_inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
-    """`tables` and the tables in their fields, each once."""
+    """`tables` and all tables nested in their fields, each once."""
     found = dict.fromkeys(tables)
     for table in tables:
         for field in table.model_fields.values():
@@ -58,9 +58,9 @@ def _with_inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
 
 
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The string below each field in the source of `model` and of what it inherits from.
+    """The docstring of each field, from the source of `model` and of the classes that it inherits from.
 
-    pydantic can collect them too, but does so for every table when it is defined, which took a fifth of the time of planning.
+    pydantic can collect them too, but does so when each class is defined, which took a fifth of the time of planning.
     """
     found: dict[str, str] = {}
     for owner in reversed(model.__mro__):

@@ -1,4 +1,4 @@
-"""TOML files to one table: a recipe merged over those it extends, with `--set` applied; nothing is validated yet.
+"""TOML files to one table: a recipe merged over those it extends, with `--set` applied. Nothing is validated here.
 
 Every string remembers the folder of the file it was written in.
 """
@@ -12,11 +12,11 @@ from runner.errors import RecipeError
 from runner.input_files import AllowedFolders, Located
 from runner.recipe.validation import shown
 
-ALTERNATIVES = frozenset({"budget"})  # tables that name one of several things: a child's replaces its parent's whole
+ALTERNATIVES = frozenset({"budget"})  # tables with one of several fields: a recipe's replaces that of the one it extends
 
 
 def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFolders) -> dict[str, Any]:
-    """The table of a file merged over the one it extends; every string remembers the folder it was written in."""
+    """The table of a file merged over that of the file it extends."""
     path = path.resolve()
     if path in children:
         chain = " -> ".join(child.name for child in (*children, path))
@@ -33,7 +33,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFo
         raise RecipeError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
     except (tomli.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: is not TOML: {error}") from error
-    located: dict[str, Any] = _spread(_locate(table, path.parent))
+    located: dict[str, Any] = _nested_sweep(_locate(table, path.parent))
     parent = located.pop("extends", None)
     if parent is None:
         return located
@@ -55,24 +55,24 @@ def _locate(value: Any, folder: Path) -> Any:
     return value
 
 
-def _spread(table: dict[str, Any]) -> dict[str, Any]:
-    """With "stage.NAME.FIELD" of [sweep] as tables in tables, so that they merge and `--set` reaches them."""
+def _nested_sweep(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with "stage.NAME.FIELD" of [sweep] as nested tables, so that they merge and `--set` reaches them."""
     sweep = table.get("sweep")
     if not isinstance(sweep, dict):
         return table
-    spread: dict[str, Any] = {}
+    nested_sweep: dict[str, Any] = {}
     for key, value in sweep.items():
         first, *rest = key.split(".")
         nested = value
         for part in reversed(rest):
             nested = {part: nested}
         is_dotted = first == "stage" and len(rest) > 1 and all(rest)
-        spread = merged(spread, {first: nested} if is_dotted else {key: value})
-    return {**table, "sweep": spread}
+        nested_sweep = merged(nested_sweep, {first: nested} if is_dotted else {key: value})
+    return {**table, "sweep": nested_sweep}
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge deeply, `above` wins; lists, plain values and tables of alternatives replace."""
+    """`above` merged over `below`: tables merge deeply; lists, plain values and tables of alternatives replace."""
     both = {**below, **above}
     for key in (below.keys() & above.keys()) - ALTERNATIVES:
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -81,7 +81,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
-    """`key.path=value` from the command line: the value is read as TOML, else as a string."""
+    """Apply `key.path=value` from the command line to `table`; the value is read as TOML, else as a string."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -93,5 +93,5 @@ def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
     for depth, part in enumerate(parts[:-1]):
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a table")
+            raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])}: expected a table, got a value")
     table[parts[-1]] = _locate(value, path.resolve().parent)

@@ -1,4 +1,4 @@
-"""How the faults of a recipe are told: the dotted path, what was found, what was wanted, and the nearest right name."""
+"""Validation of a recipe's tables, and the messages for their faults: `dotted.path: expected X, got Y; did you mean 'x'?`."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from runner.stage import Stage
 
 M = TypeVar("M", bound=BaseModel)
 
-WORDS = [  # what pydantic says of values, in the words of recipes
+WORDS = [  # pydantic's terms, and those of recipes
     (re.compile(theirs), ours)
     for theirs, ours in (
         (r"a valid (dictionary|dict\w*)( or (instance of \w+|object to extract fields from))?", "a table"),
@@ -27,12 +27,12 @@ def validated(model: type[M], table: dict[str, Any], prefix: str, faults: list[s
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        told: dict[str, list[str]] = {}
+        by_place: dict[str, list[str]] = {}
         for fault in error.errors(include_url=False):
             where = _path_in(table, fault["loc"], is_of_key=fault["type"] in ("missing", "extra_forbidden"))
             message = _message(model, fault, where)
-            told.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
-        for where_text, messages in told.items():
+            by_place.setdefault(prefix + _dotted(where) if where else prefix.rstrip("."), []).append(message)
+        for where_text, messages in by_place.items():
             faults.append(f"{where_text}: {_joined(messages)}")
         return None
 
@@ -57,7 +57,7 @@ def _message(model: type[BaseModel], fault: Any, where: Sequence[str | int]) -> 
 
 
 def _joined(messages: Sequence[str]) -> str:
-    """One message out of the several that a union gives for one place."""
+    """One message for the several that the members of a union give for one place."""
     unique = list(dict.fromkeys(messages))
     expected, found = zip(
         *(message.split(", got ", 1) if ", got " in message else ("", message) for message in unique), strict=True
@@ -70,14 +70,14 @@ def _joined(messages: Sequence[str]) -> str:
 
 
 def _path_in(table: Any, location: Sequence[str | int], *, is_of_key: bool) -> list[str | int]:
-    """The part of pydantic's location that is a path in the recipe: the names of union members in it are not. A fault that
+    """The part of pydantic's location that is a path in the recipe, without the names of union members. A fault that
     `is_of_key` ends in a key that may be missing.
     """
     path: list[str | int] = []
     here = table
     for index, part in enumerate(location):
         if isinstance(here, dict) and part in (here.get("task"), here.get("name")) and index < len(location) - 1:
-            continue  # the tag by which pydantic chose among several tables
+            continue  # the tag by which pydantic chooses among several tables
         if (isinstance(here, dict) and part in here) or (
             isinstance(here, list) and isinstance(part, int) and part < len(here)
         ):
@@ -96,7 +96,7 @@ def _dotted(path: Iterable[str | int]) -> str:
 
 
 def _field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """The keys that may stand in the table at `path` below `model`."""
+    """The keys that the table at `path` below `model` may have."""
     models = [model]
     for part in path:
         if isinstance(part, str):
@@ -122,17 +122,17 @@ def _quoted(expected: str) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a message: quoted, and never long."""
+    """A value for a message: strings in quotes, and at most 80 characters."""
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names to choose from."""
+    """Names to choose from, sorted."""
     return ", ".join(sorted(names))
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The hint at the name that was probably meant; empty if none is near."""
+    """`; did you mean 'x'?` for the most similar name; empty if none is similar."""
     close = difflib.get_close_matches(str(name)[:80], list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

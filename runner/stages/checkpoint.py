@@ -1,10 +1,10 @@
-"""The kind `checkpoint`: a model that exists, from a local folder or from the Hub, as the start of what follows.
+"""The kind `checkpoint`: an existing model, from a local folder or from the Hub, for the other stages to start from.
 
     [stage.base]
     kind = "checkpoint"
     repo = "HuggingFaceTB/SmolLM2-135M"      # or: folder = "models/smol"
 
-The checking and rewriting is `llm.models.import_checkpoint`'s. Nothing of a model is executed or unpickled.
+`llm.models.import_checkpoint` checks and rewrites the model. Nothing of it is executed or unpickled.
 """
 
 from pathlib import Path
@@ -35,14 +35,14 @@ class ModelFolder(InputFile):
         return str(self.folder / self)
 
     def matches(self) -> list[Path]:
-        """The files of it that are read, sorted by path."""
+        """The files in it that are read, sorted by path."""
         folder = Path(self.pattern)
         named = [folder / name for name in (*CONFIGS, *TOKENIZER, INDEX)]
         return sorted(path for path in [*named, *folder.glob("model*.safetensors")] if path.is_file())
 
 
 class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
-    """Takes over a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
+    """Imports a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
 
     imports = ("llm.models.import_checkpoint",)
 
@@ -51,10 +51,10 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
     repo: Semantic[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None] = None
     """Instead of a folder: a model on the Hub, "owner/name"."""
     revision: Semantic[str] = Field("main", min_length=1)
-    """Of the model on the Hub: a branch, tag or commit; resolved to a commit, which the record keeps."""
+    """Branch, tag or commit of the model on the Hub; resolved to a commit, which the record has."""
     chat_template: Semantic[Annotated[str, Field(min_length=1)] | None] = None
-    """In place of the model's own chat template; it marks what the assistant says with {% generation %}, the end token
-    included. A model without any gets plain words, "User:" and "Assistant:", between its own begin and end tokens."""
+    """A chat template to replace the model's own. It marks what the assistant says with {% generation %}, including the end
+    token. A model without a template gets one with "User:" and "Assistant:" between its own begin and end tokens."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -65,7 +65,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         return self
 
     def run(self, context: Context) -> Metrics:
-        """Check the small files, then fetch the weights where they are far away, and write the checkpoint."""
+        """Check the small files, download the weights if they are on the Hub, and write the checkpoint."""
         from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 
         if self.folder is not None:
@@ -88,7 +88,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
 
 def _weights(snapshot: "Snapshot", folder: Path) -> list[str]:
-    """The names of the files that hold the weights; the index, if there is one, is in `folder`."""
+    """The names of the weight files; their index, if there is one, is in `folder`."""
     from llm.errors import InputError
     from llm.models.checkpoint import no_weights, weight_files
 
@@ -98,5 +98,5 @@ def _weights(snapshot: "Snapshot", folder: Path) -> list[str]:
         raise InputError(f"{snapshot}: {no_weights(snapshot.files)}")
     names = [path.name for path in weight_files(folder)]
     if missing := [name for name in names if name not in snapshot.files]:
-        raise InputError(f"{snapshot}: {INDEX} names {missing[0]}, which is not there")
+        raise InputError(f"{snapshot}: expected {missing[0]}, which {INDEX} names, got no such file")
     return names

@@ -1,6 +1,6 @@
-"""The kind `corpus`: text from files and Hub datasets, cleaned, without duplicates, split by the hash of each document.
+"""The kind `corpus`: text from files and Hub datasets, cleaned, deduplicated, and split by the hash of each document.
 
-The work itself is `llm.text`. Here is what a recipe says of it, and how a Hub dataset becomes rows.
+`llm.text` does the work; here are the fields, and the rows of Hub datasets.
 """
 
 import json
@@ -30,23 +30,24 @@ class SourceSpec(Spec):
     hub: Semantic[str | None] = None
     """A dataset on the Hub, "owner/name", read as a stream."""
     revision: Semantic[str] = "main"
-    """Of the Hub dataset: a branch, tag or commit; resolved to a commit, which the record keeps."""
+    """Branch, tag or commit of the Hub dataset; resolved to a commit, which the record has."""
     split: Semantic[str] = "train"
-    """Of the Hub dataset."""
+    """Split of the Hub dataset."""
     config: Semantic[str | None] = None
-    """Of the Hub dataset, where it has several configurations."""
+    """Configuration of the Hub dataset, if it has several."""
     text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
     weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
-    """Passes over the source in training: 2.3 is two, and a third for 30% chosen by hash; 0.3 keeps 30% of the documents."""
+    """Passes over the source in training: 2.3 is two passes, and a third over 30% of the documents, chosen by hash; 0.3 keeps
+    30% of the documents."""
     name: Semantic[str | None] = None
-    """What its documents are called in the corpus and in the record; by default the Hub dataset, else "source-N"."""
+    """Name of the source in the corpus and in the record; by default the Hub dataset, else "source-N"."""
     language: Semantic[str | None] = None
-    """Language of the rows that do not tell theirs in a field `language`, such as "en" or "zh"."""
+    """Language of rows without a field `language`, such as "en" or "zh"."""
     where: Semantic[dict[str, str | int | bool]] = Field(default_factory=dict)
-    """Only rows whose fields have these values: { lang = "en" }."""
+    """Use only rows whose fields have these values: { lang = "en" }."""
     limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
-    """Rows to read at most."""
+    """Most rows to read."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceSpec":
@@ -55,47 +56,47 @@ class SourceSpec(Spec):
         if self.hub is None:  # compared with the defaults, since a resolved recipe writes those out
             of_hub = {"revision": "main", "split": "train", "config": None}
             if given := [name for name, default in of_hub.items() if getattr(self, name) != default]:
-                raise ValueError(f"{given[0]} belongs to a Hub dataset, but this source reads files")
+                raise ValueError(f"{given[0]}: expected none beside files, since it belongs to a Hub dataset")
         return self
 
 
 class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
-    """Reads, cleans, removes duplicates and splits text."""
+    """Reads, cleans, deduplicates and splits text."""
 
     sources: Semantic[Annotated[list[SourceSpec], Field(min_length=1)]]
-    """Where the text comes from, in the order in which the first of several copies is kept."""
+    """The sources of text. Of several copies of a document, the first in this order is kept."""
     validation: Semantic[Annotated[float, Field(ge=0, lt=1)]] = 0.01
-    """Share of the documents held out, chosen by the hash of their text: adding a document moves no other."""
+    """Share of the documents that is held out, chosen by the hash of their text, so that adding documents moves no other."""
     min_characters: Semantic[Annotated[int, Field(ge=1)]] = 20
-    """Shorter documents are dropped."""
+    """Minimum length of a document; shorter ones are dropped."""
     max_characters: Semantic[Annotated[int, Field(ge=1)]] = 5_000_000
-    """Longer documents are dropped."""
+    """Maximum length of a document; longer ones are dropped."""
     max_repeated_lines: Semantic[Annotated[float, Field(ge=0, le=1)]] = 0.4
-    """Documents are dropped if a larger share of their characters is in lines that they had before."""
+    """Maximum share of a document's characters in lines that repeat an earlier line of it; other documents are dropped."""
     min_compressed: Semantic[Annotated[float, Field(ge=0, le=1)]] = 0.1
-    """Documents are dropped if zlib makes them smaller than this share of their bytes; prose is at 0.4 to 0.6."""
+    """Minimum size of a document after zlib, as a share of its bytes; prose has 0.4 to 0.6. Other documents are dropped."""
     near_duplicates: Semantic[bool] = True
-    """Whether to drop documents that nearly equal an earlier one; equal ones are always dropped."""
+    """Whether to drop near-duplicates of earlier documents; exact duplicates are always dropped."""
     similarity: Semantic[Annotated[float, Field(gt=0, le=1)]] = 0.8
-    """Jaccard similarity, over runs of five words (or Chinese characters), from which a document nearly equals another."""
+    """Minimum Jaccard similarity of near-duplicates, over runs of five words (or Chinese characters)."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
-    """What to do with a row that cannot be read or lacks the field: stop, or count it and go on."""
+    """What to do with a row that cannot be read or lacks the field: fail, or count it and go on."""
     shard_bytes: Execution[Annotated[int, Field(ge=1)]] = 4 * 2**20
-    """Text per unit of work; more takes more memory per core."""
+    """Bytes of text per unit of work; more takes more memory per core."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "MakeCorpus":
         names = self.names()
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"expected a name for each source; two sources are named {twice[0]!r}")
+            raise ValueError(f"expected a different name for each source, got {twice[0]!r} twice")
         return self
 
     def names(self) -> list[str]:
-        """What each source is called. Never its file: a file may be renamed and the corpus stays what it is."""
+        """The name of each source. It does not depend on the file name: renaming a file does not change the corpus."""
         return [source.name or source.hub or f"source-{number}" for number, source in enumerate(self.sources, start=1)]
 
     def rules(self) -> "Rules":
-        """What a document has to be to stay."""
+        """The rules for documents that are kept."""
         from llm.text.cleaning import Rules
 
         return Rules(
@@ -106,7 +107,7 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
         )
 
     def local_sources(self) -> "list[Source]":
-        """The sources that are files here."""
+        """The sources that read files."""
         return [_source(spec, name, {}) for spec, name in zip(self.sources, self.names(), strict=True) if spec.hub is None]
 
     def run(self, context: Context) -> Metrics:
@@ -168,7 +169,7 @@ def _branch(spec: SourceSpec) -> str:
 
 
 def _pin(specs: Iterable[SourceSpec], path: Path) -> dict[str, str]:
-    """The commit of each Hub source; kept in `path`, so that a restart reads what the first start read."""
+    """The commit of each Hub source, kept in `path`, so that a restart reads the same rows."""
     commits: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     for spec in specs:
         if spec.hub is not None and _branch(spec) not in commits:
@@ -178,7 +179,7 @@ def _pin(specs: Iterable[SourceSpec], path: Path) -> dict[str, str]:
 
 
 def hub_commit(hub: str, revision: str) -> str:
-    """The commit that a branch, tag or commit of a Hub dataset stands for now."""
+    """The current commit of a branch, tag or commit of a Hub dataset."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -191,7 +192,7 @@ def hub_commit(hub: str, revision: str) -> str:
             f"{hub}: the Hub has no such dataset at revision {revision!r}, or cannot be reached: {error}"
         ) from error
     if commit is None:
-        raise InputError(f"{hub}: the Hub tells no commit for revision {revision!r}")
+        raise InputError(f"{hub}: expected a commit from the Hub for the revision {revision!r}, got none")
     return commit
 
 
@@ -205,7 +206,7 @@ def hub_rows(hub: str, commit: str, *, config: str | None, split: str) -> Iterat
     try:
         builder = datasets.load_dataset_builder(hub, name=config, revision=commit)
         for file in (file for files in (builder.config.data_files or {}).values() for file in files):
-            if "://" not in file.rpartition("::")[2]:  # a folder that is called like it
+            if "://" not in file.rpartition("::")[2]:  # a local folder of the same name
                 raise InputError(f"{hub}@{commit[:8]}: expected files on the Hub, got {file}")
         yield from builder.as_streaming_dataset(split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:

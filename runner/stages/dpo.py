@@ -6,7 +6,7 @@
     data = [{ files = "data/preferences.jsonl.gz" }]    # rows of prompt, chosen and rejected
     lora = { r = 8, alpha = 16 }                        # without it, all weights learn
 
-It is the training that every other kind runs, with an objective of its own: `llm.training.dpo`.
+The training loop is that of the other kinds; the objective is in `llm.training.dpo`.
 """
 
 from typing import Annotated, Self
@@ -23,23 +23,23 @@ from runner.stages.fields.training import is_main_process
 
 
 class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
-    """Trains a model on pairs of answers, of which one is preferred; what it was before is the reference."""
+    """Trains a model on pairs of answers, one of them preferred; the model before the training is the reference."""
 
     model: Semantic[Ref[Checkpoint]]
-    """What learns, and the reference that it is compared with."""
+    """The model to train, which is also the reference."""
     data: Semantic[Annotated[list[PreferenceTable], Field(min_length=1)]]
-    """The pairs. The two answers of a row are learned in one step."""
+    """The pairs. Both answers of a row are in the same step."""
     validation: Semantic[list[PreferenceTable]] = Field(default_factory=list)
-    """Pairs held out: share of them where the preferred answer has gained more (`validation_reward_accuracy`), and by how much
-    (`validation_reward_margin`, times beta)."""
+    """Held-out pairs: in which share of them the preferred answer has the higher reward (`validation_reward_accuracy`), and by
+    how much (`validation_reward_margin`, times beta)."""
     beta: Semantic[Annotated[float, Field(gt=0)]] = 0.1
-    """How dear it is to move away from the reference."""
+    """Weight of the penalty for moving away from the reference."""
     label_smoothing: Semantic[Annotated[float, Field(ge=0, lt=0.5)]] = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round (Mitchell 2023)."""
+    """Share of the pairs whose labels are assumed to be swapped (Mitchell 2023)."""
     lora: Semantic[AdapterFields | None] = None
-    """An adapter that learns instead of all weights, and is merged into them in the end."""
+    """An adapter to train instead of all weights; it is merged into them at the end."""
     schedule: Semantic[Schedule] = Schedule(learning_rate=1e-5)
-    """The learning rate over the training; far lower than of other trainings, and about ten times higher for an adapter."""
+    """The learning rate over the training: much lower than in other trainings, about ten times higher for an adapter."""
 
     @model_validator(mode="after")
     def _adapter_with_adamw(self) -> Self:
@@ -48,11 +48,11 @@ class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
         return self
 
     def tables(self) -> tuple[list[PreferenceTable], list[PreferenceTable]]:
-        """What is learned from, and what is held out."""
+        """The tables to learn from, and the held-out ones."""
         return self.data, self.validation
 
     def prepare(self, context: Context) -> None:
-        """Pack the pairs, and ask the model what it thinks of them before it learns."""
+        """Pack the pairs, and compute their log-probabilities under the reference."""
         base = context.open(self.model)
         self.pack(context, base)
 

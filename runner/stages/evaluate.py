@@ -1,4 +1,4 @@
-"""The kind `evaluate`: what a model scores on held-out rows, and the gates that judge it.
+"""The kind `evaluate`: the scores of a model on held-out rows, and the gates for them.
 
     tasks = [
       { name = "section", task = "classification", files = "data/section_test.jsonl.gz", prompt = "Which section?\\n{text}",
@@ -8,7 +8,7 @@
     ]
     gates = [{ score = "section.macro_f1", at_least = 0.90 }]
 
-The measuring is `llm.evaluation.scoring`'s, the judging `runner.gates`'.
+`llm.evaluation` scores, `runner.gates` judges.
 """
 
 import json
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
-    """Scores a model on held-out rows: likelihood of text, classification, answers."""
+    """Scores a model on held-out rows: likelihood of text, classification, multiple choice, answers, benchmarks."""
 
     imports = ("llm.evaluation.scoring",)
 
     model: Semantic[Ref[Checkpoint]]
-    """What is evaluated."""
+    """The model to evaluate."""
     tasks: Semantic[Annotated[list[Task], Field(min_length=1)]]
-    """What it is evaluated on."""
+    """The tasks to evaluate it on."""
     gates: Execution[list[Gate]] = Field(default_factory=list)
-    """What the scores have to be. Judged on every run; what needs this stage is not run while a gate fails."""
+    """Bounds for the scores, judged on every run. Stages that need this one do not run while a gate fails."""
 
     @property
     def has_gates(self) -> bool:
@@ -62,16 +62,16 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
 
     @property
     def score_names(self) -> Sequence[str]:
-        """The scores of every task; of one that another library scores only the beginning of their names."""
+        """The scores of every task; of one that lm-eval scores, the prefix of their names."""
         return [f"{task.name}.{metric}" for task in self.tasks for metric in (task.metrics or ("",))]
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"expected a name for each task, by which its scores are told; two tasks are named {twice[0]!r}")
+            raise ValueError(f"tasks: expected a different name for each task, got {twice[0]!r} twice")
         known = [TRAIN_GAP, *(score for score in self.score_names if not score.endswith("."))]
-        open_names = tuple(score for score in self.score_names if score.endswith("."))  # known only when they are there
+        open_names = tuple(score for score in self.score_names if score.endswith("."))  # not known before
         for gate in self.gates:
             if gate.score not in known and not gate.score.startswith(open_names):
                 raise ValueError(unknown_score(gate.score, known))
@@ -86,19 +86,19 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
                 if theirs != [_rows(task) for task in self.tasks if task.name == name]:
                     yield (
                         f"gates[{number}].above: expected an evaluation with the same task {name!r}, to compare example by "
-                        f"example; that of {str(gate.above)!r} is another or missing"
+                        f"example, got {str(gate.above)!r} with another or none"
                     )
             if gate.score == TRAIN_GAP:
                 trainings = last_trainings(self.model, inputs_of(stages), lambda name: stages[name].trains)
                 if not trainings:
-                    yield f"gates[{number}].score: expected a model that a stage of this recipe trains, got {str(self.model)!r}"
+                    yield f"gates[{number}].score: expected a model that this recipe trains, got {str(self.model)!r}"
                 for name in trainings:
                     training = stages[name]
                     if isinstance(training, TrainingStage) and not training.holds_out:
-                        yield f"gates[{number}].score: expected rows held out in stage {name!r}: `validation`, got none there"
+                        yield f"gates[{number}].score: expected held-out rows in stage {name!r}, got none; set `validation`"
 
     def run(self, context: Context) -> Metrics:
-        """Score every task; a restart takes the tasks that were scored before."""
+        """Score every task; a restart keeps the tasks that were scored before."""
         import torch
 
         from llm.evaluation.scoring import Outcome
@@ -142,7 +142,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
             "scores": scores,
             "intervals": intervals,
             "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes},
-            # As text, since the record is read by people too, and these would be many lines.
+            # As text, since people read the record too, and lists would be many lines.
             "replicates": {
                 f"{name}.{score}": " ".join(map(str, values))
                 for name, outcome in outcomes.items()
@@ -151,7 +151,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
         }
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
-        """The judgement of every gate."""
+        """The verdict on every gate."""
         found = EvaluationResult.of(metrics)
         others = {name for gate in self.gates if (name := gate.above) is not None and name in lineage.records}
         if any(gate.score == TRAIN_GAP for gate in self.gates):

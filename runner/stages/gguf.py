@@ -5,7 +5,7 @@
     model = "release"
     precisions = ["f32", "q8_0"]
 
-How a model is told to llama.cpp is `llm.export.gguf`'s business; whether llama.cpp then computes the same, the kind `parity` asks.
+`llm.export.gguf` writes the files; the kind `parity` checks that llama.cpp computes the same.
 """
 
 from pydantic import Field, field_validator
@@ -22,9 +22,9 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
     imports = ("llm.export.gguf",)
 
     model: Semantic[Ref[Checkpoint]]
-    """What is written."""
+    """The model to write."""
     precisions: Semantic[list[GgufPrecision]] = Field(["f32"], min_length=1)
-    """A file each: "f32", "f16", "bf16", "q8_0" (blocks of 32 numbers in 8 bits). The Modelfile takes the smallest."""
+    """One file for each: "f32", "f16", "bf16", "q8_0" (blocks of 32 numbers in 8 bits). The Modelfile uses the smallest."""
 
     @field_validator("precisions")
     @classmethod
@@ -34,7 +34,7 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
         return precisions
 
     def run(self, context: Context) -> Metrics:
-        """Write the files that are not there yet."""
+        """Write the files that do not exist yet."""
         from llm.export.gguf import adds_begin, write_gguf
         from llm.export.ollama import modelfile
         from llm.tokenizer.tokenizer import TextTokenizer

@@ -1,4 +1,4 @@
-"""The kind `lora`: a low-rank adapter of a checkpoint learns, and nothing else; over a base in four bits it is QLoRA."""
+"""The kind `lora`: training of a low-rank adapter of a checkpoint; over a base in four bits it is QLoRA."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,36 +17,37 @@ if TYPE_CHECKING:
 
 
 class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Adapter):
-    """Trains a LoRA adapter through PEFT (Hu et al. 2021); it opens in stock PEFT on the stock base."""
+    """Trains a LoRA adapter (Hu et al. 2021), which stock PEFT opens on the stock base."""
 
     imports = ("llm.training.trainer", "peft")
 
     base: Semantic[Ref[Checkpoint]]
-    """The model that is adapted and stays as it is."""
+    """The model to adapt; its weights do not change."""
     quantize: Semantic[Literal["nf4"] | None] = None
-    """Hold the base in 4-bit NormalFloat while training (QLoRA, Dettmers et al. 2023); merging is into the full weights."""
+    """Keep the base in 4-bit NormalFloat while training (QLoRA, Dettmers et al. 2023). The adapter is merged into the full
+    weights."""
     double_quantize: Semantic[bool] = True
-    """Of "nf4": quantize the scales of the blocks as well."""
+    """For "nf4": quantize the scales of the blocks as well."""
     compute_dtype: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
-    """Of "nf4": what products with the unpacked weights are computed in; "auto" is the training's own precision."""
+    """For "nf4": precision of products with the unpacked weights; "auto" is the precision of the training."""
 
     @field_validator("optimizer")
     @classmethod
     def _is_adamw(cls, optimizer: Optimizer) -> Optimizer:
         if optimizer.kind != "adamw":
             raise ValueError(
-                f'kind: expected "adamw", got {optimizer.kind!r}, which is for whole matrices, not for the factors of an adapter'
+                f'kind: expected "adamw", got {optimizer.kind!r}, which is for whole matrices, not for factors of an adapter'
             )
         return optimizer
 
     def parallel_fault(self, parallel: Parallel) -> str | None:
-        """A base in four bits is not spread over processes."""
+        """A base in four bits cannot be sharded."""
         if self.quantize is None or parallel.strategy != "fsdp" or parallel.processes == 1:
             return None
         return f'quantize: expected parallel.strategy = "ddp" beside "{self.quantize}", got "fsdp"'
 
     def prepare(self, context: Context) -> None:
-        """Pack the rows, and what is mixed into them."""
+        """Pack the rows, and those mixed into them."""
         self.prepare_rows(context, context.open(self.base))
 
     def run(self, context: Context) -> Metrics:
@@ -74,7 +75,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Ada
     def _merge_losses(
         self, context: Context, model: "LanguageModel", held_out: "Validation", metrics: dict[str, Any]
     ) -> dict[str, float]:
-        """Of the adapter over four bits, merged into the full weights, and merged into what the four bits stand for."""
+        """The held-out loss of the adapter over four bits, merged into the full weights, and into the unpacked four bits."""
         from llm.adapters import lora
         from llm.adapters.merge import merge_attached
         from llm.models.checkpoint import load_checkpoint

@@ -1,4 +1,4 @@
-"""The kind `merge`: a checkpoint and its adapters become one checkpoint that computes the same.
+"""The kind `merge`: a checkpoint and its adapters as one checkpoint that computes the same.
 
 adapters = ["medical"]                                  # one, or a chain: each was trained on the merge of those before it
 adapters = ["medical", "legal"], weights = [0.7, 0.3]   # a mix: all were trained on `base`
@@ -19,12 +19,12 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     imports = ("llm.adapters.merge", "peft")
 
     base: Semantic[Ref[Checkpoint]]
-    """The model that the first adapter was trained on; with `weights`, all of them."""
+    """The model that the first adapter was trained on; with `weights`, that all were trained on."""
     adapters: Semantic[Annotated[list[Ref[Adapter]], Field(min_length=1)]]
-    """One adapter, or several that are merged one after the other, each on the result of those before it."""
+    """One adapter, or several that are merged in order, each trained on the result of those before it."""
     weights: Semantic[list[float] | None] = None
-    """One number per adapter: all are applied to the base at once, and its weights change by the weighted sum of what each
-    would change alone."""
+    """One number per adapter: all are applied to the base at once, and its weights change by the weighted sum of the changes
+    by each."""
 
     @model_validator(mode="after")
     def _a_weight_each(self) -> Self:
@@ -54,23 +54,25 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
         return {"adapters": len(folders)} | ({"losses": losses} if losses else {})
 
     def _check_origins(self, context: Context) -> None:
-        """InputError where an adapter was trained on another model than the one that it is merged into."""
+        """InputError if an adapter was trained on another model than the one that it is merged into."""
         from llm.errors import InputError
 
         base = context.records[self.base]["digest"]
         for place, name in enumerate(self.adapters):
-            sources = _digests(context.records[name])
+            sources = _input_digests(context.records[name])
             if self.weights is not None or place == 0:
                 if base not in sources:
                     found = ", ".join(context.records[name]["inputs"])
                     raise InputError(
-                        f"adapters[{place}]: expected an adapter trained on {str(self.base)!r}, but {str(name)!r} was trained on "
-                        f"{found}"
+                        f"adapters[{place}]: expected an adapter trained on {str(self.base)!r}, but {str(name)!r} was trained "
+                        f"on {found}"
                     )
                 continue
             before = self.adapters[place - 1]
             wanted = context.records[before]["digest"]
-            if not any(record["digest"] in sources and wanted in _digests(record) for record in context.records.values()):
+            if not any(
+                record["digest"] in sources and wanted in _input_digests(record) for record in context.records.values()
+            ):
                 hint = "; weights = [...] mixes adapters of one base" if base in sources else ""
                 raise InputError(
                     f"adapters[{place}]: expected an adapter trained on a merge of {str(before)!r}, but {str(name)!r} was "
@@ -78,11 +80,11 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
                 )
 
 
-def _digests(record: Mapping[str, Any]) -> set[str]:
-    """Of what a stage read."""
+def _input_digests(record: Mapping[str, Any]) -> set[str]:
+    """The digests of a stage's inputs."""
     return {source["digest"] for source in record.get("inputs", {}).values()}
 
 
 def _merge_losses(record: Mapping[str, Any]) -> Any:
-    """What a training over a base in four bits found on its held-out rows."""
+    """The held-out losses of a training over a base in four bits."""
     return record.get("metrics", {}).get("merge_losses")

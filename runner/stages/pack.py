@@ -1,4 +1,4 @@
-"""The kind `pack`: a corpus as token ids, in memory-mapped shards that know where documents end."""
+"""The kind `pack`: a corpus as token ids, in memory-mapped shards with the ends of documents."""
 
 import shutil
 import time
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from llm.text.documents import Document
     from llm.tokenizer.tokenizer import TextTokenizer
 
-BATCH_BYTES = 4 * 2**20  # of lines tokenized at once: enough for many cores; takes about 30 times as much memory
+BATCH_BYTES = 4 * 2**20  # of lines that are tokenized at once: enough for many cores; takes about 30 times as much memory
 
 
 class Pack(Stage, kind="pack", version=1, makes=Tokens):
     """Tokenizes the training and the validation documents of a corpus. Every document ends with the end token."""
 
     corpus: Semantic[Ref[Corpus]]
-    """The text."""
+    """The text to tokenize."""
     tokenizer: Semantic[Ref[Tokenizer]]
-    """What turns it into token ids; a copy of it goes along with them."""
+    """The tokenizer; a copy of it is stored with the tokens."""
     context: Semantic[int] = Field(ge=2)
-    """Tokens in a row of training: documents are laid end to end and cut into rows of this length."""
+    """Tokens in a training row: documents are concatenated and cut into rows of this length."""
 
     def run(self, context: Context) -> Metrics:
-        """Tokenize what is not there yet."""
+        """Tokenize the documents that are not tokenized yet."""
         from llm.errors import InputError
         from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -44,14 +44,14 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
             )
         }
         if not metrics["train"]["tokens"]:
-            raise InputError(f"corpus {str(self.corpus)!r}: found no training document; expected at least one")
+            raise InputError(f"corpus {str(self.corpus)!r}: expected at least one training document, got none")
         tokens.tokenizer.folder.mkdir(exist_ok=True)
         for file in source.content():
             shutil.copy2(file, tokens.tokenizer.folder / file.name)
         return metrics
 
     def _pack(self, context: Context, tokenizer: "TextTokenizer", documents: Path, folder: Path) -> dict[str, Any]:
-        """Write the documents of one split into `folder`, and tell what it holds."""
+        """Write the documents of one split into `folder`; returns its metrics."""
         from llm.data.token_shards import TokenWriter
         from llm.errors import Interrupted
         from llm.text.documents import read_documents

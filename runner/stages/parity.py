@@ -1,4 +1,4 @@
-"""The kind `parity`: whether a model is the same in every system in which it will be opened. What fails here is not released.
+"""The kind `parity`: whether a model computes the same in every system that opens it. A model that does not is not released.
 
     [stage.parity]
     kind = "parity"
@@ -7,7 +7,7 @@
     text = [{ files = "data/general_en_val.jsonl.gz" }, { files = "data/general_zh_val.jsonl.gz" }]
     prompts = [{ files = "data/medical_qa_test.jsonl.gz" }]
 
-A recipe that publishes without one gets one by itself (`runner.stages.publish`). The comparing is `llm.export.parity`'s.
+A recipe that publishes without such a stage gets one (`runner.stages.publish`). `llm.export.parity` compares.
 """
 
 import importlib.util
@@ -29,15 +29,15 @@ from runner.stages.fields.parity_inputs import ParityInputs, TextTable, read_row
 if TYPE_CHECKING:
     from llm.export.parity import Check, Ours, System
 
-LIKELIHOODS = 20  # texts after which log-probabilities are compared
+LIKELIHOODS = 20  # prompts after which log-probabilities are compared
 
 
 @dataclass(frozen=True)
 class ParityVerdict:
-    """The judgement of one comparison."""
+    """The result of one comparison."""
 
     gate: str  # what was compared
-    found: str  # what came of it
+    found: str  # the outcome
     passed: bool
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class ParityVerdict:
 
 
 def outcome(*, passed: bool | None, told: str, **numbers: Any) -> str:
-    """What came of a comparison, for a person."""
+    """The outcome of a comparison as a sentence."""
     return f"{'not checked' if passed is None else 'equal' if passed else 'not equal'}: {told}"
 
 
@@ -55,25 +55,25 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     imports = ("llm.export.parity",)
 
     model: Semantic[Ref[Checkpoint]]
-    """What is to be released."""
+    """The model to be released."""
     gguf: Semantic[Ref[Gguf] | None] = None
-    """Its GGUF files. Where llama.cpp is not installed (`pip install 'stockpot[llama-cpp]'`), they are told as not checked."""
+    """Its GGUF files. Without llama.cpp (`pip install 'stockpot[llama-cpp]'`) they are reported as not checked."""
     base: Semantic[Ref[Checkpoint] | None] = None
     """The model that `adapter` was trained on."""
     adapter: Semantic[Ref[Adapter] | None] = None
-    """An adapter that is released by itself."""
+    """An adapter that is released with it."""
     corpora: Semantic[Annotated[list[Ref[Corpus]], Field(default_factory=list)]]
-    """Corpora whose held-out documents give sentences."""
+    """Corpora from whose held-out documents sentences are taken."""
     text: Semantic[list[TextTable]] = Field(default_factory=list)
-    """Files that give sentences. A few that are hard to cut into tokens are always among them."""
+    """Files from which sentences are taken. A few sentences that are hard to tokenize are always added."""
     prompts: Semantic[list[RowTable]] = Field(default_factory=list)
-    """Rows whose prompts are answered and whose chats are rendered; without any, sentences stand in for them."""
+    """Rows whose prompts are answered and whose chats are rendered; without any, sentences are used instead."""
     sentences: Semantic[int] = Field(1000, gt=0)
-    """Sentences to cut into tokens, an even share of each language."""
+    """Number of sentences to tokenize, an equal share for each language."""
     answers: Semantic[int] = Field(50, gt=0)
-    """Prompts to answer."""
+    """Number of prompts to answer."""
     max_new_tokens: Semantic[int] = Field(64, gt=0)
-    """Longest answer."""
+    """Most tokens of an answer."""
 
     @model_validator(mode="after")
     def _adapter_with_base(self) -> Self:
@@ -82,7 +82,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         return self
 
     def run(self, context: Context) -> Metrics:
-        """Compare everything, whether or not something fails."""
+        """Make all comparisons, even if some fail."""
         from llm.export.parity import balanced
         from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -107,7 +107,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         }
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
-        """One of all that are equal, and one of each other; what could not be checked passes, and says so."""
+        """One verdict on all equal comparisons, and one on each other; what could not be checked passes, and says so."""
         equal = Counter(check["name"].partition(":")[0] for check in metrics["checks"] if check["passed"])
         others = [
             ParityVerdict(str(check["name"]), outcome(**check), passed=check["passed"] is None)
@@ -147,7 +147,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             yield from self._llama_cpp(path, precision, ours, words, cores=context.cores)
 
     def _adapter_check(self, context: Context, ours: "Ours", inputs: ParityInputs) -> "Check":
-        """Whether stock PEFT computes with the adapter on the stock base what the adapter computes here."""
+        """Whether stock PEFT computes the same with the adapter on the stock base."""
         from llm.adapters.lora import load_adapter
         from llm.export.parity import check_likelihoods
         from llm.export.transformers_backend import StockModel
@@ -169,7 +169,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     def _llama_cpp(
         self, path: Path, precision: str, ours: "Ours", words: "Callable[[System], Iterator[Check]]", *, cores: int
     ) -> "Iterator[Check]":
-        """What llama.cpp makes of one file: answers are to be equal where its weights are those that were trained."""
+        """The comparisons with llama.cpp for one file; answers have to be equal only for unrounded weights."""
         from llm.errors import InputError
         from llm.export.llama_cpp_backend import PACKAGE, LlamaCpp
         from llm.export.parity import Check, check_answers, check_likelihoods

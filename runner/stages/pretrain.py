@@ -1,4 +1,8 @@
-"""The kind `pretrain`: a model with fresh weights learns to predict the next token of packed text."""
+"""The kinds `pretrain` and `trunk`: a model with fresh weights learns to predict the next token of packed text.
+
+A trunk is the part of a "wsd" schedule before the learning rate goes down. It keeps its optimizer state, so that trainings
+with a longer budget or another decay continue from it.
+"""
 
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -23,15 +27,15 @@ else:
 
 
 class Pretraining(TrainingStage):
-    """A training from nothing, or from where another one was left."""
+    """A training of a new model, or of a trunk from where it stopped."""
 
     tokens: Semantic[Ref[Tokens]]
-    """The text to learn, as tokens; its tokenizer goes into the checkpoint."""
+    """The text to learn from, as tokens; its tokenizer is stored in the checkpoint."""
     architecture: Semantic[ArchitectureConfig]
-    """The model: `name` says which of the registered architectures, the rest is its sizes."""
+    """The model: `name` is one of the registered architectures, the other fields are its sizes."""
 
     def steps(self, stages: "Mapping[str, Stage]") -> int | None:
-        """How many it takes; None where that is only known once its tokens are there."""
+        """The number of optimizer steps; None if it depends on how many tokens there will be."""
         if self.budget.steps is not None or self.budget.epochs is not None:
             return self.budget.steps
         pack = stages.get(self.tokens)
@@ -41,7 +45,7 @@ class Pretraining(TrainingStage):
         return self.budget.in_steps(batch_tokens=rows * pack.context, rows_per_step=rows, rows_per_epoch=rows)
 
     def learn_text(self, context: Context, *, start_from: "Path | None", leaves_state: bool = False) -> dict[str, Any]:
-        """Draw the weights, train from there or from `start_from`, and write the checkpoint; returns the metrics."""
+        """Train new weights, or continue from `start_from`, and write the checkpoint; returns the metrics."""
         import torch
 
         from llm.data.token_shards import TokenRows, TokenShards
@@ -78,20 +82,20 @@ class Pretraining(TrainingStage):
         return metrics
 
 
-SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that a training has in common with its trunk
+SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that must be equal in a training and its trunk
 
 
 class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
-    """Trains a model from nothing on packed text."""
+    """Trains a new model on packed text."""
 
     trunk: Semantic[Ref[TrainingState] | None] = None
-    """Of a "wsd" schedule: the trunk that it goes on from, which has the first steps of its budget behind it."""
+    """For a "wsd" schedule: the trunk to continue from, which has done the first steps of the budget."""
     keep_trunk: Execution[bool] = True
-    """Whether a training with a "wsd" schedule that names no trunk gets one, the stage `NAME-trunk`, so that a longer budget
-    or another decay goes on from it; only with a budget of tokens or steps. What is learned is the same."""
+    """Whether a training with a "wsd" schedule and no `trunk` gets one, the stage `NAME-trunk`, from which trainings with a
+    longer budget or another decay continue. Needs a budget of tokens or steps. The result is the same."""
 
     def faults_among(self, stages: Mapping[str, Stage]) -> Iterator[str]:
-        """What differs from its trunk that may not."""
+        """Fields that differ from those of its trunk, but must not."""
         trunk = stages[self.trunk] if self.trunk is not None else None
         if not isinstance(trunk, Trunk):
             return
@@ -100,31 +104,31 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
             yield f'schedule.kind: expected "wsd" beside a trunk, got {self.schedule.kind!r}'
         for change in changes(_shared(trunk), _shared(self)):
             field, _, difference = change.partition(": ")
-            wanted, _, found = difference.partition(" -> ")
-            yield f"{field}: expected {wanted} as in its trunk {name!r}, got {found}"
-        steps, behind = self.steps(stages), trunk.steps(stages)
-        if steps is not None and behind is not None and not behind <= self.schedule.descent(steps):
+            expected, _, got = difference.partition(" -> ")
+            yield f"{field}: expected {expected} as in its trunk {name!r}, got {got}"
+        steps, done = self.steps(stages), trunk.steps(stages)
+        if steps is not None and done is not None and not done <= self.schedule.descent(steps):
             yield (
-                f"trunk: expected one of at most {self.schedule.descent(steps)} steps, since from there on the rate goes down; "
-                f"{name!r} has {behind}"
+                f"trunk: expected at most {self.schedule.descent(steps)} steps, where the rate starts to go down, got {done} "
+                f"in {name!r}"
             )
 
     def expanded(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
-        """Its trunk, where it should have one and does not, and itself, going on from it."""
+        """Its trunk, if it should have one but does not, and itself, continuing from it."""
         steps = self.steps(stages)
         if self.trunk is not None or not self.keep_trunk or self.schedule.kind != "wsd" or steps is None:
             return {name: self}
-        until, rate = self.schedule.descent(steps), self.schedule
-        if not rate.warmup_steps < until < steps:
+        until, schedule = self.schedule.descent(steps), self.schedule
+        if not schedule.warmup_steps < until < steps:
             return {name: self}
         trunk = next(free for number in count(1) if (free := f"{name}-trunk" + f"-{number}" * (number > 1)) not in stages)
         changed = {
             "budget": Budget(steps=until),
-            "schedule": Schedule(kind="constant", learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
+            "schedule": Schedule(kind="constant", learning_rate=schedule.learning_rate, warmup_steps=schedule.warmup_steps),
             "attempts": [],
         }
-        stable = Trunk(**{field: getattr(self, field) for field in Trunk.model_fields} | changed)
-        return {trunk: stable, name: self.model_copy(update={"trunk": Ref.to(TrainingState, trunk)})}
+        first_steps = Trunk(**{field: getattr(self, field) for field in Trunk.model_fields} | changed)
+        return {trunk: first_steps, name: self.model_copy(update={"trunk": Ref.to(TrainingState, trunk)})}
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
@@ -135,7 +139,7 @@ class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
                 from llm.errors import InputError
 
                 raise InputError(
-                    f"tokens: expected the tokenizer of {str(self.trunk)!r}; {str(self.tokens)!r} has another one"
+                    f"tokens: expected the tokenizer of {str(self.trunk)!r}, got another one in {str(self.tokens)!r}"
                 )
             start_from = state.folder
         return self.learn_text(context, start_from=start_from)
@@ -148,28 +152,28 @@ def _shared(stage: Pretraining) -> dict[str, Any]:
 
 
 class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
-    """Trains a model from nothing at a rate that does not go down, and keeps what going on takes."""
+    """Trains a new model at a constant learning rate, and keeps the optimizer state for trainings that continue from it."""
 
     @model_validator(mode="after")
     def _open_ended(self) -> Self:
         if self.schedule.kind != "constant":
-            raise ValueError(f'a trunk: expected schedule.kind = "constant", got {self.schedule.kind!r}')
+            raise ValueError(f'schedule.kind: expected "constant" for a trunk, got {self.schedule.kind!r}')
         if self.budget.epochs is not None:
-            raise ValueError("a trunk: expected a budget of tokens or steps, got epochs")
+            raise ValueError("budget: expected tokens or steps for a trunk, got epochs")
         return self
 
     @property
     def holds_out(self) -> bool:
-        """No: it looks at held-out rows only on its way."""
+        """False: its record has no loss on held-out rows, which it only measures on the way."""
         return False
 
     def expanded(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
-        """Itself, with its budget in steps."""
+        """The trunk with its budget in steps."""
         steps = self.steps(stages)
         return {name: self if steps is None else self.model_copy(update={"budget": type(self.budget)(steps=steps)})}
 
     def reusable_work(self, mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-        """The steps of a shorter one; none where an alert may go back behind its end."""
+        """The steps of a shorter trunk; 0 if an alert may roll back to before its end."""
         steps: int | None = other["fields"].get("budget", {}).get("steps")
         alike = {**other, "fields": {**other["fields"], "budget": mine["fields"]["budget"]}} == mine
         if steps is None or self.budget.steps is None or not alike or self.alerts.does("rollback"):
@@ -177,5 +181,5 @@ class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
         return steps if steps < self.budget.steps else 0
 
     def run(self, context: Context) -> Metrics:
-        """Train, and write the checkpoint and what is kept beside it."""
+        """Train, and write the checkpoint with its training state."""
         return self.learn_text(context, start_from=context.beginning, leaves_state=True)

@@ -1,15 +1,15 @@
-"""The kind `publish`: assembles the folder that is released, and pushes it once it is finished and a token is there.
+"""The kind `publish`: assembles the release folder, and pushes it to the Hub if there is a token.
 
     [stage.publish]
     kind = "publish"
     model = "release"                # safetensors, as Transformers opens them
     gguf = "gguf"                    # for llama.cpp and Ollama
-    adapter = "medical"              # by itself in the folder `adapter`, for PEFT
+    adapter = "medical"              # in the folder `adapter`, for PEFT
     scores = ["before", "after"]
 
-Nothing is published before the kind `parity` has found it the same wherever it is opened: a recipe that names no such stage
-gets one, with what its other stages hold out to compare by. The folder is the artifact; pushing is an effect that receipts
-decide on (`runner.hub`), so a run that only lacked a token repeats nothing.
+Nothing is published before the kind `parity` has compared it in every system that opens it: a recipe without such a stage gets
+one, with the held-out data of its other stages. The folder is the artifact. Pushing is an effect, and receipts (`runner.hub`)
+say whether it was done, so a run that only lacked a token repeats no work.
 """
 
 import json
@@ -41,36 +41,36 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
     """Assembles a release (weights, tokenizer, card, recipe, lock file, scores); pushes it to the Hub if `repo` is named."""
 
     model: Semantic[Ref[Checkpoint]]
-    """What is released."""
+    """The model to release."""
     scores: Semantic[Annotated[list[Ref[Scores]], Field(default_factory=list)]]
-    """Evaluations that the card shows, the released model's last; a gate that fails on any of them blocks the release."""
+    """Evaluations for the card, that of the released model last; a failed gate of any of them blocks the release."""
     gguf: Semantic[Ref[Gguf] | None] = None
-    """GGUF files of the model, which go along."""
+    """GGUF files of the model to release with it."""
     adapter: Semantic[Ref[Adapter] | None] = None
-    """An adapter that goes along by itself, in the folder `adapter`."""
+    """An adapter to release with it, in the folder `adapter`."""
     parity: Semantic[Ref[Parity] | None] = None
-    """The comparison of the model in every system that opens it; by default a stage that is made for this one."""
+    """The comparison of the model in every system that opens it; by default a stage that is added for it."""
     license: Semantic[str] = "other"
-    """Licence of the model, as the Hub names it: "apache-2.0", "mit", "cc-by-4.0"."""
+    """Licence of the model, by its name on the Hub: "apache-2.0", "mit", "cc-by-4.0"."""
     languages: Semantic[list[str] | None] = None
-    """ISO 639 codes for the card; by default those of the rows of the corpus."""
+    """ISO 639 codes for the card; by default the languages of the corpus."""
     repo: Execution[Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")] | None] = None
-    """Where to push: "owner/name", or "name" for the owner of the token; without it nothing is pushed."""
+    """Repository to push to: "owner/name", or "name" for the owner of the token; by default nothing is pushed."""
     private: Execution[bool] = True
-    """Whether a repository that has to be created is private."""
+    """Whether the repository is private if it has to be created."""
     branch: Execution[Annotated[str, Field(pattern=r"^\w[\w./-]*$")]] = "main"
-    """Branch to push to; one that is not there begins at main."""
+    """Branch to push to; it is created from main if it does not exist."""
     pull_request: Execution[bool] = False
-    """Whether to open a pull request to main, instead of pushing to a branch."""
+    """Whether to open a pull request to main instead of pushing to a branch."""
     tag: Execution[Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None] = None
-    """A tag for the commit, such as "v1"; a new release wants a new one."""
+    """A tag for the commit, such as "v1"; a new release needs a new one."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.pull_request and self.branch != "main":
-            raise ValueError(f"a pull request goes to main; expected pull_request or branch, got both ({self.branch!r})")
+            raise ValueError(f'branch: expected "main" with pull_request, got {self.branch!r}')
         if self.pull_request and self.tag is not None:
-            raise ValueError(f"a pull request is not released yet; expected pull_request or tag, got both ({self.tag!r})")
+            raise ValueError(f"tag: expected none with pull_request, which is not released yet, got {self.tag!r}")
         return self
 
     @property
@@ -81,7 +81,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         return Target(self.repo, branch=self.branch, endpoint=credentials.endpoint(), pull_request=self.pull_request)
 
     def completed(self, name: str, stages: Mapping[str, Stage]) -> Mapping[str, Stage]:
-        """With a stage `NAME-parity` where it names none."""
+        """With an added stage `NAME-parity` if it names none."""
         if self.parity is not None:
             return {name: self}
         parity = next(free for number in count(1) if (free := f"{name}-parity" + f"-{number}" * (number > 1)) not in stages)
@@ -89,7 +89,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         return {name: complete, parity: self._parity(stages)}
 
     def _parity(self, stages: Mapping[str, Stage]) -> CheckParity:
-        """Compares by what the stages above hold out: documents of corpora, rows of evaluations, or else of trainings."""
+        """A comparison on the held-out data of the stages above: documents of corpora, rows of evaluations or trainings."""
         above = [other for other in stages if other in ancestors(inputs_of(stages), self.model) | {self.model}]
         trainings = [stage for stage in map(stages.__getitem__, above) if isinstance(stage, RowTraining)]
         scored = [stage for stage in map(stages.get, self.scores) if isinstance(stage, Evaluate)]
@@ -107,14 +107,14 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         )
 
     def run(self, context: Context) -> Metrics:
-        """Fill the release folder."""
+        """Write the release folder."""
         from runner.hub.model_card import Model, languages_of, model_card
         from runner.tracking.curves import draw
 
         release, checkpoint = Release(context.work), context.open(self.model)
         self._check_inputs(context)
-        going_on = TrainingState(checkpoint.folder)
-        for path in sorted({*checkpoint.content()} - {going_on.optimizer, going_on.training}):
+        state = TrainingState(checkpoint.folder)
+        for path in sorted({*checkpoint.content()} - {state.optimizer, state.training}):
             link_or_copy(path, context.work / path.relative_to(checkpoint.folder))
         for path in context.open(self.gguf).content() if self.gguf is not None else ():
             link_or_copy(path, context.work / path.name)
@@ -123,7 +123,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         if self.parity is not None:
             link_or_copy(context.open(self.parity).results, release.parity)
         recipe = tomllib.loads(context.recipe)
-        names = [*recipe["stage"], *context.records]  # written, and those that written ones stand for
+        names = [*recipe["stage"], *context.records]  # as written, and those that were added
         records = {name: context.records[name] for name in names if name in context.records}
         scores = {str(ref): json.loads(context.open(ref).scores.read_text(encoding="utf-8")) for ref in self.scores}
         release.recipe.write_text(context.recipe, encoding="utf-8")
@@ -157,7 +157,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         return {"files": len(files), "bytes": sum(path.stat().st_size for path in files), "languages": languages}
 
     def _check_inputs(self, context: Context) -> None:
-        """What is released with the model has to be of this model."""
+        """InputError if the files to release with the model were made from another one."""
         from llm.errors import InputError
 
         def sources(ref: str) -> set[str]:
@@ -166,14 +166,16 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         model = context.records[self.model]["digest"]
         released = {str(ref): context.records[ref]["digest"] for ref in (self.gguf, self.adapter) if ref is not None}
         if self.gguf is not None and model not in sources(self.gguf):
-            raise InputError(f"gguf: expected files of what {str(self.model)!r} made; {str(self.gguf)!r} wrote another model")
+            raise InputError(
+                f"gguf: expected files of {str(self.model)!r}, got those of another model from {str(self.gguf)!r}"
+            )
         if self.parity is not None:
             for name, digest in {str(self.model): model, **released}.items():
                 if digest not in sources(self.parity):
-                    raise InputError(f"parity: expected {name!r} compared before it is released; {str(self.parity)!r} did not")
+                    raise InputError(f"parity: expected a comparison of {name!r}, got none in {str(self.parity)!r}")
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:
-        """The push, unless a receipt says it is done."""
+        """The push, unless a receipt says that it was done."""
         target = self.target
         if target is None:
             return None
@@ -190,7 +192,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         return Effect(f"tags what {target} holds" if pushes else f"pushes to {target}", act)
 
     def push(self, artifact: Path, digest: str, receipts: Path, acting: EffectContext) -> str:
-        """Push the release, whatever the receipts say; returns a sentence with its address."""
+        """Push the release, regardless of receipts; returns a sentence with its address."""
         from runner.hub.push import PushRequest, push
         from runner.hub.retries import Retries
 
@@ -204,7 +206,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
 def _verdicts(
     tables: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]], judged: Sequence[str]
 ) -> dict[str, Sequence[Verdict]]:
-    """What came of the gates of each evaluation in `judged`."""
+    """The verdicts on the gates of each evaluation in `judged`."""
     from runner.stages import stage_kinds
 
     if not judged:
@@ -216,18 +218,18 @@ def _verdicts(
 
 
 def _files(release: Release) -> list[Path]:
-    """What is pushed: the content, and what is told about it."""
+    """The files to push: the content, the card, the lock file and the curves."""
     return [*release.content(), release.card, release.lock, *([release.curves] if release.curves.exists() else [])]
 
 
 def _locked(record: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the lock file tells of a stage; `data` are its input files."""
+    """The entry of a stage in the lock file; `data` has its input files."""
     locked = {name: record[name] for name in LOCKED if name in record}
     return locked | ({"data": data} if data else {})
 
 
 def _as_rows(table: RowTable) -> dict[str, Any]:
-    """The fields that every table of rows has; rows that cannot be used are passed over."""
+    """The fields of a RowTable, with rows skipped that cannot be used."""
     return {name: getattr(table, name) for name in RowTable.model_fields} | {"on_bad_row": "skip"}
 
 

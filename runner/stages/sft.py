@@ -1,4 +1,4 @@
-"""The kind `sft`: all weights of a checkpoint learn to answer (supervised fine-tuning)."""
+"""The kind `sft`: supervised fine-tuning of all weights of a checkpoint."""
 
 from pydantic import Field
 
@@ -12,12 +12,12 @@ class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
     """Fine-tunes all weights of a model on prompts and responses, or on chats of many turns."""
 
     model: Semantic[Ref[Checkpoint]]
-    """What is fine-tuned."""
+    """The model to fine-tune."""
     dropout: Semantic[float] = Field(0.0, ge=0, lt=1)
-    """Share of channels zeroed on the embeddings and on each residual branch while training."""
+    """Share of channels that are zeroed on the embeddings and on each residual branch while training."""
 
     def prepare(self, context: Context) -> None:
-        """Pack the rows, and what is mixed into them."""
+        """Pack the rows, and those mixed into them."""
         self.prepare_rows(context, context.open(self.model))
 
     def run(self, context: Context) -> Metrics:

@@ -1,4 +1,4 @@
-"""The kind `tokenizer`: a byte-level BPE learned from a sample of a corpus, and what it is worth on text it has not seen."""
+"""The kind `tokenizer`: a byte-level BPE, trained on a sample of a corpus and measured on held-out text."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,47 +16,47 @@ from runner.stage import Context, Metrics, Ref, Semantic, Stage
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
-MOST_SPECIAL_TOKENS = 50  # more is a mistake: they are not learned as text, and each takes a row of the embedding
+MAX_SPECIAL_TOKENS = 50  # more is a mistake: they are not learned as text, and each takes a row of the embedding
 
 
 class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
-    """Learns a byte-level BPE from a corpus. It comes with a chat template and opens with Transformers."""
+    """Trains a byte-level BPE on a corpus. It has a chat template and opens in Transformers."""
 
     corpus: Semantic[Ref[Corpus]]
-    """The text to learn from; only its training documents are read for that."""
+    """The text to train on; only its training documents are used for that."""
     vocab_size: Semantic[int] = Field(gt=0)
-    """Tokens in all: 256 bytes, the special tokens, and as many merged pairs as there is room for."""
+    """Number of tokens: 256 bytes, the special tokens, and merged pairs for the rest."""
     min_frequency: Semantic[int] = Field(2, ge=1)
-    """How often a pair of tokens must occur to become one."""
+    """How often a pair of tokens must occur to be merged."""
     special_tokens: Semantic[list[str]] = Field(default_factory=list)
-    """Tokens of your own, after <|begin|>, <|end|>, <|pad|>, <|system|>, <|user|> and <|assistant|>; at most 50 in all."""
+    """More special tokens, after <|begin|>, <|end|>, <|pad|>, <|system|>, <|user|> and <|assistant|>; at most 50 in all."""
     pre_tokenizer: Semantic[PreTokenizerName] = "qwen2"
-    """How text is cut into words, by the name that llama.cpp knows it by. "qwen2" and "smollm" keep each digit alone,
-    "llama-bpe" and "deepseek-v3" cut numbers in threes, and "deepseek-v3" keeps Chinese apart from other letters."""
+    """How text is split into words, by llama.cpp's name. "qwen2" and "smollm" split off each digit, "llama-bpe" and
+    "deepseek-v3" split numbers in threes, and "deepseek-v3" separates Chinese from other letters."""
     sample_bytes: Semantic[int] = Field(64_000_000, gt=0)
-    """About how much of the corpus to learn from; documents are chosen by hash. Chinese takes about 100 bytes of memory
-    for each byte of it, because it is not cut into words; English takes a few."""
+    """Approximate size of the sample to train on; documents are chosen by hash. Each byte of Chinese takes about 100 bytes of
+    memory, because Chinese is not split into words; each byte of English takes a few."""
     compare_with: Semantic[list[InputFile]] = Field(default_factory=list)
-    """Files tokenizer.json of other models: the record says how long sequences are against theirs."""
+    """Files tokenizer.json of other models, with whose sequence lengths the record compares."""
 
     @model_validator(mode="after")
     def _special_tokens_fit(self) -> Self:
         if found := [token for token in self.special_tokens if not token.strip() or token in SPECIAL_TOKENS]:
-            raise ValueError(f"special_tokens: expected tokens that are not empty and not there anyway, got {found[0]!r}")
+            raise ValueError(f"special_tokens: expected tokens that are not empty and not built in, got {found[0]!r}")
         if twice := [token for token in self.special_tokens if self.special_tokens.count(token) > 1]:
             raise ValueError(f"special_tokens: expected each token once, got {twice[0]!r} twice")
         specials = len(SPECIAL_TOKENS) + len(self.special_tokens)
-        if specials > MOST_SPECIAL_TOKENS:
-            raise ValueError(f"special_tokens: expected at most {MOST_SPECIAL_TOKENS} in all, got {specials}")
+        if specials > MAX_SPECIAL_TOKENS:
+            raise ValueError(f"special_tokens: expected at most {MAX_SPECIAL_TOKENS} in all, got {specials}")
         if self.vocab_size < BYTES + specials:
             raise ValueError(
-                f"vocab_size: expected room for {BYTES} bytes and {specials} special tokens: at least {BYTES + specials}, "
+                f"vocab_size: expected at least {BYTES + specials}, for {BYTES} bytes and {specials} special tokens, "
                 f"got {self.vocab_size}"
             )
         return self
 
     def run(self, context: Context) -> Metrics:
-        """Train, save, and measure."""
+        """Train, save and measure the tokenizer."""
         from llm.tokenizer.report import load_other, measured_documents, report
 
         corpus = context.open(self.corpus)
@@ -66,7 +66,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         tokenizer = self._learn(self._texts(context, sampled), allow_smaller=False)
         english_only = None
         if 0 < sampled["en"] < sampled.total():
-            context.report(note="learning an English-only tokenizer of the same size to compare with")
+            context.report(note="training an English-only tokenizer of the same size for comparison")
             english_only = self._learn(self._texts(context, Counter(), language="en"), allow_smaller=True)
         tokenizer.save(context.work)
         context.report(note="measuring")
@@ -90,7 +90,7 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         )
 
     def _texts(self, context: Context, sampled: Counter[str], *, language: str | None = None) -> Iterator[str]:
-        """The documents of the sample, each as often as training sees it; `sampled` counts bytes by language."""
+        """The documents of the sample, each repeated for its passes; `sampled` counts bytes by language."""
         from llm.errors import InputError, Interrupted
         from llm.text.documents import sample_documents
 
@@ -103,6 +103,6 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
                 yield from repeat(document.text, document.passes)
         if not sampled:
             raise InputError(
-                f"corpus {str(self.corpus)!r}: found no document to learn from in a sample of {self.sample_bytes:,} bytes "
-                f"out of {train.stat().st_size:,}; expected text, or a larger sample_bytes where documents are long"
+                f"corpus {str(self.corpus)!r}: expected documents in a sample of {self.sample_bytes:,} bytes out of "
+                f"{train.stat().st_size:,}, got none; increase sample_bytes if documents are long"
             )

@@ -1,1 +1,1 @@
-"""Tables and fields that several kinds of stages share."""
+"""Tables and fields that several kinds of stages share, and how they become arguments of `llm`."""

@@ -22,7 +22,7 @@ def page(
     scores: Mapping[str, float],
     intervals: Mapping[str, Sequence[float]],  # of the scores, at 95% confidence
 ) -> str:
-    """The whole page: what was measured over all pairs, then every prompt with the wanted answer and both that were given."""
+    """The whole page: the scores, then every prompt with the reference answer and the answers of both models."""
     measured = "".join(_measured(name, value, intervals.get(name, ())) for name, value in scores.items())
     return f"""<!doctype html>
 <html lang="en">

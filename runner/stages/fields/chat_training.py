@@ -1,4 +1,4 @@
-"""What the kinds that train on tables of rows share: packing, packed rows while training, and what is mixed into them."""
+"""Training on tables of rows, for `sft`, `lora` and `dpo`: packing the rows, mixing others into them, and training on them."""
 
 import json
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from llm.training.validation import Validation
 
 ROWS, VALIDATION_ROWS = "rows", "validation-rows"  # in scratch
-LEAST_ROWS = 4  # in a step, if rows are made longer than a chat
+MIN_ROWS = 4  # in a step, if rows are longer than a chat
 
 
 class PackedTraining(TrainingStage):
-    """A training on packed rows, from a checkpoint; what the tables hold is the subclass's business."""
+    """A training of a checkpoint on packed rows; a subclass has the tables."""
 
     context: Semantic[Annotated[int, Field(gt=0)] | None] = None
-    """Positions of a chat; by default as many as the model has. Longer chats are cut to it."""
+    """Maximum positions of a chat, by default those of the model. Longer chats are cut."""
 
     def tables(self) -> tuple[Sequence[TrainingTable | PreferenceTable], Sequence[TrainingTable | PreferenceTable]]:
-        """What is learned from, and what is held out."""
+        """The tables to learn from, and the held-out ones."""
         raise NotImplementedError
 
     @property
     def holds_out(self) -> bool:
-        """Whether its record tells the loss on held-out rows."""
+        """Whether its record has a loss on held-out rows."""
         return bool(self.tables()[1])
 
     def positions(self, base: Checkpoint) -> int:
-        """Most positions of a chat for `base`; InputError where the model has fewer."""
+        """The maximum positions of a chat; InputError if `base` has fewer."""
         from llm.errors import InputError
 
         most: int = json.loads(base.config.read_text(encoding="utf-8"))["max_position_embeddings"]
@@ -47,18 +47,18 @@ class PackedTraining(TrainingStage):
         return self.context or most
 
     def pack(self, context: Context, base: Checkpoint) -> None:
-        """Tokenize and pack the tables for `base`, in one process and without torch; what a run before this did is kept."""
+        """Tokenize and pack the tables for `base`, in one process and without torch; tables that are packed are kept."""
         from llm.tokenizer.tokenizer import TextTokenizer
 
         positions = self.positions(base)
         tokenizer = TextTokenizer.load(base.tokenizer.folder)
         for name, tables in zip((ROWS, VALIDATION_ROWS), self.tables(), strict=True):
             if tables:
-                longest = max(positions, self.batch_tokens // LEAST_ROWS)
+                longest = max(positions, self.batch_tokens // MIN_ROWS)
                 pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, longest_row=longest)
 
     def held_out(self, context: Context, *, watched: Sequence[str] = ()) -> "Validation | None":
-        """The rows held out, as `pack` made them."""
+        """The held-out rows, which `pack` wrote; None if there are none."""
         from llm.data.packing import PackedRows
         from llm.training.validation import Validation
 
@@ -76,7 +76,7 @@ class PackedTraining(TrainingStage):
         objective: "Objective | None" = None,
         watched: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Train `model` in place on what `pack` made; returns the metrics for the record, those of the rows among them."""
+        """Train `model` in place on the rows that `pack` wrote; returns the metrics for the record, with those of the rows."""
         from llm.data.mixture import mixed
         from llm.data.packing import STATISTICS, PackedRows
 
@@ -91,28 +91,28 @@ class PackedTraining(TrainingStage):
 
 
 class RowTraining(PackedTraining):
-    """A training on prompts and responses, or on chats; a kind of its own only where a subclass gives one."""
+    """A training on prompts and responses, or on chats."""
 
     data: Semantic[Annotated[list[TrainingTable], Field(min_length=1)]]
-    """What to learn from. Loss is on the assistant's text and the end of its turns."""
+    """The rows to learn from. Loss is on the assistant's text and the end of its turns."""
     validation: Semantic[list[TrainingTable]] = Field(default_factory=list)
-    """Rows held out, to look at while training; nothing is learned from them."""
+    """Held-out rows, to measure the loss on while training."""
     mix: Semantic[list[MixTable]] = Field(default_factory=list)
-    """What else to learn from meanwhile, against forgetting: each has a share of the rows of every step."""
+    """Other data to learn from, against forgetting: each has a share of the rows of every step."""
 
     @field_validator("mix")
     @classmethod
     def _leave_room(cls, mix: list[MixTable]) -> list[MixTable]:
         if (total := sum(table.share for table in mix)) >= 1:
-            raise ValueError(f"expected shares that sum to less than 1, and leave the rest to data, got {total:g}")
+            raise ValueError(f"expected shares with a sum below 1, since data has the rest, got {total:g}")
         return mix
 
     def tables(self) -> tuple[list[TrainingTable], list[TrainingTable]]:
-        """What is learned from, and what is held out."""
+        """The tables to learn from, and the held-out ones."""
         return self.data, self.validation
 
     def prepare_rows(self, context: Context, base: Checkpoint) -> None:
-        """Pack the tables, and then what is mixed into them, whose rows are as long."""
+        """Pack the tables, and then the data of `mix` into rows of the same length."""
         from llm.data.packing import PackedRows
 
         self.pack(context, base)
@@ -123,14 +123,14 @@ class RowTraining(PackedTraining):
                 table.prepare(context, base, f"mix-{number}", positions=positions, row_length=row_length)
 
     def learn_mixed(self, context: Context, model: "LanguageModel", base: Checkpoint) -> dict[str, Any]:
-        """`learn_rows` with what is mixed in; the metrics tell of that too."""
+        """`learn_rows` with `mix`, which the metrics include."""
         metrics = self.learn_rows(context, model, mixture=self.mixture(context, base))
         if self.mix:
             metrics["mix"] = [table.facts(context, f"mix-{number}") for number, table in enumerate(self.mix)]
         return metrics
 
     def mixture(self, context: Context, base: Checkpoint) -> "list[tuple[RowSource, float]]":
-        """The rows of `mix`, each with its share."""
+        """The rows of each table of `mix`, with its share."""
         from llm.data.packing import PackedRows
 
         if not self.mix:

@@ -1,7 +1,7 @@
-"""What is mixed into the rows of a fine-tuning, so that a model learns a domain and keeps what it knew.
+"""Data that is mixed into the rows of a fine-tuning, so that the model does not forget what it learned before.
 
 mix = [
-  { tokens = "tokens", share = 0.2 },                                     # what a pack stage made for this tokenizer
+  { tokens = "tokens", share = 0.2 },                                     # of a pack stage with the same tokenizer
   { files = "data/general.jsonl.gz", text = "text", share = 0.1 },        # plain text: loss on all of it
   { files = "data/chat.jsonl.gz", share = 0.1 },                          # prompts and responses, or messages
 ]
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 class MixTable(Spec):
-    """Tokens, text or chats that have a share of the rows of a training."""
+    """Tokens, text or chats with a share of the rows of a training."""
 
     share: Semantic[Annotated[float, Field(gt=0, lt=1)]]
-    """Share of the positions of a training that are of this: so many of its rows, evenly spread over its steps."""
+    """Share of the training's rows, spread evenly over its steps."""
     tokens: Semantic[Ref[Tokens] | None] = None
-    """Text that a `pack` stage made with the model's own tokenizer. Loss is on all of it."""
+    """Tokens of a `pack` stage with the model's tokenizer. Loss is on all of them."""
     files: Semantic[InputFile | None] = None
     """Instead of tokens: path or glob, .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
     text: Semantic[str | None] = None
-    """Of files with plain text: the field that holds it, or a template over fields. Loss is on all of it."""
+    """For files of plain text: the field that holds it, or a template over fields. Loss is on all of it."""
     prompt: Semantic[str] = "{prompt}"
-    """Of files with chats: what the user says, as in `data`."""
+    """For files of chats: what the user says, as in `data`."""
     response: Semantic[str] = "{response}"
-    """Of files with chats: what the assistant answers; loss is on this alone."""
+    """For files of chats: what the assistant answers; loss is on this alone."""
     messages: Semantic[str | None] = None
-    """Of files with chats, instead of prompt and response: the field that holds a list of {role, content}."""
+    """For files of chats, instead of prompt and response: the field that holds a list of {role, content}."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or go on."""
 
@@ -66,7 +66,7 @@ class MixTable(Spec):
         return Template(self.prompt, self.response, self.messages) if self.text is None else TextTemplate(self.text)
 
     def prepare(self, context: Context, base: Checkpoint, name: str, *, positions: int, row_length: int) -> None:
-        """Tokenize into the folder `name` of scratch, unless that is done or not needed."""
+        """Tokenize the files into the folder `name` of scratch, unless it exists."""
         from llm.data.mixture import write_texts
         from llm.errors import InputError
         from llm.tokenizer.tokenizer import TextTokenizer
@@ -75,8 +75,8 @@ class MixTable(Spec):
             made = context.open(self.tokens).tokenizer
             if made.model.read_bytes() != base.tokenizer.model.read_bytes():
                 raise InputError(
-                    f"mix: {str(self.tokens)!r}: expected to be packed with the tokenizer of the model, got another. Name its "
-                    "files instead, and they are tokenized here"
+                    f"mix: expected {str(self.tokens)!r} packed with the tokenizer of the model, got another tokenizer; name "
+                    "its files instead, which are tokenized here"
                 )
         elif self.text is not None and not (context.scratch / name).exists():
             assert self.files is not None and isinstance(self.template, TextTemplate)
@@ -103,7 +103,7 @@ class MixTable(Spec):
             pack_tables(context, name, [table], tokenizer=tokenizer, positions=positions, row_length=row_length)
 
     def facts(self, context: Context, name: str) -> dict[str, Any]:
-        """For the record: its share, and of files what became of their rows."""
+        """Metrics for the record: its share, and for files the statistics of their rows."""
         from llm.data.packing import STATISTICS
 
         if self.tokens is not None:
@@ -112,7 +112,7 @@ class MixTable(Spec):
         return {"share": self.share, "table": statistics["tables"][0]}
 
     def rows(self, context: Context, name: str, *, positions: int, row_length: int, seed: int) -> "RowSource":
-        """What `prepare` made, as rows of `row_length`; no document has more than `positions`."""
+        """The rows that `prepare` wrote, of `row_length`; no document has more than `positions`."""
         from llm.data.mixture import JoinedRows
         from llm.data.packing import PackedRows
         from llm.data.token_shards import TokenRows

@@ -41,8 +41,8 @@ class FileTable(Spec):
     """Files of rows."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. Like every file of rows or text, it may be in a dataset
-    on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
+    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. Like every file of rows or text, it may be in a
+    dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 

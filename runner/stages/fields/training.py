@@ -1,6 +1,6 @@
-"""What the stages that train share: fields for batch, budget, schedule and optimizer, and the way into `llm.training.trainer`.
+"""The fields that all training stages share, such as batch, budget, schedule and optimizer, and the call of the training loop.
 
-A kind of its own only where a subclass gives one. What to learn from and which weights learn is the subclass's business.
+A subclass has the data, and chooses the weights to train.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class TrainingStage(Stage):
     trains: ClassVar[bool] = True
 
     batch_tokens: Semantic[int] = Field(8192, gt=0)
-    """Positions per optimizer step, over all processes and accumulation; whole rows, so rounded down to a multiple of them."""
+    """Positions per optimizer step, over all processes and accumulation; rounded down to whole rows."""
     budget: Semantic[Budget] = Budget(epochs=1)
     """How long to train: exactly one of tokens, steps and epochs."""
     schedule: Semantic[Schedule] = Schedule()
@@ -36,33 +36,33 @@ class TrainingStage(Stage):
     optimizer: Semantic[Optimizer] = Optimizer()
     """How gradients become updates."""
     seed: Semantic[int] = Field(0, ge=0, lt=2**63)
-    """Of initialization, data order and dropout; the recipe's seed by default."""
+    """Seed of initialization, data order and dropout; by default the recipe's."""
     micro_batch: Execution[Annotated[int, Field(gt=0)] | Literal["auto"]] = "auto"
-    """Rows per forward pass of a process; the rest of its share of a step is accumulated."""
+    """Rows per forward pass of a process; its rows of a step are accumulated over several passes."""
     recompute: Execution[bool] = False
-    """Recompute layers in the backward pass: less memory, more time."""
+    """Whether layers are recomputed in the backward pass: less memory, more time."""
     validate_every: Execution[int | None] = Field(None, gt=0)
-    """Steps between two looks at held-out text; it is always looked at in the end."""
+    """Steps between two validations on held-out rows; the last step is always followed by one."""
     validation_tokens: Execution[int] = Field(262_144, gt=0)
-    """Held-out positions to look at, at most."""
+    """Most held-out positions to validate on."""
     checkpoint_every: Execution[int | None] = Field(None, gt=0)
     """Steps between two training checkpoints."""
     checkpoint_minutes: Execution[float | None] = Field(5.0, gt=0)
     """Minutes between two training checkpoints."""
     keep_checkpoints: Execution[int] = Field(2, gt=0)
-    """Training checkpoints to keep: the last ones. An alert that may roll back keeps up to two more."""
+    """Training checkpoints to keep, the last ones. An alert that may roll back keeps up to two more."""
     alerts: Execution[Alerts] = Alerts()
-    """What is watched while training; fields that are not set here are those of [alerts]. An alert whose action is `skip` or
-    `rollback` decides what is learned, and is part of the key."""
+    """Alerts while training; fields that are not set here are those of [alerts]. An alert with the action `skip` or `rollback`
+    changes the result, and is part of the key."""
 
     def extra_identity(self) -> dict[str, Any]:
-        """The alerts that change what is learned."""
-        learned = self.alerts.semantic_fields()
-        return {"alerts": learned} if learned else {}
+        """The alerts that change the result."""
+        changing = self.alerts.semantic_fields()
+        return {"alerts": changing} if changing else {}
 
     attempts: Execution[list[dict[str, Any]]] = Field(default_factory=list)
-    """Tables over this stage, as [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]: each attempt runs, up to the evaluations whose
-    gates judge it, once the one before it has failed; the first that passes is the one that everything behind them takes."""
+    """Changes of this stage, as [{ r = 8 }, { r = 4, learning_rate = 1e-3 }]. Each attempt runs up to the evaluations with
+    gates, after the one before it failed; the stages behind use the first that passes."""
 
     @property
     def attempted_changes(self) -> Sequence[Mapping[str, Any]]:
@@ -71,7 +71,7 @@ class TrainingStage(Stage):
 
     @property
     def holds_out(self) -> bool:
-        """Whether its record tells the loss on held-out rows."""
+        """Whether its record has a loss on held-out rows."""
         return True
 
     def learn(
@@ -82,11 +82,11 @@ class TrainingStage(Stage):
         rows: "RowSource",
         validation: "Validation | None" = None,
         objective: "Objective | None" = None,  # default: cross-entropy of the next token
-        check: bool = False,  # before a long training, that a fresh model can learn at all
-        start_from: "Path | None" = None,  # a TrainingState to go on from
+        check: bool = False,  # before a long training, that new weights can learn at all
+        start_from: "Path | None" = None,  # a TrainingState to continue from
         leaves_state: bool = False,  # whether the artifact is a TrainingState
     ) -> dict[str, Any]:
-        """Train `model` in place; returns the metrics for the record. Goes on from a checkpoint in context.scratch."""
+        """Train `model` in place, from a checkpoint in context.scratch if there is one; returns the metrics for the record."""
         from llm.training.loss import next_token_loss
         from llm.training.row_log import RowLog
         from llm.training.task import CheckpointConfig, ComputeConfig, TrainingTask

@@ -221,8 +221,11 @@ def test_files_that_an_attempt_names_are_found_from_a_recipe_elsewhere(tmp_path:
     [
         (RECIPE.replace("{ r = 2 }", "{ r = -2 }"), r"stage.medical.attempts\[2\].r: expected greater than 0, got -2"),
         (RECIPE.replace("{ r = 2 }", "{ rr = 2 }"), r"stage.medical.attempts\[2\].rr: is not known here"),
-        (RECIPE.replace("{ r = 2 }", "{ kind = 'sft' }"), r"stage.medical.attempts\[2\].kind: is the same in all attempts"),
-        (RECIPE.replace("{ r = 2 }", "3"), r"stage.medical.attempts\[2\]: found 3"),
+        (
+            RECIPE.replace("{ r = 2 }", "{ kind = 'sft' }"),
+            r"stage.medical.attempts\[2\].kind: expected it outside of the attempts",
+        ),
+        (RECIPE.replace("{ r = 2 }", "3"), r"stage.medical.attempts\[2\]: expected a table, got 3"),
         (RECIPE.replace("gates = ", "# "), "stage.medical.attempts: expected an evaluation with gates behind it"),
         (
             RECIPE.replace("stage.before]", 'stage."medical@1"]').replace('"before", ', ""),
@@ -280,7 +283,8 @@ def test_a_gate_on_other_rows_or_on_a_training_without_held_out_rows_is_refused(
         load_recipe(write(tmp_path, other_rows))
     gap = RECIPE.replace("gates = [", "gates = [{ score = 'train_gap', at_most = 0.05 }] # [")
     with pytest.raises(
-        RecipeError, match=r"stage.after.gates\[0\].score: expected rows held out in stage 'medical': `validation`"
+        RecipeError,
+        match=r"stage.after.gates\[0\].score: expected held-out rows in stage 'medical', got none; set `validation`",
     ):
         load_recipe(write(tmp_path, gap))
     load_recipe(write(tmp_path, gap.replace("attempts =", 'validation = [{ files = "rows.jsonl" }]\nattempts =')))

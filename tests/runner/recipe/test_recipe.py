@@ -67,8 +67,8 @@ context = "long"
     assert "did you mean 'seed'?" in text
     assert "stage.corpus.sources[0].wieght: is not known here" in text
     assert "did you mean 'weight'?" in text
-    assert "stage.tokenizer.kind: expected one of, got 'tokenizr'" in text
-    assert "did you mean 'tokenizer'?" in text
+    assert "stage.tokenizer.kind: expected one of checkpoint, " in text
+    assert "got 'tokenizr'; did you mean 'tokenizer'?" in text
     assert "stage.tokens.context: expected a valid integer, got 'long'" in text
     assert all(line.startswith(str(tmp_path / "recipe.toml")) for line in lines)
 
@@ -102,10 +102,13 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
         ('name = "x"', "stage: expected at least one [stage.NAME] table"),
         ('[stage]\na = 1\n[stage.b]\nkind = "corpus"', "stage.a: expected a table, got 1"),
         ('stage = 3\nname = "x"', "stage: expected at least one"),
-        ('name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]', "name: found 'a b'"),
+        (
+            'name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]',
+            "name: expected a text like '^[\\w.-]+$', got 'a b'",
+        ),
         ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; expected one of"),
         (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
-        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: expected one of, got 3"),
+        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: expected one of checkpoint, corpus, dpo, "),
         ('name = "x"\n[stage.c]\nkind = "corpus"\n', "stage.c.sources: is missing"),
         ("extends = 3", "extends: expected the path of a recipe"),
         ('extends = "gone.toml"', "gone.toml: no such recipe, which recipe.toml extends"),
@@ -196,7 +199,7 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.processes=0", "parallel.processes: expected greater than or equal to 1, got 0"),
+        ("parallel.processes=0", "parallel.processes: expected greater than or equal to 1, or 'auto', got 0"),
         (
             "parallel={strategy='fsdp',find_unused_parameters=true}",
             'parallel.find_unused_parameters: expected false with strategy = "fsdp", got true; strategy = "ddp" can find them',
@@ -228,8 +231,8 @@ def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
     overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", overrides)
-    found = 'stage.medical.quantize: expected parallel.strategy = "ddp" beside "nf4", got "fsdp"'
-    assert found in str(caught.value)
+    expected = 'stage.medical.quantize: expected parallel.strategy = "ddp" beside "nf4", got "fsdp"'
+    assert expected in str(caught.value)
     load_recipe(RECIPES / "medical-lora.toml", [*overrides, "parallel.processes=1"])
 
 

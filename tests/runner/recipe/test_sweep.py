@@ -290,22 +290,25 @@ def test_the_schema_knows_a_sweep_and_its_dotted_fields() -> None:
         ),
         ('"stage.medical.r" = [4, "8"]', r"sweep.stage.medical.r\[1\]: expected a valid integer, got '8'"),
         ('"stage.medical.r" = [-4, -8]', r"sweep.stage.medical.r\[1\]: expected greater than 0, got -8"),
-        ('"stage.medical.r" = []', r"sweep.stage.medical.r: found \[\], expected at least one value"),
+        ('"stage.medical.r" = []', r"sweep.stage.medical.r: expected at least one value, got \[\]"),
         ('"stage.medical.r" = 4', "sweep.stage.medical.r: expected a list of values, got 4"),
-        ('"stage.medical.r" = [4, 8, 4]', r"sweep.stage.medical.r\[2\]: expected values that differ .*, got 4 and 4"),
+        (
+            '"stage.medical.r" = [4, 8, 4]',
+            r"sweep.stage.medical.r\[2\]: expected values that give different results, got 4 and 4",
+        ),
         (
             '"stage.medical.micro_batch" = [1, 2]',
-            "sweep.stage.medical.micro_batch: expected a field that decides what is learned",
+            "sweep.stage.medical.micro_batch: expected a field that decides the result",
         ),
-        ('"stage.medical.kind" = ["sft"]', "sweep.stage.medical.kind: is the same in all settings"),
+        ('"stage.medical.kind" = ["sft"]', "sweep.stage.medical.kind: expected it outside of the sweep"),
         ('"stage.after.tasks" = [[]]', "sweep.stage.after.tasks"),
         ('"medical.r" = [4]', "sweep.medical.r: is not known here; expected one of highest, lowest, stage"),
         ("", "sweep: expected at least one field to vary"),
-        ("stage.medical = 3", "sweep.stage.medical: found 3"),
-        ('"stage.medical.r" = [4]\nlowest = "after.text.perplexity"', "exactly one of highest and lowest, found highest and"),
+        ("stage.medical = 3", "sweep.stage.medical: expected a table, got 3"),
+        ('"stage.medical.r" = [4]\nlowest = "after.text.perplexity"', "exactly one of highest and lowest, got highest and"),
         (
             f'"stage.medical.r" = {list(range(1, 21))}\n"stage.medical.seed" = {list(range(20))}',
-            "at most 256 settings, found 400",
+            "at most 256 settings, got 400",
         ),
         (
             '"stage.medical.schedule" = [{ learning_rate = 0.1 }]\n"stage.medical.learning_rate" = [0.2]',
@@ -325,10 +328,10 @@ def test_fields_that_cannot_vary_are_told(field: str, message: str, tmp_path: Pa
     [
         (
             "after.general.acuracy",
-            "sweep.highest: expected one of .*mean 'after.general.accuracy', got 'after.general.acuracy'",
+            "sweep.highest: expected one of .*, got 'after.general.acuracy'; did you mean 'after.general.accuracy'",
         ),
-        ("release", "sweep.highest: expected one of after.general.accuracy, got 'release'"),
-        ("before.text.perplexity", "sweep.highest: found 'before.text"),
+        ("release", "sweep.highest: expected one of after.general.accuracy, .*, got 'release'"),
+        ("before.text.perplexity", "sweep.highest: expected one of .*, got 'before.text"),
         ("before.general.perplexity", "sweep.stage.medical: expected a stage before 'before', whose score decides"),
     ],
 )

@@ -123,7 +123,7 @@ def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_con
     [
         ({}, "expected either files or hub"),
         ({"files": "a", "hub": "b/c"}, "expected either files or hub, got both"),
-        ({"files": "a", "split": "test"}, "split belongs to a Hub dataset"),
+        ({"files": "a", "split": "test"}, "split: expected none beside files"),
         ({"files": "a", "weight": 0}, "greater than 0"),
         ({"files": "a", "wieght": 1}, "Extra inputs"),
         ({"files": "a", "text": "{title"}, "is not a template"),
@@ -135,7 +135,7 @@ def test_a_source_that_makes_no_sense_is_refused(tmp_path: Path, source: dict[st
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="two sources are named 'x'"):
+    with pytest.raises(ValidationError, match="a different name for each source, got 'x' twice"):
         stage(tmp_path, sources=[{"files": "a", "name": "x"}, {"files": "b", "name": "x"}])
 
 

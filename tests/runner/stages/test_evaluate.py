@@ -235,7 +235,7 @@ def test_a_wrong_evaluation_is_refused_before_it_runs(change: dict[str, Any], me
 
 
 def test_two_tasks_of_one_name_are_refused(rows: Path) -> None:
-    with pytest.raises(ValidationError, match="two tasks are named 'general'"):
+    with pytest.raises(ValidationError, match="a different name for each task, got 'general' twice"):
         stage(text(rows), text(rows))
 
 

@@ -106,5 +106,5 @@ def test_a_corpus_without_held_out_documents_is_packed(make_context: MakeContext
 
 def test_a_corpus_without_training_documents_is_refused(make_context: MakeContext, inputs: dict[str, Path]) -> None:
     (inputs["text"] / "train.jsonl").write_text("")
-    with pytest.raises(InputError, match="corpus 'text': found no training document"):
+    with pytest.raises(InputError, match="corpus 'text': expected at least one training document, got none"):
         STAGE.run(make_context(inputs=inputs))

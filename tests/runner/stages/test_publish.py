@@ -296,8 +296,8 @@ def test_what_is_released_has_to_be_what_was_written_and_compared(
     whole: Context, make_context: Callable[..., Context]
 ) -> None:
     for stage, message in (
-        ("gguf", "'gguf' wrote another model"),
-        ("parity", "expected 'base' compared before it is released"),
+        ("gguf", "expected files of 'base', got those of another model from 'gguf'"),
+        ("parity", "expected a comparison of 'base', got none in 'parity'"),
     ):
         other = {name: dict(one) for name, one in whole.records.items()}
         other[stage]["inputs"] = {"base": {"digest": "f" * 64}}

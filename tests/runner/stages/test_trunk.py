@@ -101,10 +101,10 @@ def test_what_differs_from_a_trunk_that_is_named_is_told(folder: Folder) -> None
     assert "stage.base.seed: expected 0 as in its trunk 'trunk', got 9" in told
     assert "stage.base.schedule.learning_rate: expected 0.01 as in its trunk 'trunk', got 0.001" in told
     assert "stage.base.architecture.layers: expected 1 as in its trunk 'trunk', got 2" in told
-    assert "stage.base.trunk: expected one of at most 15 steps, since from there on the rate goes down; 'trunk' has 16" in told
-    with pytest.raises(RecipeError, match=r"a trunk: expected schedule\.kind = .constant., got .wsd."):
+    assert "stage.base.trunk: expected at most 15 steps, where the rate starts to go down, got 16 in 'trunk'" in told
+    with pytest.raises(RecipeError, match=r"schedule\.kind: expected .constant. for a trunk, got .wsd."):
         loaded(folder, TRUNK, "stage.trunk.schedule.kind=wsd")
-    with pytest.raises(RecipeError, match="expected a budget of tokens or steps, got epochs"):
+    with pytest.raises(RecipeError, match="budget: expected tokens or steps for a trunk, got epochs"):
         loaded(folder, TRUNK, "stage.trunk.budget={ epochs = 1 }")
 
 
