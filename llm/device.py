@@ -13,28 +13,29 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["fp32", "bf16"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def has_compiler(device: str) -> bool:
     """Whether this machine has what torch.compile needs: a C++ compiler for a CPU, Triton for a GPU."""
-    return util.find_spec("triton") is not None if device == "cuda" else compiler() is not None
+    return util.find_spec("triton") is not None if device == "cuda" else find_compiler() is not None
 
 
-def compiler() -> str | None:
-    """The C++ compiler of this machine: CXX, else g++ or clang++; None where there is none."""
+def find_compiler() -> str | None:
+    """The path of a C++ compiler: CXX, else g++ or clang++; None where there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
-Precision = Literal["fp32", "bf16"]
-
-
-def resolve_precision(wanted: Literal["auto", "fp32", "bf16"], *, device: torch.device) -> Precision:
-    """The precision to use; "auto" is bf16 where the hardware multiplies it faster than fp32 without emulation.
+def resolve_precision(precision: Literal["auto", "fp32", "bf16"], *, device: torch.device) -> Precision:
+    """The precision to use; "auto" is bf16 where the hardware multiplies it faster than fp32, without emulation.
 
     Measured on a 2-core AVX512-BF16 machine: products of the sizes of hidden 192 to 512 reach 850 to 1,070 GFLOP/s in bf16 and
     220 to 240 in fp32; whole training steps are 2.5 to 3.4 times as fast.
     """
-    if wanted != "auto":
-        return wanted
+    if precision != "auto":
+        return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
@@ -47,13 +48,8 @@ def autocast(precision: Precision, *, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-_CGROUP = Path("/sys/fs/cgroup")
-
-
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator on "cuda", else of the process since it started, with what it shares with the process that
-    forked it.
-    """
+    """Bytes: of the GPU's allocator on "cuda", else of the process since it started, pages shared with its parent included."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,15 +57,15 @@ def peak_memory(device: str) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes still to be had: of a GPU; or of main memory, by the machine, its container and this process's own limit."""
+    """Bytes still available: on a GPU; or in main memory, within the machine, its container and this process's own limit."""
     if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, handed to nobody
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by the allocator, unused
         return float(torch.cuda.mem_get_info(device)[0] + idle)
     limits = [float("inf")]
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: then there is no limit
+    with contextlib.suppress(OSError, ValueError):  # "max", which is not a number, means no limit
         limits.append(float((_CGROUP / "memory.max").read_text()) - float((_CGROUP / "memory.current").read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
@@ -80,7 +76,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out; torch has a type of its own only for the memory of a GPU."""
+    """Whether `error` means that memory ran out; torch has an exception type for that only on a GPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(

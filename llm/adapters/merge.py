@@ -1,4 +1,4 @@
-"""Adapters merged into the weights they adapt: the result is an ordinary model that computes what base and adapter did."""
+"""Adapters merged into the weights they adapt: the result is an ordinary model that computes what base and adapter do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from llm.models.interface import LanguageModel
 
 
 def merge_adapters(model: LanguageModel, folders: Sequence[Path]) -> None:
-    """Merge the adapters of `folders` into `model`, one after the other, each on the result of those before it.
+    """Merge the adapters of `folders` into `model`, one after the other.
 
     The model holds full-precision weights (fp32): merging into quantized ones would round the adapter away.
     """
@@ -20,7 +20,7 @@ def merge_adapters(model: LanguageModel, folders: Sequence[Path]) -> None:
 
 
 def merge_attached(model: LanguageModel) -> None:
-    """Merge the adapter that `model` carries; modules that were trained in full hold what they learned already."""
+    """Merge the adapter that `model` has; modules trained in full already hold their weights."""
     for name, layer in list(adapted_layers(model)):
         layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
@@ -29,7 +29,7 @@ def merge_attached(model: LanguageModel) -> None:
 
 @torch.no_grad()
 def mix_adapters(model: LanguageModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
-    """Change `model` by the weighted sum of what the adapters of `folders`, all trained on it, would each change alone."""
+    """Add to `model` the weighted sum of the changes that the adapters of `folders`, all trained on it, make to it."""
     base = {name: weight.clone() for name, weight in model.named_parameters()}
     totals: dict[str, torch.Tensor] = {}
     for folder, share in zip(folders, weights, strict=True):

@@ -1,6 +1,6 @@
-"""A model that one talks to: messages in, pieces of text out, with the oldest turns forgotten once the context is full.
+"""A model to chat with: messages in, pieces of text out; the oldest turns are dropped when the context is full.
 
-Where the model comes from is a folder's business, and who talks (a terminal, a server) somebody else's.
+Terminals and servers use it; the model comes from a checkpoint folder, and from an adapter's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,32 +18,32 @@ from llm.models.checkpoint import load_checkpoint
 from llm.models.interface import Decoding
 from llm.tokenizer.tokenizer import TextTokenizer
 
-ROOM = 4  # old turns are forgotten so that an answer has this part of the context: a quarter
+ROOM = 4  # old turns are dropped so that an answer has a quarter of the context
 
 
 @dataclass
 class Answer:
-    """An answer while it is written: iterate over `pieces`, then look at the rest."""
+    """An answer while it is generated: iterate over `pieces`, then read the other fields."""
 
     pieces: Iterator[str]
     prompt_tokens: int
-    forgotten: int  # messages at the beginning that did not fit any more
+    forgotten: int  # messages at the beginning that did not fit
     limit: int  # tokens that the answer may have
     timer: GenerationTimer = field(default_factory=GenerationTimer)
 
     @property
     def new_tokens(self) -> int:
-        """Tokens written so far, the end token included."""
+        """Tokens generated so far, the end token included."""
         return self.timer.new_tokens
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended because it was as long as it may be."""
+        """Whether it ended because it reached `limit`."""
         return self.timer.new_tokens >= self.limit
 
 
 class ChatSession:
-    """A checkpoint, with an adapter or without, ready to write; `compiled` if the step that writes is to be compiled first."""
+    """A checkpoint, with an adapter or without, ready to generate; `compiled` compiles the decoding step first."""
 
     def __init__(self, checkpoint: Path, adapter: Path | None = None, *, compiled: bool = False) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ class ChatSession:
 
     @property
     def chats(self) -> bool:
-        """Whether there is a chat template; without one a model goes on with text, and that is all."""
+        """Whether there is a chat template; without one the model only continues text."""
         return self.tokenizer.template is not None
 
     def answer(
@@ -70,9 +70,9 @@ class ChatSession:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """The assistant's next turn. Of a chat that is too long, the oldest turns but the system's are left out.
+        """The assistant's next turn. Of a chat that is too long, the oldest turns but the system's are dropped.
 
-        InputError where not even the last turn fits, or a turn holds a special token.
+        InputError where not even the last turn fits, or a turn has a special token.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
@@ -84,9 +84,9 @@ class ChatSession:
                 continue  # an answer without its question
             prompt = self.tokenizer.encode_prompt([dict(message) for message in (*system, *turns[first:])])
             if len(prompt) + room <= self.context:
-                return self._go_on(prompt, max_new_tokens, sampling, stop, forgotten=first)
+                return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=first)
         if len(prompt) < self.context:
-            return self._go_on(prompt, max_new_tokens, sampling, stop, forgotten=first)
+            return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=first)
         raise InputError(
             f"messages: expected a last turn that fits the model's context of {self.context} tokens, got {len(prompt)} tokens"
         )
@@ -94,13 +94,13 @@ class ChatSession:
     def continuation(
         self, text: str, *, max_new_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
     ) -> Answer:
-        """How the model goes on with plain text; InputError where it fills the context."""
+        """The model's continuation of plain text; InputError where the text fills the context."""
         prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)]
         if len(prompt) >= self.context:
             raise InputError(f"prompt: expected fewer than the model's context of {self.context} tokens, got {len(prompt)}")
-        return self._go_on(prompt, max_new_tokens, sampling, stop, forgotten=0)
+        return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=0)
 
-    def _go_on(
+    def _generate(
         self, prompt: list[int], max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str], *, forgotten: int
     ) -> Answer:
         timer = GenerationTimer()

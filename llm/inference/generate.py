@@ -1,8 +1,8 @@
 """Tokens from a model, for many prompts at once: a batch of prompts of different lengths, one token of each per step.
 
-What comes out for a prompt does not depend on the prompts beside it (up to rounding): each has its own positions in the
-cache, and its own stream of random numbers. Tokens in, tokens out: text is `llm.inference.streaming`'s and the tokenizer's business, which
-token is chosen `llm.inference.sampling`'s, and how a step is computed the model's decoding form's.
+The result for a prompt does not depend on the prompts beside it (up to rounding): each has its own positions in the cache and
+its own stream of random numbers. Tokens in, tokens out: `llm.inference.streaming` makes text of them, `llm.inference.sampling`
+chooses them, and a model's `Decoding` computes the steps.
 """
 
 import time
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from llm.errors import InputError
-from llm.inference.sampling import RandomStream, Sampling, Seen, sample_tokens
+from llm.inference.sampling import RandomStream, Sampling, SeenTokens, sample_tokens
 from llm.models.interface import Decoding, LanguageModel, as_decoding
 
 
 @dataclass
 class GenerationTimer:
-    """Tokens and seconds of reading prompts and of writing answers, end tokens included; filled in as text is generated."""
+    """Tokens and seconds of reading prompts and of decoding answers, end tokens included; filled in during generation."""
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -39,9 +39,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
 
-    Prompts of similar length share a batch, the longest first. `progress` is told the number of finished prompts after each
-    batch. InputError for a prompt of no token, or of more than the context. Who generates often makes `model.decoding()` once
-    and gives that.
+    Prompts of similar length share a batch, the longest first. `progress` gets the number of finished prompts after each
+    batch. InputError for a prompt without tokens, or longer than the context. To generate often, pass `model.decoding()`.
     """
     sampling, timer, decoding = sampling or Sampling(), timer or GenerationTimer(), as_decoding(model)
     limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
@@ -49,7 +48,7 @@ def generate(
     order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for new in steps(
+        for new in decode_steps(
             decoding,
             [prompts[index] for index in chosen],
             limits=[limits[index] for index in chosen],
@@ -73,12 +72,12 @@ def generate_one(
     sampling: Sampling | None = None,
     timer: GenerationTimer | None = None,
 ) -> Iterator[int]:
-    """The tokens that `generate` gives for this prompt alone, each as soon as it is known."""
+    """The tokens that `generate` gives for this prompt alone, one by one."""
     sampling, decoding = sampling or Sampling(), as_decoding(model)
     limit = _limit(decoding, prompt, max_new_tokens, place=0)
     if not limit:
         return iter(())
-    news = steps(
+    per_step = decode_steps(
         decoding,
         [prompt],
         limits=[limit],
@@ -87,11 +86,11 @@ def generate_one(
         streams=[RandomStream(sampling.seed, 0)],
         timer=timer or GenerationTimer(),
     )
-    return (token for new in news for _, token in new)
+    return (token for new in per_step for _, token in new)
 
 
 @torch.inference_mode()
-def steps(
+def decode_steps(
     decoding: Decoding,
     prompts: Sequence[Sequence[int]],
     *,
@@ -101,18 +100,18 @@ def steps(
     streams: Sequence[RandomStream],
     timer: GenerationTimer,
 ) -> Iterator[list[tuple[int, int]]]:
-    """The new tokens of every step, as (place in `prompts`, token) without end tokens, until all prompts are done.
+    """The new tokens of every step, as (index in `prompts`, token) without end tokens, until all prompts are done.
 
-    Each prompt gets up to its own of `limits`, at least one. Once half of a batch is done, the others go on without it.
+    Each prompt gets at most its own of `limits`, which are at least 1. Once half of a batch is done, its rows are dropped.
     """
     began = time.perf_counter()
     logits = decoding.read(prompts, room=max(limits))
-    seen = Seen(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
-    logits.sum().item()  # a GPU works behind the program's back; the timer wants it done
+    seen = SeenTokens(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
+    logits.sum().item()  # wait for the GPU, for the timer
     timer.prompt_tokens += sum(map(len, prompts))
     timer.prompt_seconds += time.perf_counter() - began
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
-    left = list(limits)  # tokens that may still come
+    left = list(limits)  # tokens that each prompt may still get
     while True:
         began = time.perf_counter()
         if seen is not None:
@@ -142,7 +141,7 @@ def steps(
 
 
 def _limit(decoding: Decoding, prompt: Sequence[int], max_new_tokens: int, *, place: int) -> int:
-    """How many new tokens there may be."""
+    """How many new tokens the prompt may get."""
     context = decoding.context
     if not 0 < len(prompt) <= context:
         raise InputError(f"prompt {place}: expected from 1 token to the model's context of {context:,}, got {len(prompt):,}")

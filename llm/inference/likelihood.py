@@ -1,4 +1,4 @@
-"""How likely a model finds what is given: of windows of text, and of several labels after one prompt.
+"""Log-likelihoods under a model: of windows of text, and of several labels after one prompt.
 
 Letters: B rows, T positions, D hidden size, L labels, N targets, V vocabulary.
 """
@@ -23,7 +23,7 @@ OnProgress = Callable[[int, int], None]  # rows done, rows in all; may raise to 
 
 @dataclass(frozen=True)
 class Window:
-    """At most a context of tokens, and what is to be predicted after each; IGNORE where nothing is scored."""
+    """At most a context of tokens, and the target after each; IGNORE where nothing is scored."""
 
     tokens: Sequence[int]
     targets: Sequence[int]
@@ -37,7 +37,7 @@ def negative_log_likelihoods(
     timer: GenerationTimer | None = None,
     progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
-    """The sum over the targets of each window, in nats."""
+    """The sum of -log P over the targets of each window, in nats."""
     timer = timer or GenerationTimer()
     device = model.device
     result = [0.0] * len(windows)
@@ -62,7 +62,7 @@ def negative_log_likelihoods(
 
 
 def _token_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each target (N,) from hidden states (N, D), in pieces: the logits of all are too large."""
+    """Cross-entropy of each target (N,) from hidden states (N, D), in pieces: all logits at once are too large."""
     piece = max(1, LOGITS // model.vocab_size)
     losses = [
         cross_entropy(model.lm_head(part).float(), wanted, reduction="none").double()
@@ -79,7 +79,7 @@ def label_likelihoods(
     *,
     timer: GenerationTimer | None = None,
 ) -> Tensor:
-    """log P(label | prompt) as (B, L) in float64. Prompts are read once into a cache, and each label behind them."""
+    """log P(label | prompt) as (B, L) in float64. Prompts are read into the cache once, and every label after them."""
     timer = timer or GenerationTimer()
     began = time.perf_counter()
     decoding = as_decoding(model)
@@ -89,9 +89,9 @@ def label_likelihoods(
     for label in labels:
         total = first[:, label[0]].double()
         if len(label) > 1:
-            spelled = torch.tensor(label, device=logits.device).expand(len(prompts), -1)
-            rest = decoding.look_ahead(spelled[:, :-1]).log_softmax(-1)  # (B, T, V)
-            total = total + rest.gather(-1, spelled[:, 1:, None]).double().sum((1, 2))
+            tokens = torch.tensor(label, device=logits.device).expand(len(prompts), -1)
+            rest = decoding.look_ahead(tokens[:, :-1]).log_softmax(-1)  # (B, T, V)
+            total = total + rest.gather(-1, tokens[:, 1:, None]).double().sum((1, 2))
         sums.append(total)
     likelihoods = torch.stack(sums, 1)
     timer.prompt_tokens += sum(len(prompt) for prompt in prompts) + len(prompts) * sum(len(label) - 1 for label in labels)

@@ -1,7 +1,7 @@
-"""Which token comes next: from the logits of a step to a token, by rule or by chance. The model and the loop are not here.
+"""The choice of the next token from the logits of a step, greedy or random. The model and the loop are elsewhere.
 
-The order is that of Transformers, and so are the distributions: repetition penalty (also where the choice is greedy), then
-temperature, top-k, top-p, min-p, each on what the one before has left.
+Order and distributions are those of Transformers: repetition penalty (also in greedy decoding), then temperature, top-k,
+top-p, min-p, each on what the one before has left.
 
 Letters: B prompts, V vocabulary.
 """
@@ -21,27 +21,27 @@ from llm.errors import InputError
 class Sampling:
     """How the next token is chosen; the default is the likeliest one. InputError for a value outside its range."""
 
-    temperature: float = 0.0  # logits are divided by it; 0 is greedy: then only the repetition penalty counts
-    top_k: int | None = None  # only the k likeliest, and those that tie with the last
+    temperature: float = 0.0  # logits are divided by it; 0 is greedy: then only the repetition penalty applies
+    top_k: int | None = None  # only the k likeliest, and those equal to the last
     top_p: float | None = None  # only the likeliest that together reach p (nucleus sampling, Holtzman et al. 2020)
     min_p: float | None = None  # only those at least this share as likely as the likeliest (Nguyen et al. 2024)
     repetition_penalty: float = 1.0  # tokens of prompt and answer: logits above 0 divided by it, others times it (CTRL, 2019)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, wanted in (
+        for name, valid, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a number of at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "a whole number of at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
         ):
-            if not fits:
-                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
+            if not valid:
+                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
 class RandomStream:
-    """Random numbers of one prompt: a function of the seed and the prompt's place among all, not of its batch."""
+    """Random numbers of one prompt: a function of the seed and the prompt's index among all, not of its batch."""
 
     def __init__(self, seed: int, index: int) -> None:
         digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
@@ -52,26 +52,26 @@ class RandomStream:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-class Seen:
-    """Which tokens each prompt and its answer so far hold: what the repetition penalty falls on."""
+class SeenTokens:
+    """Which tokens each prompt and its answer so far contain: those that the repetition penalty applies to."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], *, vocab_size: int, device: torch.device) -> None:
-        held = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+        seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
-            held[row, torch.tensor(prompt)] = True
-        self._held = held.to(device)  # (B, V)
+            seen[row, torch.tensor(prompt)] = True
+        self._seen = seen.to(device)  # (B, V)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """One more token per row."""
-        self._held.scatter_(1, torch.tensor(tokens, device=self._held.device)[:, None], True)
+        """Add one more token per row."""
+        self._seen.scatter_(1, torch.tensor(tokens, device=self._seen.device)[:, None], True)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """These rows alone."""
-        self._held = self._held[torch.tensor(rows, device=self._held.device)]
+        """Drop every row but these."""
+        self._seen = self._seen[torch.tensor(rows, device=self._seen.device)]
 
     def penalized(self, logits: Tensor, penalty: float) -> Tensor:
         """Logits (B, V) with the penalty of Keskar et al. 2019."""
-        return torch.where(self._held, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        return torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def sample_tokens(logits: Tensor, sampling: Sampling, *, streams: Sequence[RandomStream]) -> list[int]:

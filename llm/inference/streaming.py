@@ -1,7 +1,7 @@
-"""Text from a model while it is written: in pieces that never end inside a character, as soon as their characters are whole.
+"""Text from a model while it is generated, in pieces that never end inside a character.
 
-A token is bytes, and a character outside ASCII has two to four, so a token may end in the middle of one. Works with every
-tokenizer that decodes such a torn end as U+FFFD, byte-level or with byte fallback. The tokens are `llm.inference.generate`'s.
+A token is bytes, and a character outside ASCII has two to four, so a token may end inside one. Works with every tokenizer that
+decodes such an incomplete end as U+FFFD, byte-level or with byte fallback. The tokens come from `llm.inference.generate`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,8 +12,8 @@ from llm.inference.sampling import Sampling
 from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
-TORN = "\ufffd"  # what bytes that are no character decode to
-LONGEST_TORN = 3  # bytes of a character that lacks its last; with byte fallback each of them decodes to one TORN
+REPLACEMENT = "\ufffd"  # incomplete characters decode to it
+MOST_REPLACEMENTS = 3  # bytes of a character without its last; with byte fallback each of them decodes to one
 
 
 def stream(
@@ -36,44 +36,44 @@ def stream(
         raise InputError("stop: expected texts of at least one character, got an empty one")
     end = tokenizer.ends if end is None else end
     tokens = generate_one(model, prompt, max_new_tokens=max_new_tokens, end=end, sampling=sampling, timer=timer)
-    return until(pieces(tokens, decode=tokenizer.decode), stop)
+    return until_stop(pieces(tokens, decode=tokenizer.decode), stop)
 
 
 def pieces(tokens: Iterator[int], *, decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
     """The text of `tokens`, in pieces that end between characters; none is empty.
 
-    Held back are only the bytes of a character that is not whole yet. Bytes that never make a character come out as U+FFFD.
+    Holds back only the bytes of an incomplete character. Bytes that never make a character come out as U+FFFD.
     """
     kept: list[int] = []  # the tokens of the last whole piece, which decide about spaces at its end, and those after it
     whole = 0  # how many of them make that piece
-    given = ""  # what was given of the text behind it
+    given = ""  # the part of the text after it that was yielded
     for token in tokens:
         kept.append(token)
-        text = _behind(kept, whole, decode=decode)
-        ready = _without_torn_end(text)
+        text = _text_after(kept, whole, decode=decode)
+        ready = _without_incomplete_end(text)
         if piece := ready[len(given) :]:
             yield piece
             given = ready
         if ready == text and text:
             kept, whole, given = kept[whole:], len(kept) - whole, ""
-    if piece := _behind(kept, whole, decode=decode)[len(given) :]:
+    if piece := _text_after(kept, whole, decode=decode)[len(given) :]:
         yield piece
 
 
-def _behind(tokens: Sequence[int], whole: int, *, decode: Callable[[Sequence[int]], str]) -> str:
-    """The text of `tokens` behind the first `whole` of them."""
+def _text_after(tokens: Sequence[int], whole: int, *, decode: Callable[[Sequence[int]], str]) -> str:
+    """The text of `tokens` after the first `whole` of them."""
     before, text = decode(tokens[:whole]), decode(tokens)
-    # With byte fallback, bytes that make no character take whole ones before them along; those were given.
+    # With byte fallback, invalid bytes also change the decoding of whole characters before them, which were yielded.
     return text[len(before) :] if text.startswith(before) else decode(tokens[whole:])
 
 
-def _without_torn_end(text: str) -> str:
-    kept = text.rstrip(TORN)
-    return text[: max(len(kept), len(text) - LONGEST_TORN)]
+def _without_incomplete_end(text: str) -> str:
+    kept = text.rstrip(REPLACEMENT)
+    return text[: max(len(kept), len(text) - MOST_REPLACEMENTS)]
 
 
-def until(texts: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The texts up to the first occurrence of one of `stop`. What may be the beginning of one is held back until it is not."""
+def until_stop(texts: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The texts up to the first occurrence of one of `stop`; holds back what may be the beginning of one."""
     held = ""
     for text in texts:
         held += text

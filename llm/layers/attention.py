@@ -1,12 +1,12 @@
-"""Causal attention inside documents: the one place that knows how it is computed fast, on CPU and on GPU.
+"""Causal attention inside documents: the one place that chooses how to compute it, on CPU and on GPU.
 
 Letters: B rows, T positions, H query heads, K key and value heads, G = H / K, E head size, S cache slots.
 
-On CPU, torch's flash kernel reaches about a third of what plain matrix products do, forward and backward (73 against 430
-GFLOP/s in bf16 on one 2-core machine), and a boolean mask costs it as much as causal attention. So here blocks of queries are
-multiplied with the keys that can matter to them by plain batched products; keys before the first document of a block and after
-its last query are never touched. A long training in bf16 has a kernel of its own for the same (`llm.layers.fused_attention`). On GPU
-SDPA does the work. Nothing here draws random numbers: attention has no dropout.
+On CPU, torch's flash kernel is several times slower than plain matrix products, forward and backward (73 against 430 GFLOP/s
+in bf16 on one 2-core machine), and a boolean mask costs it as much as causal attention. So blocks of queries are multiplied
+with the keys that they can see by plain batched products; keys before the first document of a block and after its last query
+are skipped. Long trainings in bf16 use a kernel for the same (`llm.layers.fused_attention`). On GPU, SDPA does the work.
+Nothing here draws random numbers: attention has no dropout.
 """
 
 from dataclasses import dataclass
@@ -33,30 +33,33 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Visibility:
-    """Which positions see which, prepared once per batch and used by every layer."""
+class AttentionMask:
+    """Which positions see which, computed once per batch and used by every layer."""
 
     blocks: tuple[Block, ...] | None  # on CPU
-    mask: Tensor | None  # elsewhere: (B, 1, T, T), True where visible; None means all that lie before
-    starts: Tensor | None = None  # for the fused kernel, instead of both: (1 or B, T), where the document of each begins
+    dense: Tensor | None  # elsewhere: (B, 1, T, T), True where visible; None means plain causal attention
+    starts: Tensor | None = (
+        None  # for the fused kernel, instead of both: (1 or B, T), the first position of each one's document
+    )
 
 
-def visibility(
+def attention_mask(
     length: int, *, documents: Tensor | None, dtype: torch.dtype, device: torch.device, fused: bool = False
-) -> Visibility:
-    """What each of `length` positions sees: itself and earlier ones of the same document. `documents` is (B, T) or None; the
-    positions of a document lie together. `fused` is for attention by the kernel, which then has to fit.
+) -> AttentionMask:
+    """The mask by which each of `length` positions sees itself and earlier ones of its document.
+
+    `documents` is (B, T) or None; the positions of a document are contiguous. `fused` makes it for the kernel, which has to
+    support the sizes.
     """
     if fused:
-        return Visibility(None, None, _starts(length, documents))
+        return AttentionMask(None, None, _document_starts(length, documents))
     if device.type != "cpu":
         if documents is None:
-            return Visibility(None, None)
+            return AttentionMask(None, None)
         same = documents[:, :, None] == documents[:, None, :]
-        return Visibility(None, same.tril()[:, None])
+        return AttentionMask(None, same.tril()[:, None])
     if documents is not None and bool((documents == documents[:, :1]).all()):
         documents = None
-    # The first key that any row needs for the block: positions before the document of the block's first query never matter.
     blocks = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
@@ -65,15 +68,16 @@ def visibility(
             first = 0
             hidden = (torch.arange(start, stop) > rows)[None]
         else:
+            # The first key that any row needs: where the document of the block's first query begins.
             same = documents[:, start : start + 1] == documents[:, : start + 1]
             first = int(same.int().argmax(1).min())
             hidden = (documents[:, start:stop, None] != documents[:, None, first:stop]) | (torch.arange(first, stop) > rows)
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
         blocks.append(Block(start, stop, first, bias[:, None, None]))
-    return Visibility(tuple(blocks), None)
+    return AttentionMask(tuple(blocks), None)
 
 
-def _starts(length: int, documents: Tensor | None) -> Tensor:
+def _document_starts(length: int, documents: Tensor | None) -> Tensor:
     """The first position of each one's document, (1 or B, T) int32."""
     if documents is None:
         return torch.zeros(1, length, dtype=torch.int32)
@@ -82,31 +86,31 @@ def _starts(length: int, documents: Tensor | None) -> Tensor:
     return begins.cummax(1).values
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, visible: Visibility) -> Tensor:
-    """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `visible`. Returns (B, H, T, E)."""
-    if visible.starts is not None:
-        return fused_attention.attend(q, k, v, starts=visible.starts)
-    if visible.blocks is None:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask) -> Tensor:
+    """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `mask`. Returns (B, H, T, E)."""
+    if mask.starts is not None:
+        return fused_attention.attend(q, k, v, starts=mask.starts)
+    if mask.blocks is None:
         group = q.shape[1] // k.shape[1]
-        if visible.mask is None:
+        if mask.dense is None:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
         # With a mask and heads that share keys, SDPA on a GPU has only its slow kernel, which holds all scores.
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible.mask)
-    out: Tensor = BlockedAttention.apply(q, k, v, visible.blocks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
+    out: Tensor = BlockedAttention.apply(q, k, v, mask.blocks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor) -> Tensor:
     """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E), all of one dtype, plus `bias` (B, 1, G T, S)
     on the scores, the same T rows for each of the G query heads that share keys. Returns (B, H, T, E)."""
-    # The queries that share keys stand as queries of one head: no key is repeated, and every SDPA kernel can do it.
+    # Queries that share keys become queries of one head: no key is repeated, and every SDPA kernel supports it.
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, G T, E)
     return scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
 
 
 class BlockedAttention(Function):
-    """Softmax attention by blocks of queries, with the probabilities kept for the backward pass."""
+    """Softmax attention by blocks of queries; keeps the probabilities for the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:  # noqa: D102
@@ -139,9 +143,9 @@ class BlockedAttention(Function):
         for block, weights in zip(ctx.blocks, kept, strict=True):
             width, keys = block.stop - block.start, slice(block.first, block.stop)
             part = q[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
-            wanted = grad[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
-            dv[:, keys].baddbmm_(weights.transpose(1, 2), wanted)
-            dweights = torch.bmm(wanted, v[:, keys].transpose(1, 2))
+            dout = grad[:, :, :, block.start : block.stop].reshape(-1, group * width, size)
+            dv[:, keys].baddbmm_(weights.transpose(1, 2), dout)
+            dweights = torch.bmm(dout, v[:, keys].transpose(1, 2))
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq[:, :, :, block.start : block.stop] = torch.bmm(dscores, k[:, keys]).view(rows, kv_heads, group, width, size)
             dk[:, keys].baddbmm_(dscores.transpose(1, 2), part)

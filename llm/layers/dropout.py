@@ -1,7 +1,8 @@
 """Dropout whose mask is a function of where it acts, not of a generator's state.
 
-The mask of an element is a hash of (seed, step, row of the optimizer step, site, position, channel). So it is the same
-whatever process or micro-batch computes the row, and after a resume. It is not cryptographic: it only has to look independent.
+The mask of an element is a hash of (seed, step, row of the optimizer step, site, position, channel). So it does not depend on
+the process or micro-batch that computes the row, nor on a resume. The hash is not cryptographic: masks only have to look
+independent.
 """
 
 import torch
@@ -17,7 +18,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Zeroes a share `rate` of x (B, T, C) while training and scales up the rest. `set_counters` first."""
+    """Zeroes a share `rate` of x (B, T, C) in training and scales up the rest. `set_counters` comes first."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -29,16 +30,16 @@ class Dropout(nn.Module):
         if self.rate == 0 or not self.training:
             return x
         if self.counters is None:
-            raise RuntimeError("dropout has no counters: call set_counters before a forward pass in training")
+            raise RuntimeError("dropout: expected set_counters before a forward pass in training, got none")
         return x * (self.keep(x) * (1 / (1 - self.rate))).to(x.dtype)
 
     def keep(self, x: Tensor) -> Tensor:
-        """The mask for x (B, T, C): True where it stays. Each 32-bit hash decides two channels, 16 bits each."""
+        """The mask for x (B, T, C): True where an element is kept. Each 32-bit hash decides two channels, 16 bits each."""
         assert self.counters is not None
         _, length, channels = x.shape
         position = _mix(self.counters[:, None] + torch.arange(length, device=x.device) * 0x9E3779B1)  # (B, T)
         channel = _mix(torch.arange((channels + 1) // 2, device=x.device) + 0x632BE59B)
-        # 32-bit arithmetic from here on, which wraps around: half the memory of int64, and this is the costly part.
+        # 32-bit arithmetic from here on, which wraps around: the costly part, in half the memory of int64.
         mixed = position.to(torch.int32)[:, :, None] + channel.to(torch.int32)  # (B, T, C / 2)
         mixed ^= (mixed >> 16) & 0xFFFF
         mixed *= 0x7FEB352D  # constants: the two-round `lowbias32` of C. Wellons's hash prospector
@@ -49,12 +50,12 @@ class Dropout(nn.Module):
         return halves >= round(self.rate * 65536) - 32768
 
     def extra_repr(self) -> str:
-        """The rate, in the model's print-out."""
+        """The rate, for the model's repr."""
         return f"rate={self.rate}"
 
 
 def set_counters(model: nn.Module, *, seed: int, step: int, rows: Tensor) -> None:
-    """Tell every Dropout in `model` which rows (B,) of which optimizer step come next; sites are numbered in module order."""
+    """Set the rows (B,) and the optimizer step of the next forward pass in every Dropout; sites count in module order."""
     sites = [module for module in model.modules() if isinstance(module, Dropout) and module.rate > 0]
     if not sites:
         return

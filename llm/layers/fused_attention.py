@@ -1,8 +1,7 @@
 """Causal attention inside documents as one C++ kernel: for training in bf16 on CPUs with AVX512-BF16.
 
-`fused_attention.cpp` is built by the machine's own compiler when a training first asks for it, and kept beside what
-torch.compile has made. Elsewhere, and where a compiler is missing, `llm.layers.attention` multiplies blocks, which is the same up to
-rounding.
+`fused_attention.cpp` is built by the machine's own compiler when a training first needs it, and kept beside the output of
+torch.compile. On other machines, and without a compiler, `llm.layers.attention` multiplies blocks: equal up to rounding.
 
 Letters: B rows, T positions, H query heads, K key and value heads, E head size.
 """
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from llm.device import compiler
+from llm.device import find_compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-fopenmp"]
@@ -28,7 +27,7 @@ PANEL = 32  # positions and sizes come in multiples of it
 
 
 class UnavailableError(Exception):
-    """The kernel cannot be built or run here; says why."""
+    """The kernel cannot be built or run here; the message says why."""
 
 
 class _Shape(ctypes.Structure):
@@ -39,37 +38,36 @@ class _Heads(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "position"))]
 
 
-def fits(length: int, size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes attention of `length` positions with heads of `size`."""
+def is_supported(length: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel can compute attention of `length` positions with heads of `size`."""
     return length % PANEL == 0 and size % PANEL == 0 and dtype == torch.bfloat16
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The kernel, built unless that has been done before. UnavailableError where it cannot run."""
-    if not cpu_fits():
-        raise UnavailableError("this CPU is not one for which it is faster")
-    program = compiler()
-    if program is None or "clang" in Path(program).name:  # whose OpenMP would bring threads of its own beside torch's
+def load_kernel() -> ctypes.CDLL:
+    """The kernel, built on first use. UnavailableError where it cannot run."""
+    if not is_cpu_supported():
+        raise UnavailableError("expected a CPU with AVX512-BF16 and without AMX, for which it is faster")
+    program = find_compiler()
+    if program is None or "clang" in Path(program).name:  # clang's OpenMP would start threads of its own beside torch's
         raise UnavailableError(f"expected g++ to build it, got {program or 'no C++ compiler'}")
     try:
         name = hashlib.sha256(" ".join([program, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()[:32]
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         if folder is not None:
-            return _loaded(program, Path(folder) / "attention" / f"{name}.so")
+            return _load(program, Path(folder) / "attention" / f"{name}.so")
         with tempfile.TemporaryDirectory() as scratch:
-            return _loaded(program, Path(scratch) / f"{name}.so")
+            return _load(program, Path(scratch) / f"{name}.so")
     except OSError as error:
         raise UnavailableError(str(error)) from error
 
 
-def cpu_fits() -> bool:
-    """Whether the kernel runs on this CPU, and is faster than products."""
-    # AMX is left to plain products, which oneDNN computes with it; this kernel would not.
+def is_cpu_supported() -> bool:
+    """Whether the kernel is faster than products of blocks on this CPU: oneDNN uses AMX, and the kernel does not."""
     return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
 
 
-def _loaded(program: str, place: Path) -> ctypes.CDLL:
+def _load(program: str, place: Path) -> ctypes.CDLL:
     if not place.exists():
         _build(program, place)
     try:
@@ -83,7 +81,7 @@ def _loaded(program: str, place: Path) -> ctypes.CDLL:
 
 def _build(program: str, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:  # others may build it at the same time
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:  # other processes may build it at the same time
         partial = Path(scratch) / place.name
         command = [program, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(partial)]
         built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -91,14 +89,14 @@ def _build(program: str, place: Path) -> None:
             lines = built.stderr.splitlines() or ["it failed"]
             raise UnavailableError(f"{program}: {next((line for line in lines if ': error: ' in line), lines[0])}")
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # half of one, after a power cut, would end the process that loads it
+            os.fsync(file.fileno())  # loading a file torn by a power cut would crash the process
         partial.replace(place)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor) -> Tensor:
     """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E); each position sees those from `starts`
-    (1 or B, T), int32, up to itself. The kernel has to fit. Returns (B, H, T, E) in bf16."""
-    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))  # layers that PEFT has taken over may give another
+    (1 or B, T), int32, up to itself. The sizes have to be supported. Returns (B, H, T, E) in bf16."""
+    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))  # PEFT's layers may return another dtype
     out: Tensor = FusedAttention.apply(q, k, v, starts)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
@@ -106,27 +104,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor) -> Tensor:
 class FusedAttention(Function):
     """Softmax attention by the kernel.
 
-    For the backward pass it keeps the weights before they are divided by their sum, and one over that sum. Their memory is
-    that of half a matrix (T, T) for each head, also where documents are short; what they do not see of it is never touched.
+    For the backward pass it keeps the weights before they are divided by their sum, and the inverse of that sum. They take
+    half a matrix (T, T) for each head, also where documents are short; the part outside of documents is never touched.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:  # noqa: D102
         q, k, v = (_dense(x) for x in (q, k, v))
         rows, heads, length, size = q.shape
-        out = q.new_empty(rows, length, heads, size).transpose(1, 2)  # as the layer behind it reads it
-        weights = q.new_empty(rows, heads, library().weights_per_head(ctypes.c_int64(length)))
+        out = q.new_empty(rows, length, heads, size).transpose(1, 2)  # the layout that the next layer reads
+        weights = q.new_empty(rows, heads, load_kernel().weights_per_head(ctypes.c_int64(length)))
         inverse = torch.empty(rows, heads, length, dtype=torch.float32)
-        _run(library().forward, q, k, v, out, weights, inverse, starts)
+        _run(load_kernel().forward, q, k, v, out, weights, inverse, starts)
         ctx.save_for_backward(q, k, v, out, weights, inverse, starts)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: D102
-        saved = ctx.saved_tensors  # once: asked again, layers that are recomputed would be so twice
+        saved = ctx.saved_tensors  # read once: a second access would recompute a checkpointed layer again
         grad, dq, dk, dv = _dense(grad), *map(torch.empty_like, saved[:3])
-        _run(library().backward, *saved, grad, dq, dk, dv)
+        _run(load_kernel().backward, *saved, grad, dq, dk, dv)
         return dq, dk, dv, None
 
 
@@ -141,7 +139,7 @@ def _run(
     starts: Tensor,
     *gradients: Tensor,
 ) -> None:
-    """Calls one of the kernel's two functions. MemoryError if it has no room for its panels."""
+    """Call one of the kernel's two functions. MemoryError if it cannot allocate its panels."""
     rows, heads, length, size = q.shape
     shape = ctypes.byref(_Shape(rows, heads, k.shape[1], length, size))
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weights, inverse, starts))
@@ -156,5 +154,5 @@ def _heads(x: Tensor) -> Any:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Laid out so that positions are read in pairs of elements, and written without meeting each other."""
+    """x in a layout that the kernel can read in pairs of elements, and write without overlap."""
     return x if x.stride(3) == 1 and x.stride(2) % 2 == 0 and 0 not in x.stride() else x.contiguous()

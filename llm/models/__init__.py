@@ -1,4 +1,4 @@
-"""The architectures that can be trained: one folder each, found by being there.
+"""The registry of architectures: every folder in here is one.
 
 A folder holds four modules. `config.py` imports no torch, because it is read in planning: `Config`, the architecture's
 `ModelConfig`, whose `name` is the name recipes use; `MODEL_TYPE`, the `model_type` of Transformers that computes the same;
@@ -36,12 +36,12 @@ class Architecture:
         return built
 
     def to_transformers(self, config: "ModelConfig") -> dict[str, Any]:
-        """The fields of a `config.json` that say the same as `config`."""
+        """The fields of a `config.json` that describe the same model as `config`."""
         fields: dict[str, Any] = self._config_module().to_transformers(config)
         return fields
 
     def from_transformers(self, found: Mapping[str, Any], *, dropout: float) -> "ModelConfig":
-        """What the fields of a `config.json` say; InputError names one that this architecture cannot honour."""
+        """The configuration in the fields of a `config.json`; InputError names a field that is not supported."""
         config: ModelConfig = self._config_module().from_transformers(found, dropout=dropout)
         return config
 
@@ -56,7 +56,7 @@ class Architecture:
         return flops
 
     def gguf(self) -> Any:
-        """The module that tells llama.cpp of it: ARCHITECTURE, `write_sizes` and `tensors`."""
+        """The module that writes it for llama.cpp: ARCHITECTURE, `write_sizes` and `tensors`."""
         return importlib.import_module(f"llm.models.{self.name}.gguf")
 
     def _config_module(self) -> Any:
@@ -75,7 +75,7 @@ def architectures() -> Mapping[str, Architecture]:
 
 
 def architecture_tables() -> Any:
-    """The type of a field that holds any architecture's table, told apart by its `name`; "llama" where that is left out."""
+    """The type of a recipe's field for any architecture's table, discriminated by its `name`, "llama" by default."""
     configs = {name: architecture.config for name, architecture in architectures().items()}
     if len(configs) == 1:  # pydantic has no union of one
         return next(iter(configs.values()))

@@ -1,8 +1,8 @@
-"""A model folder on disk, exactly as stock Transformers reads and writes it; nothing of a training's state.
+"""A model folder on disk, exactly as stock Transformers reads and writes it, without any state of a training.
 
 `config.json`, `model.safetensors` (or shards and their index), the tokenizer's files and `generation_config.json`. Weights are
-read from safetensors only, and a configuration that the hand-written model cannot honour is refused by the field that is at
-fault. Folders that others wrote become ours in `llm.models.import_checkpoint`.
+read from safetensors only, and a configuration that the hand-written model does not support is refused with the name of the
+field. `llm.models.import_checkpoint` takes over folders from elsewhere.
 """
 
 import json
@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def save_checkpoint(folder: Path, model: LanguageModel, tokenizer_folder: Path) -> None:
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
-    Where `tokenizer_folder` is a checkpoint, the tokens that end its answers come along too.
+    Where `tokenizer_folder` is a checkpoint, the tokens that end its answers are copied too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -42,7 +42,7 @@ def save_checkpoint(folder: Path, model: LanguageModel, tokenizer_folder: Path) 
 
 
 def write_model(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, tokenizer: TextTokenizer) -> None:
-    """Write everything but the tokenizer's own files; of a tied head the embedding alone."""
+    """Write everything but the tokenizer's own files; of a tied head only the embedding."""
     vocab_size = len(weights["model.embed_tokens.weight"])
     dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     fields = architectures()[config.name].to_transformers(config) | {"vocab_size": vocab_size, "dtype": dtype}
@@ -55,7 +55,7 @@ def write_model(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor]
 def load_checkpoint(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
 ) -> LanguageModel:
-    """Open a model folder. `dropout` is for training it further: a checkpoint does not say what it was trained with."""
+    """Open a model folder. `dropout` is for further training: a checkpoint does not record it."""
     config, vocab_size = read_config(folder / CONFIG, dropout=dropout)
     stored = read_weights(folder, config, vocab_size=vocab_size, device=device)
     weights = {name: tensor.to(dtype) for name, tensor in stored.items()}
@@ -69,18 +69,18 @@ def load_checkpoint(
 
 
 def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:
-    """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field we cannot honour."""
+    """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field that is not supported."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: is not there; expected a model folder as Transformers writes it") from None
+        raise InputError(f"{path}: expected a model folder as Transformers writes it, got no file") from None
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
+        raise InputError(f"{path}: expected JSON, got a file that cannot be parsed: {error}") from error
     by_type = {architecture.model_type: architecture for architecture in architectures().values()}
     model_type = found.get("model_type")
     if model_type not in by_type:
-        wanted = " or ".join(map(repr, by_type))
-        raise InputError(f"{path}: model_type: expected {wanted}, got {model_type!r}: this architecture is not supported")
+        expected = " or ".join(map(repr, by_type))
+        raise InputError(f"{path}: model_type: expected {expected}, got {model_type!r}: this architecture is not supported")
     if not isinstance(vocab_size := found.get("vocab_size"), int):
         raise InputError(f"{path}: vocab_size: expected a whole number above 0, got {vocab_size!r}")
     try:
@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def no_weights(names: Iterable[str]) -> str:
-    """Why a model with files of these names is refused, which has no weights that can be read."""
+    """The reason for refusing a model whose files, of these names, hold no readable weights."""
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     other = f"only {pickles[0]}, a pickle, which can run code when it is opened" if pickles else "no such file"
     return f"expected weights in {WEIGHTS}, or in shards that {INDEX} names, got {other}"
@@ -115,15 +115,17 @@ def no_weights(names: Iterable[str]) -> str:
 def read_weights(
     folder: Path, config: ModelConfig, *, vocab_size: int, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """A folder's weights by name, as they are stored, and of a tied head only the embedding; InputError where they are not
-    those of the architecture, all of them."""
+    """A folder's weights by name, as stored; of a tied head only the embedding. InputError unless they are exactly those of
+    the architecture."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
             weights |= load_file(path, device=str(device))
         except SafetensorError as error:
-            raise InputError(f"{path}: is not a whole safetensors file: {error}") from error
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # of old versions
+            raise InputError(f"{path}: expected a whole safetensors file, got one that cannot be read: {error}") from error
+    weights = {
+        name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")
+    }  # older Transformers wrote it
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
     if config.tied and head is not None:
         if embedding is not None and not torch.equal(head, embedding):
@@ -131,15 +133,14 @@ def read_weights(
                 f"{folder / CONFIG}: tie_word_embeddings: expected false, got true: lm_head.weight is not the embedding"
             )
         del weights["lm_head.weight"]
-    wanted = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
     if config.tied:
-        del wanted["lm_head.weight"]
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in [*wanted, *found]:
-        if wanted.get(name) != found.get(name):
+        del expected["lm_head.weight"]
+    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*expected, *got]:
+        if expected.get(name) != got.get(name):
             raise InputError(
-                f"{folder}: the weights are not those of its config.json: {name}: expected "
-                f"{_shape(wanted.get(name))}, got {_shape(found.get(name))}"
+                f"{folder}: {name}: expected {_shape(expected.get(name))}, by its config.json, got {_shape(got.get(name))}"
             )
     return weights
 
@@ -148,11 +149,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no such weight" if shape is None else f"shape {shape}"
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves every weight as it is allocated.
-
-    `torch.nn.init` draws on the meta device, too: nothing comes of it, but it imports torch.compile, which takes a second.
-    """
+class _SkipInit(TorchFunctionMode):
+    """Skips every function of `torch.nn.init`, which even on the meta device import torch.compile: that takes a second."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -164,5 +162,5 @@ class _Undrawn(TorchFunctionMode):
 
 
 def _without_weights(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    with torch.device("meta"), _Undrawn():  # no time spent on drawing weights that are replaced at once
+    with torch.device("meta"), _SkipInit():  # no time for drawing weights that are replaced at once
         return architectures()[config.name].build(config, vocab_size=vocab_size)

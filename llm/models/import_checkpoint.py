@@ -1,8 +1,8 @@
-"""A model folder that others wrote, taken over as ours: checked, and written again in the one form that everything here reads.
+"""Import of a model folder from elsewhere: checked, and written again in the one form that everything here reads.
 
-Nothing of it is run or unpickled. Weights keep the precision they came in; shards become one file. The tokenizer stays as it
-is; what is added beside it is what training and generation rely on: a chat template, if there is none, and the token that
-ends an answer among those that end generation.
+Nothing in it is executed or unpickled. Weights keep their precision; shards become one file. The tokenizer stays as it is;
+training and generation need two additions: a chat template, if there is none, and the token that ends an answer among those
+that end generation.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _CHAT = [
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a folder holds beside its weights, after everything that can be refused by it was checked."""
+    """The checked contents of a folder, without its weights."""
 
     folder: Path
     config: ModelConfig
@@ -36,9 +36,9 @@ class Candidate:
 
 
 def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Candidate:
-    """Check the configuration and the tokenizer of a model folder, whose weights need not be there yet.
+    """Check the configuration and the tokenizer of a model folder, whose weights may still be missing.
 
-    `chat_template` replaces its own. InputError says which field is not supported, what was found, and what is.
+    `chat_template` replaces its own. InputError names a field that is not supported.
     """
     config, vocab_size = read_config(folder / CONFIG)
     tokenizer = TextTokenizer.load(folder)
@@ -48,11 +48,11 @@ def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Can
             f"got {vocab_size:,}"
         )
     template = with_fixed_day(chat_template or tokenizer.template or PLAIN_TEMPLATE)
-    return Candidate(folder, config, vocab_size, _answering(tokenizer.with_template(template), folder))
+    return Candidate(folder, config, vocab_size, _with_answer_end(tokenizer.with_template(template), folder))
 
 
 def import_checkpoint(candidate: Candidate, target: Path) -> dict[str, object]:
-    """Write the model into `target`; returns what a record tells of it."""
+    """Write the model into `target`; returns the facts for its record."""
     config = candidate.config
     weights = read_weights(candidate.folder, config, vocab_size=candidate.vocab_size)
     for name, tensor in weights.items():
@@ -70,18 +70,18 @@ def import_checkpoint(candidate: Candidate, target: Path) -> dict[str, object]:
     }
 
 
-def _answering(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:
-    """The tokenizer with the token that its template puts after an answer among `ends`; InputError where there is none."""
+def _with_answer_end(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:
+    """The tokenizer with the token that its template puts after an answer added to `ends`; InputError where there is none."""
     try:
-        ids, learned = tokenizer.encode_chat(_CHAT)
+        ids, loss_mask = tokenizer.encode_chat(_CHAT)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    ends = {ids[place] for place in range(len(ids)) if learned[place] and not any(learned[place + 1 : place + 2])}
+    ends = {ids[last] for last in range(len(ids)) if loss_mask[last] and not any(loss_mask[last + 1 : last + 2])}
     if len(ends) != 1 or not ends <= {tokenizer.token_id(token) for token in tokenizer.special_tokens}:
         found = ", ".join(repr(tokenizer.decode([token], special=True)) for token in sorted(ends)) or "nothing"
         raise InputError(
-            f"{folder}: what the chat template marks as learned: expected to end with one special token after every answer, "
-            f"by which the model learns to stop, got {found}"
+            f"{folder}: chat template: expected each part that it marks as learned to end with the same special token, by "
+            f"which the model learns to stop, got {found}"
         )
     return tokenizer.with_template(tokenizer.template or "", ends=sorted(ends))
 

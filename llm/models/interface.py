@@ -45,7 +45,7 @@ class ModelConfig(Protocol):
 
     @property
     def context(self) -> int | None:
-        """Longest sequence; None where a recipe leaves it to the tokens. Of a model that is there, ask `LanguageModel.context`."""
+        """Longest sequence; None where a recipe leaves it to the tokens; a built model has `context`."""
 
     @property
     def resolved_context(self) -> int:
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module, ABC):
         """
 
     def decoding(self) -> "Decoding":
-        """The model arranged for decoding; it holds its weights as they are now. From `decode.py` of the architecture's folder."""
+        """The model arranged for decoding, with its present weights; from `decode.py` of the architecture's folder."""
         module: Any = importlib.import_module(f"llm.models.{self.config.name}.decode")
         made: Decoding = module.build(self)
         return made

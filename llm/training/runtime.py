@@ -13,7 +13,7 @@ from torch import nn
 from llm.device import Precision, has_compiler, resolve_precision
 from llm.files import write_json
 from llm.layers.dropout import Dropout
-from llm.layers.fused_attention import cpu_fits
+from llm.layers.fused_attention import is_cpu_supported
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import Strategy
 from llm.training.distributed.process_group import ProcessGroup
@@ -123,7 +123,7 @@ def resolve_fused_attention(wanted: bool | Literal["auto"], *, device: str, prec
     """Whether a training of `flops` operations should use the kernel; whether it works is known once it is built."""
     if wanted != "auto":
         return wanted
-    return device == "cpu" and precision == "bf16" and flops > WORTH and cpu_fits()
+    return device == "cpu" and precision == "bf16" and flops > WORTH and is_cpu_supported()
 
 
 def compiled_shape(model: nn.Module, context: int) -> str:

@@ -1,8 +1,8 @@
-"""One decoding step of one row on a CPU, compiled: for a text that is written alone, as in a talk.
+"""One decoding step of one row on a CPU, compiled: for one text at a time, as in a chat.
 
-It computes what `decode.py` computes, but torch.compile makes one loop nest of a whole layer, which reads each weight once, in
-the order in which the model holds it, and starts no operation in between. Weights and slots are arguments, so one compilation
-serves all layers and all texts; only the number of slots that are seen varies.
+It computes what `decode.py` computes, but torch.compile fuses a whole layer into one loop nest, which reads each weight once,
+in the order in which the model holds it. Weights and slots are arguments, so one compilation serves all layers and all texts;
+only the number of slots that are seen varies.
 
 Letters as in `decode.py`, without B and T, which are 1.
 """
@@ -13,29 +13,29 @@ from torch.nn.functional import silu
 
 from llm.models.llama.model import Layer, Llama
 
-MOST_SHAPES = 64  # of models in one process
+MOST_SHAPES = 64  # shapes of models in one process
 
 
 class CompiledRow:
     """The step of one row for a model whose projections are plain matrices. Call under `torch.inference_mode`.
 
-    `cache` (layers, 2 K, S, E) is for keys and values, with more slots than the context, since no step may see all of them.
+    `cache` (layers, 2 K, S, E) holds keys and values, with more slots than the context, because no step may see all of them.
     """
 
     def __init__(self, model: Llama, cache: Tensor) -> None:
         self.cache = cache
         self._embedding, self._head = (part.weight.detach() for part in (model.model.embed_tokens, model.lm_head))
-        self._layers = [_weights(layer) for layer in model.model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
+        self._layers = [_weights(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
         self._final_norm = model.model.norm.weight.detach().float()
         self._sizes = model.config.heads, model.config.kv_heads, model.config.norm_eps
-        # Models of another shape are compiled anew; beyond its limit of 8, torch would go on uncompiled, and slowly.
+        # Each shape of a model is compiled once; beyond its default limit of 8, torch would run uncompiled, and slowly.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._layer, self._logits = (torch.compile(function, dynamic=False) for function in (_layer, _logits))
 
     def logits(self, token: int, seen: Tensor, position: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Logits (1, V) in fp32 after `token` at `position` (1,), with the signed sine and the cosine (1, E) of that position.
 
-        `seen` is as long as there are slots to look at, those of the position and before.
+        `seen` has one entry for each slot that is seen: up to that of the position.
         """
         torch._dynamo.mark_dynamic(seen, 0, min=2, max=self.cache.shape[2] - 1)
         x = self._embedding[token].float()
@@ -45,7 +45,7 @@ class CompiledRow:
 
 
 def _weights(layer: Layer) -> tuple[Tensor, ...]:
-    """What `_layer` takes of a layer, in its order."""
+    """The weights of a layer, in the order of `_layer`'s arguments."""
     attention, feed_forward = layer.self_attn, layer.mlp
     projections = (
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
@@ -75,9 +75,9 @@ def _layer(
     kv_heads: int,
     epsilon: float,
 ) -> Tensor:
-    """x (D,) behind one layer; keys and values go to `position` of `stored` (2 K, S, E)."""
+    """x (D,) after one layer; its keys and values go to `position` of `stored` (2 K, S, E)."""
     size = stored.shape[-1]
-    normal = _normal(x, attention_norm, epsilon).to(query.dtype)
+    normal = _rms_norm(x, attention_norm, epsilon).to(query.dtype)
     q, k = (_product(weight, normal).view(-1, size) for weight in (query, key))
     q, k = (part * cosine + part.roll(size // 2, -1) * sine for part in (q, k))
     stored[:, position] = torch.cat([k, _product(value, normal).view(-1, size)])[:, None]
@@ -86,16 +86,16 @@ def _layer(
     weights = ((grouped * keys[:, None]).sum(-1) * size**-0.5).softmax(-1)  # (K, G, seen)
     mixed = (weights[..., None] * values[:, None]).sum(-2).flatten()
     x = x + _product(output, mixed.to(output.dtype))
-    normal = _normal(x, feed_forward_norm, epsilon).to(gate.dtype)
+    normal = _rms_norm(x, feed_forward_norm, epsilon).to(gate.dtype)
     inner = silu(_product(gate, normal)) * _product(up, normal)
     return x + _product(down, inner.to(down.dtype))
 
 
 def _logits(x: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
-    return _product(head, _normal(x, norm, epsilon).to(head.dtype))
+    return _product(head, _rms_norm(x, norm, epsilon).to(head.dtype))
 
 
-def _normal(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * (x.square().mean() + epsilon).rsqrt() * weight
 
 

@@ -1,7 +1,7 @@
-"""The shape of a LLaMA decoder, as a recipe and as Transformers write it. No torch here: recipes are checked without it.
+"""The configuration of a LLaMA, in a recipe and in Transformers' config.json. No torch here: recipes are checked without it.
 
-A `preset` is only shorthand: its values are filled in and the field itself ends as None, so that a preset and the same sizes
-written out are one and the same configuration.
+A `preset` is shorthand: its values are filled in and the field itself becomes None, so a preset and the same sizes written out
+are the same configuration.
 """
 
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ class LlamaConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Expand the preset and the sizes that follow from others; wrong types are left for the fields to report."""
+        """Expand the preset and the sizes that follow from others; the fields report wrong types."""
         if not isinstance(values, dict):
             return values
         preset = values.get("preset")
@@ -125,7 +125,7 @@ class LlamaConfig(BaseModel):
             filled.setdefault("head_size", hidden // heads)
         if isinstance(hidden, int):
             filled.setdefault("intermediate_size", -(-hidden * 8 // 3 // 64) * 64)
-        # A field that others decide is not "missing" when those are: the message is then about them alone.
+        # Where the fields that these follow from are missing, only those are reported.
         for name in ("kv_heads", "head_size", "intermediate_size"):
             filled.setdefault(name, 1)
         return filled
@@ -168,7 +168,7 @@ def flops_per_token(config: LlamaConfig, *, vocab_size: int, context: int) -> fl
 
 
 def attention_flops(config: LlamaConfig, *, context: int) -> float:
-    """Of `flops_per_token`, what scores and mixing take."""
+    """The part of `flops_per_token` for attention scores and mixing."""
     return 12.0 * config.layers * config.heads * config.head_size * context / 2
 
 
@@ -177,16 +177,16 @@ def _layer_matrices(config: LlamaConfig) -> int:
     return attention + 3 * config.hidden_size * config.intermediate_size
 
 
-# What the model computes however it is configured; another value in a config.json means another model.
+# Fields of a config.json with one supported value.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-# What changes a model wherever it is set, and where every Llama has nothing.
+# Fields that must not be set: each would change the model.
 UNSET = ("quantization_config", "sliding_window", "auto_map")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def to_transformers(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of Transformers' LlamaConfig."""
+    """The fields of Transformers' LlamaConfig for the same model."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
     match config.rope_scaling:
         case LinearScaling(factor=factor):
@@ -219,13 +219,13 @@ def to_transformers(config: LlamaConfig) -> dict[str, Any]:
 
 
 def from_transformers(found: Mapping[str, Any], *, dropout: float) -> LlamaConfig:
-    """What the fields of Transformers' LlamaConfig say, of old versions too; what is left out has Transformers' default.
+    """The configuration in the fields of Transformers' LlamaConfig, also of old versions, with Transformers' defaults.
 
-    InputError names a field that is missing or that the model cannot honour.
+    InputError names a field that is missing or not supported.
     """
-    for field, wanted in FIXED.items():
-        if found.get(field, wanted) != wanted:
-            raise _unsupported(field, repr(wanted), found[field])
+    for field, expected in FIXED.items():
+        if found.get(field, expected) != expected:
+            raise _unsupported(field, repr(expected), found[field])
     for field in UNSET:
         if found.get(field) is not None:
             raise _unsupported(field, "nothing", found[field])
@@ -271,8 +271,8 @@ def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling
         raise _unsupported("partial_rotary_factor", "1", partial)
     if kind == "default":
         return base, None
-    wanted = ["factor"] + (["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])
-    for field in wanted:
+    numbers = ["factor"] + (["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])
+    for field in numbers:
         if not isinstance(rope.get(field), int | float):
             raise InputError(f"{name}.{field}: expected a number for the {key} {kind!r}, got {rope.get(field)!r}")
     if kind == "linear":
@@ -287,10 +287,10 @@ def _rope(found: Mapping[str, Any], *, context: int) -> tuple[float, RopeScaling
     return base, scaling
 
 
-def _unsupported(field: str, wanted: str, found: object) -> InputError:
+def _unsupported(field: str, expected: str, found: object) -> InputError:
     shown = repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return InputError(f"{field}: expected {wanted}, got {shown}: this architecture is not supported")
+    return InputError(f"{field}: expected {expected}, got {shown}: this architecture is not supported")
 
 
 Config = LlamaConfig

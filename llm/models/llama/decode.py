@@ -1,10 +1,9 @@
-"""The decoding form of a LLaMA: a model's weights, arranged to read prompts and then one token at a time, behind a cache.
+"""The decoding form of a LLaMA: its weights arranged to read prompts, and then one token per step, behind a key-value cache.
 
-It computes what `model.py` computes, for text that is being written: no gradients, no dropout, and few operations, because at
-one token per step the time goes into reading weights and into starting operations, not into arithmetic. Products keep the
-dtype of the weights; the residual stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the
-step is a CUDA graph; on a CPU that of one row can be compiled (`decode_row.py`). What the next token is, and when a text ends,
-is `llm.inference.generate`'s business.
+It computes what `model.py` computes, without gradients and dropout and in few operations: at one token per step the time goes
+into reading weights and launching operations, not into arithmetic. Products have the dtype of the weights; the residual
+stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the step is a CUDA graph; on a CPU that of
+one row can be compiled (`compiled_decode.py`). `llm.inference.generate` chooses tokens and ends texts.
 
 Letters: B rows, T new positions, S cache slots, D hidden size, H heads, K key and value heads, G = H / K, E head size, V
 vocabulary.
@@ -20,24 +19,24 @@ from torch.nn.functional import linear, pad, silu
 
 from llm.device import has_compiler
 from llm.errors import InputError
-from llm.layers.attention import attend, attend_cached, visibility
+from llm.layers.attention import attend, attend_cached, attention_mask
 from llm.models.llama.compiled_decode import CompiledRow
-from llm.models.llama.model import Layer, Llama
+from llm.models.llama.model import Layer, Llama, rope_angles
 
-SPARE_SLOTS = 8  # behind the context, of the compiled step, which may not see all of them
-Product = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
+SPARE_SLOTS = 8  # beyond the context, for the compiled step, which must never see all slots
+Projection = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
 
 
 @dataclass(frozen=True)
 class DecodingLayer:
-    """One decoder layer: the products whose inputs are the same are one."""
+    """One decoder layer; projections of the same input are joined into one."""
 
-    attention_norm: Tensor  # (D,) in fp32, as the other norm
+    attention_norm: Tensor  # (D,) in fp32, as is the other norm
     feed_forward_norm: Tensor
-    queries_keys_values: Product  # to (H + 2 K) E channels
-    output: Product
-    gate_up: Product
-    down: Product
+    queries_keys_values: Projection  # to (H + 2 K) E channels
+    output: Projection
+    gate_up: Projection
+    down: Projection
 
 
 def _decoding_layer(layer: Layer) -> DecodingLayer:
@@ -45,15 +44,15 @@ def _decoding_layer(layer: Layer) -> DecodingLayer:
     return DecodingLayer(
         layer.input_layernorm.weight.float(),
         layer.post_attention_layernorm.weight.float(),
-        _product(attention.q_proj, attention.k_proj, attention.v_proj),
-        _product(attention.o_proj),
-        _product(feed_forward.gate_proj, feed_forward.up_proj),
-        _product(feed_forward.down_proj),
+        _projection(attention.q_proj, attention.k_proj, attention.v_proj),
+        _projection(attention.o_proj),
+        _projection(feed_forward.gate_proj, feed_forward.up_proj),
+        _projection(feed_forward.down_proj),
     )
 
 
-def _product(*layers: nn.Linear) -> Product:
-    """What `layers` make of one input, side by side. One that is more than a matrix (an adapter, four bits) does it itself."""
+def _projection(*layers: nn.Linear) -> Projection:
+    """The outputs of `layers` for one input, joined; a layer that is more than a matrix (an adapter, four bits) is called."""
     if not all(map(_is_matrix, layers)):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
     weights = [layer.weight.detach() for layer in layers]
@@ -61,12 +60,12 @@ def _product(*layers: nn.Linear) -> Product:
     if not _can_pack(weight):
         return partial(linear, weight=weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    product = torch.ops.mkldnn._linear_pointwise.default  # what torch.compile makes of a frozen nn.Linear
+    product = torch.ops.mkldnn._linear_pointwise.default  # as torch.compile does for a frozen nn.Linear
     return lambda x: product(x, packed, None, "none", [], "")
 
 
 def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN can hold the weight in its own order, rather than reorder it in every product or leave it to BLAS.
+    """Whether oneDNN can keep the weight in its own layout, rather than reorder it in every product or leave it to BLAS.
 
     Measured on 2 cores with AVX512-BF16 at hidden 512, packed over plain: 1.8 times as fast in bf16 at 1 and 8 rows, in fp32
     2.7 and 2.9 times, and 2.3 times at 2048 rows.
@@ -84,12 +83,12 @@ def _is_matrix(layer: nn.Module) -> bool:
 
 @dataclass
 class KVCache:
-    """What is remembered of a batch of rows. Steps change it in place, since a CUDA graph knows tensors by their addresses."""
+    """Keys and values of a batch of rows. Steps change it in place, because a CUDA graph refers to tensors by address."""
 
     stored: Tensor  # (layers, B, 2 K, S, E): the keys, then the values
     positions: Tensor  # (B, 1): where the next token of each row goes
     filled: int = 0  # slots that some row has reached
-    compiled: CompiledRow | None = None  # where `stored` is its cache
+    compiled: CompiledRow | None = None  # the compiled step, if `stored` is its cache
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
@@ -100,7 +99,7 @@ class KVCache:
 
 
 class LlamaDecoding:
-    """A model while it writes batches: `read` begins one, `step` goes on with it. Call under `torch.inference_mode`.
+    """The `Decoding` of a LLaMA: `read` begins a batch, `step` continues it. Call under `torch.inference_mode`.
 
     Every row has its own positions, from 0 in its own slots of the cache, so prompts may differ in length. Reading another
     batch ends the one before. The model must not change meanwhile. Its matrices are held a second time, arranged for few rows,
@@ -112,31 +111,31 @@ class LlamaDecoding:
         self.context = model.context
         self._device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self._final_norm = model.model.norm.weight.float()
-        self._layers = [_decoding_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
-        self._head = _product(model.lm_head)
+        self._layers = [_decoding_layer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
+        self._head = _projection(model.lm_head)
         self._epsilon = torch.full((1, 1, 1), model.config.norm_eps)
         self._on_cpu = self._device.type == "cpu"
-        # On CPU, torch's attention of one query over a bf16 cache takes 6 times as long as over one in fp32.
+        # On CPU, torch's attention of one query takes 6 times as long over a bf16 cache as over one in fp32.
         self._cache_dtype = torch.float32 if self._on_cpu else self._dtype
-        # On a GPU a step always runs over all slots: each is then the same, and can be one graph.
+        # On a GPU every step runs over all slots: steps are then alike, and one graph serves all.
         self._over_all_slots = not self._on_cpu
         self._cache = torch.empty(0, 0, 0, 0, 0)  # of no batch yet
-        named = model.model.layers.named_modules()
+        named = model.layers.named_modules()
         self._plain = all(_is_matrix(module) for name, module in named if name.endswith("_proj"))
-        self._graphs = self._plain and self._device.type == "cuda"
-        self._row: CompiledRow | None = None
+        self._use_graphs = self._plain and self._device.type == "cuda"
+        self._compiled: CompiledRow | None = None
 
     def compile(self) -> None:
-        """Compile the step of a batch of one row, which then takes some 0.6 of the time: 15 s, or 4 from torch's cache.
+        """Compile the step of a batch of one row, which then takes about 0.6 of the time: in 15 s, or 4 with torch's cache.
 
-        On a GPU, whose steps are graphs, and with adapters nothing changes. InputError without a C++ compiler. Rounding then
-        differs from that of other batches, so a text that is drawn by chance may come out otherwise.
+        Does nothing on a GPU, whose steps are graphs, and with adapters. InputError without a C++ compiler. The compiled step
+        rounds differently, so sampled text may differ from that of other batches.
         """
         if not self._on_cpu or not self._plain or not _is_matrix(self.model.lm_head):
             return
         if not has_compiler("cpu"):
             raise InputError("compiling: expected a C++ compiler (CXX, g++ or clang++), got none")
-        self._row = CompiledRow(self.model, self._make_room(1, self.context + SPARE_SLOTS).stored[:, 0])
+        self._compiled = CompiledRow(self.model, self._new_cache(1, self.context + SPARE_SLOTS).stored[:, 0])
         self.read([[0]], room=1)
         self.step([0])
 
@@ -145,10 +144,10 @@ class LlamaDecoding:
         device = self._device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)  # what pads the end is never seen
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)  # padding at the end is never seen
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        self._batch = self._make_room(len(prompts), -(-(longest + room) // 8) * 8)  # GPU kernels like a mask's rows aligned
+        self._batch = self._new_cache(len(prompts), -(-(longest + room) // 8) * 8)  # aligned rows of a mask are faster on GPUs
         hidden = self._hidden(tokens.to(device), self._slots[None, :longest], fresh=True)
         self._batch.positions += lengths[:, None].to(device)
         self._batch.filled = longest
@@ -161,19 +160,19 @@ class LlamaDecoding:
         batch.filled += 1
         batch.steps += 1
         if batch.compiled is not None:
-            return self._advance_row(batch.compiled, *tokens)
-        if not self._graphs or batch.steps == 1:  # the first step lets libraries prepare themselves, outside a graph
-            return self._advance()
+            return self._compiled_step(batch.compiled, *tokens)
+        if not self._use_graphs or batch.steps == 1:  # libraries initialize in the first step, outside a graph
+            return self._eager_step()
         if batch.graph is None:
             batch.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(batch.graph):  # records without computing
-                batch.graph_logits = self._advance()
+                batch.graph_logits = self._eager_step()
         assert batch.graph_logits is not None
         batch.graph.replay()
         return batch.graph_logits.clone()
 
     def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), read behind what was read and then forgotten; in fp32."""
+        """Logits (B, T, V) after each of `tokens` (B, T), which are read and then forgotten; in fp32."""
         batch = self._batch
         positions = batch.positions + torch.arange(tokens.shape[1], device=tokens.device)
         batch.filled += tokens.shape[1]
@@ -182,32 +181,32 @@ class LlamaDecoding:
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch alone."""
+        """Drop every row of the batch but these."""
         batch = self._batch
         chosen = torch.tensor(rows, device=batch.positions.device)
         self._batch = KVCache(batch.stored[:, chosen], batch.positions[chosen], batch.filled)
 
-    def _make_room(self, rows: int, slots: int) -> KVCache:
-        """An empty batch. The cache stays from one to the next: what an earlier one left gets weight 0, as zeros would."""
+    def _new_cache(self, rows: int, slots: int) -> KVCache:
+        """An empty cache. Its memory is reused: what an earlier batch left gets weight 0, as zeros would."""
         config, (_, most_rows, _, most_slots, _) = self.model.config, self._cache.shape
         if rows > most_rows or slots > most_slots:
             rows_of_cache, slots_of_cache = max(rows, most_rows), max(slots, most_slots)
             shape = (config.layers, rows_of_cache, 2 * config.kv_heads, slots_of_cache, config.head_size)
             self._cache = torch.zeros(shape, dtype=self._cache_dtype, device=self._device)
             self._slots = torch.arange(slots_of_cache, device=self._device)
-            cosine, sine = (table[0, 0] for table in self.model._angles(self._slots[None]))  # (S, E / 2)
+            cosine, sine = (table[0, 0] for table in rope_angles(config, self._slots[None]))  # (S, E / 2)
             self._angles = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
         positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
-        if rows == 1 and self._row is not None:
-            return KVCache(self._row.cache[:, None], positions, compiled=self._row)
+        if rows == 1 and self._compiled is not None:
+            return KVCache(self._compiled.cache[:, None], positions, compiled=self._compiled)
         return KVCache(self._cache[:, :rows, :, :slots], positions)
 
-    def _advance(self) -> Tensor:
+    def _eager_step(self) -> Tensor:
         logits = self._logits(self._hidden(self._batch.tokens, self._batch.positions)[:, -1])
         self._batch.positions += 1
         return logits
 
-    def _advance_row(self, row: CompiledRow, token: int) -> Tensor:
+    def _compiled_step(self, row: CompiledRow, token: int) -> Tensor:
         batch = self._batch
         position = batch.positions[0]
         cosine, sine = (table[position] for table in self._angles)
@@ -217,37 +216,37 @@ class LlamaDecoding:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        normal = self._normal(hidden.reshape(-1, 1, hidden.shape[-1]), self._final_norm)
+        normal = self._rms_norm(hidden.reshape(-1, 1, hidden.shape[-1]), self._final_norm)
         return self._head(normal).float().view(*hidden.shape[:-1], -1)
 
-    def _normal(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of x (N, 1, D), in the dtype of the products."""
         if not self._on_cpu:
             return torch.rms_norm(x, weight.shape, weight, self.model.config.norm_eps).to(self._dtype)
-        # On CPU torch makes ten operations of it; here the mean square is one, the product of each position with itself.
+        # On CPU torch needs ten operations; here the mean square is one, the product of each position with itself.
         scale = torch.baddbmm(self._epsilon, x, x.mT, alpha=1 / x.shape[-1]).rsqrt_()
         return (x * scale).mul_(weight).to(self._dtype)
 
-    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B or 1, T, H + 2 K, E) at `positions`. Values get angle 0: one operation then serves all heads."""
         config = self.model.config
-        turning, still = config.heads + config.kv_heads, config.kv_heads
-        cosine, sine = (table[positions][:, :, None].expand(-1, -1, turning, -1) for table in self._angles)
-        return pad(cosine, (0, 0, 0, still), value=1.0), pad(sine, (0, 0, 0, still))
+        rotated, values = config.heads + config.kv_heads, config.kv_heads
+        cosine, sine = (table[positions][:, :, None].expand(-1, -1, rotated, -1) for table in self._angles)
+        return pad(cosine, (0, 0, 0, values), value=1.0), pad(sine, (0, 0, 0, values))
 
     def _hidden(self, tokens: Tensor, positions: Tensor, *, fresh: bool = False) -> Tensor:
-        """The residual stream (B, T, D) behind all layers, in fp32, for tokens (B, T) at `positions` (B or 1, T).
+        """The residual stream (B, T, D) after all layers, in fp32, for tokens (B, T) at `positions` (B or 1, T).
 
-        Keys and values are stored there. Each position sees what its row has stored up to it; if `fresh`, these tokens alone.
+        Stores their keys and values there. Each position sees what its row has stored up to it; if `fresh`, only these tokens.
         """
         batch, config = self._batch, self.model.config
         heads, kv_heads, half = config.heads, config.kv_heads, config.head_size // 2
         shape = (*tokens.shape, heads + 2 * kv_heads, config.head_size)
         flat = (tokens.numel(), 1, heads * config.head_size)
-        cosine, sine = self._turn(positions)
+        cosine, sine = self._rotation(positions)
         seen = self._slots[: batch.stored.shape[3] if self._over_all_slots else batch.filled]
         if fresh:
-            visible = visibility(tokens.shape[1], documents=None, dtype=self._dtype, device=self._device)
+            mask = attention_mask(tokens.shape[1], documents=None, dtype=self._dtype, device=self._device)
         else:
             late = (seen > positions[:, None, :, None]).repeat(1, 1, heads // kv_heads, 1)  # (B, 1, G T, S)
             bias = torch.zeros_like(late, dtype=self._cache_dtype).masked_fill_(late, -torch.inf)
@@ -257,19 +256,19 @@ class LlamaDecoding:
         )
         x: Tensor = self.model.model.embed_tokens(tokens.reshape(-1, 1)).float()  # (B T, 1, D)
         for layer, (stored, keys, values) in zip(self._layers, caches, strict=True):
-            joined = layer.queries_keys_values(self._normal(x, layer.attention_norm)).view(shape).float()
-            # Each channel is turned with that half a head away (Transformers' `rotate_half`); the sine has the signs.
+            joined = layer.queries_keys_values(self._rms_norm(x, layer.attention_norm)).view(shape).float()
+            # Each channel is rotated with that half a head away (Transformers' `rotate_half`); the sine has the signs.
             joined = torch.addcmul(joined * cosine, joined.roll(half, -1), sine).to(self._cache_dtype)
             q, new = torch.split_with_sizes(joined, (heads, 2 * kv_heads), 2)  # (B, T, H, E), (B, T, 2 K, E)
             stored[batch.rows, :, positions] = new
             q = q.transpose(1, 2)
             if fresh:
                 q, k, v = (part.to(self._dtype) for part in (q, *new.transpose(1, 2).chunk(2, 1)))
-                mixed = attend(q, k, v, visible=visible)
+                mixed = attend(q, k, v, mask=mask)
             else:
                 mixed = attend_cached(q, keys, values, bias=bias)
             x = x + layer.output(mixed.transpose(1, 2).reshape(flat).to(self._dtype))
-            gate, up = layer.gate_up(self._normal(x, layer.feed_forward_norm)).chunk(2, -1)
+            gate, up = layer.gate_up(self._rms_norm(x, layer.feed_forward_norm)).chunk(2, -1)
             x = x + layer.down(silu(gate).mul_(up))
         return x.view(*tokens.shape, -1)
 

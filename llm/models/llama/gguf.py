@@ -1,7 +1,7 @@
-"""The decoder as llama.cpp's architecture "llama": names of its sizes and weights, and its order of rotary channels.
+"""A LLaMA as llama.cpp's architecture "llama": names of its sizes and weights, and its order of rotary channels.
 
-Transformers turns channel i of a head with channel i + E / 2, llama.cpp's "llama" channel 2i with 2i + 1: the rows of q and k
-are put in that order. Letters: E head size, D hidden size.
+Transformers rotates channel i of a head with channel i + E / 2, llama.cpp's "llama" channel 2i with 2i + 1: the rows of q and
+k are put in that order. Letters: E head size, D hidden size.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig
-from llm.models.llama.model import frequencies
+from llm.models.llama.model import rope_frequencies
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -20,7 +20,7 @@ ARCHITECTURE = "llama"
 
 
 def write_sizes(writer: "GGUFWriter", config: LlamaConfig) -> None:
-    """The fields by which llama.cpp builds the model."""
+    """Write the fields from which llama.cpp builds the model."""
     from gguf import RopeScalingType
 
     writer.add_context_length(config.resolved_context)
@@ -40,7 +40,7 @@ def write_sizes(writer: "GGUFWriter", config: LlamaConfig) -> None:
 
 
 def tensors(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under llama.cpp's name; a tied head is left out, as there."""
+    """Every weight under llama.cpp's name; without a tied head, as llama.cpp has it."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.layers)
@@ -50,13 +50,13 @@ def tensors(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tupl
         found = names.get_name(stem)
         assert found is not None, name  # the weights are those of the architecture
         yield f"{found}.weight", weight if heads is None else interleaved(weight, heads)
-    if isinstance(config.rope_scaling, Llama3Scaling):  # what each frequency is divided by
+    if isinstance(config.rope_scaling, Llama3Scaling):  # the divisors of the frequencies
         cpu = torch.device("cpu")
-        plain = frequencies(config.model_copy(update={"rope_scaling": None}), device=cpu)
-        yield "rope_freqs.weight", plain / frequencies(config, device=cpu)
+        plain = rope_frequencies(config.model_copy(update={"rope_scaling": None}), device=cpu)
+        yield "rope_freqs.weight", plain / rope_frequencies(config, device=cpu)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The rows (heads * E, D) of each head reordered from 0, 1, 2, ... to 0, E / 2, 1, E / 2 + 1, ..."""
+    """`weight` (heads * E, D) with the rows of each head in the order 0, E / 2, 1, E / 2 + 1, ..."""
     pairs = weight.view(heads, 2, -1, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,7 +1,8 @@
-"""LLaMA: a decoder of RMSNorm, rotary grouped-query attention and SwiGLU, written out in plain PyTorch.
+"""LLaMA: a decoder of RMSNorm, rotary grouped-query attention and SwiGLU, in plain PyTorch.
 
 Modules, weight names and the rotary convention are those of Transformers' LlamaForCausalLM, so a checkpoint needs no
-conversion and adapters attach by the same names. Rows may hold several documents; none sees another.
+conversion and adapters attach by the same names. A row may hold several documents; attention stays inside each. How one token
+at a time is decoded is in `decode.py`.
 
 Letters: B rows, T positions, D hidden size, H heads, K key and value heads, E head size, V vocabulary.
 """
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.layers.attention import Visibility, attend, visibility
+from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.layers.dropout import Dropout
-from llm.layers.fused_attention import fits
+from llm.layers.fused_attention import is_supported
 from llm.layers.ops import compute_dtype, rms_norm, rotate, swiglu
 from llm.models.interface import LanguageModel, numbers_in
 from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig, attention_flops
 
 
-def frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
+def rope_frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
     """Radians per position of each pair of channels, (E / 2,): base^(-2i / E) (Su et al. 2021), then `config.rope_scaling`."""
     exponent = torch.arange(0, config.head_size, 2, device=device, dtype=torch.int64).float() / config.head_size
     plain = 1.0 / config.rope_base**exponent
@@ -31,12 +32,18 @@ def frequencies(config: LlamaConfig, *, device: torch.device) -> Tensor:
         case LinearScaling(factor=factor):
             return plain / factor
         case Llama3Scaling() as scaling:
-            # How often it turns within the original context decides; https://arxiv.org/abs/2407.21783 and the released code.
+            # By the number of turns within the original context; https://arxiv.org/abs/2407.21783 and the released code.
             turns = scaling.original_context / (2 * math.pi / plain)
             low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
             kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 slow, 1 fast
             return (1 - kept) * plain / scaling.factor + kept * plain
     return plain
+
+
+def rope_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (1 or B, 1, T, E / 2), of position * frequency, for positions (1 or B, T)."""
+    angle = positions[:, None, :, None].float() * rope_frequencies(config, device=positions.device)
+    return angle.cos(), angle.sin()
 
 
 class RMSNorm(nn.Module):
@@ -71,7 +78,7 @@ class Attention(nn.Module):
         return q, k, self.v_proj(x).view(shape).transpose(1, 2)
 
     def output(self, mixed: Tensor) -> Tensor:
-        """Heads (B, H, T, E) to (B, T, D)."""
+        """Mixed values of the heads, (B, H, T, E), to (B, T, D)."""
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -92,7 +99,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both branches."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -103,19 +110,19 @@ class Layer(nn.Module):
         self.attention_dropout = Dropout(config.dropout)
         self.feed_forward_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], *, visible: Visibility, compiled: bool) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], *, mask: AttentionMask, compiled: bool) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
-        before, after = _compiled_halves() if compiled else (Layer.before, Layer.after)
+        before, after = _compiled_halves() if compiled else (Layer.before_attention, Layer.after_attention)
         q, k, v = before(self, x, angles)
-        out: Tensor = after(self, x, attend(q, k, v, visible=visible))
+        out: Tensor = after(self, x, attend(q, k, v, mask=mask))
         return out
 
-    def before(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """All that comes before attention mixes positions."""
+    def before_attention(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, D)."""
         return self.self_attn.project(self.input_layernorm(x), angles)
 
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """All that comes after it."""
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Both residual branches, for x (B, T, D) and what attention made of its values, (B, H, T, E)."""
         x = x + self.attention_dropout(self.self_attn.output(mixed))
         out: Tensor = x + self.feed_forward_dropout(self.mlp(self.post_attention_layernorm(x)))
         return out
@@ -123,16 +130,16 @@ class Layer(nn.Module):
 
 @cache
 def _compiled_halves() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What lies between two attentions, compiled: its many passes over memory become few.
+    """The two halves of a layer, compiled: fewer passes over memory. One compilation serves all layers.
 
-    One compilation serves all layers. Attention, whose shapes depend on where documents begin, stays outside, and so does the
-    embedding, whose compiled gradient would add in no fixed order.
+    Attention stays outside, because its shapes depend on where documents begin, and so does the embedding, because its
+    compiled gradient adds in no fixed order.
     """
-    return torch.compile(Layer.before), torch.compile(Layer.after)
+    return torch.compile(Layer.before_attention), torch.compile(Layer.after_attention)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: all but the head."""
+    """Embedding, layers and final norm: everything but the head. `Llama.hidden` computes it."""
 
     def __init__(self, config: LlamaConfig, *, vocab_size: int) -> None:
         super().__init__()
@@ -178,38 +185,30 @@ class Llama(LanguageModel):
         return logits
 
     def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """What the head reads, (B, T, D).
+        """The final hidden states (B, T, D), which the head reads.
 
         `documents` (B, T) numbers the document of each position (attention stays inside); `positions` (B, T) counts from the
         start of each document. Without them a row is one document.
         """
-        x: Tensor = self.model.embedding_dropout(self.model.embed_tokens(tokens))
-        dtype = compute_dtype(x)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        angles = self._angles(positions)
         length = tokens.shape[1]
-        fused = self.fused_attention and fits(length, self.config.head_size, dtype)
-        visible = visibility(length, documents=documents, dtype=dtype, device=tokens.device, fused=fused)
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device)[None]
+        x: Tensor = self.model.embedding_dropout(self.model.embed_tokens(tokens))
+        angles = rope_angles(self.config, positions)
+        dtype = compute_dtype(x)
+        fused = self.fused_attention and is_supported(length, self.config.head_size, dtype)
+        mask = attention_mask(length, documents=documents, dtype=dtype, device=tokens.device, fused=fused)
         compiled = self.compiled and self.training
-        given: dict[str, Any] = {"visible": visible, "compiled": compiled}
         for layer in self.model.layers:
             if self.recompute and self.training:
-                x = checkpoint(layer, x, angles, **given, use_reentrant=False)
+                x = checkpoint(layer, x, angles, mask=mask, compiled=compiled, use_reentrant=False)
             else:
-                x = layer(x, angles, **given)
+                x = layer(x, angles, mask=mask, compiled=compiled)
         out: Tensor = self.model.norm(x)
         return out
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (1 or B, 1, T, E / 2), of position * frequency (Su et al. 2021)."""
-        angle = positions[:, None, :, None].float() * frequencies(self.config, device=positions.device)
-        return angle.cos(), angle.sin()
-
     def flops_per_token(self, context: int) -> float:
-        """Floating-point operations of a forward and backward pass per position: those of `config.flops_per_token`, and those
-        of adapters.
-        """
+        """Floating-point operations of a forward and backward pass per position, as in `config.py`, and those of adapters."""
         products = sum(numbers_in(weight) for weight in self.model.layers.parameters() if weight.dim() == 2)
         products += self.lm_head.weight.numel()
         return 6.0 * products + attention_flops(self.config, context=context)

@@ -15,7 +15,7 @@ from llm.data.batch import Batch, RowSource
 from llm.device import free_memory, is_out_of_memory
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
-from llm.layers.fused_attention import PANEL, UnavailableError, fits, library
+from llm.layers.fused_attention import PANEL, UnavailableError, is_supported, load_kernel
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, local_part, reshard
 from llm.training.distributed.process_group import ProcessGroup
@@ -29,9 +29,9 @@ SPARE = 0.8  # share of the free memory that activations may take, by the estima
 def settle(
     learner: Learner, rows: RowSource, runtime: Runtime, *, auto: bool, group: ProcessGroup, report: Callable[..., None]
 ) -> Runtime:
-    """`runtime` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
+    """`runtime` with a micro-batch that is_supported, the same in every process, and compiled only if compiling works.
 
-    The micro-batch is changed only where it is `auto`; InputError where not even one row fits, or not as many as the recipe
+    The micro-batch is changed only where it is `auto`; InputError where not even one row is_supported, or not as many as the recipe
     asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model = learner.model
@@ -79,12 +79,12 @@ def _with_kernel(
         if runtime.device != "cpu":
             return f"expected a CPU, got {runtime.device}"
         heads, size = runtime.micro_batch * model.config.kv_heads, model.config.head_size
-        if not fits(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
+        if not is_supported(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
             return f"expected bf16, and rows and heads of sizes in multiples of {PANEL}, got {runtime.precision}, {length}, {size}"
         if heads < runtime.threads:
             return f"expected a head of keys for each of {runtime.threads} threads, got {heads} in a micro-batch"
         try:
-            library()
+            load_kernel()
         except UnavailableError as error:
             return str(error)
         return None
@@ -104,7 +104,7 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
     if not auto:
         raise InputError(
             f'memory ran out with micro_batch = {micro_batch} rows of {context} positions; micro_batch = "auto" finds what '
-            "fits, and recompute = true needs less"
+            "is_supported, and recompute = true needs less"
         )
     if micro_batch == 1:
         raise InputError(

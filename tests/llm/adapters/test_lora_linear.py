@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm.adapters.lora_linear import can_join, join
+from llm.adapters.lora_linear import can_fuse, fuse
 
 
 def layers() -> tuple[Any, Any]:
@@ -20,7 +20,7 @@ def layers() -> tuple[Any, Any]:
         base = nn.Linear(24, 40, bias=False).requires_grad_(False)
         config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
         found.append(Linear(base, "default", config, r=4, lora_alpha=12))
-    join(found[1], adapter="default")
+    fuse(found[1], adapter="default")
     return found[0], found[1]
 
 
@@ -75,5 +75,5 @@ def test_an_adapter_that_is_switched_off_or_merged_is_not_added_again() -> None:
     ],
 )
 def test_what_is_more_than_a_matrix_and_its_update_is_left_to_peft(base: nn.Module, settings: dict[str, Any]) -> None:
-    assert not can_join(base, **({"dropout": 0.0, "dora": False} | settings))
-    assert can_join(nn.Linear(2, 2, bias=False), dropout=0.0, dora=False)
+    assert not can_fuse(base, **({"dropout": 0.0, "dora": False} | settings))
+    assert can_fuse(nn.Linear(2, 2, bias=False), dropout=0.0, dora=False)

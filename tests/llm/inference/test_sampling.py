@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import InputError
-from llm.inference.sampling import RandomStream, Sampling, Seen, distribution, sample_tokens
+from llm.inference.sampling import RandomStream, Sampling, SeenTokens, distribution, sample_tokens
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_min_p_keeps_tokens_that_are_likely_beside_the_likeliest(min_p: float, k
 
 def test_a_repeated_token_is_penalized_toward_less_likely_whatever_its_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0, 0.0]]).repeat(2, 1)
-    seen = Seen([[0, 1], [4]], vocab_size=5, device=CPU)
+    seen = SeenTokens([[0, 1], [4]], vocab_size=5, device=CPU)
     seen.add([0, 3])
     wanted = torch.tensor([[1.0, -4.0, 1.0, -1.0, 0.0], [2.0, -2.0, 1.0, -2.0, 0.0]])
     torch.testing.assert_close(seen.penalized(logits, 2.0), wanted, rtol=0, atol=0)
@@ -90,7 +90,7 @@ def test_distributions_are_those_of_transformers(stock: Any, options: dict[str, 
     )
     sampling = Sampling(temperature=temperature, **options)
     logits = found.logits[0]
-    seen = Seen(prompts.tolist(), vocab_size=300, device=CPU)
+    seen = SeenTokens(prompts.tolist(), vocab_size=300, device=CPU)
     ours = distribution(seen.penalized(logits, sampling.repetition_penalty), sampling)
     theirs = found.scores[0].double().softmax(-1)
     assert ((ours > 0) == (theirs > 0)).all()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from llm.errors import InputError
 from llm.inference.generate import generate
 from llm.inference.sampling import Sampling
-from llm.inference.streaming import pieces, stream, until
+from llm.inference.streaming import pieces, stream, until_stop
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -136,7 +136,7 @@ def test_a_stream_ends_before_a_stop_text(model: Llama, byte_level: TextTokenize
 def test_what_may_begin_a_stop_text_is_held_back_no_longer_than_that(
     texts: list[str], stop: list[str], given: list[str]
 ) -> None:
-    assert list(until(iter(texts), stop)) == given
+    assert list(until_stop(iter(texts), stop)) == given
 
 
 def test_an_empty_stop_text_is_refused(model: Llama, byte_level: TextTokenizer) -> None:

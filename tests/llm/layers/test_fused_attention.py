@@ -13,8 +13,8 @@ from torch import Tensor
 from llm.adapters import lora
 from llm.errors import Interrupted
 from llm.layers import fused_attention
-from llm.layers.attention import attend, visibility
-from llm.layers.fused_attention import UnavailableError, fits, library
+from llm.layers.attention import attend, attention_mask
+from llm.layers.fused_attention import UnavailableError, is_supported, load_kernel
 from llm.training.config import Budget
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.runtime import WORTH, Runtime, resolve_fused_attention, restore_runtime
@@ -22,7 +22,9 @@ from llm.training.task import ComputeConfig
 from llm.training.validation import Validation
 
 pytestmark = [
-    pytest.mark.skipif(not fused_attention.cpu_fits(), reason="the kernel is for CPUs with AVX512-BF16 and without AMX"),
+    pytest.mark.skipif(
+        not fused_attention.is_cpu_supported(), reason="the kernel is for CPUs with AVX512-BF16 and without AMX"
+    ),
     pytest.mark.usefixtures("compiled_code"),
 ]
 TRAINING: dict[str, Any] = {
@@ -51,8 +53,8 @@ def documents(rows: int, length: int) -> Tensor:
 def computed(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, among: Tensor | None, fused: bool) -> list[Tensor]:
     """The result and the gradients of q, k and v."""
     learned = [x.detach().requires_grad_() for x in (q, k, v)]
-    visible = visibility(q.shape[2], documents=among, dtype=q.dtype, device=q.device, fused=fused)
-    out = attend(learned[0], learned[1], learned[2], visible=visible)
+    mask = attention_mask(q.shape[2], documents=among, dtype=q.dtype, device=q.device, fused=fused)
+    out = attend(learned[0], learned[1], learned[2], mask=mask)
     return [out, *torch.autograd.grad(out, learned, grad)]
 
 
@@ -77,14 +79,14 @@ def test_nothing_reaches_a_position_from_the_future_or_another_document() -> Non
     among = documents(2, 128)
     same = (among[:, :, None] == among[:, None, :]).tril()
     k, v = (x.requires_grad_() for x in (k, v))
-    out = attend(q, k, v, visible=visibility(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
+    out = attend(q, k, v, mask=attention_mask(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
     for position in (0, 1, 7, 8, 31, 32, 63, 64, 100, 127):
         reached = torch.autograd.grad(out[:, :, position].float().square().sum(), (k, v), retain_graph=True)
         assert torch.equal((reached[1] != 0).any(3).any(1), same[:, position])
         assert not ((reached[0] != 0).any(3).any(1) & ~same[:, position]).any()
     first = among == among[:, :1]
     changed = (torch.where(first[:, None, :, None], x, 1e4) for x in (k, v))
-    again = attend(q, *changed, visible=visibility(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
+    again = attend(q, *changed, mask=attention_mask(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
     assert torch.equal(again.transpose(1, 2)[first], out.transpose(1, 2)[first])
 
 
@@ -174,10 +176,10 @@ def test_where_it_cannot_be_built_training_goes_on_without_it(
     if compiler:
         (tmp_path / "cxx").write_text(f"#!/bin/sh\n{compiler}\n", encoding="utf-8")
         (tmp_path / "cxx").chmod(0o700)
-    library.cache_clear()
+    load_kernel.cache_clear()
     lines: list[dict[str, Any]] = []
     metrics = tiny_training(tiny_model(head_size=32, context=32), tmp_path, **TRAINING, lines=lines)
-    library.cache_clear()
+    load_kernel.cache_clear()
     assert metrics["choices"]["fused_attention"] is False
     (note,) = [line["note"] for line in lines if "goes on without it" in line.get("note", "")]
     assert note.startswith("attention has no kernel here, so training goes on without it: ") and reason in note
@@ -187,42 +189,42 @@ def test_where_it_cannot_be_built_training_goes_on_without_it(
 def test_it_is_built_once_and_not_where_no_folder_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for _ in range(2):
-        library.cache_clear()
-        library()
+        load_kernel.cache_clear()
+        load_kernel()
         (built,) = (tmp_path / "attention").iterdir()
         assert built.suffix == ".so"
         monkeypatch.setattr("subprocess.run", lambda *arguments, **options: pytest.fail("it is built again"))
     monkeypatch.undo()
-    library.cache_clear()
+    load_kernel.cache_clear()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     before = set(tmp_path.rglob("*"))
-    library()
-    library.cache_clear()
+    load_kernel()
+    load_kernel.cache_clear()
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_one_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "whole"))
-    library.cache_clear()
-    library()
+    load_kernel.cache_clear()
+    load_kernel()
     (whole,) = (tmp_path / "whole" / "attention").iterdir()
     short = tmp_path / "short" / "attention" / whole.name
     short.parent.mkdir(parents=True)
     short.write_bytes(b"")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "short"))
-    library.cache_clear()
-    library()
-    library.cache_clear()
+    load_kernel.cache_clear()
+    load_kernel()
+    load_kernel.cache_clear()
     assert short.read_bytes() == whole.read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "attention").write_text("a file", encoding="utf-8")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    library.cache_clear()
+    load_kernel.cache_clear()
     with pytest.raises(UnavailableError, match=r"attention"):
-        library()
-    library.cache_clear()
+        load_kernel()
+    load_kernel.cache_clear()
 
 
 def test_with_fewer_heads_than_threads_it_is_left_out(tmp_path: Path, threads: None) -> None:
@@ -263,14 +265,18 @@ def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:
     assert resolved() and resolved(wanted=True, flops=1.0)
     others: list[dict[str, Any]] = [{"flops": WORTH}, {"precision": "fp32"}, {"device": "cuda"}, {"wanted": False}]
     assert not any(resolved(**change) for change in others)
-    assert fits(64, 32, torch.bfloat16)
-    assert not fits(40, 32, torch.bfloat16) and not fits(64, 40, torch.bfloat16) and not fits(64, 32, torch.float32)
+    assert is_supported(64, 32, torch.bfloat16)
+    assert (
+        not is_supported(40, 32, torch.bfloat16)
+        and not is_supported(64, 40, torch.bfloat16)
+        and not is_supported(64, 32, torch.float32)
+    )
 
 
 def test_a_cpu_for_which_it_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    library.cache_clear()
+    load_kernel.cache_clear()
     with pytest.raises(UnavailableError, match="not one for which"):
-        library()
-    library.cache_clear()
+        load_kernel()
+    load_kernel.cache_clear()
     assert not resolve_fused_attention("auto", device="cpu", precision="bf16", flops=1e30)

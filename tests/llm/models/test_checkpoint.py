@@ -211,7 +211,7 @@ def test_a_file_that_was_cut_short_is_told_from_a_whole_one(tokenizer: Path, tmp
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors: is not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors: expected a whole safetensors file"):
         load_checkpoint(tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_weights_of_another_shape_are_refused(tokenizer: Path, tmp_path: Path) -
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(InputError, match="the weights are not those of its config"):
+    with pytest.raises(InputError, match=r"model\.layers\.2\..*: expected shape .*, by its config\.json, got no such weight"):
         load_checkpoint(tmp_path)
 
 

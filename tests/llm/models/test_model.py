@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.layers.attention import Visibility, attend, visibility
+from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.models import architectures
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
@@ -106,12 +106,12 @@ def test_attention_by_blocks_equals_that_of_sdpa_in_values_and_gradients(
     shapes = [(rows, 4, length, head_size), *2 * [(rows, 4 // shared_by, length, head_size)]]
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
     same = None if documents is None else (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-    blocks = visibility(length, documents=documents, dtype=q.dtype, device=q.device)
+    blocks = attention_mask(length, documents=documents, dtype=q.dtype, device=q.device)
     assert blocks.blocks is not None
     grad = torch.randn(shapes[0])
     found = []
-    for visible in (blocks, Visibility(None, same)):  # the second as on a GPU
-        out = attend(q, k, v, visible=visible)
+    for mask in (blocks, AttentionMask(None, same)):  # the second as on a GPU
+        out = attend(q, k, v, mask=mask)
         found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     for ours, sdpa in zip(*found, strict=True):
         torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
@@ -123,12 +123,12 @@ def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_
     documents = documents_of(DOCUMENTS[-1])
     rows, length = documents.shape
     same = (documents[:, :, None] == documents[:, None, :]).tril()
-    visible = Visibility(None, same[:, None])
+    mask = AttentionMask(None, same[:, None])
     if by_blocks:
-        visible = visibility(length, documents=documents, dtype=torch.float32, device=torch.device("cpu"))
+        mask = attention_mask(length, documents=documents, dtype=torch.float32, device=torch.device("cpu"))
     q = torch.randn(rows, 4, length, 32)
     k, v = (torch.randn(rows, 2, length, 32, requires_grad=True) for _ in range(2))
-    out = attend(q, k, v, visible=visible)
+    out = attend(q, k, v, mask=mask)
     for position in (0, 1, 99, 100, 127, 128, 129, 230, 256):
         reached = torch.autograd.grad(out[:, :, position].square().sum(), (k, v), retain_graph=True)
         assert torch.equal((reached[1] != 0).any(3).any(1), same[:, position])
