@@ -1,4 +1,4 @@
-"""The whole way: the shipped quickstart, run as a user runs it, and what it must leave behind."""
+"""End to end: the shipped quickstart, run as a user runs it, and its results."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def run(cache: Path, *words: str, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(command(cache, *words), capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def asked(cache: Path, *words: str) -> tuple[int, str, str]:
+def call(cache: Path, *words: str) -> tuple[int, str, str]:
     """Exit code and output of a command that only reads the cache, run in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
         code = main([*words, "--cache", str(cache)])
@@ -61,13 +61,13 @@ def command(cache: Path, *words: str) -> list[str]:
 
 
 def states(cache: Path, *options: str) -> dict[str, str]:
-    plan = json.loads(asked(cache, "plan", str(RECIPE), "--json", *options)[1])
+    plan = json.loads(call(cache, "plan", str(RECIPE), "--json", *options)[1])
     return {stage["name"]: stage["state"] for stage in plan["stages"]}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which the quickstart has run."""
+    """A cache in which the quickstart is finished."""
     folder = tmp_path_factory.mktemp("cache")
     done = run(folder, "run", str(RECIPE), **SECRETS)
     assert done.returncode == 0, done.stderr
@@ -76,8 +76,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(cache: Path) -> Callable[[str], Path]:
-    """Folder of a stage's artifact."""
-    return lambda stage: Path(asked(cache, "path", str(RECIPE), stage)[1].strip())
+    """The folder of the artifact of a stage."""
+    return lambda stage: Path(call(cache, "path", str(RECIPE), stage)[1].strip())
 
 
 def test_everything_is_cached_afterwards(cache: Path) -> None:
@@ -93,31 +93,31 @@ def test_no_secret_of_the_environment_is_in_the_cache_the_logs_aim_or_the_releas
 
 
 def test_one_flipped_bit_in_any_file_of_any_stage_is_found_and_named(cache: Path, tmp_path: Path) -> None:
-    """A bit of one file of every artifact at once, until every file had its turn."""
+    """Flips a bit in one file of every artifact at a time, until each file has been flipped once."""
     folder = tmp_path / "cache"
     shutil.copytree(cache / "records", folder / "records")
     files = {
         path.name: sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
         for path in (cache / "stages").iterdir()
     }
-    choose = random.Random(0)
+    generator = random.Random(0)
     for turn in range(max(map(len, files.values()))):
         shutil.rmtree(folder / "stages", ignore_errors=True)
         shutil.copytree(cache / "stages", folder / "stages")
         flipped = [paths[turn].relative_to(cache / "stages") for paths in files.values() if turn < len(paths)]
         for name in flipped:
             content = bytearray((folder / "stages" / name).read_bytes())
-            content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
             (folder / "stages" / name).write_bytes(content)
-        code, _, said = asked(folder, "verify")
+        code, _, error = call(folder, "verify")
         assert code == 3
         for name in flipped:
-            assert f"{name.parts[0]}: {name.relative_to(name.parts[0])}: expected " in said
-        assert f"{len(flipped)} files are damaged" in said
+            assert f"{name.parts[0]}: {name.relative_to(name.parts[0])}: expected " in error
+        assert f"{len(flipped)} files are damaged" in error
 
 
-def test_damage_that_no_listing_shows_is_never_used_but_rebuilt(cache: Path, artifact: Callable[[str], Path]) -> None:
-    """Bits rot in the merged model and in its scores; what reads them has to be made again."""
+def test_damage_that_keeps_size_and_time_is_found_and_rebuilt(cache: Path, artifact: Callable[[str], Path]) -> None:
+    """The merged model and its scores are damaged; what reads them is made again."""
     digests = [digest_of(cache, [str(RECIPE), "--until", stage]) for stage in ("release", "after", "publish")]
     for path in (artifact("release") / "model.safetensors", artifact("after") / "scores.json"):
         path.chmod(0o644)
@@ -134,7 +134,7 @@ def test_damage_that_no_listing_shows_is_never_used_but_rebuilt(cache: Path, art
     assert [digest_of(cache, [str(RECIPE), "--until", stage]) for stage in ("release", "after", "publish")] == digests
 
 
-def test_adapting_helps(artifact: Callable[[str], Path]) -> None:
+def test_the_adapter_improves_the_scores(artifact: Callable[[str], Path]) -> None:
     before, after = (json.loads((artifact(stage) / "scores.json").read_text())["scores"] for stage in ("before", "after"))
     assert after["section.macro_f1"] > before["section.macro_f1"] + 0.3
     assert after["section.macro_f1"] > 0.5
@@ -171,7 +171,7 @@ def test_the_release_holds_card_recipe_lock_and_scores(artifact: Callable[[str],
     assert {"README.md", "recipe.toml", "recipe.lock.json", "scores.json", "model.safetensors", "tokenizer.json"} <= names
 
 
-def test_another_rank_reruns_the_adapter_and_what_is_below_it(cache: Path) -> None:
+def test_another_rank_reruns_the_adapter_and_the_stages_after_it(cache: Path) -> None:
     changed = states(cache, "--set", "stage.medical.r=4")
     assert [name for name, state in changed.items() if state == "run"] == ["medical"]
     waiting = ["release", "after", "gguf", "parity", "publish"]
@@ -186,12 +186,12 @@ def test_a_gate_that_fails_blocks_the_release_and_exits_with_4(cache: Path) -> N
     assert "section.macro_f1" in done.stderr and "skipped because of it: publish" in done.stderr
 
 
-def test_an_adapter_that_is_killed_while_it_learns_ends_as_if_it_had_not_been(cache: Path) -> None:
+def test_an_adapter_training_that_is_killed_ends_like_an_uninterrupted_one(cache: Path) -> None:
     done = run(cache, "prove-resume", str(RECIPE), "medical", "--steps", "8", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     proof = json.loads(done.stdout)
     assert proof["equal"] and proof["kind"] == "lora"
-    assert "ended bit for bit like an uninterrupted training" in asked(cache, "why", str(RECIPE), "medical")[1]
+    assert "ended bit for bit like an uninterrupted training" in call(cache, "why", str(RECIPE), "medical")[1]
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("release", "merge"), ("after", "evaluate"), ("publish", "publish")])
@@ -211,7 +211,7 @@ def test_a_stage_that_was_killed_ends_with_the_same_digest(cache: Path, stage: s
 
 def digest_of(cache: Path, options: list[str]) -> str:
     recipe, _, stage, *overrides = options
-    folder = asked(cache, "path", recipe, stage, *overrides)[1].strip()
+    folder = call(cache, "path", recipe, stage, *overrides)[1].strip()
     return str(json.loads((Path(folder) / "record.json").read_text())["digest"])
 
 
@@ -253,8 +253,8 @@ def test_the_report_is_one_page_that_loads_nothing_and_shows_everything(cache: P
     text = page.read_text(encoding="utf-8")
     outside = re.findall(r"""(?:src|href)\s*=\s*["'](?!#)([^"']+)""", text)
     assert outside == [], "nothing is loaded from elsewhere"
-    for told in ("section.macro_f1", "gradient norm", "tokens/s", "bytes per token", "CC-BY-4.0", "peak memory"):
-        assert told in text, told
+    for part in ("section.macro_f1", "gradient norm", "tokens/s", "bytes per token", "CC-BY-4.0", "peak memory"):
+        assert part in text, part
     assert run(cache, "report", str(RECIPE), "--out", str(tmp_path / "report.md")).returncode == 0
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| section.macro_f1 |" in page and "\nfinished; " in page

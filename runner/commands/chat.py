@@ -49,20 +49,19 @@ def main(options: argparse.Namespace) -> int:
         print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        speaker = model.open(compiled=store.compiled if options.compile else None)
+        session = model.open(compiled=store.compiled if options.compile else None)
     except InputError as error:
         raise RecipeError(f"{model.name}: {error}") from error
     if sys.stdin.isatty():
         print(f"{model.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
-    _talk(speaker, system=options.system, sampling=sampling, max_new_tokens=options.max_new_tokens)
+    _chat(session, system=options.system, sampling=sampling, max_new_tokens=options.max_new_tokens)
     return 0
 
 
-def _talk(speaker: "ChatSession", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
-    from llm.errors import InputError
-
-    beginning = [{"role": "system", "content": system}] if system else []
-    messages = list(beginning)
+def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
+    """Reads messages and prints answers until the end of the input."""
+    first = [{"role": "system", "content": system}] if system else []
+    messages = list(first)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -71,30 +70,38 @@ def _talk(speaker: "ChatSession", *, system: str | None, sampling: "Sampling", m
         if line == "/exit":
             return
         if line == "/new":
-            messages = list(beginning)
-            continue
-        if sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
+            messages = list(first)
+        elif sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
             print(HELP, file=sys.stderr)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        said: list[str] = []
-        try:
-            answer = speaker.answer(messages, max_new_tokens=max_new_tokens, sampling=sampling)
-            if answer.forgotten:
-                print(f"(the first {answer.forgotten} turns no longer fit into the context and are dropped)", file=sys.stderr)
-            for piece in answer.pieces:
-                said.append(piece)
-                print(piece, end="", flush=True)
-            print(" …" if answer.is_cut else "", flush=True)
-        except InputError as error:
-            print(error, file=sys.stderr)
-            messages.pop()
-            continue
-        except KeyboardInterrupt:
-            print(" …", flush=True)
-            if not said:
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _answer(session, messages, sampling=sampling, max_new_tokens=max_new_tokens)
+            if answer is None:
                 messages.pop()
-                continue
-        messages.append({"role": "assistant", "content": "".join(said)})
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(
+    session: "ChatSession", messages: list[dict[str, str]], *, sampling: "Sampling", max_new_tokens: int
+) -> str | None:
+    """Prints an answer while it is generated, and returns it; None if there is none. Ctrl-C ends it early."""
+    from llm.errors import InputError
+
+    pieces: list[str] = []
+    try:
+        answer = session.answer(messages, max_new_tokens=max_new_tokens, sampling=sampling)
+        if answer.forgotten:
+            print(f"(the first {answer.forgotten} turns no longer fit into the context and are dropped)", file=sys.stderr)
+        for piece in answer.pieces:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print(" …" if answer.is_cut else "", flush=True)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        print(" …", flush=True)
+        if not pieces:
+            return None
+    return "".join(pieces)

@@ -35,8 +35,8 @@ def main(options: argparse.Namespace) -> int:
         except tomli.TOMLDecodeError as error:
             description = f"is not TOML: {error}"
         print(f"{path.name}: {description}" if description else path.name)
-        for fact, told in header(text).items():
-            print(f"  {fact.lower()}: {told}")
+        for fact, value in header(text).items():
+            print(f"  {fact.lower()}: {value}")
     return 0
 
 

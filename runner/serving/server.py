@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm.inference.chat_session import Answer, ChatSession
     from llm.inference.sampling import Sampling
 
-PAGE = Path(__file__).parents[1] / "pages" / "talk.html"
+PAGE = Path(__file__).parents[1] / "pages" / "chat.html"
 MAX_BYTES = 1 << 20  # of a request
 T = TypeVar("T")
 

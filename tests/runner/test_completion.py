@@ -1,4 +1,4 @@
-"""Tab in a shell, asked as bash asks: the real entry point in a process of its own."""
+"""Shell completion as bash calls it: the real entry point in a process of its own."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 
 
-def proposals(line: str, folder: Path) -> set[str]:
+def completions(line: str, folder: Path) -> set[str]:
     answer = folder / "answer"
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
@@ -28,5 +28,5 @@ def proposals(line: str, folder: Path) -> set[str]:
         ("run why none.toml me", {""}),
     ],
 )
-def test_tab_proposes(line: str, expected: set[str], tmp_path: Path) -> None:
-    assert proposals(line, tmp_path) == expected
+def test_tab_completes(line: str, expected: set[str], tmp_path: Path) -> None:
+    assert completions(line, tmp_path) == expected

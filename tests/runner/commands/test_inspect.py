@@ -60,31 +60,31 @@ def inspected(recipe: Path, stage: str, capsys: pytest.CaptureFixture[str], *, c
 
 
 def test_a_corpus_shows_what_cleaning_does_and_why_rows_are_dropped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = inspected(recipe, "corpus", capsys)
-    assert "text.jsonl:1  kept" in told and "before" in told and "after" in told
-    assert "text.jsonl:2  dropped: too_short" in told
-    assert "text.jsonl:3  dropped: filtered by `where`" in told
-    assert "text.jsonl:4  dropped: repetition" in told
+    shown = inspected(recipe, "corpus", capsys)
+    assert "text.jsonl:1  kept" in shown and "before" in shown and "after" in shown
+    assert "text.jsonl:2  dropped: too_short" in shown
+    assert "text.jsonl:3  dropped: filtered by `where`" in shown
+    assert "text.jsonl:4  dropped: repetition" in shown
 
 
 def test_a_tokenizer_shows_whole_characters_only(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = inspected(recipe, "tokenizer", capsys)
-    assert "300 tokens; special: <|begin|>" in told
-    assert "疗" in told and "\ufffd" not in told
-    assert "0 of " in told and "sentences change when" in told
+    shown = inspected(recipe, "tokenizer", capsys)
+    assert "300 tokens; special: <|begin|>" in shown
+    assert "疗" in shown and "\ufffd" not in shown
+    assert "0 of " in shown and "sentences change when" in shown
 
 
 @pytest.mark.parametrize("stage", ["tokens", "base"])
 def test_packed_rows_show_where_documents_end(stage: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = inspected(recipe, stage, capsys)
-    assert "of 48 tokens" in told and "<|end|>|<|begin|>" in told
+    shown = inspected(recipe, stage, capsys)
+    assert "of 48 tokens" in shown and "<|end|>|<|begin|>" in shown
 
 
 def test_chats_show_their_loss_mask_and_what_is_cut_or_unusable(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = inspected(recipe, "chat", capsys)
-    assert "<|user|>问：什么是高血压<|assistant|>[一种疾病<|end|>]" in told
-    assert "answer cut" in told
-    assert "rows.jsonl:3" in told and "cannot be used" in told
+    shown = inspected(recipe, "chat", capsys)
+    assert "<|user|>问：什么是高血压<|assistant|>[一种疾病<|end|>]" in shown
+    assert "answer cut" in shown
+    assert "rows.jsonl:3" in shown and "cannot be used" in shown
 
 
 def test_a_stage_that_is_not_finished_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,10 +63,10 @@ def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [(["--data", "none.jsonl"], "expected a file"), (["--minutes", "-1"], "more than 0"), (["--repo", "a/b/c"], "owner/name")],
 )
-def test_a_wrong_answer_is_an_error(folder: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_answer_is_an_error(folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(folder / "mine.toml"), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "mine.toml").exists()

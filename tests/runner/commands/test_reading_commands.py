@@ -18,9 +18,9 @@ def test_a_word_that_is_neither_a_command_nor_a_file_is_an_error(
     word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word, str(QUICKSTART)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"run {word}: no such command; expected a recipe or one of bench, ")
-    assert told.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
+    error = capsys.readouterr().err
+    assert error.startswith(f"run {word}: no such command; expected a recipe or one of bench, ")
+    assert error.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
 
 
 def test_a_recipe_may_be_called_by_any_word(
@@ -37,7 +37,7 @@ def test_a_recipe_does_not_differ_from_itself(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""
 
 
-def test_a_difference_is_told_by_its_dotted_name_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_is_shown_by_its_dotted_name_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.r=5"]) == 1
     assert capsys.readouterr().out == "stage.medical.r: 8 -> 5\n"
 
@@ -78,14 +78,14 @@ def test_a_drawing_has_every_stage_and_every_arrow(form: str, tmp_path: Path, ca
         assert len([path for path in picture.iter(f"{SVG}path") if path.get("marker-end")]) == 20
 
 
-def test_the_list_tells_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_shows_hardware_time_and_result_of_every_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for path in SHIPPED.glob("*.toml"):
-        assert path.name in told
+        assert path.name in output
         assert set(header(path.read_text(encoding="utf-8"))) == {"Hardware", "Time", "Result"}, path.name
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path / "none")]) == 2
     assert "expected a folder of recipes" in capsys.readouterr().err

@@ -116,8 +116,8 @@ def test_the_total_is_the_sum_of_all(tmp_path: Path) -> None:
 
 def test_the_plan_shows_costs_to_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(QUICKSTART), "--cache", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("stage") and "this machine has no record for" in told
+    output = capsys.readouterr().out
+    assert output.startswith("stage") and "this machine has no record for" in output
     assert main(["plan", str(QUICKSTART), "--cache", str(tmp_path), "--json"]) == 0
     stages = {stage["name"]: stage["cost"] for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert stages["base"]["parameters"] > 100_000 and stages["corpus"]["parameters"] is None

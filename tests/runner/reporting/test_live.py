@@ -57,16 +57,16 @@ def make_view(expected: dict[str, float]) -> LiveView:
     return LiveView(expected, console=Console(file=io.StringIO(), force_terminal=True, width=120))
 
 
-def test_a_view_shows_states_curve_speed_and_what_is_left(plan: Plan) -> None:
+def test_a_view_shows_states_curve_speed_and_time_left(plan: Plan) -> None:
     view = make_view({"corpus": 10.0, "tokenizer": 100.0})
     view.planned(plan)
     view.started(plan.entries["corpus"])
     view.reported({"flops_per_token": 1e6, "peak_flops": 1e10})
     for step, loss in ((10, 8.0), (20, 4.0), (30, 1.0)):
         view.reported({"step": step, "steps": 100, "loss": loss, "tokens_per_second": 5000.0})
-    told = seen(view)
-    assert "step 30/100" in told and "5,000 tokens/s" in told and "50% of peak" in told and "█▄▁" in told
-    assert "tokenizer" in told and "about 1:40" in told
+    text = seen(view)
+    assert "step 30/100" in text and "5,000 tokens/s" in text and "50% of peak" in text and "█▄▁" in text
+    assert "tokenizer" in text and "about 1:40" in text
     view.finished(plan.entries["corpus"], "done in 7s")
     assert "✓  corpus     done in 7s" in seen(view)
     view.close()
@@ -99,7 +99,7 @@ def test_notes_stay_in_view(plan: Plan) -> None:
     view.close()
 
 
-def test_what_is_left_is_not_guessed_where_nothing_is_known(plan: Plan) -> None:
+def test_the_time_left_is_unknown_if_that_of_a_stage_is(plan: Plan) -> None:
     view = make_view({"corpus": 10.0})
     view.planned(plan)
     view.started(plan.entries["corpus"])
@@ -114,26 +114,26 @@ def test_a_view_of_many_stages_stays_on_one_screen(tmp_path: Path, recipe: Path)
     view = make_view({})
     view.planned(plan)
     view.started(plan.entries["t50"])
-    told = seen(view)
-    assert len(told.splitlines()) < 30 and "t50" in told and "before" in told and "more" in told
+    text = seen(view)
+    assert len(text.splitlines()) < 30 and "t50" in text and "before" in text and "more" in text
     view.close()
 
 
-def test_a_sparkline_reaches_from_lowest_to_highest() -> None:
+def test_a_sparkline_is_scaled_from_lowest_to_highest() -> None:
     assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
     assert sparkline([2.0, 2.0]) == "▁▁" and sparkline([]) == ""
     assert share_of_peak({"tokens_per_second": 1.0}) is None
 
 
-def test_every_event_for_programs_is_one_json_object(plan: Plan) -> None:
+def test_every_event_of_the_json_view_is_one_object_on_one_line(plan: Plan) -> None:
     stream = io.StringIO()
-    told = JsonView(stream)
-    told.planned(plan)
-    told.started(plan.entries["corpus"])
-    told.reported({"step": 1, "loss": 2.5})
-    told.finished(plan.entries["corpus"], "done in 1s")
-    told.note("名")
-    told.close()
+    view = JsonView(stream)
+    view.planned(plan)
+    view.started(plan.entries["corpus"])
+    view.reported({"step": 1, "loss": 2.5})
+    view.finished(plan.entries["corpus"], "done in 1s")
+    view.note("名")
+    view.close()
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["planned", "started", "reported", "finished", "note", "closed"]
     assert events[2] == {"event": "reported", "stage": "corpus", "step": 1, "loss": 2.5}
@@ -159,21 +159,21 @@ def events_of(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_a_run_elsewhere_is_watched_until_it_is_done(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+def test_a_run_is_watched_until_it_is_done(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
     watching = run("watch", str(recipe), "--json", "--patience", "60")
     assert watching.stdout is not None
     assert json.loads(watching.stdout.readline())["event"] == "planned"
     working = run(str(recipe), "--json")
-    told, _ = working.communicate(timeout=120)
+    output, _ = working.communicate(timeout=120)
     assert working.returncode == 0
-    assert [event["stage"] for event in events_of(told) if event["event"] == "finished"] == ["corpus", "tokenizer"]
+    assert [event["stage"] for event in events_of(output) if event["event"] == "finished"] == ["corpus", "tokenizer"]
     seen_there, faults = watching.communicate(timeout=60)
     assert watching.returncode == 0, faults
     finished = [event["stage"] for event in events_of(seen_there) if event["event"] == "finished"]
     assert finished == ["corpus", "tokenizer"]
 
 
-def test_watching_where_nothing_runs_ends_with_patience(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+def test_watching_ends_after_patience_if_nothing_runs(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
     watching = run("watch", str(recipe), "--patience", "0.1")
     assert watching.communicate(timeout=60) is not None
     assert watching.returncode == 1
