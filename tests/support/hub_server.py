@@ -85,11 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         return self._send(status, reply, whole=not fault.ends)
 
-    def _fault(self, asked: str) -> Fault:
+    def _fault(self, line: str) -> Fault:
         """The fault of the current request."""
         with self.hub.lock:
             number, self.hub.arrived = self.hub.arrived, self.hub.arrived + 1
-            waiting = next((faults for part, faults in self.hub.fault_in.items() if part in asked and faults), None)
+            waiting = next((faults for part, faults in self.hub.fault_in.items() if part in line and faults), None)
             return waiting.pop(0) if waiting else self.hub.fault_at.pop(number, Fault())
 
     def _hang_up(self) -> None:
@@ -97,16 +97,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def _reply(self, method: str, path: str, request: Request) -> Reply:
-        for wanted, pattern, answer in routes:
-            if wanted == method and (match := pattern.fullmatch(path)):
+        for requested, pattern, answer in routes:
+            if requested == method and (match := pattern.fullmatch(path)):
                 return answer(request, **{name: unquote(part) for name, part in match.groupdict().items()})
         raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, error=f"this Hub does not know {method} {path}")
 
     def _send(self, status: HTTPStatus, reply: Reply, *, whole: bool = True) -> None:
         data = reply.file.data if reply.file else json.dumps(reply.value).encode()
-        if reply.file and (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+        if reply.file and (requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             status, size = HTTPStatus.PARTIAL_CONTENT, len(data)
-            begin, end = int(wanted[1]), min(int(wanted[2] or size), size - 1)
+            begin, end = int(requested[1]), min(int(requested[2] or size), size - 1)
             data = data[begin : end + 1]
             reply.headers["Content-Range"] = f"bytes {begin}-{end}/{size}"
         self.send_response(status)

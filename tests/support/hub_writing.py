@@ -14,15 +14,15 @@ from hub_state import LFS_SUFFIXES, SIGNATURE, File, RefusedError, Reply, Reposi
 def create(request: Request) -> Reply:
     if request.user is None:
         raise RefusedError(HTTPStatus.UNAUTHORIZED, error="Invalid username or password.")
-    wanted = request.json
-    owner = wanted["organization"] or request.user
+    requested = request.json
+    owner = requested["organization"] or request.user
     if owner != request.user:
         raise RefusedError(HTTPStatus.FORBIDDEN, error=f"You don't have the rights to create a model under {owner}")
-    repo = f"{owner}/{wanted['name']}"
+    repo = f"{owner}/{requested['name']}"
     answer = {"url": f"{request.hub.url}/{repo}", "name": repo}
     if repo in request.hub.repositories:
         raise RefusedError(HTTPStatus.CONFLICT, error="You already created this model repo", **answer)
-    request.hub.repositories[repo] = repository = Repository(private=wanted.get("visibility") == "private")
+    request.hub.repositories[repo] = repository = Repository(private=requested.get("visibility") == "private")
     repository.commit("main", "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)})
     return Reply(answer)
 
@@ -55,11 +55,11 @@ def preupload(request: Request, repo: str, revision: str) -> Reply:
 def lfs_batch(request: Request, repo: str) -> Reply:
     request.repository(repo)  # who may not write may still propose
     objects = []
-    for wanted in request.json["objects"]:
-        upload = {"href": f"{request.hub.url}/lfs/{wanted['oid']}?{SIGNATURE}"}
-        verify = {"href": f"{request.hub.url}/lfs/{wanted['oid']}/verify"}
-        known = wanted["oid"] in request.hub.blobs
-        objects.append(wanted if known else {**wanted, "actions": {"upload": upload, "verify": verify}})
+    for requested in request.json["objects"]:
+        upload = {"href": f"{request.hub.url}/lfs/{requested['oid']}?{SIGNATURE}"}
+        verify = {"href": f"{request.hub.url}/lfs/{requested['oid']}/verify"}
+        known = requested["oid"] in request.hub.blobs
+        objects.append(requested if known else {**requested, "actions": {"upload": upload, "verify": verify}})
     return Reply({"transfer": "basic", "objects": objects})
 
 

@@ -39,14 +39,14 @@ class Victim:
 
     def __init__(self, recipe: Path, cache: Path, *options: str) -> None:
         self.recipe, self.cache, self.options = recipe, cache, options
-        self.said = cache.with_suffix(".said")  # by the last run
+        self.output = cache.with_suffix(".output")  # by the last run
 
     def command(self, verb: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "runner.cli", verb, str(self.recipe), *self.options, *more, "--cache", str(self.cache)]
 
     def start(self) -> "subprocess.Popen[bytes]":
-        with self.said.open("wb") as said:
-            return subprocess.Popen(self.command("run"), stdout=said, stderr=said, start_new_session=True)
+        with self.output.open("wb") as output:
+            return subprocess.Popen(self.command("run"), stdout=output, stderr=output, start_new_session=True)
 
     def run(self) -> None:
         done = subprocess.run(self.command("run"), capture_output=True, text=True)
@@ -81,10 +81,10 @@ class Victim:
         return found
 
 
-def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: dict[str, str]) -> Figures:
+def torture(victim: Victim, *, kills: int, seed: int, longest: float, expected: dict[str, str]) -> Figures:
     """Kills runs of `victim` `kills` times, each within `longest` seconds of its start, and then lets it finish.
 
-    A finished recipe must have the digests `wanted`; if it finishes too early, it starts again with an empty cache.
+    A finished recipe must have the digests `expected`; if it finishes too early, it starts again with an empty cache.
     """
     choose, figures = random.Random(seed), Figures()
     process = victim.start()
@@ -105,17 +105,17 @@ def torture(victim: Victim, *, kills: int, seed: int, longest: float, wanted: di
                 continue  # only its tracker died, or it retried: the next kill hits the same run
         assert _ends(process, within=END_SECONDS), f"after {target} {number.name}: it still runs; {figures}"
         figures.codes[process.returncode] += 1
-        _assert_it_ended_well(process.returncode, number, victim.said.read_text(errors="replace"))
+        _assert_it_ended_well(process.returncode, number, victim.output.read_text(errors="replace"))
         alive = psutil.wait_procs([*below, *victim.processes()], timeout=END_SECONDS)[1]
         assert not alive, f"after {target} {number.name}: {alive}"
         if process.returncode == DONE:
-            _assert_finished(victim, wanted, figures)
+            _assert_finished(victim, expected, figures)
             if figures.kills.total() < kills:
                 shutil.rmtree(victim.cache)
         process = victim.start()
     process.wait()
     victim.run()
-    _assert_finished(victim, wanted, figures)
+    _assert_finished(victim, expected, figures)
     return figures
 
 
@@ -127,18 +127,18 @@ def _ends(process: "subprocess.Popen[bytes]", *, within: float) -> bool:
     return True
 
 
-def _assert_finished(victim: Victim, wanted: dict[str, str], figures: Figures) -> None:
-    assert victim.digests() == wanted, figures
+def _assert_finished(victim: Victim, expected: dict[str, str], figures: Figures) -> None:
+    assert victim.digests() == expected, figures
     victim.assert_sound()
     figures.finished += 1
 
 
-def _assert_it_ended_well(code: int, number: signal.Signals, said: str) -> None:
+def _assert_it_ended_well(code: int, number: signal.Signals, output: str) -> None:
     """A signal that arrives before the program handles it ends it like any Python process."""
-    early = code == -number or (number == signal.SIGINT and "KeyboardInterrupt" in said)
-    assert early or (code in (DONE, FAILED, INTERRUPTED) and "Traceback (most recent call last)" not in _own(said)), said
+    early = code == -number or (number == signal.SIGINT and "KeyboardInterrupt" in output)
+    assert early or (code in (DONE, FAILED, INTERRUPTED) and "Traceback (most recent call last)" not in _own(output)), output
 
 
-def _own(said: str) -> str:
+def _own(output: str) -> str:
     """The run's own output, without the end of a killed worker's log."""
-    return said.partition("the end of ")[0]
+    return output.partition("the end of ")[0]

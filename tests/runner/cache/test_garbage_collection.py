@@ -103,11 +103,11 @@ def test_artifacts_in_use_are_not_removed(tmp_path: Path, capsys: pytest.Capture
     ):
         for options in (["--dry-run"], []):
             assert gc(store, "--keep-size", "0", *options) == 0
-            said = capsys.readouterr().out
-            assert said.count("kept, in use") == 3
+            output = capsys.readouterr().out
+            assert output.count("kept, in use") == 3
     assert here(store) == {read.name, made.name}
     assert work.exists()
-    assert free.name in said
+    assert free.name in output
 
 
 def test_leftovers_are_removed_and_work_of_a_recent_run_stays(tmp_path: Path) -> None:

@@ -210,9 +210,9 @@ def test_a_suspended_run_is_taken_over_by_another_machine_and_drops_its_result_w
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     other = begun(folder, "two")
-    _, told = other.communicate()
-    assert other.returncode == 0, told
-    assert f"tokenizer: waiting for process {sleeper.pid} on one" in told
+    _, output = other.communicate()
+    assert other.returncode == 0, output
+    assert f"tokenizer: waiting for process {sleeper.pid} on one" in output
     digests = [folder.digest(stage) for stage in ALL_CACHED]
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
@@ -233,6 +233,6 @@ def test_a_killed_run_is_taken_over_by_another_machine(tmp_path: Path) -> None:
     killed.kill()
     killed.communicate()
     other = begun(folder, "two")
-    _, told = other.communicate()
-    assert other.returncode == 0, told
+    _, output = other.communicate()
+    assert other.returncode == 0, output
     assert folder.states() == ALL_CACHED

@@ -168,10 +168,10 @@ class _Failing(fsspec.get_filesystem_class("file")):  # type: ignore[misc]
 
 class _Hanging(fsspec.get_filesystem_class("file")):  # type: ignore[misc]
     cachable = False
-    asked = 0
+    requests = 0
 
     def cat_file(self, place: str, **more: Any) -> bytes:
-        type(self).asked += 1
+        type(self).requests += 1
         threading.Event().wait()
         raise AssertionError
 
@@ -305,9 +305,9 @@ def test_an_invalid_remote_address_is_refused_while_reading_the_recipe(
     assert address_fault(address)
     folder.write(folder.recipe.read_text() + f"\n[cache]\nremote = {json.dumps(address)}\n")
     assert call("plan", folder) == 2
-    said = capsys.readouterr().err
-    assert "cache.remote" in said
-    assert "secret" not in said
+    output = capsys.readouterr().err
+    assert "cache.remote" in output
+    assert "secret" not in output
 
 
 def test_a_missing_package_is_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +322,7 @@ def test_a_remote_folder_outside_the_recipe_folder_needs_the_users_permission(
 ) -> None:
     folder.write(folder.recipe.read_text() + f"\n[cache]\nremote = {json.dumps(str(tmp_path / 'team'))}\n")
     assert call("push", folder) == 2
-    assert "cache.remote: expected a path in" in (said := capsys.readouterr().err) and f"--allow-path {tmp_path}" in said
+    assert "cache.remote: expected a path in" in (output := capsys.readouterr().err) and f"--allow-path {tmp_path}" in output
     assert call("push", folder, "--allow-path", str(tmp_path)) == 0
     assert (tmp_path / "team" / "records").is_dir()
 

@@ -26,9 +26,9 @@ def verify(store: Store, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 def test_an_intact_cache_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = verify(small_cache(tmp_path), capsys)
+    code, output = verify(small_cache(tmp_path), capsys)
     assert code == 0
-    assert f"{len(KINDS)} artifacts and {len(KINDS)} records, all as recorded" in said
+    assert f"{len(KINDS)} artifacts and {len(KINDS)} records, all as recorded" in output
 
 
 def test_a_missing_cache_verifies_and_is_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,9 +53,9 @@ def test_one_flipped_bit_in_any_file_of_any_kind_is_detected_and_named(
             record = store.record(kind, key_for(kind))
             assert record is not None
             assert store.has_artifact(record, reread=True) == (name in (METRICS, RECORD)), "a run would use it"
-            code, said = verify(store, capsys)
+            code, output = verify(store, capsys)
             assert code == IntegrityError.exit_code
-            assert f"{folder.name}: {name}: expected " in said and ", got " in said
+            assert f"{folder.name}: {name}: expected " in output and ", got " in output
             assert verify(store, capsys)[0] == 0, "damaged files are set aside"
             if name == RECORD:
                 assert (folder / RECORD).read_bytes() == (kept / RECORD).read_bytes(), "restored from its copy"
@@ -82,10 +82,10 @@ def test_a_record_with_both_copies_damaged_counts_as_missing(tmp_path: Path, cap
     flip(store.folder("corpus", key_for("corpus")) / RECORD, 999)
     flip(store.record_path(key_for("corpus")), 998)
     assert store.record("corpus", key_for("corpus")) is None
-    code, said = verify(store, capsys)
+    code, output = verify(store, capsys)
     assert code == IntegrityError.exit_code
-    assert f"corpus-{key_for('corpus')}: record.json: expected" in said
-    assert f"records/{key_for('corpus')}.json: expected" in said
+    assert f"corpus-{key_for('corpus')}: record.json: expected" in output
+    assert f"records/{key_for('corpus')}.json: expected" in output
     assert not store.folder("corpus", key_for("corpus")).exists()
     assert verify(store, capsys)[0] == 0
 
@@ -141,12 +141,12 @@ def damage(folder: Path, how: str) -> str:
 def test_missing_and_extra_files_are_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
     store = small_cache(tmp_path)
     folder = store.folder("tokenizer", key_for("tokenizer"))
-    wanted = damage(folder, how)
+    message = damage(folder, how)
     record = store.record("tokenizer", key_for("tokenizer"))
     assert record is not None and not store.has_artifact(record, reread=True)
-    code, said = verify(store, capsys)
+    code, output = verify(store, capsys)
     assert code == IntegrityError.exit_code
-    assert wanted in said
+    assert message in output
     assert not folder.exists()
     (aside,) = (tmp_path / "aside").iterdir()
     assert aside.name.startswith(folder.name)
@@ -166,9 +166,9 @@ def test_a_damaged_artifact_in_use_is_reported_and_left(tmp_path: Path, capsys: 
     record = store.record("pretrain", key_for("pretrain"))
     assert record is not None
     with store.reading([record], waiting=Waiting()):  # as a stage that reads it
-        code, said = verify(store, capsys)
+        code, output = verify(store, capsys)
         assert code == IntegrityError.exit_code
-        assert "model.safetensors: expected" in said and "in use" in said
+        assert "model.safetensors: expected" in output and "in use" in output
         assert folder.exists()
     assert verify(store, capsys)[0] == IntegrityError.exit_code
     assert not folder.exists()
@@ -202,7 +202,7 @@ def test_all_damaged_artifacts_are_reported_at_once(tmp_path: Path, capsys: pyte
     for kind in KINDS:
         folder = store.folder(kind, key_for(kind))
         flip(folder / FILES[stage_kinds()[kind].makes][0], 8)
-    code, said = verify(store, capsys)
+    code, output = verify(store, capsys)
     assert code == IntegrityError.exit_code
-    assert f"{len(KINDS)} files are damaged" in said
+    assert f"{len(KINDS)} files are damaged" in output
     assert list((tmp_path / "stages").iterdir()) == []

@@ -63,8 +63,8 @@ def test_a_run_paused_by_an_alert_exits_with_5_sends_a_notice_and_resumes_to_the
     other = f"json://127.0.0.1:{inbox.server_port}/{SECRET}"
     done = fresh.call(*options, STOCKPOT_NOTIFY=other)
     assert done.returncode == 5, done.stderr
-    told = "stage 'base': paused by the alert 'loss': the loss over the 10 steps before step 40 is "
-    assert told in done.stderr and "usually helps" in done.stderr
+    output = "stage 'base': paused by the alert 'loss': the loss over the 10 steps before step 40 is "
+    assert output in done.stderr and "usually helps" in done.stderr
     assert "Checkpointed after step 40 of 240; run the same command to continue" in done.stderr
     assert fresh.states()["base"] == "paused"
     messages = [notice["message"] for notice in inbox.received]
@@ -154,8 +154,10 @@ def test_a_stage_overrides_the_alerts_of_the_recipe_field_by_field(tmp_path: Pat
 
 def test_alerts_enter_the_key_only_where_they_change_the_training(tmp_path: Path) -> None:
     _, plain = of_base(recipe_with(tmp_path))
-    _, told = of_base(recipe_with(tmp_path, "[alerts]\nloss = { above = 5.0, action = 'stop' }\ngap = { action = 'pause' }\n"))
-    assert plain == told and "alerts" not in plain
+    _, output = of_base(
+        recipe_with(tmp_path, "[alerts]\nloss = { above = 5.0, action = 'stop' }\ngap = { action = 'pause' }\n")
+    )
+    assert plain == output and "alerts" not in plain
     _, skipping = of_base(recipe_with(tmp_path, "[alerts]\ngradient_norm = { action = 'skip' }\n"))
     assert skipping == plain | {"alerts": {"gradient_norm": {"times": 10.0, "action": "skip"}}}
     _, once = of_base(recipe_with(tmp_path, "", "[stage.base.alerts]\ngradient_norm = { action = 'skip', back = 3 }\n"))

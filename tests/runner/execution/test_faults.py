@@ -118,8 +118,8 @@ def test_a_full_disk_during_a_training_is_reported_and_not_retried(trained: Fold
 
 def test_retries_are_counted_from_the_highest_step_and_the_fallback_is_one_process(tmp_path: Path) -> None:
     policy = RetryPolicy(tmp_path, Parallel(retries=1), processes=4)
-    said = [policy.after_fault("a fault", step=step) for step in (10, 10, 10, 5)]
-    assert [(text or "").partition(" ")[0] for text in said] == ["retries", "continues", "retries", ""]
+    outcomes = [policy.after_fault("a fault", step=step) for step in (10, 10, 10, 5)]
+    assert [(text or "").partition(" ")[0] for text in outcomes] == ["retries", "continues", "retries", ""]
     assert [fault["processes"] for fault in policy.faults] == [4, 4, 1, 1] and policy.faults[-1]["then"] == "gave up"
     assert RetryPolicy(tmp_path, Parallel(), processes=4).faults == policy.faults  # a resumed run knows them
     policy = RetryPolicy(tmp_path / "none", Parallel(retries=1, fallback="none"), processes=4)

@@ -27,7 +27,7 @@ def test_some_kills_of_a_small_recipe_change_nothing(folder: Folder, tmp_path: P
         one.write(RECIPE + PRETRAIN)
     whole = Victim(folder.recipe, folder.cache)
     whole.run()  # all but the training is cached
-    figures = torture(Victim(killed.recipe, killed.cache), kills=3, seed=0, longest=6.0, wanted=whole.digests())
+    figures = torture(Victim(killed.recipe, killed.cache), kills=3, seed=0, longest=6.0, expected=whole.digests())
     assert figures.kills.total() == 3 and figures.finished
 
 
@@ -36,7 +36,7 @@ def test_a_hundred_kills_of_the_quickstart_change_nothing(tmp_path: Path, capsys
     whole = Victim(QUICKSTART, tmp_path / "whole", *OFTEN)  # with the same options, since a release holds the recipe
     whole.run()
     victim = Victim(QUICKSTART, tmp_path / "killed", *OFTEN)
-    figures = torture(victim, kills=100, seed=0, longest=10.0, wanted=whole.digests())
+    figures = torture(victim, kills=100, seed=0, longest=10.0, expected=whole.digests())
     with capsys.disabled():
         print(f"\n{figures}")
     assert len(figures.during) > 6, "stages of many kinds were hit"

@@ -109,9 +109,9 @@ def test_no_message_contains_the_token_or_the_signature_of_an_address(
     notes: list[str] = []
     with pytest.raises(StageError, match="/lfs/") as caught:
         releases.push("one", retries=Retries(sleep=lambda seconds: None, note=notes.append))
-    told = "".join([str(caught.value), *notes, *capfd.readouterr(), caplog.text])
-    assert TOKEN not in told
-    assert SIGNATURE.partition("=")[2] not in told
+    message = "".join([str(caught.value), *notes, *capfd.readouterr(), caplog.text])
+    assert TOKEN not in message
+    assert SIGNATURE.partition("=")[2] not in message
 
 
 def test_a_request_to_stop_ends_the_wait_before_a_retry(hub: Hub, releases: Releases) -> None:

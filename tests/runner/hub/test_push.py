@@ -136,8 +136,8 @@ def test_a_branch_changed_by_someone_else_needs_overwrite(hub: Hub, releases: Re
     head = hub.repositories[REPO].branches["main"]
     with pytest.raises(StageError) as caught:
         releases.push("two")
-    told = f"it is at {head[:12]} of 2026-01-01 02:00 UTC by grace, 'A nicer card', since {first.commit[:12]} was pushed"
-    assert told in str(caught.value)
+    message = f"it is at {head[:12]} of 2026-01-01 02:00 UTC by grace, 'A nicer card', since {first.commit[:12]} was pushed"
+    assert message in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert hub.repositories[REPO].branches["main"] == head
     releases.push("two", overwrite=True)

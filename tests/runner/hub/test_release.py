@@ -84,8 +84,8 @@ def world(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         hub.blobs = dict(made.hub.blobs)
         for path in (tmp_path / "world/cache/receipts").glob("*.json"):  # they name the Hub by its address
             receipts = json.loads(path.read_text())["receipts"]
-            told = tuple(Receipt(**{**one, "files": tuple(one["files"])}) for one in receipts)
-            Journal(Target("ada/tiny", endpoint=hub.url), told).write(path.parent)
+            output = tuple(Receipt(**{**one, "files": tuple(one["files"])}) for one in receipts)
+            Journal(Target("ada/tiny", endpoint=hub.url), output).write(path.parent)
         use(hub, monkeypatch, tmp_path)
         copy = World(tmp_path / "world", hub)
         copy.write(license="apache-2.0", tag="v2")
@@ -196,9 +196,9 @@ def test_a_published_model_is_reproduced_elsewhere_and_not_pushed(
         path.rename(path.with_name(f"x-{path.name}"))
     commits = summaries(world.hub, REPO)
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes", "--data", elsewhere.root) == 0
-    told = capsys.readouterr().err
-    assert "2 of 2 results equal the published ones" in told
-    assert "made here" in told
+    output = capsys.readouterr().err
+    assert "2 of 2 results equal the published ones" in output
+    assert "made here" in output
     assert summaries(world.hub, REPO) == commits
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes") == 0
     assert "reused, as published" in capsys.readouterr().err
@@ -209,9 +209,9 @@ def test_a_published_model_is_only_shown_without_confirmation(
 ) -> None:
     answers = "n\n"
     assert elsewhere.call("run", f"hf://{REPO}", "--data", world.root) == 2
-    told = capsys.readouterr()
-    assert "not run, since there is no terminal for a confirmation; pass --yes to run it" in told.err
-    assert [line.split()[:3] for line in told.err.splitlines()[1:4]] == [
+    output = capsys.readouterr()
+    assert "not run, since there is no terminal for a confirmation; pass --yes to run it" in output.err
+    assert [line.split()[:3] for line in output.err.splitlines()[1:4]] == [
         ["base", "checkpoint", "run"],
         ["release-parity", "parity", "waiting"],
         ["release", "publish", "waiting"],
@@ -235,12 +235,12 @@ def test_missing_input_files_are_named_with_their_digests(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert elsewhere.call("run", f"hf://{REPO}", "--yes") == 2
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     lock = json.loads(held_by(world.hub, "main", REPO)["recipe.lock.json"])
     files = lock["stages"]["base"]["data"]["folder"]
     assert {file["file"] for file in files} >= {"model/config.json", "model/model.safetensors"}
-    assert all(f"{file['file']}  {file['sha256']}" in told.err for file in files)
-    assert "the input files of base are missing; pass their folder with --data DIR" in told.err
+    assert all(f"{file['file']}  {file['sha256']}" in output.err for file in files)
+    assert "the input files of base are missing; pass their folder with --data DIR" in output.err
 
 
 def test_results_are_reused_without_their_input_files(
@@ -249,9 +249,9 @@ def test_results_are_reused_without_their_input_files(
     shutil.rmtree(world.root / "model")
     shutil.copytree(world.cache / "stages", elsewhere.cache / "stages")
     assert elsewhere.call("run", f"hf://{REPO}", "--yes") == 0
-    told = capsys.readouterr().err
-    assert "reused, as published" in told
-    assert "whose result is reused" in told
+    output = capsys.readouterr().err
+    assert "reused, as published" in output
+    assert "whose result is reused" in output
 
 
 def test_a_remote_provides_results_that_cannot_be_made_here(world: World, elsewhere: World) -> None:
@@ -273,12 +273,12 @@ def test_differences_from_the_lock_file_are_shown(world: World, elsewhere: World
     changed = type(head.files["recipe.lock.json"])(json.dumps(lock).encode(), lfs=False)
     repository.commit("main", "changed", {**head.files, "recipe.lock.json": changed})
     assert elsewhere.call("run", f"hf://{REPO}", "--data", world.root) == 2
-    told = capsys.readouterr().err
-    assert "torch: 1.0.0 there, " in told
-    assert "cores: 1234 there, " in told
-    assert "gpus: 1 there, 0 here" in told
-    assert "made here; its fields, inputs or version differ" in told
-    assert "\x1b" not in told
+    output = capsys.readouterr().err
+    assert "torch: 1.0.0 there, " in output
+    assert "cores: 1234 there, " in output
+    assert "gpus: 1 there, 0 here" in output
+    assert "made here; its fields, inputs or version differ" in output
+    assert "\x1b" not in output
 
 
 @pytest.mark.parametrize(

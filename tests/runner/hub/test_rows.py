@@ -77,7 +77,7 @@ def keyed(folder: Path, files: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (
             f"hf://datasets/{REPO}/a.csv",
@@ -90,8 +90,8 @@ def keyed(folder: Path, files: str) -> str:
         (f"hf://datasets/{REPO}@{COMMIT}/../a.csv", "expected the path of a file in"),
     ],
 )
-def test_an_ambiguous_dataset_address_is_refused_with_the_cure(tmp_path: Path, files: str, told: str) -> None:
-    with pytest.raises(RecipeError, match=rf"stage\.chat\.data\[0\]\.files: .*{told}"):
+def test_an_ambiguous_dataset_address_is_refused_with_the_cure(tmp_path: Path, files: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"stage\.chat\.data\[0\]\.files: .*{message}"):
         recipe(tmp_path, files)
 
 
@@ -150,8 +150,8 @@ def test_rows_of_every_format_are_read_with_label_names(dataset: Repository, tmp
         words={"0": "负面", "1": "正面"},
     )
     turns = [turns for _, turns, _ in read_turns(table.files.fetched(), table.template)]
-    said = [tuple(turn.content for turn in row) for row in turns if not isinstance(row, InputError)]
-    assert said == [("很好", "正面"), ("太差, 不买", "负面")] * (3 if "*" in path else 1)
+    output = [tuple(turn.content for turn in row) for row in turns if not isinstance(row, InputError)]
+    assert output == [("很好", "正面"), ("太差, 不买", "负面")] * (3 if "*" in path else 1)
 
 
 def test_a_label_without_a_name_is_reported_with_its_row(tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_downloaded_files_are_cached_and_need_no_network(
     dataset: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     first = download_dataset_files(at(dataset, path))
-    asked = len(hub.requests)
-    assert asked
+    requests = len(hub.requests)
+    assert requests
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_ENDPOINT", LOST)
     assert download_dataset_files(at(dataset, path)) == first
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; run once without it"):
         download_dataset_files(at(dataset, "data/test-*.csv" if path == "data/train-0.csv" else "data/test-0.csv"))
 
@@ -181,7 +181,7 @@ def test_downloaded_files_are_cached_and_need_no_network(
 def test_a_busy_hub_is_asked_again(dataset: Repository, hub: Hub) -> None:
     busy = [Fault(status=HTTPStatus.SERVICE_UNAVAILABLE)] * 7  # after which the client itself gives up
     hub.fault_in["data/train-0.csv"] = list(busy)
-    with pytest.raises(InputError, match=r"503.*run again to go on"):
+    with pytest.raises(InputError, match=r"503.*run again to continue"):
         download_dataset_files(at(dataset, "data/train-0.csv"), retries=Retries(waits=()))
     hub.fault_in["data/train-0.csv"] = list(busy)
     (path,) = download_dataset_files(at(dataset, "data/train-0.csv"), retries=AT_ONCE)
@@ -189,9 +189,9 @@ def test_a_busy_hub_is_asked_again(dataset: Repository, hub: Hub) -> None:
 
 
 def test_refusals_of_the_hub_are_reported_with_a_cure(dataset: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def error_of(wanted: HubFiles) -> str:
+    def error_of(files: HubFiles) -> str:
         with pytest.raises(InputError) as caught:
-            download_dataset_files(wanted, retries=AT_ONCE)
+            download_dataset_files(files, retries=AT_ONCE)
         assert TOKEN not in str(caught.value) and OTHER_TOKEN not in str(caught.value)
         return str(caught.value)
 
@@ -222,11 +222,11 @@ def test_a_run_downloads_its_rows_and_a_second_run_sends_no_request(dataset: Rep
     assert json.loads(run("plan", "--json"))["stages"][0]["state"] == "run"
     assert not hub.requests
     run()
-    asked = len(hub.requests)
-    assert asked
+    requests = len(hub.requests)
+    assert requests
     assert json.loads(run("plan", "--json"))["stages"][0]["state"] == "cached"
     run()
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
     (record,) = Store(tmp_path / "cache").records()
     assert sum(record.data["metrics"]["sources"]["source-1"][part] for part in ("train", "validation")) == 30
     ((_, place, *_),) = learned_from("corpus", record.data, load_recipe(path).resolved()["stage"]["corpus"])

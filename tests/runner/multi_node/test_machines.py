@@ -63,7 +63,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environme
 
 
 @pytest.mark.parametrize(
-    ("parallel", "asked", "environment", "message"),
+    ("parallel", "options", "environment", "message"),
     [
         (Parallel(machines=2), LayoutOptions(), {}, "machine_rank: expected 0 to 1, got none"),
         (Parallel(machines=2), LayoutOptions(rank=2), {}, "machine_rank: expected 0 to 1, since there are 2 machines, got 2"),
@@ -104,10 +104,10 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_environme
     ],
 )
 def test_a_missing_or_wrong_layout_is_refused(
-    parallel: Parallel, asked: LayoutOptions, environment: Any, message: str
+    parallel: Parallel, options: LayoutOptions, environment: Any, message: str
 ) -> None:
     with pytest.raises(RecipeError) as error:
-        layout_of(parallel, asked, environment=environment)
+        layout_of(parallel, options, environment=environment)
     assert message in str(error.value)
 
 
@@ -199,9 +199,9 @@ def launched(command: list[str], rank: int, **variables: str) -> subprocess.Pope
 
 
 def ended(*runs: subprocess.Popen[str]) -> list[tuple[int, str]]:
-    told = [run.communicate()[1] for run in runs]
+    output = [run.communicate()[1] for run in runs]
     RUNNING.clear()
-    return [(run.returncode, text) for run, text in zip(runs, told, strict=True)]
+    return [(run.returncode, text) for run, text in zip(runs, output, strict=True)]
 
 
 def losses(folder: Folder, stage: str) -> list[float]:
@@ -211,9 +211,9 @@ def losses(folder: Folder, stage: str) -> list[float]:
 
 def test_two_machines_that_share_a_cache_reach_the_losses_of_one(folder: Folder) -> None:
     port = free_port()
-    (first, told), (second, heard) = ended(*(begun(folder, rank, port) for rank in (0, 1)))
-    assert (first, second) == (0, 0), f"{told}\n{heard}"
-    assert "machine 0 has finished" in heard
+    (first, output), (second, other_output) = ended(*(begun(folder, rank, port) for rank in (0, 1)))
+    assert (first, second) == (0, 0), f"{output}\n{other_output}"
+    assert "machine 0 has finished" in other_output
     record = json.loads((folder.artifact("base") / "record.json").read_text())
     assert (record["processes"], record["machines"]) == (2, 2)
     again = ended(begun(folder, 1, port))
@@ -253,18 +253,18 @@ def test_when_a_worker_dies_all_machines_retry_or_machine_0_continues_alone(fold
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
     (worker,) = folder.cache.glob(f"work/*/.work/workers/host{killed}-{killed}")
     os.kill(int(worker.read_text()), signal.SIGKILL)
-    (first, told), (second, heard) = ended(*runs)
-    assert (first, second) == (0, 0), f"{told}\n{heard}"
-    assert "machine 0 has finished" in heard and "Traceback" not in told + heard
+    (first, output), (second, other_output) = ended(*runs)
+    assert (first, second) == (0, 0), f"{output}\n{other_output}"
+    assert "machine 0 has finished" in other_output and "Traceback" not in output + other_output
     record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
     (fault,) = record["faults"]
     assert fault["processes"] == 2 and "signal 9" in fault["cause"]
     if retries:
         assert (record["processes"], record["machines"]) == (2, 2)
-        assert "retries from the last checkpoint (0 more retries left)" in told
+        assert "retries from the last checkpoint (0 more retries left)" in output
     else:
         assert record["processes"] == 1 and "machines" not in record
-        assert "continues with one process and the same batch from the last checkpoint" in told
+        assert "continues with one process and the same batch from the last checkpoint" in output
 
 
 def test_machines_with_separate_caches_exchange_artifacts_through_a_remote(folder: Folder) -> None:
@@ -333,9 +333,9 @@ def test_a_machine_that_dies_and_is_restarted_takes_part_again(folder: Folder, k
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
     os.killpg(runs[killed].pid, signal.SIGKILL)
     runs[killed].communicate()
-    (lived, told), (back, heard) = ended(runs[1 - killed], begun(folder, killed, port, *long))
-    assert (lived, back) == (0, 0), f"{told}\n{heard}"
-    assert f"machine {killed}" in told and "is gone" in told and "Traceback" not in told + heard
+    (survivor, output), (back, other_output) = ended(runs[1 - killed], begun(folder, killed, port, *long))
+    assert (survivor, back) == (0, 0), f"{output}\n{other_output}"
+    assert f"machine {killed}" in output and "is gone" in output and "Traceback" not in output + other_output
     record = json.loads(next(folder.cache.glob("stages/pretrain-*/record.json")).read_text())
     assert (record["processes"], record["machines"]) == (2, 2)
 
@@ -347,10 +347,10 @@ def test_when_a_machine_does_not_come_back_machine_0_trains_alone(folder: Folder
     runs = [begun(folder, rank, port, *long) for rank in (0, 1)]
     wait_for(lambda: list(folder.cache.glob("work/*/.work/checkpoints/step-*2/state.json")), seconds=300)
     os.killpg(runs[1].pid, signal.SIGKILL)
-    (code, told), _ = ended(*runs)
-    assert code == 0, told
-    assert "is gone" in told and "machine 1 of 2 did not come back within 1 s" in told and "Traceback" not in told
-    assert "continues with one process and the same batch from the last checkpoint" in told
+    (code, output), _ = ended(*runs)
+    assert code == 0, output
+    assert "is gone" in output and "machine 1 of 2 did not come back within 1 s" in output and "Traceback" not in output
+    assert "continues with one process and the same batch from the last checkpoint" in output
     records = [json.loads(path.read_text()) for path in folder.cache.glob("stages/pretrain-*/record.json")]
     assert [record["processes"] for record in records] == [1, 1], "the second training waits for nobody"
     assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]

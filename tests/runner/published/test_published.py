@@ -157,9 +157,9 @@ def test_a_branch_is_requested_each_time_and_a_commit_once(author: Recipe, hub: 
     put(hub, {"one.txt": "one"})
     assert brought(tmp_path)[0].name != first.name
     assert download_recipe(Address.parse(f"hf://{REPO}@{commit}"), store, data=[]).name == first.name
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     download_recipe(Address.parse(f"hf://{REPO}@{commit}"), store, data=[])
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
 
 
 @pytest.mark.parametrize("text", ["hf://name", "hf://a/b/c", "hf://a/b@", "hf://../b@c d", "hf://a/b?x=1"])

@@ -60,9 +60,9 @@ def browser() -> "Iterator[Browser]":
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]:
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]:
     """Two models with random weights and a long context."""
-    folder = tmp_path_factory.mktemp("speakers")
+    folder = tmp_path_factory.mktemp("sessions")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder / "tokenizer")
     found = {}
@@ -75,12 +75,12 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]
 
 
 @contextmanager
-def served(speakers: dict[str, ChatSession], *, key: str | None = None) -> Iterator[str]:
+def served(sessions: dict[str, ChatSession], *, key: str | None = None) -> Iterator[str]:
     """The address of the page."""
     settings = ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(Server(speakers, settings).app(), log_level="error", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(Server(sessions, settings).app(), log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -91,8 +91,8 @@ def served(speakers: dict[str, ChatSession], *, key: str | None = None) -> Itera
 
 
 @pytest.fixture(scope="module")
-def address(speakers: dict[str, ChatSession]) -> Iterator[str]:
-    with served(speakers) as found:
+def address(sessions: dict[str, ChatSession]) -> Iterator[str]:
+    with served(sessions) as found:
         yield found
 
 
@@ -170,10 +170,10 @@ def test_a_new_conversation_during_an_answer_starts_empty(browser: "Browser", ad
     page.close()
 
 
-def test_a_server_with_a_key_asks_for_it(browser: "Browser", speakers: dict[str, ChatSession]) -> None:
+def test_a_server_with_a_key_asks_for_it(browser: "Browser", sessions: dict[str, ChatSession]) -> None:
     from browser import Watched
 
-    with served(speakers, key="not-a-secret") as address:
+    with served(sessions, key="not-a-secret") as address:
         watched = Watched(browser, address)
         page = watched.page
         page.wait_for_selector("#key:visible")

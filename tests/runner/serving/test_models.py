@@ -45,9 +45,9 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     (folder / "text.txt").write_text("text", encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
 
-    def run(*words: str, said: str = "", terminal: int | None = None) -> "subprocess.CompletedProcess[str]":
+    def run(*words: str, text: str = "", terminal: int | None = None) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "runner.cli", *words, *([] if "--cache" in words else ["--cache", "cache"])]
-        source: dict[str, Any] = {"input": said} if terminal is None else {"stdin": terminal}
+        source: dict[str, Any] = {"input": text} if terminal is None else {"stdin": terminal}
         return subprocess.run(command, cwd=folder, **source, capture_output=True, text=True, timeout=120, check=False)
 
     nothing = run("chat", "recipe.toml")
@@ -56,14 +56,14 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     return run
 
 
-@pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("2", "2")])
+@pytest.mark.parametrize(("text", "threads"), [(None, "3"), ("2", "2")])
 def test_a_model_uses_the_cores_of_a_run_unless_the_environment_names_threads(
-    said: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    text: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("llm.inference.chat_session.ChatSession", lambda *paths, compiled: None)
     monkeypatch.setenv("STOCKPOT_CORES", "3")
-    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
-    if said is None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text or "")
+    if text is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     ServableModel("base", tmp_path).open()
     assert os.environ["OMP_NUM_THREADS"] == threads
@@ -71,18 +71,18 @@ def test_a_model_uses_the_cores_of_a_run_unless_the_environment_names_threads(
 
 def test_each_line_of_a_pipe_is_a_message(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "5")
-    once = ask(*words, said="what is it?\n")
+    once = ask(*words, text="what is it?\n")
     assert once.returncode == 0, once.stderr
-    again = ask(*words, said="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
+    again = ask(*words, text="what is it?\n/new\n\nwhat is it?\n/exit\nnot read\n")
     assert again.stdout == once.stdout * 2, "/new starts over, and greedy answers repeat"
 
 
 def test_a_slash_command_is_not_sent_to_the_model(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     keyboard, terminal = pty.openpty()
     os.write(keyboard, b"/help\n/exit\n")
-    told = ask("chat", "recipe.toml", terminal=terminal)
-    assert told.returncode == 0 and told.stderr.count("/new starts a new conversation") == 2
-    assert told.stdout.split() == [">", ">"]
+    message = ask("chat", "recipe.toml", terminal=terminal)
+    assert message.returncode == 0 and message.stderr.count("/new starts a new conversation") == 2
+    assert message.stdout.split() == [">", ">"]
 
 
 def test_a_compiled_model_gives_the_same_answer_and_its_code_is_cached(
@@ -91,16 +91,16 @@ def test_a_compiled_model_gives_the_same_answer_and_its_code_is_cached(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it has compiled
     words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "12", "--cache", str(tmp_path))
     ask("recipe.toml", "--until", "base", "--cache", str(tmp_path))
-    plain, compiled = ask(*words, said="what is it?\n"), ask(*words, "--compile", said="what is it?\n")
+    plain, compiled = ask(*words, text="what is it?\n"), ask(*words, "--compile", text="what is it?\n")
     assert (compiled.returncode, compiled.stdout) == (0, plain.stdout), compiled.stderr
     assert any((tmp_path / "compiled").rglob("*.so"))
 
 
 def test_only_finished_models_are_servable(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    for stage, told in (
+    for stage, message in (
         ("corpus", "makes Corpus; finished models: base"),
         ("medical", "expected a finished model, got the state 'run'"),
         ("bas", "did you mean 'base'"),
     ):
         refused = ask("chat", "recipe.toml", stage)
-        assert refused.returncode == 2 and told in refused.stderr, refused.stderr
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr

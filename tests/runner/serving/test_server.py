@@ -29,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 
 
 @pytest.fixture(scope="module")
-def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, ChatSession]:
+def sessions(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, ChatSession]:
     """Two models; `tuned` is compiled."""
-    folder = tmp_path_factory.mktemp("speakers")
+    folder = tmp_path_factory.mktemp("sessions")
     tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder / "tokenizer")
     found = {}
@@ -44,12 +44,12 @@ def speakers(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> d
 
 
 @pytest.fixture(scope="module")
-def address(speakers: dict[str, ChatSession]) -> Iterator[str]:
+def address(sessions: dict[str, ChatSession]) -> Iterator[str]:
     """The address of a server with both models and a queue of two."""
     settings = ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, queue=2, api_key=KEY)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Server(speakers, settings).app(), log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(Server(sessions, settings).app(), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -64,7 +64,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def asked(text: str) -> Any:
+def user_message(text: str) -> Any:
     return [{"role": "user", "content": text}]
 
 
@@ -73,9 +73,9 @@ def test_the_client_lists_the_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "tuned"])
-def test_an_answer_is_the_output_of_the_model(client: openai.OpenAI, speakers: dict[str, ChatSession], name: str) -> None:
-    answer = client.chat.completions.create(model=name, messages=asked("什么是高血压？"), max_tokens=12)
-    expected = speakers[name].answer(asked("什么是高血压？"), max_new_tokens=12)
+def test_an_answer_is_the_output_of_the_model(client: openai.OpenAI, sessions: dict[str, ChatSession], name: str) -> None:
+    answer = client.chat.completions.create(model=name, messages=user_message("什么是高血压？"), max_tokens=12)
+    expected = sessions[name].answer(user_message("什么是高血压？"), max_new_tokens=12)
     assert answer.choices[0].message.content == "".join(expected.pieces)
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (expected.prompt_tokens, expected.new_tokens)
@@ -95,7 +95,8 @@ def test_a_compiled_model_runs_in_the_thread_of_the_server_without_recompilation
     monkeypatch.setattr(CompiledRow, "logits", noted)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     base, tuned = (
-        client.chat.completions.create(model=name, messages=asked("asthma"), max_tokens=12).usage for name in ("base", "tuned")
+        client.chat.completions.create(model=name, messages=user_message("asthma"), max_tokens=12).usage
+        for name in ("base", "tuned")
     )
     assert base and tuned and min(base.completion_tokens, tuned.completion_tokens) > 2
     assert len(threads) == tuned.completion_tokens - 1, "the first token comes from reading"
@@ -104,9 +105,11 @@ def test_a_compiled_model_runs_in_the_thread_of_the_server_without_recompilation
 
 
 def test_a_stream_has_the_same_text_and_whole_characters(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model="base", messages=asked("asthma"), max_tokens=24).choices[0].message.content
+    whole = (
+        client.chat.completions.create(model="base", messages=user_message("asthma"), max_tokens=24).choices[0].message.content
+    )
     stream = client.chat.completions.create(
-        model="base", messages=asked("asthma"), max_tokens=24, stream=True, stream_options={"include_usage": True}
+        model="base", messages=user_message("asthma"), max_tokens=24, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
@@ -115,14 +118,16 @@ def test_a_stream_has_the_same_text_and_whole_characters(client: openai.OpenAI) 
     assert chunks[-2].choices[0].finish_reason == "length"
 
 
-def test_a_completion_uses_no_chat_template(client: openai.OpenAI, speakers: dict[str, ChatSession]) -> None:
+def test_a_completion_uses_no_chat_template(client: openai.OpenAI, sessions: dict[str, ChatSession]) -> None:
     found = client.completions.create(model="tuned", prompt="Asthma is", max_tokens=8)
-    assert found.choices[0].text == "".join(speakers["tuned"].continuation("Asthma is", max_new_tokens=8).pieces)
+    assert found.choices[0].text == "".join(sessions["tuned"].continuation("Asthma is", max_new_tokens=8).pieces)
 
 
 def test_a_seed_reproduces_and_another_differs(client: openai.OpenAI) -> None:
     def say(seed: int) -> str | None:
-        made = client.chat.completions.create(model="base", messages=asked("why"), temperature=1.5, seed=seed, max_tokens=16)
+        made = client.chat.completions.create(
+            model="base", messages=user_message("why"), temperature=1.5, seed=seed, max_tokens=16
+        )
         return made.choices[0].message.content
 
     assert say(1) == say(1) != say(2)
@@ -137,15 +142,15 @@ def test_a_stop_string_ends_the_answer(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_long_conversation_is_truncated_at_its_start(speakers: dict[str, ChatSession]) -> None:
+def test_a_long_conversation_is_truncated_at_its_start(sessions: dict[str, ChatSession]) -> None:
     turns = [{"role": role, "content": "asthma is a disease"} for _ in range(8) for role in ("user", "assistant")]
-    answer = speakers["base"].answer([*turns, *asked("why")], max_new_tokens=8)
+    answer = sessions["base"].answer([*turns, *user_message("why")], max_new_tokens=8)
     assert answer.forgotten > 0 and answer.forgotten % 2 == 0, "a question goes with its answer"
     assert answer.prompt_tokens + 8 <= 96
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "told"),
+    ("change", "status", "message"),
     [
         ({"model": "other"}, 404, "expected one of base, tuned, got 'other'"),
         ({"messages": []}, 400, "messages"),
@@ -159,18 +164,18 @@ def test_a_long_conversation_is_truncated_at_its_start(speakers: dict[str, ChatS
         ({"messages": [{"role": "user", "content": "x" * (MAX_BYTES + 1)}]}, 413, "at most"),
     ],
 )
-def test_a_bad_request_gets_an_error_message(client: openai.OpenAI, change: dict[str, Any], status: int, told: str) -> None:
-    request: dict[str, Any] = {"model": "base", "messages": asked("hello"), "max_tokens": 4} | change
+def test_a_bad_request_gets_an_error_message(client: openai.OpenAI, change: dict[str, Any], status: int, message: str) -> None:
+    request: dict[str, Any] = {"model": "base", "messages": user_message("hello"), "max_tokens": 4} | change
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", body=request, cast_to=dict)
     assert caught.value.status_code == status
-    assert told in caught.value.message
+    assert message in caught.value.message
 
 
 def test_a_wrong_key_and_another_host_are_refused(address: str) -> None:
-    stranger = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
-    with stranger, pytest.raises(openai.AuthenticationError):
-        stranger.models.list()
+    other = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
+    with other, pytest.raises(openai.AuthenticationError):
+        other.models.list()
     rebound = urllib.request.Request(f"{address}/v1/models", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(rebound)
@@ -180,10 +185,10 @@ def test_a_wrong_key_and_another_host_are_refused(address: str) -> None:
 
 def test_a_disconnected_client_releases_its_turn(address: str, client: openai.OpenAI) -> None:
     for _ in range(4):  # more than the queue holds
-        stream = client.chat.completions.create(model="base", messages=asked("why"), max_tokens=80, stream=True)
+        stream = client.chat.completions.create(model="base", messages=user_message("why"), max_tokens=80, stream=True)
         next(iter(stream))
         stream.close()
-    assert client.chat.completions.create(model="base", messages=asked("why"), max_tokens=2).choices
+    assert client.chat.completions.create(model="base", messages=user_message("why"), max_tokens=2).choices
 
 
 def test_requests_beyond_the_queue_are_refused(client: openai.OpenAI) -> None:
@@ -191,7 +196,7 @@ def test_requests_beyond_the_queue_are_refused(client: openai.OpenAI) -> None:
 
     def ask() -> None:
         try:
-            client.chat.completions.create(model="base", messages=asked("why"), max_tokens=80)
+            client.chat.completions.create(model="base", messages=user_message("why"), max_tokens=80)
             statuses.append(200)
         except openai.APIStatusError as error:
             statuses.append(error.status_code)
