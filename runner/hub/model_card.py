@@ -64,7 +64,7 @@ def languages_of(records: Iterable[Record]) -> list[str]:
 
 def _sources(records: Iterable[Record]) -> Iterator[Mapping[str, Any]]:
     for record in records:
-        yield from record.get("metrics", {}).get("sources", {}).values()
+        yield from record["metrics"].get("sources", {}).values()
 
 
 def _metadata(model: Model) -> str:
@@ -140,7 +140,7 @@ def _summary(model: Model) -> str:
     bases = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
     if not bases:
         return ""
-    fields, metrics = model.recipe["stage"][bases[-1]], model.records[bases[-1]].get("metrics", {})
+    fields, metrics = model.recipe["stage"][bases[-1]], model.records[bases[-1]]["metrics"]
     shape = fields.get("architecture", {})
     context = shape.get("context") or model.recipe["stage"].get(fields.get("tokens"), {}).get("context")
     vocabularies = [record["metrics"]["vocab_size"] for record in model.records.values() if record["kind"] == "tokenizer"]
@@ -170,7 +170,7 @@ over the examples.
 
 
 def _score(model: Model, evaluation: str, score: str) -> str:
-    interval = model.records[evaluation].get("metrics", {}).get("intervals", {}).get(score)
+    interval = model.records[evaluation]["metrics"].get("intervals", {}).get(score)
     ends = f" [{', '.join(map(number, interval))}]" if interval else ""
     return number(model.scores[evaluation].get(score)) + ends
 
@@ -196,7 +196,7 @@ def _settings(settings: Sequence[Sequence[str]]) -> str:
 def _tasks(model: Model) -> str:
     """Which models were scored, and the data of the last evaluation."""
     stages, last = model.recipe["stage"], list(model.scores)[-1]
-    counts = model.records[last].get("metrics", {}).get("tasks", {})
+    counts = model.records[last]["metrics"].get("tasks", {})
     rows = [
         [task["name"], task["task"], _place(task["files"]), f"{counts[task['name']]['rows']:,}"]
         for task in stages[last].get("tasks", ())
@@ -252,7 +252,7 @@ def _data(model: Model) -> str:
 
 def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Iterator[list[str]]:
     """One row per source of a corpus and per table of a fine-tuning: stage, data, rows, licences, origins."""
-    metrics = record.get("metrics", {})
+    metrics = record["metrics"]
     for number, spec in enumerate(fields.get("sources", ()), start=1):
         name = spec.get("name") or spec.get("hub") or f"source-{number}"
         source = metrics["sources"][name]
@@ -286,8 +286,8 @@ def _making(records: Mapping[str, Record]) -> str:
         [
             stage,
             str(record["kind"]),
-            _work(record.get("metrics", {})),
-            _seconds(float(record.get("seconds", 0))),
+            _work(record["metrics"]),
+            _seconds(float(record["seconds"])),
             f"`{str(record['digest'])[:12]}`",
         ]
         for stage, record in records.items()

@@ -26,11 +26,10 @@ from runner.cache.store import Store
 from runner.errors import RecipeError, RemoteError
 from runner.files import link_or_copy, write_whole
 from runner.hub import download
+from runner.hub.files import COMMIT, SCHEME
 from runner.published.lockfile import Lock, read_lock
 
-SCHEME = "hf://"
 ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_BYTES = 16 * 2**20  # of a recipe or a lock file
 USER_FIELDS = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
 PLAIN_NAME = re.compile(r"\w[\w.-]*")

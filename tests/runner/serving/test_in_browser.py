@@ -1,6 +1,6 @@
 """The pages of `run serve` and `run report` in a real Chromium: wide, on a phone, in dark mode and in print.
 
-Long, since each page is really driven, and the report is of the quickstart, run here. It wants what tests/support/browser.py wants.
+Marked long, since it drives real pages and runs the quickstart for the report. tests/support/browser.py says what it needs.
 """
 
 import re
