@@ -74,9 +74,9 @@ class StageRun:
         A training is retried after machine faults, as [parallel] says. Raises StageError, or PausedError for an alert.
         """
         stage, parallel = self._entry.stage, self._recipe.head.parallel
-        self._metrics = _MetricsRelay(MetricsReader(self._work / METRICS), progress, notifier, self._entry.name)
+        self._relay = _MetricsRelay(MetricsReader(self._work / METRICS), progress, notifier, self._entry.name)
         if stage.trains:
-            tracker.follow(self._metrics.metrics, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
+            tracker.follow(self._relay.reader, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         self._prepare(stop)
         if not stage.trains:
             self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
@@ -94,7 +94,7 @@ class StageRun:
                 self._train(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
             except MachineError as fault:
                 cause = "; ".join([*(peers.causes() if peers else []), fault.cause])
-                then = policy.after_fault(cause, step=self._metrics.step)
+                then = policy.after_fault(cause, step=self._relay.step)
                 if then is None:
                     raise MachineError(self._entry.name, cause, fault.details) from fault
                 text = f"{self._entry.name}: {cause}; it {then}"
@@ -113,7 +113,7 @@ class StageRun:
         """This machine's part of one attempt at a training of machine 0: prepares, calls `ready`, launches its processes and
         waits for their end.
         """
-        self._metrics = _MetricsRelay(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
+        self._relay = _MetricsRelay(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
         if self._owns_scratch:
             self._prepare(stop)
         ready()
@@ -188,7 +188,7 @@ class StageRun:
             self._store.raise_if_lost(self._entry.stage, str(self._entry.key))
             if stop.requested:
                 (self._scratch / STOP).touch()
-            self._metrics.relay()
+            self._relay.forward()
             if tick and not peer_faults:
                 try:
                     tick()
@@ -209,7 +209,7 @@ class StageRun:
                 code = launch.wait(process, tick=check, stopping=lambda: stop.requested)
         finally:
             liveness.end(self._scratch)
-        self._metrics.relay()
+        self._relay.forward()
         if code == 0:
             return
         if (self._scratch / PAUSED).exists():
@@ -280,13 +280,13 @@ class MachineError(StageError):
 class _MetricsRelay:
     """Passes the metrics of a running stage to the progress view and its alerts to the notifier."""
 
-    def __init__(self, metrics: MetricsReader, progress: RunView, notifier: Notifier | None, name: str) -> None:
-        self.metrics, self._progress, self._notifier, self._name = metrics, progress, notifier, name
+    def __init__(self, reader: MetricsReader, progress: RunView, notifier: Notifier | None, name: str) -> None:
+        self.reader, self._progress, self._notifier, self._name = reader, progress, notifier, name
         self.step = 0  # the highest reported
 
-    def relay(self) -> None:
+    def forward(self) -> None:
         """Passes on new lines."""
-        for line in self.metrics.new_lines():
+        for line in self.reader.new_lines():
             self._progress.reported(line)
             self.step = max(self.step, int(line.get("step", 0)))
             if "alert" in line and self._notifier:
