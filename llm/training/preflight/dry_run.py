@@ -29,9 +29,9 @@ SPARE = 0.8  # share of the free memory that activations may take, by the estima
 def settle(
     learner: Learner, rows: RowSource, runtime: Runtime, *, auto: bool, group: ProcessGroup, report: Callable[..., None]
 ) -> Runtime:
-    """`runtime` with a micro-batch that is_supported, the same in every process, and compiled only if compiling works.
+    """`runtime` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
 
-    The micro-batch is changed only where it is `auto`; InputError where not even one row is_supported, or not as many as the recipe
+    The micro-batch is changed only where it is `auto`; InputError where not even one row fits, or not as many as the recipe
     asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
     """
     model = learner.model
@@ -104,7 +104,7 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
     if not auto:
         raise InputError(
             f'memory ran out with micro_batch = {micro_batch} rows of {context} positions; micro_batch = "auto" finds what '
-            "is_supported, and recompute = true needs less"
+            "fits, and recompute = true needs less"
         )
     if micro_batch == 1:
         raise InputError(
