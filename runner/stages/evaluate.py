@@ -40,6 +40,7 @@ from runner.stages.fields.eval_tasks.task import EvaluatedModel
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
+    from llm.evaluation.scoring import Outcome
     from llm.inference.likelihood import OnProgress
 
 
@@ -99,56 +100,64 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
 
     def run(self, context: Context) -> Metrics:
         """Score every task; a restart keeps the tasks that were scored before."""
+        outcomes = self._outcomes(context)
+        result: dict[str, dict[str, Any]] = {
+            "scores": {f"{name}.{metric}": value for name, one in outcomes.items() for metric, value in one.scores.items()},
+            "intervals": {
+                f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
+                for name, one in outcomes.items()
+                for score, values in one.replicates.items()
+            },
+            "counts": {name: one.rows for name, one in outcomes.items()},
+        }
+        artifact = Scores(context.work)
+        examples = [{"task": name, **example} for name, one in outcomes.items() for example in one.examples]
+        write_whole(artifact.scores, json.dumps(result, indent=2, sort_keys=True) + "\n")
+        write_whole(artifact.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+        write_whole(artifact.values, json.dumps({name: one.values for name, one in outcomes.items()}) + "\n")
+        for name in (task.name for task in self.tasks if isinstance(task, ComparisonTask)):
+            prefix, one = f"{name}.", outcomes[name]
+            intervals = {key.removeprefix(prefix): ends for key, ends in result["intervals"].items() if key.startswith(prefix)}
+            write_whole(artifact.side_by_side(name), page(name, one.examples, scores=one.scores, intervals=intervals))
+        return {
+            "scores": result["scores"],
+            "intervals": result["intervals"],
+            "tasks": {name: {"rows": one.rows, **one.facts} for name, one in outcomes.items()},
+            # As text, since people read the record too, and lists would be many lines.
+            "replicates": {
+                f"{name}.{score}": " ".join(map(str, values))
+                for name, one in outcomes.items()
+                for score, values in one.replicates.items()
+            },
+        }
+
+    def _outcomes(self, context: Context) -> "dict[str, Outcome]":
+        """The outcome of each task by its name; each is kept in scratch once it is there."""
         import torch
 
         from llm.evaluation.scoring import Outcome
         from llm.models.checkpoint import load_checkpoint
         from llm.tokenizer.tokenizer import TextTokenizer
 
-        checkpoint, made = context.open(self.model), Scores(context.work)
+        folder = context.open(self.model).folder
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_checkpoint(checkpoint.folder, device=device)
-        tokenizer = TextTokenizer.load(checkpoint.folder)
-        others = {
-            str(task.against): context.open(task.against).folder for task in self.tasks if isinstance(task, ComparisonTask)
-        }
-        evaluated = EvaluatedModel(model, tokenizer, checkpoint.folder, context.scratch, others, device)
-        outcomes: dict[str, Outcome] = {}
+        compared = [task.against for task in self.tasks if isinstance(task, ComparisonTask)]
+        evaluated = EvaluatedModel(
+            load_checkpoint(folder, device=device),
+            TextTokenizer.load(folder),
+            folder,
+            context.scratch,
+            {str(other): context.open(other).folder for other in compared},
+            device,
+        )
+        outcomes = {}
         for task in self.tasks:
             kept = context.scratch / "tasks" / f"{task.name}.json"
             if not kept.exists():
                 outcome = task.outcome(evaluated, _progress(context, task.name))
                 write_whole(kept, json.dumps(vars(outcome), ensure_ascii=False))
             outcomes[task.name] = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
-        scores = {f"{name}.{metric}": value for name, outcome in outcomes.items() for metric, value in outcome.scores.items()}
-        counts = {name: outcome.rows for name, outcome in outcomes.items()}
-        intervals = {
-            f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
-            for name, outcome in outcomes.items()
-            for score, values in outcome.replicates.items()
-        }
-        for task in self.tasks:
-            if isinstance(task, ComparisonTask):
-                outcome, prefix = outcomes[task.name], f"{task.name}."
-                told = {score.removeprefix(prefix): ends for score, ends in intervals.items() if score.startswith(prefix)}
-                shown = page(task.name, outcome.examples, scores=outcome.scores, intervals=told)
-                write_whole(made.side_by_side(task.name), shown)
-        examples = [{"task": name, **example} for name, outcome in outcomes.items() for example in outcome.examples]
-        found = {"scores": scores, "intervals": intervals, "counts": counts}
-        write_whole(made.scores, json.dumps(found, indent=2, sort_keys=True) + "\n")
-        write_whole(made.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-        write_whole(made.values, json.dumps({name: outcome.values for name, outcome in outcomes.items()}) + "\n")
-        return {
-            "scores": scores,
-            "intervals": intervals,
-            "tasks": {name: {"rows": counts[name], **outcomes[name].facts} for name in outcomes},
-            # As text, since people read the record too, and lists would be many lines.
-            "replicates": {
-                f"{name}.{score}": " ".join(map(str, values))
-                for name, outcome in outcomes.items()
-                for score, values in outcome.replicates.items()
-            },
-        }
+        return outcomes
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:
         """The verdict on every gate."""

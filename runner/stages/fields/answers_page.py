@@ -47,13 +47,13 @@ def _measured(name: str, value: float, ends: Sequence[float]) -> str:
 
 def _pair(example: Mapping[str, Any]) -> str:
     answers = "".join(f"<td><pre>{escape(text)}</pre></td>" for text in (example["wanted"], *_texts(example)))
-    told = "".join(f"<td><small>{_told(example[side])}</small></td>" for side in ("other", "found"))
+    measures = "".join(f"<td><small>{_measures(example[side])}</small></td>" for side in ("other", "found"))
     return f"""<h2>{example["row"]:,}</h2>
 <pre>{escape(example["prompt"])}</pre>
 <table>
 <tr><th>wanted</th><th>the other model</th><th>the model</th></tr>
 <tr>{answers}</tr>
-<tr><td></td>{told}</tr>
+<tr><td></td>{measures}</tr>
 </table>
 """
 
@@ -62,5 +62,5 @@ def _texts(example: Mapping[str, Any]) -> tuple[str, str]:
     return example["other"]["text"], example["found"]["text"]
 
 
-def _told(answer: Mapping[str, Any]) -> str:
+def _measures(answer: Mapping[str, Any]) -> str:
     return ", ".join(f"{label} {answer[name]:.4g}" for name, label in MEASURES.items())
