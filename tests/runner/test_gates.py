@@ -41,7 +41,7 @@ def test_a_verdict_says_value_interval_bound_and_outcome() -> None:
 
 
 @given(st.lists(numbers, min_size=1, max_size=50), st.floats(0.01, 0.99))
-def test_an_interval_lies_between_the_quantiles_that_numpy_finds(values: list[float], confidence: float) -> None:
+def test_an_interval_has_the_quantiles_of_numpy(values: list[float], confidence: float) -> None:
     wanted = np.quantile(np.array(values, dtype=np.float64), [(1 - confidence) / 2, (1 + confidence) / 2])
     assert interval(values, confidence) == pytest.approx(tuple(wanted), rel=1e-6, abs=1e-6 * max(1, *map(abs, values)))
 
@@ -61,7 +61,7 @@ def test_with_confidence_the_bound_has_to_hold_for_the_whole_interval() -> None:
     assert str(verdicts[2]) == "a.b = 0.9 [0.805, 0.995], wanted at least 0.81 with 95% confidence: failed"
 
 
-def test_twenty_examples_may_pass_a_bound_without_confidence_that_they_fail_with_it() -> None:
+def test_twenty_examples_may_pass_a_bound_that_they_fail_with_confidence() -> None:
     hits = np.array([1.0] * 17 + [0.0] * 3)
     (values,) = resample(20, lambda draws: {"accuracy": float(draws @ hits / 20)}).values()
     score = found({"a.accuracy": 0.85}, a__accuracy=" ".join(map(str, values)))
@@ -119,7 +119,7 @@ def test_an_unknown_score_far_from_any_name_is_reported_with_all_names() -> None
         ({"score": "train_gap", "at_most": 0.1, "confidence": 0.9}, "confidence: expected no value"),
     ],
 )
-def test_a_gate_that_means_nothing_is_refused(fields: dict[str, float], message: str) -> None:
+def test_a_gate_without_meaning_is_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Gate.model_validate({"score": "a.b", **fields})
 
@@ -140,6 +140,6 @@ def test_the_train_gap_is_that_of_the_last_training_and_the_larger_of_two() -> N
     assert verdict.passed is False and "no training of the model measured a loss on held-out rows" in str(verdict)
 
 
-def test_judging_imports_no_torch_and_no_hub() -> None:
+def test_gates_import_no_torch_and_no_hub() -> None:
     code = "import sys, runner.gates; assert not {'torch', 'numpy', 'huggingface_hub', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,16 +63,16 @@ def test_moving_the_files_keeps_every_key(tmp_path: Path) -> None:
     assert keys(load(tmp_path / "a"), tmp_path) == keys(load(tmp_path / "b"), tmp_path)
 
 
-def test_the_parallel_layout_is_in_no_key(tmp_path: Path) -> None:
+def test_no_key_depends_on_the_parallel_layout(tmp_path: Path) -> None:
     assert keys(load(tmp_path), tmp_path) == keys(load(tmp_path, overrides=("parallel.processes=2",)), tmp_path)
 
 
-def test_a_field_moves_only_the_key_of_its_stage(tmp_path: Path) -> None:
+def test_a_field_changes_only_the_key_of_its_stage(tmp_path: Path) -> None:
     before, after = keys(load(tmp_path), tmp_path), keys(load(tmp_path, overrides=("stage.vocab.vocab_size=301",)), tmp_path)
     assert [name for name in before if before[name] != after[name]] == ["vocab"]
 
 
-def test_the_content_of_an_input_file_moves_the_key_and_its_time_does_not(tmp_path: Path) -> None:
+def test_the_content_of_an_input_file_changes_the_key_but_its_time_does_not(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     before = keys(recipe, tmp_path)
     (tmp_path / "text.jsonl").write_text('{"text": "one document"}\n', encoding="utf-8")
@@ -81,7 +81,7 @@ def test_the_content_of_an_input_file_moves_the_key_and_its_time_does_not(tmp_pa
     assert keys(recipe, tmp_path)["text"] != before["text"]
 
 
-def test_the_format_of_an_input_file_moves_the_key_and_its_name_does_not(tmp_path: Path) -> None:
+def test_the_format_of_an_input_file_changes_the_key_but_its_name_does_not(tmp_path: Path) -> None:
     before = keys(load(tmp_path), tmp_path)
     (tmp_path / "other.jsonl").write_bytes((tmp_path / "text.jsonl").read_bytes())
     (tmp_path / "text.txt").write_bytes((tmp_path / "text.jsonl").read_bytes())

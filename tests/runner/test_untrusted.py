@@ -77,7 +77,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("files", ESCAPES)
-def test_a_path_that_climbs_out_is_refused_with_its_place_and_the_flag(place: Path, files: str) -> None:
+def test_a_path_outside_is_refused_with_its_place_and_the_flag(place: Path, files: str) -> None:
     files = files.format(outside=place.parent / "private")
     stage_kinds()  # imports
     begun = time.process_time()
@@ -92,7 +92,7 @@ def test_a_path_that_climbs_out_is_refused_with_its_place_and_the_flag(place: Pa
 @pytest.mark.parametrize(
     "files", ["../private/secret.jsonl", "folder-link/*.jsonl", "file-link.jsonl", "{outside}/secret.jsonl"]
 )
-def test_what_the_message_tells_to_allow_allows_it(place: Path, files: str) -> None:
+def test_the_option_in_the_message_allows_the_path(place: Path, files: str) -> None:
     files = files.format(outside=place.parent / "private")
     with pytest.raises(RecipeError) as caught:
         recipe(place, files)
@@ -101,7 +101,7 @@ def test_what_the_message_tells_to_allow_allows_it(place: Path, files: str) -> N
     assert len(found(recipe(place, files, allowed=[folder]), place)) == 1
 
 
-def test_a_refusal_does_not_tell_whether_the_file_is_there(place: Path) -> None:
+def test_a_refusal_does_not_reveal_whether_the_file_exists(place: Path) -> None:
     told = []
     for name in ("secret", "absent"):
         with pytest.raises(RecipeError) as caught:
@@ -127,25 +127,25 @@ def test_a_refusal_does_not_tell_whether_the_file_is_there(place: Path) -> None:
         ("{inside}/data/own.jsonl", ["data/own.jsonl"]),
     ],
 )
-def test_what_lies_inside_is_found_and_a_wildcard_enters_no_links(place: Path, files: str, matches: list[str]) -> None:
+def test_files_inside_are_found_and_wildcards_follow_no_links(place: Path, files: str, matches: list[str]) -> None:
     for link in ("file-link.jsonl", "folder-link"):
         (place / link).unlink()
     assert found(recipe(place, files.format(inside=place)), place) == sorted(os.path.normpath(match) for match in matches)
 
 
-def test_a_wildcard_followed_by_a_way_up_is_refused(place: Path) -> None:
+def test_a_parent_folder_behind_a_wildcard_is_refused(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"expected no \.\. behind a wildcard"):
         recipe(place, "*/../../private/secret.jsonl")
 
 
-def test_hidden_files_match_only_where_they_are_meant(tmp_path: Path) -> None:
+def test_hidden_files_match_only_hidden_patterns(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "x").touch()
     assert set(glob_paths(f"{tmp_path}/**")) == set()
     assert set(glob_paths(f"{tmp_path}/.h*/*")) == {tmp_path / ".hidden" / "x"}
 
 
-def test_a_recipe_extends_only_what_lies_in_its_folder(place: Path, tmp_path: Path) -> None:
+def test_a_recipe_extends_only_files_in_its_folder(place: Path, tmp_path: Path) -> None:
     below = tmp_path / "below.toml"
     below.write_text('name = "below"\n[stage.corpus]\nkind = "corpus"\nsources = [{ files = "private/secret.jsonl" }]\n')
     path = place / "recipe.toml"
@@ -160,7 +160,7 @@ def test_a_recipe_extends_only_what_lies_in_its_folder(place: Path, tmp_path: Pa
     assert load_recipe(path, allowed=[tmp_path]).head.name == "below"
 
 
-def test_a_recipe_reached_through_a_link_is_bound_to_its_own_folder(place: Path, tmp_path: Path) -> None:
+def test_a_recipe_opened_through_a_link_is_limited_to_its_real_folder(place: Path, tmp_path: Path) -> None:
     recipe(place, "data/own.jsonl")
     (tmp_path / "link.toml").symlink_to(place / "recipe.toml")
     assert load_recipe(tmp_path / "link.toml").head.name == "x"
@@ -186,7 +186,7 @@ def test_the_commands_above_are_all_that_load_a_recipe() -> None:
     assert set(COMMANDS) >= {"run", "plan", "why", "show", "path", "bench", "prove-resume", "gc", "push", "pull"}
 
 
-def test_secrets_of_the_environment_and_passwords_in_addresses_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_and_passwords_in_addresses_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("USE_TOKEN_CACHE", "true")
@@ -195,7 +195,7 @@ def test_secrets_of_the_environment_and_passwords_in_addresses_are_not_told(monk
     assert text.endswith("https://***@host/x is true")
 
 
-def test_no_secret_is_written_or_said_whether_a_run_ends_well_or_not(tmp_path: Path) -> None:
+def test_no_secret_is_written_or_printed_by_successful_or_failed_runs(tmp_path: Path) -> None:
     """The end-to-end test does the same with every kind of stage, aim and a release."""
     folder = Folder(tmp_path)
     folder.write(RECIPE + '\n[cache]\nremote = "hf://ada/cache"\n')

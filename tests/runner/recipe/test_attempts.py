@@ -95,7 +95,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
 
 
-def test_each_attempt_runs_only_when_the_one_before_has_failed(tmp_path: Path, store: Store) -> None:
+def test_each_attempt_runs_only_after_the_one_before_failed(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     first = Plan(recipe, store)
     assert not any(first.is_needless(entry.name) for entry in first), "none has passed yet"
@@ -115,7 +115,7 @@ def test_each_attempt_runs_only_when_the_one_before_has_failed(tmp_path: Path, s
     assert not outcomes.failed(plan)
 
 
-def test_what_stands_behind_the_branches_takes_the_attempt_that_passed(tmp_path: Path, store: Store) -> None:
+def test_stages_behind_the_branches_read_the_attempt_that_passed(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND_PASSES)
     plan = Plan(recipe, store)
@@ -127,13 +127,13 @@ def test_what_stands_behind_the_branches_takes_the_attempt_that_passed(tmp_path:
     assert seen["medical"].key == plan.entries["medical@2"].key
 
 
-def test_an_attempt_has_the_key_of_its_equal_that_is_written_by_hand(tmp_path: Path, store: Store) -> None:
+def test_an_attempt_has_the_key_of_the_same_stage_written_by_hand(tmp_path: Path, store: Store) -> None:
     run(load_recipe(write(tmp_path)), store, SECOND_PASSES)
     by_hand = load_recipe(write(tmp_path, PLAIN), ["stage.medical.r=4", "stage.medical.schedule.learning_rate=1e-4"])
     assert {entry.state for entry in Plan(by_hand, store)} == {"cached"}
 
 
-def test_when_none_passes_nothing_behind_them_runs_and_a_table_says_why(tmp_path: Path, store: Store) -> None:
+def test_if_no_attempt_passes_nothing_behind_runs_and_a_table_says_why(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path), [GATE.format(1.0)])
     names = run(recipe, store, SECOND_PASSES)
     assert "publish" not in names and names[-1] == "before"
@@ -150,7 +150,7 @@ def test_when_none_passes_nothing_behind_them_runs_and_a_table_says_why(tmp_path
     ]
 
 
-def test_other_gates_choose_another_attempt_and_rerun_none(tmp_path: Path, store: Store) -> None:
+def test_other_gates_select_another_attempt_and_rerun_none(tmp_path: Path, store: Store) -> None:
     path = write(tmp_path)
     run(load_recipe(path, [GATE.format(1.0)]), store, SECOND_PASSES)
     for bound, standing in ((1.85, "medical@3"), (2.0, "medical@2"), (2.3, "medical@1")):
@@ -159,7 +159,7 @@ def test_other_gates_choose_another_attempt_and_rerun_none(tmp_path: Path, store
         assert Plan(recipe, store).named("medical").name == standing
 
 
-def test_the_artifacts_of_an_attempt_that_failed_may_be_gone(tmp_path: Path, store: Store) -> None:
+def test_the_artifacts_of_a_failed_attempt_may_be_deleted(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND_PASSES)
     for name in ("medical@1", "release@1", "after@1"):
@@ -170,7 +170,7 @@ def test_the_artifacts_of_an_attempt_that_failed_may_be_gone(tmp_path: Path, sto
     assert plan.entries["after@1"].reason.endswith("failed; artifact gone, not needed now")
 
 
-def test_until_a_stage_with_attempts_runs_what_decides_between_them(tmp_path: Path, store: Store) -> None:
+def test_until_a_stage_with_attempts_runs_their_evaluations(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     assert recipe.needed("medical@1") == {"base", "medical@1"}
     assert recipe.needed("medical@2") == {"base", "medical@1", "release@1", "after@1", "medical@2"}
@@ -180,7 +180,7 @@ def test_until_a_stage_with_attempts_runs_what_decides_between_them(tmp_path: Pa
     assert run(recipe, store, SECOND_PASSES, until="medical") == ["after@1", "medical@2", "release@2", "after@2"]
 
 
-def test_a_plan_for_programs_says_which_attempt_stands(tmp_path: Path, store: Store) -> None:
+def test_a_plan_as_json_says_which_attempt_is_selected(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND_PASSES)
     stages = {stage["name"]: stage for stage in as_json(recipe, Plan(recipe, store))["stages"]}
@@ -206,7 +206,7 @@ def test_a_recipe_resolved_with_the_attempt_that_passed_is_one_without_attempts(
     assert found.stages["medical"] == recipe.stages["medical@2"]
 
 
-def test_files_that_an_attempt_names_are_found_from_a_recipe_elsewhere(tmp_path: Path) -> None:
+def test_files_named_by_an_attempt_are_found_from_a_recipe_in_another_folder(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     write(inner, RECIPE.replace("{ r = 2 }", "{ data = [{ files = 'rows.jsonl' }] }"))
@@ -247,7 +247,7 @@ def test_attempts_that_cannot_be_run_are_refused(text: str, message: str, tmp_pa
 BUDGET = "gates = [{ score = 'general.bits_per_byte', at_most = 0.05, above = 'before' }]"
 
 
-def test_a_forgetting_budget_makes_an_edge_that_is_in_no_key(tmp_path: Path, store: Store) -> None:
+def test_a_gate_on_forgetting_adds_an_edge_that_is_in_no_key(tmp_path: Path, store: Store) -> None:
     path = write(tmp_path, PLAIN)
     scores = {"before": 1.0, "after": 1.04}
     run(load_recipe(path), store, scores)
@@ -262,7 +262,7 @@ def test_a_forgetting_budget_makes_an_edge_that_is_in_no_key(tmp_path: Path, sto
     assert recipe.needed("after") == {"base", "medical", "release", "before", "after"}
 
 
-def test_what_reads_an_evaluation_waits_for_the_one_that_its_gate_compares_with(tmp_path: Path, store: Store) -> None:
+def test_readers_of_an_evaluation_wait_for_the_one_that_its_gate_compares_with(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE.replace("gates = [", f"{BUDGET} # [")))
     scores = {"before": 1.0, "after@1": 1.06, "after@2": 1.04}
     for name in ("base", "medical@1", "release@1", "after@1"):
@@ -400,7 +400,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_second_attempt_passes_after_a_kill_in_its_middle_and_is_released(tuned: Path) -> None:
+def test_a_second_attempt_that_was_killed_and_restarted_passes_and_is_released(tuned: Path) -> None:
     found = states(tuned)
     assert set(found.values()) == {"cached"}
     said = (tuned / "said").read_text(encoding="utf-8")

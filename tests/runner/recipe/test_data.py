@@ -47,7 +47,7 @@ def contents(names: list[str]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_row_names_a_licence_that_lets_it_be_shipped(name: str) -> None:
+def test_every_row_has_a_licence_that_allows_distribution(name: str) -> None:
     assert {row["license"] for row in rows(name)} <= ALLOWED
 
 
@@ -58,7 +58,7 @@ def test_every_source_is_credited() -> None:
 
 
 @pytest.mark.parametrize(("train", "held_out"), SPLITS, ids=lambda names: names[0])
-def test_no_row_is_both_learned_from_and_held_out(train: list[str], held_out: list[str]) -> None:
+def test_no_training_row_is_held_out(train: list[str], held_out: list[str]) -> None:
     assert set(contents(train)).isdisjoint(contents(held_out))
 
 
@@ -70,7 +70,7 @@ def test_the_section_files_have_eight_labels_each() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_small_and_hold_no_time_of_packing(name: str) -> None:
+def test_files_are_small_and_hold_no_timestamp(name: str) -> None:
     data = (DATA / name).read_bytes()
     assert len(data) < 2_900_000
     assert data[4:8] == bytes(4)  # the time in a gzip header

@@ -44,7 +44,7 @@ vocab_size = 300
 """
 
 
-def test_every_fault_is_told_at_once_with_its_dotted_path(tmp_path: Path) -> None:
+def test_every_fault_is_reported_at_once_with_its_dotted_path(tmp_path: Path) -> None:
     lines = faults(
         tmp_path,
         """
@@ -83,7 +83,7 @@ def test_a_dangling_reference_names_the_nearest_stage(tmp_path: Path) -> None:
     assert "stage.tokenizer.corpus: expected the name of a stage, got 'corpsu'; did you mean 'corpus'?" in line
 
 
-def test_a_reference_to_the_wrong_artifact_tells_both_types(tmp_path: Path) -> None:
+def test_a_reference_to_the_wrong_artifact_names_both_types(tmp_path: Path) -> None:
     tokens = '[stage.tokens]\nkind = "pack"\ncorpus = "tokenizer"\ntokenizer = "tokenizer"\ncontext = 8\n'
     (line,) = faults(tmp_path, GOOD + tokens)
     assert "stage.tokens.corpus: expected Corpus, but 'tokenizer' makes Tokenizer; these make it: corpus" in line
@@ -142,7 +142,7 @@ data = [{ files = "rows.*", prompt = "{question}", response = "{answer}", on_bad
 @pytest.mark.parametrize(
     ("name", "content"), [("rows.jsonl", '{"queston": 1, "answer": 2}\n'), ("rows.csv", "queston,answer\n1,2\n")]
 )
-def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
+def test_a_field_missing_in_the_first_row_is_reported_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError) as caught:
         check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
@@ -154,7 +154,7 @@ def test_a_field_that_the_first_row_lacks_is_told_before_anything_runs(tmp_path:
 
 
 @pytest.mark.parametrize(("name", "content"), [("rows.jsonl", b"no JSON\n"), ("rows.jsonl", b""), ("rows.parquet", b"PAR1")])
-def test_what_cannot_be_read_is_left_to_the_stage(tmp_path: Path, name: str, content: bytes) -> None:
+def test_files_that_cannot_be_read_are_left_to_the_stage(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
 
@@ -165,13 +165,13 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.toml")
 
 
-def test_the_recipes_seed_is_the_default_of_every_stage_that_draws(tmp_path: Path) -> None:
+def test_the_recipes_seed_is_the_default_of_every_stage_with_randomness(tmp_path: Path) -> None:
     recipe = load_recipe(SHIPPED[0], ["seed=11"])
     seeds = {getattr(stage, "seed", 11) for stage in recipe.stages.values()}
     assert seeds == {11}
 
 
-def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_path: Path) -> None:
+def test_a_recipe_overrides_what_it_extends_and_paths_stay_with_their_file(tmp_path: Path) -> None:
     below = tmp_path / "below"
     below.mkdir()
     write(below, GOOD)
@@ -185,7 +185,7 @@ def test_a_child_wins_over_what_it_extends_and_paths_stay_with_their_file(tmp_pa
     assert recipe.resolved()["stage"]["corpus"]["sources"][0]["files"] == "below/text.jsonl"
 
 
-def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tmp_path: Path) -> None:
+def test_overriding_a_kind_inside_a_table_keeps_the_rest_of_the_table(tmp_path: Path) -> None:
     parent = RECIPES / "medical-lora.toml"
     child = write(
         tmp_path, f'extends = "{parent}"\n[stage.base]\nschedule = {{ kind = "cosine" }}\nbudget = {{ steps = 3 }}\n'
@@ -221,13 +221,13 @@ def test_a_child_that_names_a_kind_inside_a_table_keeps_the_rest_of_the_table(tm
         ),
     ],
 )
-def test_values_that_cannot_be_meant_are_told_with_their_place(override: str, message: str) -> None:
+def test_invalid_values_are_reported_with_their_place(override: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", [override])
     assert message in str(caught.value)
 
 
-def test_a_base_in_four_bits_is_refused_beside_fsdp_while_planning() -> None:
+def test_a_base_in_four_bits_with_fsdp_is_refused_while_planning() -> None:
     overrides = ["parallel.strategy=fsdp", "stage.medical.quantize=nf4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(RECIPES / "medical-lora.toml", overrides)
@@ -279,7 +279,7 @@ def test_a_shipped_recipe_points_at_the_schema_and_explains_itself(path: Path) -
         assert word in text.split("name =")[0]
 
 
-def test_the_schema_beside_the_recipes_is_the_present_one() -> None:
+def test_the_schema_beside_the_recipes_is_current() -> None:
     import json
 
     written = json.loads((RECIPES / "recipe.schema.json").read_text(encoding="utf-8"))

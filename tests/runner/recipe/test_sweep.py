@@ -96,7 +96,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
 
 
-def test_all_settings_run_and_what_follows_takes_the_best(tmp_path: Path, store: Store) -> None:
+def test_all_settings_run_and_stages_behind_read_the_best(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     first = Plan(recipe, store)
     assert first.entries["medical@3"].state == "waiting" and first.entries["medical@3"].reason == "for base"
@@ -113,7 +113,7 @@ def test_all_settings_run_and_what_follows_takes_the_best(tmp_path: Path, store:
     assert {entry.state for entry in plan} == {"cached"}
 
 
-def test_a_setting_has_the_key_of_its_equal_that_is_written_by_hand(tmp_path: Path, store: Store) -> None:
+def test_a_setting_has_the_key_of_the_same_stage_written_by_hand(tmp_path: Path, store: Store) -> None:
     run(load_recipe(write(tmp_path)), store, SECOND)
     by_hand = load_recipe(write(tmp_path, RECIPE.replace(FIELD, "").replace("[sweep]", "").replace("highest", "description")))
     assert not by_hand.families
@@ -121,7 +121,7 @@ def test_a_setting_has_the_key_of_its_equal_that_is_written_by_hand(tmp_path: Pa
     assert {entry.state for entry in plan} == {"cached"}
 
 
-def test_the_lowest_wins_where_it_is_asked_for_and_of_equals_the_first(tmp_path: Path, store: Store) -> None:
+def test_lowest_selects_the_lowest_score_and_of_equals_the_first(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE.replace("highest", "lowest")))
     run(recipe, store, {"after@1": 0.9, "after@2": 0.5, "after@3": 0.5})
     assert Plan(recipe, store).named("release").name == "release@2"
@@ -138,7 +138,7 @@ def test_a_setting_whose_gates_fail_is_not_the_best(tmp_path: Path, store: Store
     assert "failed its gates" in next(line for line in outcomes.passed(plan) if line.startswith("after@2"))
 
 
-def test_when_no_setting_passes_its_gates_nothing_behind_them_runs(tmp_path: Path, store: Store) -> None:
+def test_if_no_setting_passes_its_gates_nothing_behind_runs(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE.replace("[stage.publish]", GATE)))
     names = run(recipe, store, {"after@1": 5.0, "after@2": 6.0, "after@3": 7.0})
     assert "publish" not in names and {"after@1", "after@2", "after@3"} < set(names)
@@ -153,7 +153,7 @@ def test_when_no_setting_passes_its_gates_nothing_behind_them_runs(tmp_path: Pat
 GRID = '"stage.base.chat_template" = ["{{ messages }}", "{{ messages[0] }}"]\n"stage.medical.r" = [4, 8]'
 
 
-def test_settings_of_a_grid_have_their_common_stages_once(tmp_path: Path, store: Store) -> None:
+def test_common_stages_of_settings_exist_once(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE.replace(FIELD, GRID)))
     names = run(recipe, store, {"after@1": 0.1, "after@2": 0.2, "after@3": 0.4, "after@4": 0.3})
     assert [name for name in names if name.startswith("base")] == ["base@1", "base@3"]
@@ -165,7 +165,7 @@ def test_settings_of_a_grid_have_their_common_stages_once(tmp_path: Path, store:
     assert [row[1:3] for row in outcomes.sweep_rows(plan, recipe.sweep)][2] == ["'{{ messages }}'", "8"]  # type: ignore[arg-type]
 
 
-def test_the_table_tells_every_score_and_a_plan_for_programs_too(tmp_path: Path, store: Store) -> None:
+def test_the_table_and_the_plan_as_json_have_every_score(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     assert [line.split()[-1] for line in outcomes.sweep_table(Plan(recipe, store))[2:]] == ["waiting"] * 3
     run(recipe, store, SECOND)
@@ -187,7 +187,7 @@ def test_the_table_tells_every_score_and_a_plan_for_programs_too(tmp_path: Path,
     assert "after@3" in report.as_html(report.collect(recipe, plan, now=datetime.datetime(2026, 1, 1)))
 
 
-def test_a_release_is_told_its_setting_and_what_it_was_compared_with(tmp_path: Path, store: Store) -> None:
+def test_a_release_knows_its_setting_and_the_others(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND)
     plan = Plan(recipe, store)
@@ -200,7 +200,7 @@ def test_a_release_is_told_its_setting_and_what_it_was_compared_with(tmp_path: P
     assert not of_setting.settings
 
 
-def test_until_a_stage_that_is_swept_all_settings_run_and_by_its_number_one(tmp_path: Path, store: Store) -> None:
+def test_until_a_swept_stage_runs_all_settings_and_with_a_number_one(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     assert recipe.needed("medical@2") == {"base", "medical@2"}
     assert recipe.needed("medical") == {"base", *(f"{m}@{n}" for m in ("medical", "release", "after") for n in (1, 2, 3))}
@@ -209,7 +209,7 @@ def test_until_a_stage_that_is_swept_all_settings_run_and_by_its_number_one(tmp_
     assert "medical@3" not in run(recipe, store, SECOND, until="after")
 
 
-def test_artifacts_of_settings_that_lost_may_be_gone(tmp_path: Path, store: Store) -> None:
+def test_artifacts_of_unselected_settings_may_be_deleted(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND)
     for name in ("medical@1", "release@1", "after@1"):
@@ -318,7 +318,7 @@ def test_the_schema_knows_a_sweep_and_its_dotted_fields() -> None:
         ('"stage.medical.data" = [[{ files = "none.jsonl" }]]', "expected a file, got nothing at"),
     ],
 )
-def test_fields_that_cannot_vary_are_told(field: str, message: str, tmp_path: Path) -> None:
+def test_fields_that_cannot_vary_are_reported(field: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, RECIPE.replace(FIELD, field)))
 
@@ -335,12 +335,12 @@ def test_fields_that_cannot_vary_are_told(field: str, message: str, tmp_path: Pa
         ("before.general.perplexity", "sweep.stage.medical: expected a stage before 'before', whose score decides"),
     ],
 )
-def test_a_score_that_cannot_decide_is_told(score: str, message: str, tmp_path: Path) -> None:
+def test_a_score_that_cannot_decide_is_reported(score: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, RECIPE.replace("after.general.accuracy", score)))
 
 
-def test_a_stage_that_has_the_name_of_a_setting_wants_another(tmp_path: Path) -> None:
+def test_a_stage_with_the_name_of_a_setting_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stage.release@3: expected another name; a setting of the sweep has this one"):
         load_recipe(write(tmp_path, RECIPE.replace("stage.before]", 'stage."release@3"]').replace('"before", ', "")))
 
@@ -387,7 +387,7 @@ model = "release"
 )
 
 
-def test_three_ranks_cost_one_pretraining_and_the_best_is_what_goes_on(tmp_path: Path) -> None:
+def test_three_ranks_cost_one_pretraining_and_the_best_is_released(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "real")
     folder.write(REAL)
     rows = [{"prompt": f"heart {number}", "response": "it pumps the blood"} for number in range(8)]

@@ -119,7 +119,7 @@ def run_in_this_process(recipe: Path, work: Path, make_context: Callable[..., Co
 MAIN = {"lora": "adapter_model.safetensors", "merge": "model.safetensors", "checkpoint": "model.safetensors"}
 
 
-def test_adapters_in_parallel_are_mixed_and_adapters_in_a_row_are_merged_as_a_chain(
+def test_adapters_of_one_base_are_mixed_and_successive_adapters_are_merged_as_a_chain(
     folder: Path, make_context: Callable[..., Context]
 ) -> None:
     (folder / "recipe.toml").write_text(RECIPE)
@@ -139,7 +139,7 @@ def test_adapters_in_parallel_are_mixed_and_adapters_in_a_row_are_merged_as_a_ch
 
 
 @pytest.mark.long
-def test_a_run_takes_the_same_recipe_to_its_end(folder: Path) -> None:
+def test_a_run_completes_a_recipe_with_chained_and_mixed_adapters(folder: Path) -> None:
     (folder / "recipe.toml").write_text(RECIPE)
     environment = os.environ | {"STOCKPOT_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "runner.cli", "run", str(folder / "recipe.toml")]
@@ -209,7 +209,7 @@ def test_tokens_of_another_tokenizer_are_refused(folder: Path, make_context: Cal
         ([{"share": 1.0, "tokens": "t"}], "less than 1"),
     ],
 )
-def test_a_mix_that_cannot_be_is_refused(mix: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+def test_an_invalid_mix_is_refused(mix: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=message):
         fine_tune(tmp_path, mix=mix)
 
@@ -218,7 +218,7 @@ def test_a_mix_that_cannot_be_is_refused(mix: list[dict[str, Any]], message: str
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
-def test_a_model_comes_to_prefer_what_is_preferred(
+def test_a_model_learns_to_prefer_the_preferred_answers(
     lora: dict[str, Any] | None, folder: Path, make_context: Callable[..., Context]
 ) -> None:
     rows = [{"prompt": f"heart {n}", "chosen": "pumps blood", "rejected": "rules the court"} for n in range(16)]
@@ -243,7 +243,7 @@ def test_a_model_comes_to_prefer_what_is_preferred(
     assert (metrics["trained_parameters"] < metrics["parameters"]) == (lora is not None)
 
 
-def test_an_adapter_of_preferences_wants_adamw() -> None:
+def test_an_adapter_trained_on_preferences_needs_adamw() -> None:
     fields = {"model": "base", "data": [{"files": "pairs.jsonl"}], "lora": {}, "optimizer": {"kind": "muon"}}
     with pytest.raises(ValidationError, match='expected "adamw" for an adapter'):
         LearnPreferences.model_validate(fields)

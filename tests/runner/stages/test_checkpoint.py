@@ -96,7 +96,7 @@ def test_a_folder_and_a_repository_of_it_become_the_same_checkpoint(
     )
 
 
-def test_a_branch_is_pinned_to_the_commit_it_had_when_the_stage_began(
+def test_a_branch_is_pinned_to_its_commit_at_the_start_of_the_stage(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context]
 ) -> None:
     first = put(hub, published("llama-2"))
@@ -110,7 +110,7 @@ def test_a_branch_is_pinned_to_the_commit_it_had_when_the_stage_began(
     assert of_repo().run(make_context("new"))["commit"] != first
 
 
-def test_a_download_that_breaks_goes_on_where_it_broke(
+def test_a_broken_download_continues_where_it_stopped(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context]
 ) -> None:
     put(hub, published("llama-2"))
@@ -127,7 +127,7 @@ def test_a_download_that_breaks_goes_on_where_it_broke(
     assert Checkpoint(context.work).weights.exists()
 
 
-def test_a_connection_that_brings_nothing_is_given_up(
+def test_a_connection_without_data_is_given_up(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context]
 ) -> None:
     put(hub, published("llama-2"))
@@ -136,7 +136,7 @@ def test_a_connection_that_brings_nothing_is_given_up(
         of_repo().run(make_context())
 
 
-def test_a_download_stops_when_it_is_asked_to_and_goes_on_later(
+def test_a_download_stops_on_request_and_continues_later(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context]
 ) -> None:
     put(hub, published("llama-2"))
@@ -147,7 +147,7 @@ def test_a_download_stops_when_it_is_asked_to_and_goes_on_later(
     assert len([request for request in hub.requests if request.endswith("/tokenizer.json")]) == 1
 
 
-def test_bytes_that_are_not_the_hubs_are_thrown_away(
+def test_damaged_downloads_are_discarded(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context]
 ) -> None:
     put(hub, published("llama-2"))
@@ -160,7 +160,7 @@ def test_bytes_that_are_not_the_hubs_are_thrown_away(
     of_repo().run(context)
 
 
-def test_nothing_is_asked_of_the_hub_once_everything_is_here(
+def test_the_hub_is_not_contacted_once_everything_is_downloaded(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(hub, published("llama-3"))
@@ -170,7 +170,7 @@ def test_nothing_is_asked_of_the_hub_once_everything_is_here(
     assert of_repo().run(context) == facts
 
 
-def test_what_the_hub_does_not_give_is_told_with_the_cure(
+def test_files_that_the_hub_refuses_are_reported_with_the_cure(
     published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def complaint(**fields: Any) -> str:
@@ -228,7 +228,7 @@ def test_a_repository_of_pickles_is_refused(
         ('folder = "tiny"\nchat_template = ""', "stage.base.chat_template"),
     ],
 )
-def test_a_stage_that_makes_no_sense_is_a_fault_of_the_recipe(tmp_path: Path, fields: str, complaint: str) -> None:
+def test_contradictory_fields_are_faults_of_the_recipe(tmp_path: Path, fields: str, complaint: str) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text("{}")
     (tmp_path / "r.toml").write_text(f'name = "r"\n{BASE}{fields}\n')
@@ -237,14 +237,16 @@ def test_a_stage_that_makes_no_sense_is_a_fault_of_the_recipe(tmp_path: Path, fi
     assert complaint in str(caught.value)
 
 
-def test_planning_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_does_not_contact_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "r.toml").write_text(f'name = "r"\n{BASE}repo = "{REPO}"\n')
     plan = Plan(load_recipe(tmp_path / "r.toml"), Store(tmp_path / "cache"))
     assert [entry.state for entry in plan] == ["run"]
 
 
-def test_the_key_holds_what_is_in_the_folder_not_where_it_is(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_key_depends_on_the_content_of_the_folder_not_on_its_path(
+    published: Callable[[str], Path], tmp_path: Path
+) -> None:
     def key(folder: Path) -> str:
         return key_of(identity(of_folder(folder), artifacts={}, files=Store(tmp_path / "cache").digests.of_inputs))
 
@@ -364,7 +366,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(
     assert found["tasks"]["answers"]["new_tokens"] == len(ANSWERS) * 8  # one for each row: it ends at once
 
 
-def test_planning_a_checkpoint_imports_nothing_that_is_slow() -> None:
+def test_planning_a_checkpoint_imports_no_slow_module() -> None:
     code = (
         "import sys, runner.stages.checkpoint\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"

@@ -57,7 +57,7 @@ def test_a_recipe_of_two_sources_becomes_a_corpus(tmp_path: Path, make_context: 
     assert json.loads(json.dumps(metrics)) == metrics
 
 
-def test_the_names_of_files_do_not_reach_the_corpus(tmp_path: Path, make_context: Callable[..., Context]) -> None:
+def test_the_names_of_files_are_not_in_the_corpus(tmp_path: Path, make_context: Callable[..., Context]) -> None:
     found = []
     for name in ["first.jsonl", "second.jsonl"]:
         (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
@@ -79,7 +79,7 @@ def test_bytes_of_the_corpus_change_only_with_the_version_of_the_kind(
     assert digest_file(corpus.validation) == "384e4b040f75225ba0132f4bf67f9d707fb9aeffc1a371f25dda12616037bbef"
 
 
-def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_context: Callable[..., Context]) -> None:
+def test_every_threshold_of_the_recipe_is_applied(tmp_path: Path, make_context: Callable[..., Context]) -> None:
     documents = [
         "tiny text",  # too_short
         "a text that is longer than sixty characters, which is a lot, it seems to me",  # too_long
@@ -129,12 +129,12 @@ def test_every_threshold_of_the_recipe_reaches_the_work(tmp_path: Path, make_con
         ({"files": "a", "text": "{title"}, "is not a template"),
     ],
 )
-def test_a_source_that_makes_no_sense_is_refused(tmp_path: Path, source: dict[str, Any], message: str) -> None:
+def test_a_source_with_contradictory_fields_is_refused(tmp_path: Path, source: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         stage(tmp_path, sources=[source])
 
 
-def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_sources_with_the_same_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="a different name for each source, got 'x' twice"):
         stage(tmp_path, sources=[{"files": "a", "name": "x"}, {"files": "b", "name": "x"}])
 
@@ -233,9 +233,7 @@ def test_a_hub_dataset_is_streamed_at_the_commit_of_its_branch(tmp_path: Path, h
     assert not [path for path in requests if "/resolve/main/" in path]
 
 
-def test_a_folder_that_is_called_like_a_hub_dataset_is_not_read_in_its_place(
-    tmp_path: Path, hub: tuple[str, list[str]]
-) -> None:
+def test_a_local_folder_with_the_name_of_a_hub_dataset_is_not_read(tmp_path: Path, hub: tuple[str, list[str]]) -> None:
     private = tmp_path / "here" / "owner" / "tiny" / "train.jsonl"
     private.parent.mkdir(parents=True)
     private.write_text('{"title": "mine", "body": "private"}\n')
@@ -252,7 +250,7 @@ def test_a_folder_that_is_called_like_a_hub_dataset_is_not_read_in_its_place(
         ({"hub": "owner/tiny"}, f"owner/tiny@{COMMIT[:8]}/train:1: expected the field 'text', got only 'title', 'body'"),
     ],
 )
-def test_what_is_wrong_with_a_hub_source_is_told(
+def test_faults_of_a_hub_source_are_reported(
     tmp_path: Path, hub: tuple[str, list[str]], source: dict[str, Any], message: str
 ) -> None:
     done = run_against(hub[0], tmp_path, {"sources": [source]})

@@ -65,7 +65,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_the_likeliest_choice_is_taken_as_a_whole_and_per_byte(
+def test_the_likeliest_choice_is_scored_in_total_and_per_byte(
     checkpoint: Path, score: Callable[..., Any], tmp_path: Path
 ) -> None:
     files = lines(tmp_path / "rows.jsonl", CHOICES)
@@ -85,9 +85,7 @@ def test_the_likeliest_choice_is_taken_as_a_whole_and_per_byte(
     assert scores == {f"exam.{name}": count / 4 for name, count in right.items()}
 
 
-def test_choices_may_be_fields_and_a_number_counts_from_where_the_recipe_says(
-    score: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_choices_may_be_fields_and_numbers_start_at_first(score: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"q": "What?", "A": "blood", "B": "bone", "right": number} for number in (1, 2)]
     task = {"name": "exam", "task": "multiple_choice", "files": lines(tmp_path / "rows.jsonl", rows), "prompt": "{q}"}
     task |= {"choices": ["{A}", "It is {B}"], "answer": "right", "first": 1}
@@ -116,7 +114,7 @@ def glue(name: str, path: Path, *, prompt: str) -> dict[str, Any]:
     return {"name": name, "task": "classification", "files": str(path), "prompt": prompt, "response": "{label}"}
 
 
-def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable[..., Any], tmp_path: Path) -> None:
+def test_glue_files_are_read_unchanged_and_labels_become_words(score: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(
         'index\tsentence1\tsentence2\tlabel\n0\tThe "heart pumps.\tIt pumps.\t1\n1\tBlood.\tBone\'s "hard\t0\n2\tA\tA\t1\n'
     )
@@ -128,7 +126,7 @@ def test_glue_files_are_read_as_they_are_and_labels_become_words(score: Callable
         score(task | {"name": "other", "words": {"0": "no"}})
 
 
-def test_a_table_separated_by_tabs_names_the_column_that_it_lacks(score: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_missing_column_of_a_tsv_file_is_reported(score: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("question\tsentence\tlabel\na\tb\t1\n")
     with pytest.raises(
         InputError, match=r"dev\.tsv:1: expected a column 'sentence1' in the first line, got only question, sentence"
@@ -193,7 +191,7 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
         ("doc_to_text: [1]", "doc_to_text: expected a string"),
     ],
 )
-def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: Path) -> None:
+def test_a_task_file_holds_only_data(change: str, message: str, tasks: Path) -> None:
     (tasks.parent / "secret.jsonl").write_text("{}")
     (tasks / "link.jsonl").symlink_to(tasks.parent / "secret.jsonl")
     field = change.partition(":")[0]
@@ -205,7 +203,7 @@ def test_a_task_file_is_data_and_nothing_else(change: str, message: str, tasks: 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("metrics", ["[{ metric: owner/evil }]", "[{ metric: acc, hf_evaluate: true }]"])
-def test_a_metric_that_would_be_fetched_as_code_is_refused(metrics: str, tasks: Path, score: Callable[..., Any]) -> None:
+def test_a_metric_that_is_downloaded_as_code_is_refused(metrics: str, tasks: Path, score: Callable[..., Any]) -> None:
     (tasks / "organs.yaml").write_text(TASK[: TASK.index("metric_list")] + f"metric_list: {metrics}\n")
     with pytest.raises(
         InputError,
@@ -221,7 +219,7 @@ def test_the_files_of_a_task_folder_are_identity(tasks: Path) -> None:
     assert isinstance(found, InputFile)
 
 
-def test_a_text_names_a_benchmark_and_its_scores_can_be_asked_for() -> None:
+def test_a_text_names_a_benchmark_and_gates_may_name_its_scores() -> None:
     gates = [{"score": "arc_easy.acc", "at_least": 0.3}]
     stage = Evaluate.model_validate({"model": "base", "tasks": ["lm_eval:arc_easy"], "gates": gates})
     assert stage.tasks[0].name == "arc_easy"

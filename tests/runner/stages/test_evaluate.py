@@ -101,7 +101,7 @@ def test_the_same_evaluation_writes_the_same_bytes(rows: Path, checkpoint: Path,
         assert first == second
 
 
-def test_speeds_are_in_the_record_and_not_in_the_scores(
+def test_speeds_are_in_the_record_but_not_in_the_scores(
     rows: Path, checkpoint: Path, make_context: Callable[..., Context]
 ) -> None:
     context = make_context(inputs={"base": checkpoint})
@@ -111,7 +111,7 @@ def test_speeds_are_in_the_record_and_not_in_the_scores(
     assert "second" not in (context.work / "scores.json").read_text()
 
 
-def test_an_interrupted_evaluation_goes_on_behind_the_tasks_it_has_scored(
+def test_an_interrupted_evaluation_continues_after_the_tasks_it_has_scored(
     rows: Path, checkpoint: Path, make_context: Callable[..., Context]
 ) -> None:
     seen: list[str] = []
@@ -129,7 +129,7 @@ def test_an_interrupted_evaluation_goes_on_behind_the_tasks_it_has_scored(
     assert found == run(evaluation, make_context("fresh", inputs={"base": checkpoint}))
 
 
-def test_a_limit_takes_rows_from_the_whole_file(
+def test_a_limit_selects_rows_from_the_whole_file(
     rows: Path, checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
     path = tmp_path / "many.jsonl"
@@ -158,7 +158,7 @@ def test_a_row_that_cannot_be_used_is_an_error_with_file_and_line(
         stage(classification(path, labels=["organ", "symptom"])).run(make_context(inputs={"base": checkpoint}))
 
 
-def test_bad_rows_are_counted_and_left_out_where_the_recipe_says_so(
+def test_bad_rows_are_counted_and_skipped_if_the_recipe_says_so(
     checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -192,15 +192,13 @@ def test_half_a_character_is_a_bad_row(checkpoint: Path, make_context: Callable[
     assert (metrics["tasks"]["general"]["rows"], metrics["tasks"]["general"]["skipped_rows"]) == (1, 1)
 
 
-def test_a_text_is_the_field_of_that_name_or_a_template(
-    rows: Path, checkpoint: Path, make_context: Callable[..., Context]
-) -> None:
+def test_text_is_the_name_of_a_field_or_a_template(rows: Path, checkpoint: Path, make_context: Callable[..., Context]) -> None:
     tasks = [text(rows), text(rows, name="braces", text="{text}"), text(rows, name="label", text="label")]
     scores = stage(*tasks).run(make_context(inputs={"base": checkpoint}))["scores"]
     assert scores["general.perplexity"] == scores["braces.perplexity"] != scores["label.perplexity"]
 
 
-def test_a_task_may_be_called_what_a_file_of_the_run_is_called(
+def test_a_task_may_have_the_name_of_a_file_of_the_run(
     rows: Path, checkpoint: Path, make_context: Callable[..., Context]
 ) -> None:
     context = make_context(inputs={"base": checkpoint})
@@ -234,7 +232,7 @@ def test_a_wrong_evaluation_is_refused_before_it_runs(change: dict[str, Any], me
         Evaluate.model_validate({"model": "base", "tasks": [text(rows)], **change})
 
 
-def test_two_tasks_of_one_name_are_refused(rows: Path) -> None:
+def test_two_tasks_with_the_same_name_are_refused(rows: Path) -> None:
     with pytest.raises(ValidationError, match="a different name for each task, got 'general' twice"):
         stage(text(rows), text(rows))
 
@@ -253,7 +251,7 @@ def test_a_wrong_task_is_refused(fields: dict[str, Any], message: str, rows: Pat
         stage(classification(rows, **fields))
 
 
-def test_a_gate_on_chrf_wants_answers_to_be_generated(rows: Path) -> None:
+def test_a_gate_on_chrf_needs_generated_answers(rows: Path) -> None:
     gates = [{"score": "answers.chrf", "at_least": 20.0}]
     stage(answers(rows), gates=gates)
     with pytest.raises(ValidationError, match=r"'answers.chrf'"):

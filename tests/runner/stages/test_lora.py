@@ -62,7 +62,7 @@ def losses(context: Context) -> list[float]:
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_an_adapter_learns_over_a_base_that_stays_as_it_is(
+def test_an_adapter_learns_and_its_base_does_not_change(
     quantize: str | None, context_of: Callable[..., Context], tmp_path: Path
 ) -> None:
     context = context_of()
@@ -110,9 +110,7 @@ def test_an_interrupted_training_of_an_adapter_ends_where_an_uninterrupted_one_e
         assert (resumed.work / name).read_bytes() == (whole.work / name).read_bytes()
 
 
-def test_looking_at_held_out_rows_changes_nothing_that_is_learned_over_four_bits(
-    context_of: Callable[..., Context], tmp_path: Path
-) -> None:
+def test_validation_does_not_change_training_over_four_bits(context_of: Callable[..., Context], tmp_path: Path) -> None:
     held_out = stage_of(tmp_path).data
     found = []
     for every in (None, 2):

@@ -19,7 +19,7 @@ from runner.stages.merge import Merge
 
 
 @torch.no_grad()
-def test_the_merged_checkpoint_opens_in_stock_transformers_and_computes_what_base_and_adapter_do(
+def test_the_merged_checkpoint_in_stock_transformers_equals_base_and_adapter(
     tmp_path: Path, make_context: Callable[..., Context]
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -56,7 +56,7 @@ def test_documents_come_back_with_their_begin_and_end(make_context: MakeContext,
     assert metrics["train"]["tokens_per_second"] > 0
 
 
-def test_the_tokenizer_goes_along_unchanged(make_context: MakeContext, inputs: dict[str, Path]) -> None:
+def test_the_tokenizer_is_copied_unchanged(make_context: MakeContext, inputs: dict[str, Path]) -> None:
     (inputs["vocab"] / "record.json").write_text("{}")
     context = make_context(inputs=inputs)
     STAGE.run(context)

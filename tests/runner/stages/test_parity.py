@@ -78,7 +78,7 @@ def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
     assert str(verdict) == "11 comparisons equal, in Transformers, llama.cpp f32, llama.cpp q8_0"
 
 
-def test_without_llama_cpp_its_files_are_told_as_not_checked(
+def test_without_llama_cpp_its_files_are_reported_as_not_checked(
     checkpoint: Path, rows: Path, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = written(checkpoint, make_context, "f32")
@@ -129,7 +129,7 @@ def test_the_adapter_alone_is_compared_in_peft_on_the_stock_base(
         parity(rows, adapter="adapter")
 
 
-def test_a_model_without_held_out_text_is_compared_by_the_texts_that_are_always_there(
+def test_a_model_without_held_out_text_is_compared_on_built_in_texts(
     checkpoint: Path, make_context: Callable[..., Context]
 ) -> None:
     context = make_context(inputs={"release": checkpoint})
@@ -139,9 +139,7 @@ def test_a_model_without_held_out_text_is_compared_by_the_texts_that_are_always_
 
 
 @pytest.mark.parametrize("family", foreign_models.FAMILIES)
-def test_models_that_others_made_are_the_same_everywhere(
-    family: str, make_context: Callable[..., Context], tmp_path: Path
-) -> None:
+def test_models_made_by_others_are_equal_everywhere(family: str, make_context: Callable[..., Context], tmp_path: Path) -> None:
     import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
     files = written(tmp_path / "model", make_context, "f32")
     context = make_context(inputs={"release": tmp_path / "model", "gguf": files})
@@ -177,9 +175,7 @@ gguf = "gguf"
 """
 
 
-def test_a_recipe_that_publishes_compares_before_whether_or_not_it_says_so(
-    checkpoint: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_a_recipe_that_publishes_gets_a_comparison_before(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(checkpoint)
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE)
@@ -245,7 +241,7 @@ def test_a_difference_in_llama_cpp_stops_the_release_with_exit_code_4(tmp_path: 
     assert not list((tmp_path / "cache" / "stages").glob("publish-*"))
 
 
-def test_files_are_named_by_precision_and_the_modelfile_takes_the_smallest(
+def test_files_are_named_by_precision_and_the_modelfile_uses_the_smallest(
     checkpoint: Path, make_context: Callable[..., Context]
 ) -> None:
     made = Gguf(written(checkpoint, make_context, "f32", "bf16", "q8_0", "f16"))

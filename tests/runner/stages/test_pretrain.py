@@ -112,6 +112,6 @@ def test_a_context_longer_than_the_models_is_refused(tokens: Path, make_context:
         ({"seed": 2**63}, "seed"),
     ],
 )
-def test_a_wrong_table_is_named_before_anything_runs(wrong: dict[str, Any], place: str) -> None:
+def test_a_wrong_table_is_reported_before_anything_runs(wrong: dict[str, Any], place: str) -> None:
     with pytest.raises(ValidationError, match=place):
         stage_of(**wrong)

@@ -232,7 +232,7 @@ def test_the_card_shows_scores_before_and_after_and_credits_the_data(context: Co
     assert "run recipe.toml" in card
 
 
-def test_the_card_tells_what_the_model_is_what_was_scored_and_which_prompt_it_was_taught(context: Context) -> None:
+def test_the_card_describes_the_model_its_scores_and_its_prompt(context: Context) -> None:
     publish().run(context)
     card = Release(context.work).card.read_text()
     assert "from nothing: 12,345 parameters, 2 layers, hidden size 16, a context of 64 tokens." in card
@@ -242,7 +242,7 @@ def test_the_card_tells_what_the_model_is_what_was_scored_and_which_prompt_it_wa
     assert "```\nWhich section?\n{text}\n```" in card
 
 
-def test_stages_are_told_in_the_order_of_the_recipe(context: Context) -> None:
+def test_stages_are_listed_in_the_order_of_the_recipe(context: Context) -> None:
     publish().run(context)
     lines = Release(context.work).card.read_text().splitlines()
     told = [line.split(" | ")[0].removeprefix("| ") for line in lines if "| `0123456789ab` |" in line]
@@ -250,7 +250,7 @@ def test_stages_are_told_in_the_order_of_the_recipe(context: Context) -> None:
     assert list(json.loads(Release(context.work).lock.read_text())["stages"]) == sorted(told)
 
 
-def test_recipe_scores_and_lock_lie_beside_the_weights(context: Context) -> None:
+def test_recipe_scores_and_lock_file_are_beside_the_weights(context: Context) -> None:
     publish().run(context)
     release = Release(context.work)
     assert tomllib.loads(release.recipe.read_text()) == tomllib.loads(RECIPE)
@@ -268,7 +268,7 @@ def test_the_lock_file_holds_digests_of_the_data(context: Context) -> None:
     assert lock["stages"]["corpus"]["data"] == files
 
 
-def test_gguf_files_adapter_curves_and_parity_lie_beside_the_weights(whole: Context) -> None:
+def test_gguf_files_adapter_curves_and_parity_are_beside_the_weights(whole: Context) -> None:
     publish(**WHOLE).run(whole)
     release = Release(whole.work)
     assert (release.folder / "model-F32.gguf").read_text() == "model-F32.gguf"
@@ -279,7 +279,7 @@ def test_gguf_files_adapter_curves_and_parity_lie_beside_the_weights(whole: Cont
     assert "curves.png" not in release.digests()
 
 
-def test_the_card_tells_how_to_open_each_format_what_was_compared_and_shows_curves(whole: Context) -> None:
+def test_the_card_explains_formats_and_comparisons_and_shows_curves(whole: Context) -> None:
     publish(**WHOLE).run(whole)
     card = Release(whole.work).card.read_text()
     assert "llama-cli -m model-F32.gguf" in card
@@ -292,9 +292,7 @@ def test_the_card_tells_how_to_open_each_format_what_was_compared_and_shows_curv
     assert metadata(card)["tags"] == ["stockpot", "gguf", "lora"]
 
 
-def test_what_is_released_has_to_be_what_was_written_and_compared(
-    whole: Context, make_context: Callable[..., Context]
-) -> None:
+def test_files_of_another_model_are_not_released(whole: Context, make_context: Callable[..., Context]) -> None:
     for stage, message in (
         ("gguf", "expected files of 'base', got those of another model from 'gguf'"),
         ("parity", "expected a comparison of 'base', got none in 'parity'"),
@@ -306,9 +304,7 @@ def test_what_is_released_has_to_be_what_was_written_and_compared(
             publish(**WHOLE).run(context)
 
 
-def test_the_digest_of_a_release_is_not_over_card_and_lock_file(
-    context: Context, make_context: Callable[..., Context]
-) -> None:
+def test_card_and_lock_file_are_not_in_the_digest_of_a_release(context: Context, make_context: Callable[..., Context]) -> None:
     publish().run(context)
     slower = {name: {**one, "seconds": 99.0, "versions": {"torch": "2.12"}} for name, one in RECORDS.items()}
     other = make_context("other", inputs=context.inputs, records=slower, recipe=RECIPE)
@@ -336,7 +332,7 @@ def test_a_release_without_scores_has_a_valid_card(context: Context) -> None:
     assert "## Scores" not in Release(context.work).card.read_text()
 
 
-def test_running_again_in_the_same_folder_gives_the_same_release(context: Context) -> None:
+def test_a_second_run_in_the_same_folder_gives_the_same_release(context: Context) -> None:
     publish().run(context)
     before = Release(context.work).digests()
     publish().run(context)
@@ -387,7 +383,7 @@ def test_a_release_is_pushed_once_and_opens_from_the_hub(hub: Hub, context: Cont
     assert output.shape[1] >= 5
 
 
-def test_a_push_that_fails_is_due_again(hub: Hub, context: Context, tmp_path: Path) -> None:
+def test_a_failed_push_is_repeated(hub: Hub, context: Context, tmp_path: Path) -> None:
     stage = publish(repo="somebody-else/tiny")
     stage.run(context)
     for _ in range(2):

@@ -76,7 +76,7 @@ def test_it_learns_the_answers_and_to_stop_after_them(
         assert tokenizer.decode(ids, special=True) == f"<|begin|><|user|>{prompt}<|assistant|>{response}<|end|>"
 
 
-def test_what_was_packed_is_not_packed_again(base: Path, rows: InputFile, make_context: Callable[..., Context]) -> None:
+def test_packed_rows_are_not_packed_again(base: Path, rows: InputFile, make_context: Callable[..., Context]) -> None:
     context = make_context(inputs={"base": base})
     stage = stage_of(rows)
     stage.prepare(context)

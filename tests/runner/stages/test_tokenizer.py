@@ -62,7 +62,7 @@ def test_known_text_gives_the_known_tokenizer(tmp_path: Path, make_context: Make
     assert digests == {"tokenizer.json": "2438989849179749", "tokenizer_config.json": "b265547c48755cb8"}
 
 
-def test_an_english_corpus_has_no_english_only_tokenizer_to_compare_with(tmp_path: Path, make_context: MakeContext) -> None:
+def test_an_english_corpus_is_not_compared_with_an_english_only_tokenizer(tmp_path: Path, make_context: MakeContext) -> None:
     metrics = make_stage(vocab_size=290).run(make_context(inputs={"text": make_corpus(tmp_path / "corpus", ENGLISH)}))
     assert metrics["sequence_length"]["english_only"] is None
 
@@ -77,7 +77,7 @@ def test_another_tokenizer_is_compared_with(tmp_path: Path, make_context: MakeCo
     assert metrics["sequence_length"][other]["all"] < 1
 
 
-def test_a_document_counts_as_often_as_training_sees_it(tmp_path: Path, make_context: MakeContext) -> None:
+def test_a_document_counts_once_per_pass(tmp_path: Path, make_context: MakeContext) -> None:
     corpus = make_corpus(tmp_path / "corpus", ENGLISH)
     once = make_stage(vocab_size=290).run(make_context("once", inputs={"text": corpus}))
     train = corpus / "train.jsonl"
@@ -101,7 +101,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, make_context: MakeContext) -
         make_stage().run(context)
 
 
-def test_a_run_that_is_asked_to_end_ends(tmp_path: Path, make_context: MakeContext) -> None:
+def test_a_run_stops_on_request(tmp_path: Path, make_context: MakeContext) -> None:
     context = make_context(inputs={"text": make_corpus(tmp_path / "corpus", ENGLISH)})
     with pytest.raises(Interrupted):
         make_stage().run(dataclasses.replace(context, should_stop=lambda: True))
@@ -118,7 +118,7 @@ def test_a_run_that_is_asked_to_end_ends(tmp_path: Path, make_context: MakeConte
         ({"pre_tokenizer": "bert"}, "Input should be 'gpt-2'"),
     ],
 )
-def test_wrong_fields_are_told(changes: dict[str, Any], fault: str) -> None:
+def test_wrong_fields_are_reported(changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValidationError) as raised:
         make_stage(**changes)
     assert fault in str(raised.value)

@@ -70,12 +70,12 @@ def test_a_training_with_a_wsd_schedule_becomes_a_trunk_and_the_rest(folder: Fol
         "schedule.kind=cosine",
     ],
 )
-def test_others_stay_in_one_piece(folder: Folder, change: str) -> None:
+def test_other_schedules_are_not_split(folder: Folder, change: str) -> None:
     recipe = loaded(folder, BASE, f"stage.base.{change}")
     assert "base-trunk" not in recipe.stages and pretraining(recipe).trunk is None
 
 
-def test_what_concerns_the_decay_alone_is_no_part_of_the_trunk(folder: Folder) -> None:
+def test_fields_of_the_decay_are_not_part_of_the_trunk(folder: Folder) -> None:
     folder.write(RECIPE + BASE)
 
     def trunk_key(*overrides: str) -> str | None:
@@ -89,7 +89,7 @@ def test_what_concerns_the_decay_alone_is_no_part_of_the_trunk(folder: Folder) -
     assert trunk_key("stage.base.seed=5") != first
 
 
-def test_what_differs_from_a_trunk_that_is_named_is_told(folder: Folder) -> None:
+def test_differences_from_a_named_trunk_are_reported(folder: Folder) -> None:
     named = TRUNK + BASE + 'trunk = "trunk"\n'
     recipe = loaded(folder, named)
     assert list(recipe.stages)[-2:] == ["trunk", "base"] and pretraining(recipe).trunk == "trunk"
@@ -108,7 +108,7 @@ def test_what_differs_from_a_trunk_that_is_named_is_told(folder: Folder) -> None
         loaded(folder, TRUNK, "stage.trunk.budget={ epochs = 1 }")
 
 
-def test_a_longer_training_trains_only_what_is_new_and_ends_where_one_in_one_go_does(folder: Folder) -> None:
+def test_a_longer_training_trains_only_the_new_steps_and_ends_like_an_unsplit_one(folder: Folder) -> None:
     loaded(folder, BASE)
     assert folder.run("--until", "base-trunk").returncode == 0
     assert metrics(folder, "base-trunk")["steps"] == 16
@@ -138,7 +138,7 @@ def test_a_longer_training_trains_only_what_is_new_and_ends_where_one_in_one_go_
     assert folder.digest("base") == digest and (folder.artifact("base") / "model.safetensors").read_bytes() == weights
 
 
-def test_only_a_shorter_trunk_that_is_otherwise_the_same_has_work_behind_it() -> None:
+def test_only_a_shorter_but_otherwise_equal_trunk_can_be_continued() -> None:
     def identity(steps: int, **fields: Any) -> dict[str, Any]:
         return {"kind": "trunk", "version": 1, "fields": {"seed": 1, "budget": {"steps": steps}, **fields}}
 
