@@ -1,6 +1,6 @@
 """Decoding speed: our `generate` and Transformers', greedy, on the same weights in the dtype of training's products.
 
-The model first learns to count, until it is sure of each token: on flat logits, rounding would decide which token is likeliest,
+The model first learns to count, until it is sure of each token: on flat logits, rounding would decide which one is likeliest,
 and equal tokens would say nothing. A call is timed from prompt to last token; our `Decoding` of the model is made (and
 compiled) once, as Transformers' model is.
 """

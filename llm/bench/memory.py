@@ -1,8 +1,8 @@
 """Peak memory of a training step, ours and stock Transformers' in fp32 eager: each in a process of its own.
 
-On CPU: the peak of resident memory over three steps, less what the process held after imports, before the model was built. So
-weights, gradients, optimizer, activations and the buffers of libraries count; the code of torch does not. On a GPU: the peak of
-what torch's allocator handed out.
+On CPU: the peak of resident memory over three steps, less what the process held after imports, before the model was built.
+So weights, gradients, optimizer, activations and the buffers of libraries count; the code of torch does not. On a GPU: the
+peak of what torch's allocator handed out.
 """
 
 import contextlib

@@ -23,8 +23,8 @@ from llm.models.interface import LanguageModel
 
 Objective = Callable[[Any, Batch], tuple[Tensor, ...]]
 
-# Logits in memory at a time, in fp32: 24 MiB. Of 6144 tokens, chunks of 1,024 positions take 0.93 of the time of chunks of 341, and
-# no more than larger ones.
+# Logits in memory at a time, in fp32: 24 MiB. With 6144 tokens, chunks of 1,024 positions take 0.93 of the time of chunks of
+# 341, and no more than larger ones.
 CHUNK_ELEMENTS = 3 * 2**21
 
 

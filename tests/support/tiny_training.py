@@ -60,7 +60,7 @@ class MadeUpRows:
 
 @dataclass(frozen=True)
 class PoisonedRows(MadeUpRows):
-    """Rows of which those of some steps are marked, by a first token that is no other row's."""
+    """Rows of which those of some steps are marked by a first token that no other row has."""
 
     steps: tuple[int, ...] = (POISONED,)
     rows_per_epoch: int = 1000
@@ -79,8 +79,10 @@ def tiny_model(**changes: Any) -> Llama:
 
 
 def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
-    """Train `model`; what is reported goes to `lines`. `changes` are fields of the task, of how it is computed and what is kept,
-    `validate_every`, and other arguments of `train`."""
+    """Train `model`; what is reported goes to `lines`.
+
+    `changes` are fields of TrainingTask, ComputeConfig and CheckpointConfig, `validate_every`, and other arguments of `train`.
+    """
     reported: list[dict[str, Any]] = [] if lines is None else lines
     task: dict[str, Any] = {
         "objective": next_token_loss,
@@ -114,12 +116,12 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
 
 
 def _fields_of(config: type, changes: dict[str, Any]) -> dict[str, Any]:
-    """Takes the fields of `config` out of `changes`."""
+    """The fields of `config`, taken out of `changes`."""
     return {field.name: changes.pop(field.name) for field in fields(config) if field.name in changes}
 
 
 def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
-    """The ordinary loss, but `times` it for marked rows."""
+    """The loss of the next token, times `times` for marked rows."""
 
     def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         total, count = next_token_loss(model, batch)
@@ -129,13 +131,13 @@ def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
 
 
 def spare_weight(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss, to which one weight adds something in the first row of a step alone."""
+    """The loss, to which a weight adds something only in the first row of a step."""
     total, count = next_token_loss(model, batch)
     return total + model.spare.square().sum() if 0 in batch.rows else total, count
 
 
 def killed(scratch: Path) -> Any:
-    """The loss, until there is a checkpoint: then the second process is gone, as at a power cut."""
+    """The loss, until there is a checkpoint: then the second process is killed, as by a power cut."""
 
     def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         if os.environ.get("RANK") == "1" and list((scratch / CHECKPOINTS).glob("step-*[0-9]")):
@@ -197,7 +199,7 @@ def shares(kind: str) -> dict[str, float]:
 
 
 def _held(tensors: list[Tensor]) -> int:
-    """Numbers in the memory behind `tensors` of fp32, here."""
+    """How many numbers this process holds in the memory behind `tensors` of fp32."""
     memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in map(_here, tensors)}
     return sum(memory.values()) // 4
 
@@ -207,7 +209,7 @@ def _here(tensor: Tensor) -> Tensor:
 
 
 def packed_pairs(folder: Path, pairs: int = 24, seed: int = 0) -> Path:
-    """Pairs of random tokens, 3 of prompt; chosen answers are of even tokens and rejected ones of odd."""
+    """Pairs of random tokens with 3 tokens of prompt; chosen answers have even tokens, rejected ones odd."""
     random = np.random.default_rng(seed)
     with StreamWriter(folder) as writer:
         for _ in range(pairs):
@@ -227,7 +229,7 @@ def with_reference(folder: Path, model: Llama) -> Path:
 
 
 def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama, dict[str, Any]]:
-    """A model that learns pairs, which are written into `folder`, and the metrics of its training."""
+    """A model that learned pairs, which are written into `folder`, and the metrics of its training."""
     rows = with_reference(packed_pairs(folder), tiny_model())
     model = tiny_model()
     settings = {
@@ -242,7 +244,7 @@ def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama
 
 
 def main() -> None:
-    """Train in this group of processes, case after case; each leaves its results in the folder, by rank."""
+    """Train in this group of processes, case after case; each process writes its results into the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank = os.environ.get("RANK", "0")
     for name, case in cases.items():

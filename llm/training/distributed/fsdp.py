@@ -1,8 +1,8 @@
 """FSDP2: weights, gradients and optimizer state sharded over the processes of a training, and gathered at its end.
 
-It is torch's own `fully_shard`, because accelerate 1.15 silently ignores its FSDP plugin on CPU. Each layer gathers its weights
-before it computes, in both directions, and frees them afterwards. What is in no layer (embedding, final norm, head) belongs to
-the outermost module and stays gathered from a forward pass to the end of its backward pass.
+It is torch's own `fully_shard`, because accelerate 1.15 silently ignores its FSDP plugin on CPU. Each layer gathers its
+weights before it computes, in both directions, and frees them afterwards. What is in no layer (embedding, final norm, head)
+belongs to the outermost module and stays gathered from a forward pass to the end of its backward pass.
 
 All processes have to compute equally often: computing gathers weights, and gathering takes all processes.
 """

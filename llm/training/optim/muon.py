@@ -19,9 +19,9 @@ STACK = 2**21  # elements orthogonalized in one batch; more falls out of the pro
 class Muon(torch.optim.Optimizer):
     """Updates of two-dimensional weights by orthogonalized momentum; matrices of equal shape go in one batch.
 
-    `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much. Each process
-    of a training orthogonalizes a part of the matrices and sends them to the others. Of sharded weights, each process keeps its
-    rows of the momentum; a matrix is gathered to be orthogonalized.
+    `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much. Each
+    process orthogonalizes a part of the matrices and sends them to the others. Of sharded weights, each process keeps its rows
+    of the momentum; a matrix is gathered to be orthogonalized.
     """
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:

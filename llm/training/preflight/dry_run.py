@@ -80,7 +80,7 @@ def _with_kernel(
             return f"expected a CPU, got {runtime.device}"
         heads, size = runtime.micro_batch * model.config.kv_heads, model.config.head_size
         if not is_supported(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
-            return f"expected bf16, and rows and heads of sizes in multiples of {PANEL}, got {runtime.precision}, {length}, {size}"
+            return f"expected bf16, and rows and heads in multiples of {PANEL}, got {runtime.precision}, {length}, {size}"
         if heads < runtime.threads:
             return f"expected a head of keys for each of {runtime.threads} threads, got {heads} in a micro-batch"
         try:
@@ -135,8 +135,8 @@ def _optimizer_bytes(learner: Learner) -> int:
 def _estimated(learner: Learner, rows: RowSource, micro_batch: int, *, group: ProcessGroup) -> int:
     """At most `micro_batch` rows, and as many as fit in free memory by what one row keeps for its backward pass.
 
-    A GPU says when it is full. Main memory is promised first and missing later, when the system kills the process, so there the
-    estimate comes before the try; and under "fsdp", where there is only one try.
+    A GPU says when it is full. Main memory is promised first and missing later, when the system kills the process: there the
+    estimate comes before the try, and also under "fsdp", where there is only one try.
     """
     if group.device.type != "cpu" and not is_sharded(learner):
         return micro_batch

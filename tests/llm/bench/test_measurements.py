@@ -1,4 +1,4 @@
-"""The parts of the bench whose answers do not depend on how fast this machine is."""
+"""The parts of the bench whose results do not depend on the speed of this machine."""
 
 import math
 from pathlib import Path
@@ -51,25 +51,25 @@ def theirs_of(ours: StockpotTraining) -> TransformersTraining:
     return TransformersTraining(ours.workload, weights, steps=[parts for parts, _ in ours.prepared], device=CPU)
 
 
-def test_a_subject_survives_the_way_to_the_worker() -> None:
+def test_a_workload_equals_itself_after_json() -> None:
     workload = reference_workload(cores=2)
     assert Workload.model_validate_json(workload.model_dump_json()) == workload
 
 
-def test_the_reference_has_the_size_that_figures_are_given_for() -> None:
+def test_the_reference_workload_has_the_published_size() -> None:
     workload = reference_workload(cores=2)
     assert sum(weight.numel() for weight in build_stockpot_model(workload).parameters()) == 28_844_544
     assert (workload.rows, workload.context, workload.tokens_per_step) == (8, 512, 4096)
 
 
-def test_candidates_take_turns_and_warming_up_is_left_out() -> None:
+def test_candidates_take_turns_and_warm_up_does_not_count() -> None:
     order: list[str] = []
     found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.0, device=CPU)
     assert [len(timings.rounds) for timings in found.values()] == [3, 3]
     assert "".join(order) == "ab" + "ab" + "ab" + "ba" + "ab"  # first calls, second calls, and three rounds to and fro
 
 
-def test_a_ratio_is_the_median_of_the_quotients_of_rounds() -> None:
+def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
     timings = {"slow": Timings(9.0, [4.0, 80.0, 6.0]), "fast": Timings(1.0, [2.0, 20.0, 2.0])}
     assert ratio(timings, "slow", "fast") == 3.0
     assert timings["slow"].once == 3.0
@@ -101,7 +101,7 @@ def test_both_start_from_the_same_loss_and_learn(tied: bool) -> None:
     assert theirs.loss(ours.prepared[0][0][0]) < before - 0.5
 
 
-def test_their_loss_over_micro_batches_is_that_of_the_whole_step() -> None:
+def test_transformers_micro_batches_have_the_gradient_of_the_step() -> None:
     found = []
     for micro_batch in (1, 4):
         ours = ours_of(tiny(micro_batch=micro_batch))
@@ -128,7 +128,7 @@ def test_the_peak_is_the_fastest_of_square_and_model_shaped_products() -> None:
         assert matmul.shown(tuple(found[precision]["shape"])) in found[precision]["shapes"]
 
 
-def test_shares_of_the_peak_follow_from_speeds() -> None:
+def test_shares_of_the_peak_are_computed_from_speeds() -> None:
     workload = tiny(optimizer={"kind": "muon"})
     peaks = {name: {"shape": [64, 64, 64]} for name in ("fp32", "bf16")}
     found = train_step.measure_train_step(workload, peaks, seconds=0.01, compiled=False, group=ProcessGroup())
@@ -157,7 +157,7 @@ def test_a_taught_model_decodes_as_transformers_does() -> None:
 
 
 class Clockwork:
-    """A tracker whose process has used one second more at each look."""
+    """A tracker whose process has used one second more at each call."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -171,7 +171,7 @@ class Clockwork:
         return float(self.looks)
 
 
-def test_costs_of_machinery_are_seconds_over_those_of_a_bare_step(tmp_path: Path) -> None:
+def test_overheads_are_shares_of_a_bare_step(tmp_path: Path) -> None:
     workload, tracking = tiny(), Clockwork()
     rows = overhead.made_up_rows(tmp_path / "tokens", workload)
     found = overhead.measure_overhead(
@@ -197,14 +197,14 @@ def test_costs_of_machinery_are_seconds_over_those_of_a_bare_step(tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_the_nearer_of_two_intervals_counts() -> None:
+def test_the_shorter_of_two_checkpoint_intervals_counts() -> None:
     assert overhead.interval_seconds(2.0, every=10, minutes=5.0) == 20.0
     assert overhead.interval_seconds(2.0, every=None, minutes=5.0) == 300.0
     assert math.isinf(overhead.interval_seconds(2.0, every=None, minutes=None))
 
 
 def test_learning_gives_both_the_same_time_text_and_measure(tmp_path: Path) -> None:
-    """On text that counts, so that both learn something: bits per byte fall below those of a guess."""
+    """On text that counts, so that both learn something: bits per byte fall below chance."""
     workload = tiny(optimizer={"kind": "muon"})
     for name, documents in (("train", 400), ("held_out", 20)):
         with TokenWriter(tmp_path / name, vocab_size=80, context=32, padding=0) as writer:

@@ -1,4 +1,4 @@
-"""Alerts on real trainings of seconds: what each notices, and that what changes learning ends the same after interruptions."""
+"""Alerts on real trainings of seconds: what raises each, and that interruptions do not change what an action does."""
 
 import json
 import math
@@ -32,7 +32,7 @@ STEPS = 40
 
 @dataclass(frozen=True)
 class NoiseRows(MadeUpRows):
-    """A few rows without a rule, so that nothing of them helps with others."""
+    """A few random rows, which can only be memorized."""
 
     rows_per_epoch: int = 5
 
@@ -68,33 +68,33 @@ def alerts(**tables: dict[str, Any]) -> Alerts:
     return Alerts.model_validate(tables)
 
 
-def said(lines: list[dict[str, Any]], alert: str) -> list[str]:
+def messages(lines: list[dict[str, Any]], alert: str) -> list[str]:
     return [line.get("note") or line["text"] for line in lines if line.get("alert") == alert]
 
 
 def asked_at(step: int) -> Callable[[], bool]:
-    """A `should_stop` that says yes before the step `step`, where nothing else asks."""
+    """A `should_stop` that is true before step `step`, if nothing else calls it."""
     asked: Iterator[bool] = iter([False] * step + [True])
     return lambda: next(asked, False)
 
 
-def test_a_gradient_spike_is_told_with_its_step_and_changes_nothing_where_it_only_warns(tmp_path: Path) -> None:
+def test_a_gradient_spike_is_reported_with_its_step_and_a_warning_changes_nothing(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     warned, metrics = spiking(tmp_path / "warned", lines)
     unwatched, _ = spiking(tmp_path / "unwatched", [], alerts=alerts(gradient_norm={"action": "off"}))
-    assert len(said(lines, "gradient_norm")) == 1
-    assert said(lines, "gradient_norm")[0].startswith(f"warning: the gradient norm at step {POISONED} is ")
+    assert len(messages(lines, "gradient_norm")) == 1
+    assert messages(lines, "gradient_norm")[0].startswith(f"warning: the gradient norm at step {POISONED} is ")
     assert metrics["alerts"] == {"raised": {"gradient_norm": 1}}
     assert are_same(warned, unwatched)
 
 
-def test_a_skipped_step_does_not_learn_and_is_counted_and_a_resumed_training_ends_the_same(tmp_path: Path) -> None:
+def test_a_skipped_step_does_not_update_and_is_counted_and_a_resumed_training_ends_the_same(tmp_path: Path) -> None:
     skip = alerts(gradient_norm={"action": "skip"}, not_finite={"action": "skip"})
     lines: list[dict[str, Any]] = []
     spiked, metrics = spiking(tmp_path / "spiked", lines, alerts=skip)
     broken, of_broken = spiking(tmp_path / "broken", [], times=math.nan, alerts=skip)
     assert metrics["alerts"]["skipped_steps"] == of_broken["alerts"]["skipped_steps"] == [POISONED]
-    assert "it is skipped" in said(lines, "gradient_norm")[0]
+    assert "it is skipped" in messages(lines, "gradient_norm")[0]
     assert are_same(spiked, broken)  # whatever it would have learned
     warned, _ = spiking(tmp_path / "warned", [])
     assert not are_same(spiked, warned)
@@ -128,7 +128,7 @@ def test_a_rollback_ends_as_if_the_offending_rows_had_not_been_there(tmp_path: P
         assert [line for line in lines if f"goes back to step {20 if POISONED - back >= 20 else 10}" in line.get("note", "")]
 
 
-def test_a_rollback_does_not_depend_on_when_checkpoints_were_made_or_the_training_interrupted(tmp_path: Path) -> None:
+def test_a_rollback_does_not_depend_on_checkpoints_and_interruptions(tmp_path: Path) -> None:
     rows = PoisonedRows(steps=(24, POISONED, 33))
     settings: dict[str, Any] = {
         "rows": rows,
@@ -147,7 +147,7 @@ def test_a_rollback_does_not_depend_on_when_checkpoints_were_made_or_the_trainin
         assert found["alerts"] == metrics["alerts"] and found["loss"] == metrics["loss"]
 
 
-def test_the_loss_above_its_limit_pauses_after_a_checkpoint_and_going_on_does_not_pause_again(tmp_path: Path) -> None:
+def test_a_loss_above_its_limit_pauses_after_a_checkpoint_and_only_once(tmp_path: Path) -> None:
     diverging: dict[str, Any] = {
         "schedule": Schedule(learning_rate=3.0, warmup_steps=3),  # absurdly high
         "alerts": alerts(loss={"above": 4.0, "after": 15}),
@@ -171,7 +171,7 @@ def test_the_loss_above_its_limit_pauses_after_a_checkpoint_and_going_on_does_no
         tiny_training(tiny_model(), tmp_path / "stopped", **(diverging | {"alerts": stop}))
 
 
-def test_a_rising_validation_and_a_gap_are_told_once_each(tmp_path: Path) -> None:
+def test_a_rising_validation_loss_and_a_gap_are_reported_once_each(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     tiny_training(
         tiny_model(),
@@ -184,11 +184,11 @@ def test_a_rising_validation_and_a_gap_are_told_once_each(tmp_path: Path) -> Non
         schedule=Schedule(learning_rate=1e-2),
         alerts=alerts(validation={"rising": 2}, gap={"above": 0.5}),
     )
-    assert len(said(lines, "validation")) == 1 and "has risen 2 times in a row" in said(lines, "validation")[0]
-    assert len(said(lines, "gap")) == 1 and "and the training loss" in said(lines, "gap")[0]
+    assert len(messages(lines, "validation")) == 1 and "has risen 2 times in a row" in messages(lines, "validation")[0]
+    assert len(messages(lines, "gap")) == 1 and "and the training loss" in messages(lines, "gap")[0]
 
 
-def test_speed_that_collapses_for_a_while_is_told_once_against_the_usual_one() -> None:
+def test_speed_that_stays_far_below_the_median_is_reported_once() -> None:
     monitor, state, steps = AlertMonitor(Alerts(), warmup_steps=0), AlertState(), range(9, 10)
 
     def told(speed: float, *, seconds: float = 25.0) -> list[str]:
@@ -209,7 +209,7 @@ def test_endless_skips_and_rollbacks_end_in_an_error(tmp_path: Path) -> None:
             spiking(tmp_path / action, [], times=math.nan, rows=always, every=5, **settings)
 
 
-def test_only_alerts_that_change_learning_are_identity() -> None:
+def test_only_alerts_that_change_what_is_learned_are_part_of_the_key() -> None:
     assert Alerts().semantic_fields() == {}
     assert alerts(loss={"above": 3.0, "action": "stop"}).semantic_fields() == {}
     assert alerts(gradient_norm={"times": 5.0, "action": "skip", "back": 9}).semantic_fields() == {
@@ -218,7 +218,7 @@ def test_only_alerts_that_change_learning_are_identity() -> None:
     assert alerts(not_finite={"action": "rollback"}).semantic_fields() == {"not_finite": {"action": "rollback", "back": 0}}
 
 
-def test_rows_passed_over_are_those_that_the_steps_saw() -> None:
+def test_the_skipped_rows_are_those_that_the_steps_saw() -> None:
     state = AlertState()
     state.pass_over(range(5, 7))
     assert [state.place(step) for step in range(4, 8)] == [4, 7, 8, 9]
@@ -230,7 +230,7 @@ def test_rows_passed_over_are_those_that_the_steps_saw() -> None:
     assert Progress.of({"steps": 9, "alerts": vars(state)}).alerts == state
 
 
-def test_as_many_checkpoints_are_kept_as_asked_and_one_to_roll_back_to(tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_one_to_roll_back_to(tmp_path: Path) -> None:
     for kept in (1, 3):
         folder = tmp_path / str(kept)
         tiny_training(tiny_model(), folder, every=4, keep=kept, budget=Budget(steps=20), validation=None)
@@ -243,7 +243,7 @@ def test_as_many_checkpoints_are_kept_as_asked_and_one_to_roll_back_to(tmp_path:
     assert [path.name for path in sorted((tmp_path / "reach").iterdir())] == [f"step-{step:08d}" for step in (6, 9, 12)]
 
 
-def test_what_a_shortage_of_memory_left_bounds_the_micro_batch_and_only_where_it_is_auto(tmp_path: Path) -> None:
+def test_a_memory_limit_bounds_the_micro_batch_only_where_it_is_auto(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"budget": Budget(steps=3), "validation": None}
     whole, found = tiny_model(), tiny_model()
     assert tiny_training(whole, tmp_path / "whole", **settings)["choices"]["micro_batch"] == ROWS
@@ -257,7 +257,7 @@ def test_what_a_shortage_of_memory_left_bounds_the_micro_batch_and_only_where_it
 
 
 @pytest.mark.long
-def test_a_group_in_which_one_process_runs_out_of_memory_begins_again_with_less(tmp_path: Path) -> None:
+def test_a_group_in_which_one_process_runs_out_of_memory_starts_again_with_less(tmp_path: Path) -> None:
     """A real group of two: in the second process the allocator refuses more than one row at a time, from step 3 on."""
     program = tmp_path / "program.py"
     program.write_text(

@@ -1,4 +1,4 @@
-"""A checkpoint reaches the machines that do not see the disk of the first one, and only those."""
+"""A checkpoint is copied to machines that do not share the disk of the first one, and only to those."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ print(copy_to_machines(path, folder, ProcessGroup()))
 """
 
 
-def test_a_checkpoint_reaches_a_process_that_does_not_see_it_and_no_other(tmp_path: Path) -> None:
+def test_a_checkpoint_is_copied_to_the_machine_that_lacks_it_and_to_no_other(tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     weights = {"weight": torch.arange(12.0)}
     path = write(folders[0], TrainingState(weights, {"weight/moment": torch.ones(3)}, {"step": 7}), kept=2)

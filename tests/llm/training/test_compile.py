@@ -93,7 +93,7 @@ def test_compiled_layers_can_be_recomputed(tmp_path: Path) -> None:
         torch.testing.assert_close(found[1][name], weight, atol=1e-6, rtol=0, msg=name)
 
 
-def test_auto_compiles_where_it_pays_and_sooner_where_it_was_done_before() -> None:
+def test_auto_compiles_where_it_pays_and_sooner_where_the_cache_is_warm() -> None:
     if not has_compiler("cpu"):
         pytest.fail("this test: expected a C++ compiler")
     pays_cold = 1.01 * COLD_SECONDS["cpu"] * SPEED["cpu"] / SAVED["cpu"]
@@ -107,14 +107,14 @@ def test_auto_compiles_where_it_pays_and_sooner_where_it_was_done_before() -> No
     assert path is not None and path.exists()
 
 
-def test_without_a_compiler_auto_goes_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_auto_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shutil.which("g++") or shutil.which("clang++")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not resolve_compile("auto", device="cpu", flops=1e30, shape="any")
 
 
-def test_a_recipe_that_says_so_is_not_overruled() -> None:
+def test_what_a_recipe_says_of_compiling_is_followed() -> None:
     assert resolve_compile(True, device="cpu", flops=1.0, shape="any")
     assert not resolve_compile(False, device="cpu", flops=1e30, shape="any")
 

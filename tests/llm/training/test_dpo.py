@@ -1,4 +1,4 @@
-"""Direct preference optimisation: loss and gradient against the paper's formula, and what a training does with them."""
+"""Direct preference optimisation: loss and gradient against the paper's formula, and trainings with them."""
 
 import json
 import math
@@ -78,13 +78,13 @@ def test_loss_gradient_and_rewards_are_those_of_the_formula(smoothing: float, tm
 
 
 @torch.no_grad()
-def test_a_model_that_is_its_reference_has_the_loss_of_a_coin(tmp_path: Path) -> None:
+def test_a_model_that_equals_its_reference_has_a_loss_of_ln_2(tmp_path: Path) -> None:
     model = tiny_model()
     total, pairs, *_ = PreferenceLoss(0.1)(model, batch_of(with_reference(packed_pairs(tmp_path / "rows"), model)))
     assert float(total / pairs) == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_micro_batches_have_the_gradient_of_the_whole(tmp_path: Path) -> None:
+def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(tmp_path: Path) -> None:
     model = tiny_model()
     folder = with_reference(packed_pairs(tmp_path / "rows"), model)
     learner = Learner(tiny_model(init="scaled"), PreferenceLoss(0.1), precision="fp32")
@@ -113,7 +113,7 @@ def training(scratch: Path, rows: Path, held_out: Path, **changes: Any) -> tuple
     return model, tiny_training(model, scratch, **settings | changes)
 
 
-def test_preferred_answers_become_likelier_and_a_resumed_training_ends_where_a_whole_one_does(tmp_path: Path) -> None:
+def test_preferred_answers_become_likelier_and_a_resumed_training_ends_the_same(tmp_path: Path) -> None:
     base = tiny_model()
     rows, held_out = packed_pairs(tmp_path / "rows"), packed_pairs(tmp_path / "held-out", pairs=40, seed=1)
     for folder in (rows, held_out):
@@ -187,7 +187,7 @@ def test_a_pair_shares_a_row_and_only_the_answers_are_learned(
     assert seen == 9
 
 
-def test_a_prompt_that_is_too_long_is_cut_alike_for_both_answers(
+def test_a_prompt_that_is_too_long_is_cut_equally_for_both_answers(
     pack: Callable[..., dict[str, Any]], tmp_path: Path, tokenizer: TextTokenizer
 ) -> None:
     statistics = pack([{"prompt": "what does the heart do? " * 20, "chosen": "it pumps blood", "rejected": "no"}])
@@ -213,7 +213,7 @@ MESSAGES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content
         ({"c": [*MESSAGES, MESSAGES[0]], "r": MESSAGES}, ("c", "r"), "same turns before|expected the assistant's turn last"),
     ],
 )
-def test_a_row_that_is_no_pair_is_refused_with_its_line(
+def test_a_row_that_is_not_a_pair_is_refused_with_its_line(
     row: dict[str, Any], messages: tuple[str, str] | None, message: str, pack: Callable[..., dict[str, Any]]
 ) -> None:
     with pytest.raises(InputError, match=rf"rows\.jsonl:1: .*({message})"):

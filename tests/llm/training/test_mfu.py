@@ -1,4 +1,4 @@
-"""The speed that a training is shown beside: measured where that costs next to nothing, and kept."""
+"""The peak speed that a training is compared with: measured where that costs almost nothing, and kept."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / mfu.KEPT
 
 
-def test_a_short_training_is_not_delayed_and_takes_what_a_long_one_has_measured(kept: Path) -> None:
+def test_a_short_training_does_not_measure_and_uses_what_a_long_one_measured(kept: Path) -> None:
     assert peak_flops("fp32", device=CPU, threads=1, seconds_left=1.0) is None and not kept.exists()
     found = peak_flops("fp32", device=CPU, threads=1, seconds_left=3600.0)
     assert found is not None and 1e8 < found < 1e14
@@ -26,7 +26,7 @@ def test_a_short_training_is_not_delayed_and_takes_what_a_long_one_has_measured(
     assert peak_flops("fp32", device=CPU, threads=2, seconds_left=1.0) is None, "and each number of threads"
 
 
-def test_the_best_is_kept(kept: Path) -> None:
+def test_the_best_measurement_is_kept(kept: Path) -> None:
     peak_flops("fp32", device=CPU, threads=1, seconds_left=3600.0)
     (file,) = kept.iterdir()
     file.write_text("1e20")

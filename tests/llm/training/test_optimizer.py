@@ -20,7 +20,7 @@ def factors(steps: int = 100, **settings: object) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
-def test_the_rate_rises_linearly_and_never_again(kind: str) -> None:
+def test_the_rate_rises_linearly_and_then_never_rises_again(kind: str) -> None:
     found = factors(kind=kind)
     assert found[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert found[10] == 1.0
@@ -53,7 +53,7 @@ def test_a_budget_is_counted_in_steps(budget: dict[str, float], steps: int) -> N
 
 
 @pytest.mark.parametrize("wrong", [{}, {"steps": 1, "tokens": 5}])
-def test_a_budget_is_exactly_one_number(wrong: dict[str, int]) -> None:
+def test_a_budget_is_exactly_one_of_tokens_steps_and_epochs(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="exactly one of tokens, steps and epochs"):
         Budget.model_validate(wrong)
 

@@ -1,4 +1,4 @@
-"""Many processes: real groups over gloo, started as a run starts them, learn what one process does."""
+"""Real groups of processes over gloo, started as a run starts them, learn what one process does."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ENOUGH = 1e-3  # between losses of the same training in fp32
 
 
 def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, dies: bool = False) -> dict[str, list[Any]]:
-    """What each process of a group left, by case."""
+    """The results of each process of a group, by case."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
     # Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
@@ -80,7 +80,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Besides the same trainings, one goes on from where the two were killed."""
+    """The same trainings, and one that resumes where the two were killed."""
     shutil.copytree(folder / "killed", folder / "four")
     cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
     return launch(folder, 4, cases | {"four": MUON | {"strategy": "ddp"}})
@@ -90,7 +90,7 @@ def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def test_two_and_four_processes_learn_what_one_does(
     one: dict[str, Any], two: dict[str, list[Any]], four: dict[str, list[Any]], strategy: str
 ) -> None:
-    """Dropout is on, and rows do not go evenly into processes and micro-batches."""
+    """Dropout is on, and rows do not divide evenly into processes and micro-batches."""
     assert one["plain"]["metrics"]["choices"]["strategy"] == "single"
     for count, group in ((2, two), (4, four)):
         metrics = group[strategy][0]["metrics"]
@@ -101,7 +101,7 @@ def test_two_and_four_processes_learn_what_one_does(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_preferences_are_learned_as_by_one_process(two: dict[str, list[Any]], strategy: str, tmp_path: Path) -> None:
+def test_two_processes_learn_preferences_as_one_does(two: dict[str, list[Any]], strategy: str, tmp_path: Path) -> None:
     _, alone = tiny_preferences(tmp_path / "pairs", tmp_path / "alone", micro_batch=3)
     metrics = two[f"pairs-{strategy}"][0]["metrics"]
     assert metrics["targets"] == alone["targets"]  # pairs, which stay together
@@ -109,11 +109,11 @@ def test_preferences_are_learned_as_by_one_process(two: dict[str, list[Any]], st
         assert metrics[name] == pytest.approx(alone[name], abs=ENOUGH)
 
 
-def test_muon_with_spread_weights_learns_what_one_process_does(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
+def test_muon_with_sharded_weights_learns_what_one_process_does(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
     assert_same_curve(one["muon"]["lines"], two["muon"][0]["lines"])
 
 
-def test_weights_that_only_one_process_uses_are_learned_as_by_one(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
+def test_weights_that_only_one_process_uses_learn_what_they_do_in_one(one: dict[str, Any], two: dict[str, list[Any]]) -> None:
     assert_same_curve(one["spare"]["lines"], two["spare"][0]["lines"])
 
 
@@ -122,7 +122,7 @@ def test_weights_that_only_one_process_uses_are_learned_as_by_one(one: dict[str,
     ("action", "found"),
     [("skip", {"skipped_steps": [25]}), ("rollback", {"passed_over": [[21, 26]], "rollbacks": [25]})],
 )
-def test_what_an_alert_leaves_out_is_left_out_by_all_processes(
+def test_what_an_alert_skips_is_skipped_by_all_processes(
     one: dict[str, Any], two: dict[str, list[Any]], action: str, found: dict[str, Any], strategy: str
 ) -> None:
     alone, together = one[action], two[f"{action}-{strategy}"]
@@ -139,7 +139,7 @@ def test_a_process_holds_its_share_of_weights_gradients_and_optimizer(two: dict[
         assert found == {name: pytest.approx(1 / 2, rel=0.02) for name in ("weights", "gradients", "optimizer")}
 
 
-def test_killed_amid_training_it_ends_bit_for_bit_where_an_unkilled_one_does(folder: Path, two: dict[str, list[Any]]) -> None:
+def test_a_killed_group_resumes_and_ends_bit_for_bit_the_same(folder: Path, two: dict[str, list[Any]]) -> None:
     assert "killed" not in two
     shutil.copytree(folder / "killed", folder / "resumed")
     resumed = launch(folder, 2, {"resumed": MUON})["resumed"][0]
@@ -149,7 +149,9 @@ def test_killed_amid_training_it_ends_bit_for_bit_where_an_unkilled_one_does(fol
         assert resumed["metrics"][name] == two["muon"][0]["metrics"][name]
 
 
-def test_it_goes_on_with_other_processes_and_strategy(folder: Path, one: dict[str, Any], four: dict[str, list[Any]]) -> None:
+def test_a_training_goes_on_with_another_number_of_processes_and_strategy(
+    folder: Path, one: dict[str, Any], four: dict[str, list[Any]]
+) -> None:
     shutil.copytree(folder / "killed", folder / "alone")
     alone = run_case(folder, MUON | {"scratch": "alone"})
     for found, now in ((four["four"][0], "4 processes (ddp)"), (alone, "1 process")):
@@ -159,20 +161,20 @@ def test_it_goes_on_with_other_processes_and_strategy(folder: Path, one: dict[st
         assert found["metrics"]["validation_loss"] == pytest.approx(one["muon"]["metrics"]["validation_loss"], abs=ENOUGH)
 
 
-def test_another_strategy_than_the_one_named_is_never_run() -> None:
+def test_a_group_never_uses_another_strategy() -> None:
     learner = Learner(tiny_model(), next_token_loss, precision="fp32")
     with pytest.raises(RuntimeError, match="strategy of 1 processes: expected 'fsdp', got 'single'"):
         ProcessGroup().wrap(learner, "fsdp")
 
 
-def test_a_base_in_four_bits_is_not_spread() -> None:
+def test_a_base_in_four_bits_is_not_sharded() -> None:
     model = tiny_model()
     lora.quantize(model, double=True)
     with pytest.raises(InputError, match=r'parallel\.strategy: expected "ddp" .* got "fsdp", and .* of uint8'):
         shard(Learner(model, next_token_loss, precision="fp32"), "fsdp", device=torch.device("cpu"), processes=2)
 
 
-def test_one_process_alone_shares_with_nobody_whatever_the_strategy(tmp_path: Path) -> None:
+def test_one_process_is_single_whatever_the_strategy(tmp_path: Path) -> None:
     found = [tiny_training(tiny_model(), tmp_path / name, strategy=name, validation=None) for name in ("ddp", "fsdp")]
     assert [metrics["choices"]["strategy"] for metrics in found] == ["single", "single"]
     assert found[0]["loss"] == found[1]["loss"]
@@ -188,10 +190,10 @@ def test_two_hundred_steps_are_the_same_in_every_layout(tmp_path: Path, changes:
             assert_same_curve(alone["lines"], found[0]["lines"])
 
 
-def test_what_spread_processes_left_is_gone_on_from_by_others_and_by_one(
+def test_a_trunk_of_sharded_processes_is_continued_by_ddp_and_by_one_process(
     folder: Path, one: dict[str, Any], two: dict[str, list[Any]]
 ) -> None:
-    """Two that spread the weights leave a trunk; two that share them go on from it, and so does one alone."""
+    """Two processes under "fsdp" leave a trunk; two under "ddp" continue it, and so does one process."""
     alone = run_case(folder, REST | {"scratch": "rest-alone"})
     for found in (two["rest"][0], alone):
         assert found["metrics"]["first_step"] == 5 and found["metrics"]["steps"] == STEPS

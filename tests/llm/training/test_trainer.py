@@ -1,4 +1,4 @@
-"""The loop: what is learned depends on rows, settings and seed, and on nothing else."""
+"""The training loop: what is learned depends on rows, settings and seed, and on nothing else."""
 
 import errno
 import json
@@ -37,12 +37,12 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], **tolerance
 
 
 def stop_after(calls: int) -> Callable[[], bool]:
-    """A `should_stop` that says yes at its last of `calls` questions; the loop asks before each batch, also of validation."""
+    """A `should_stop` that is true at the last of `calls` calls; the loop calls it before each batch, also of validation."""
     asked = iter([False] * (calls - 1) + [True])
     return lambda: next(asked, False)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_a_training_learns(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     metrics = tiny_training(tiny_model(), tmp_path, lines=lines, budget=Budget(steps=80))
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -64,7 +64,7 @@ def test_validation_loss_is_the_mean_over_all_targets(tmp_path: Path) -> None:
 
 
 def test_accumulation_and_micro_batch_do_not_change_an_update_of_muon(tmp_path: Path) -> None:
-    """AdamW's are held to more in `test_architectures`."""
+    """Updates of AdamW have a smaller tolerance, in `test_architectures`."""
     found = []
     for size in (5, 2, 1):
         model = tiny_model(dropout=0.1)
@@ -78,7 +78,7 @@ def test_accumulation_and_micro_batch_do_not_change_an_update_of_muon(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_training_ends_bit_for_bit_where_an_unstopped_one_does(tmp_path: Path, kind: str, precision: str) -> None:
+def test_a_stopped_training_resumes_and_ends_bit_for_bit_the_same(tmp_path: Path, kind: str, precision: str) -> None:
     settings: dict[str, Any] = {"optimizer": Optimizer.model_validate({"kind": kind}), "precision": precision}
     unstopped = tiny_model(dropout=0.1)
     expected = tiny_training(unstopped, tmp_path / "unstopped", **settings)
@@ -98,9 +98,7 @@ def test_a_stopped_training_ends_bit_for_bit_where_an_unstopped_one_does(tmp_pat
     # A step asks 5 times and a validation, after steps 8, 16 and 20, 6 times.
     [(3, 0), (40 + 3, 8), (40 + 6 + 5 + 2, 9), (100 + 12 + 3, 20)],
 )
-def test_stopped_inside_a_step_or_a_validation_it_ends_the_same_with_every_validation_done(
-    tmp_path: Path, calls: int, step: int
-) -> None:
+def test_a_training_stopped_inside_a_step_or_a_validation_ends_the_same(tmp_path: Path, calls: int, step: int) -> None:
     unstopped, resumed = tiny_model(dropout=0.1), tiny_model(dropout=0.1)
     whole: list[dict[str, Any]] = []
     expected = tiny_training(unstopped, tmp_path / "unstopped", lines=whole, micro_batch=1)
@@ -132,7 +130,7 @@ def test_a_training_that_fails_goes_on_from_its_last_checkpoint(tmp_path: Path) 
     assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
 
 
-def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_of_it(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_partial_one(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "full" / CHECKPOINTS
 
@@ -156,7 +154,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_part_o
     assert_same(weights(unstopped), weights(resumed), atol=0, rtol=0)
 
 
-def test_checkpoints_by_the_clock_change_nothing_that_is_learned(tmp_path: Path) -> None:
+def test_checkpoints_by_the_clock_do_not_change_what_is_learned(tmp_path: Path) -> None:
     often, never = tiny_model(), tiny_model()
     metrics = tiny_training(often, tmp_path / "often", minutes=1e-9)
     assert metrics["loss"] == tiny_training(never, tmp_path / "never")["loss"]
@@ -171,7 +169,7 @@ def damage(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path, name: str) -> None:
     unstopped, resumed = tiny_model(), tiny_model()
     tiny_training(unstopped, tmp_path, every=5, budget=Budget(steps=20))
     last, before = tmp_path / CHECKPOINTS / "step-00000020", "step-00000015"
@@ -203,8 +201,8 @@ def test_writing_a_checkpoint_never_removes_it(tmp_path: Path) -> None:
         assert written.exists()
 
 
-def test_a_process_that_comes_later_leaves_alone_what_the_first_one_writes(tmp_path: Path) -> None:
-    """With a rollback, the first process writes the beginning before any has waited for another."""
+def test_a_writer_leaves_partial_checkpoints_of_others_alone(tmp_path: Path) -> None:
+    """With a rollback, the main process writes step 0 before any process has waited for another."""
     written = tmp_path / "step-00000000.tmp"
     written.mkdir()
     with checkpoint.Writer(tmp_path, kept=1):
@@ -213,7 +211,7 @@ def test_a_process_that_comes_later_leaves_alone_what_the_first_one_writes(tmp_p
     assert not written.exists()
 
 
-def test_a_disk_that_takes_no_more_is_told_as_one(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
@@ -225,7 +223,7 @@ def test_a_disk_that_takes_no_more_is_told_as_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_threads_are_those_it_began_with_and_other_processes_are_noted(tmp_path: Path) -> None:
+def test_threads_are_kept_and_another_number_of_processes_is_noted(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         tiny_training(tiny_model(), tmp_path, should_stop=stop_after(2), cores=1)
     metrics = tiny_training(tiny_model(), tmp_path, cores=2, should_stop=lambda: False, budget=Budget(steps=4))
@@ -244,7 +242,7 @@ def test_threads_are_those_it_began_with_and_other_processes_are_noted(tmp_path:
     assert any("began with 2 processes (ddp) on cpu, goes on with 1 process on cpu" in line.get("note", "") for line in lines)
 
 
-def test_passes_over_the_data_are_counted_and_a_step_of_more_than_one_is_noted(tmp_path: Path) -> None:
+def test_epochs_are_counted_and_a_step_of_more_than_one_is_noted(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     metrics = tiny_training(tiny_model(), tmp_path / "few", lines=lines, rows=MadeUpRows(rows_per_epoch=4))
     assert metrics["epochs"] == 20 * 5 / 4
@@ -262,7 +260,7 @@ def test_recomputed_layers_learn_the_same(tmp_path: Path) -> None:
     assert_same(*found, atol=1e-6, rtol=0)
 
 
-def test_a_seed_as_large_as_toml_knows_can_be_used(tmp_path: Path) -> None:
+def test_the_largest_seed_of_toml_can_be_used(tmp_path: Path) -> None:
     tiny_training(tiny_model(dropout=0.1), tmp_path, seed=2**63 - 1, budget=Budget(steps=2))
 
 
@@ -274,7 +272,7 @@ def test_validation_computes_no_gradient_of_the_head() -> None:
     assert counter.get_total_flops() == 2 * 50 * 16 * VOCABULARY
 
 
-def test_what_was_chosen_automatically_is_restored(tmp_path: Path) -> None:
+def test_the_runtime_is_restored_from_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         tiny_training(tiny_model(), tmp_path, precision="bf16", micro_batch=3, should_stop=stop_after(2))
     metrics = tiny_training(tiny_model(), tmp_path, precision="auto", micro_batch="auto")
@@ -317,7 +315,7 @@ def test_the_fused_loss_equals_cross_entropy_in_value_and_gradients() -> None:
             torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_long_training_of_a_fresh_model_checks_itself_and_ends_the_same(tmp_path: Path) -> None:
+def test_the_sanity_check_does_not_change_a_training(tmp_path: Path) -> None:
     found, notes = [], []
     for check in (False, True):
         model, lines = tiny_model(), []
@@ -334,7 +332,7 @@ def some_batch() -> Batch:
     return collate([MadeUpRows().row(index) for index in range(4)], range(4))
 
 
-def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
+def test_the_sanity_check_refuses_a_model_that_cannot_learn() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(100)
@@ -352,7 +350,7 @@ def test_the_self_check_refuses_a_model_that_cannot_learn() -> None:
         sanity_check(large, deaf, some_batch(), precision="fp32")
 
 
-def test_the_self_check_learns_several_rows_and_goes_back_outside_autocast() -> None:
+def test_the_sanity_check_learns_several_rows_with_the_backward_pass_outside_autocast() -> None:
     seen: list[tuple[int, bool, bool]] = []
 
     def watched(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -369,7 +367,7 @@ def test_the_self_check_learns_several_rows_and_goes_back_outside_autocast() -> 
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path) -> None:
-    """A real shortage: the process may not take more than a little above what it has."""
+    """Memory really runs out: the process may take only a little more than it has."""
     program = """
 import json, resource, sys
 from pathlib import Path
@@ -397,7 +395,7 @@ print(json.dumps({"micro_batch": metrics["choices"]["micro_batch"], "loss": metr
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
 
 
-def test_memory_that_runs_out_amid_training_halves_the_micro_batch(tmp_path: Path) -> None:
+def test_memory_that_runs_out_during_training_halves_the_micro_batch(tmp_path: Path) -> None:
     def takes(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.rows.numel() > 2 and takes.calls > 4:  # type: ignore[attr-defined]
             torch.empty(2**60, dtype=torch.uint8)  # the allocator's own error
@@ -417,7 +415,7 @@ def test_memory_that_runs_out_amid_training_halves_the_micro_batch(tmp_path: Pat
     assert_same(*found, atol=1e-6, rtol=0)
 
 
-def test_a_micro_batch_that_was_asked_for_and_does_not_fit_is_an_error(tmp_path: Path) -> None:
+def test_a_fixed_micro_batch_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     def takes(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         torch.empty(2**60, dtype=torch.uint8)
         return next_token_loss(model, batch)

@@ -1,4 +1,4 @@
-"""Trainings in parts: a trunk that is left in a folder, and what goes on from there, beside the same in one go."""
+"""Trainings in parts: a trunk that leaves its state in a folder, and what continues it, compared with one training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ SHAPE = {"dropout": 0.1}
 
 
 def trunk(folder: Path, steps: int = 13, **changes: Any) -> dict[str, Any]:
-    """Trains so many steps at a constant rate, and leaves model and state in `folder`."""
+    """Train for `steps` at a constant rate, and leave model and state in `folder`."""
     model = tiny_model(**SHAPE)
     settings = {"budget": Budget(steps=steps), "schedule": Schedule(kind="constant", **RATE), "leave_in": folder}
     folder.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def left(folder: Path) -> dict[str, bytes]:
 
 
 def ended(scratch: Path, steps: int = 27) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Counters, weights and optimizer of the checkpoint after the last step; of the counters all that is not told apart."""
+    """Counters, weights and optimizer of the last checkpoint; without the counters that differ between parts and whole."""
     state = checkpoint.read(scratch / CHECKPOINTS / f"step-{steps:08d}")
     own = ("seconds", "first_step", "first_tokens")
     return {name: value for name, value in state.facts["progress"].items() if name not in own}, state.weights, state.optimizer
@@ -63,7 +63,7 @@ def assert_equal(one: Path, other: Path) -> None:
         pytest.param("muon", "fp32", True, marks=pytest.mark.long),
     ],
 )
-def test_a_trunk_and_its_decay_end_bit_for_bit_where_one_training_does(
+def test_a_trunk_and_its_decay_end_bit_for_bit_like_one_training(
     tmp_path: Path, kind: str, precision: str, compiled: bool
 ) -> None:
     settings: dict[str, Any] = {
@@ -83,7 +83,7 @@ def test_a_trunk_and_its_decay_end_bit_for_bit_where_one_training_does(
     assert found["flops"] == pytest.approx(expected["flops"] * 14 / 27)
 
 
-def test_a_trunk_that_goes_on_from_a_shorter_one_leaves_the_same_bytes_also_after_an_interruption(tmp_path: Path) -> None:
+def test_a_trunk_that_continues_a_shorter_one_leaves_the_same_bytes(tmp_path: Path) -> None:
     trunk(tmp_path / "long", 13)
     trunk(tmp_path / "short", 7)
     calls = iter(range(9))
@@ -97,7 +97,7 @@ def test_a_trunk_that_goes_on_from_a_shorter_one_leaves_the_same_bytes_also_afte
 
 @dataclass(frozen=True)
 class MarkedRows(MadeUpRows):
-    """Rows of which those of one step are marked, by a first token that is no other row's."""
+    """Rows of which those of one step are marked by a first token that no other row has."""
 
     marked: int = 5
     rows_per_epoch: int = 1000
@@ -113,7 +113,7 @@ def broken_where_marked(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return total * torch.where((batch.tokens[:, 0] == VOCABULARY - 1).any(), torch.nan, 1.0), count
 
 
-def test_rows_that_an_alert_passed_over_in_the_trunk_stay_so_in_the_decay(tmp_path: Path) -> None:
+def test_rows_that_an_alert_skipped_in_the_trunk_are_skipped_in_the_decay(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "rows": MarkedRows(),
         "objective": broken_where_marked,
@@ -127,7 +127,7 @@ def test_rows_that_an_alert_passed_over_in_the_trunk_stay_so_in_the_decay(tmp_pa
     assert_equal(tmp_path / "whole", tmp_path / "decay")
 
 
-def test_a_rollback_goes_no_further_than_the_end_of_the_trunk(tmp_path: Path) -> None:
+def test_a_rollback_does_not_go_back_into_the_trunk(tmp_path: Path) -> None:
     alerts = Alerts.model_validate({"not_finite": {"action": "rollback", "back": 5}})
     settings: dict[str, Any] = {"rows": MarkedRows(marked=15), "objective": broken_where_marked, "alerts": alerts}
     trunk(tmp_path / "trunk", **settings)
@@ -135,7 +135,7 @@ def test_a_rollback_goes_no_further_than_the_end_of_the_trunk(tmp_path: Path) ->
     assert found["alerts"]["passed_over"] == [[13, 16]]
 
 
-def test_what_does_not_fit_a_trunk_is_refused(tmp_path: Path) -> None:
+def test_a_training_that_does_not_fit_its_trunk_is_refused(tmp_path: Path) -> None:
     trunk(tmp_path / "trunk")
     settings: dict[str, Any] = {"start_from": tmp_path / "trunk", **WHOLE}
     with pytest.raises(InputError, match=r"budget: expected more than the 13 steps .* got 13"):
