@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.planning import outcomes
-from runner.planning.cost import Cost, costs, spare, total
+from runner.planning.cost import Cost, costs, spare_stages, total
 from runner.planning.plan import Plan, as_json
 from runner.planning.text_table import text_table
 from runner.recipe.first_rows import check_first_rows
@@ -43,17 +43,16 @@ def main(options: argparse.Namespace) -> int:
 
         print("measuring ...", file=sys.stderr)
         measured = measured_speed(recipe, store)
-    found = costs(recipe, plan, store.records(), measured=measured)
+    found = costs(plan, store.records(), measured=measured)
     if options.json:
-        shown = as_json(recipe, plan)
+        shown = as_json(plan)
         for stage in shown["stages"]:
             stage["cost"] = asdict(found[stage["name"]]) if stage["name"] in found else None
         shown["cost"] = asdict(total(_needed(plan, found)))
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
-    for line in table(plan, found):
-        print(line)
-    for line in [*outcomes.attempts(plan), *(["", *compared] if (compared := outcomes.sweep_table(plan)) else [])]:
+    settings = outcomes.sweep_table(plan)
+    for line in [*table(plan, found), *outcomes.attempts(plan), *(["", *settings] if settings else [])]:
         print(line)
     return 0
 
@@ -62,9 +61,8 @@ def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
     """A line per stage; the columns of cost only if a stage will run."""
     rows = [["stage", "kind", "state", *(COLUMNS if found else ()), "why"]]
     for entry in plan:
-        rows.append(
-            [entry.name, entry.stage.kind, entry.state, *(_cells(found.get(entry.name)) if found else ()), entry.reason]
-        )
+        cells = _cells(found.get(entry.name)) if found else ()
+        rows.append([entry.name, entry.stage.kind, entry.state, *cells, entry.reason])
     lines = text_table(rows)
     return [*lines, *_sums(plan, found)] if found else lines[1:]
 
@@ -85,7 +83,7 @@ def _time(cost: Cost) -> str:
 
 def _needed(plan: Plan, found: Mapping[str, Cost]) -> dict[str, Cost]:
     """Without spare attempts."""
-    needless = spare(plan)
+    needless = spare_stages(plan)
     return {name: cost for name, cost in found.items() if name not in needless}
 
 

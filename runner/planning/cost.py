@@ -69,7 +69,7 @@ class Cost:
     runs: int = 0  # records that the time comes from
 
 
-def costs(recipe: Recipe, plan: Plan, records: Sequence[Record], *, measured: float | None = None) -> dict[str, Cost]:
+def costs(plan: Plan, records: Sequence[Record], *, measured: float | None = None) -> dict[str, Cost]:
     """The cost of each stage that will run.
 
     `measured` is the speed of a pretraining that was just measured, in operations per second; it also stands in for other
@@ -77,18 +77,18 @@ def costs(recipe: Recipe, plan: Plan, records: Sequence[Record], *, measured: fl
     """
     here = [record for record in records if _is_here(record)]
     shapes: dict[str, Shape | None] = {}
-    return {entry.name: _cost(recipe, plan, entry, here, shapes, measured) for entry in plan if entry.state in AHEAD}
+    return {entry.name: _cost(plan, entry, here, shapes, measured) for entry in plan if entry.state in AHEAD}
 
 
 def expected_seconds(recipe: Recipe, store: Store) -> dict[str, float]:
     """Estimated seconds of each stage that will run, as far as they are known; 0 for spare attempts."""
     plan = Plan(recipe, store)
-    found, needless = costs(recipe, plan, store.records()), spare(plan)
+    found = costs(plan, store.records())
     known = {name: cost.seconds for name, cost in found.items() if cost.seconds is not None}
-    return known | dict.fromkeys(needless, 0.0)
+    return known | dict.fromkeys(spare_stages(plan), 0.0)
 
 
-def spare(plan: Plan) -> set[str]:
+def spare_stages(plan: Plan) -> set[str]:
     """The stages of attempts that only run if an earlier attempt fails."""
     families = [family for family in plan.recipe.families.values() if isinstance(family, Attempts)]
     return {
@@ -116,7 +116,6 @@ def total(found: Mapping[str, Cost]) -> Cost:
 
 
 def _cost(
-    recipe: Recipe,
     plan: Plan,
     entry: Entry,
     records: Sequence[Record],
@@ -128,7 +127,7 @@ def _cost(
     if not isinstance(entry.stage, TrainingStage):
         times = [float(record.data["seconds"]) for record in alike]
         return Cost(None, None, None, None, *_range(times), runs=len(times))
-    shape = _shape(recipe, plan, entry.name, shapes)
+    shape = _shape(plan, entry.name, shapes)
     tokens = _tokens(plan, entry.stage)
     tokens = max(0.0, tokens - _behind(plan, entry)) if tokens else tokens
     flops = shape.flops_per_token * tokens if shape and tokens else None
@@ -147,19 +146,19 @@ def _range(seconds: Sequence[float]) -> tuple[float | None, float | None, float 
     return _median(seconds), min(seconds, default=None), max(seconds, default=None)
 
 
-def _shape(recipe: Recipe, plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | None:
+def _shape(plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | None:
     """The model that a stage trains: its own architecture, or that of the checkpoint it starts from."""
     if name in known:
         return known[name]
-    stage = recipe.stages[name]
+    stage = plan.recipe.stages[name]
     known[name] = None
     if isinstance(stage, Pretraining):
-        known[name] = _fresh_shape(recipe, stage)
+        known[name] = _fresh_shape(plan.recipe, stage)
     elif (path := plan.entries[name].path) and issubclass(stage.makes, Checkpoint):
         known[name] = _written_shape(json.loads(Checkpoint(path).config.read_text(encoding="utf-8")))
     else:
         bases = [str(ref) for _, ref in edges(stage) if issubclass(ref.artifact, Checkpoint)]
-        known[name] = _shape(recipe, plan, bases[0], known) if bases else None
+        known[name] = _shape(plan, bases[0], known) if bases else None
     return known[name]
 
 

@@ -303,10 +303,10 @@ class Plan:
         return self._store.records()
 
 
-def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON."""
     return {
-        "recipe": recipe.head.name,
+        "recipe": plan.recipe.head.name,
         "stages": [
             {
                 "name": entry.name,
@@ -319,7 +319,7 @@ def as_json(recipe: Recipe, plan: Plan) -> dict[str, Any]:
             }
             for entry in plan
         ],
-        **({"sweep": _sweep_as_json(plan, sweep)} if (sweep := recipe.sweep) else {}),
+        **({"sweep": _sweep_as_json(plan, sweep)} if (sweep := plan.recipe.sweep) else {}),
     }
 
 

@@ -12,7 +12,7 @@ from llm.models.llama.model import Llama
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.cli import main
-from runner.planning.cost import Cost, costs, expected_seconds, spare, text_bytes, total
+from runner.planning.cost import Cost, costs, expected_seconds, spare_stages, text_bytes, total
 from runner.planning.plan import Plan
 from runner.recipe.recipe import load_recipe
 from runner.resources import available_cores
@@ -27,7 +27,7 @@ def record(kind: str, took: float, /, *, cores: int | None = None, **metrics: An
 
 def costs_of(cache: Path, records: list[Record], **options: Any) -> dict[str, Cost]:
     recipe = load_recipe(QUICKSTART)
-    return costs(recipe, Plan(recipe, Store(cache)), records, **options)
+    return costs(Plan(recipe, Store(cache)), records, **options)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_start_of_a_training_takes_the_same_time_for_every_size(tmp_path: Pa
 def test_time_grows_less_than_the_operations_of_a_model(tmp_path: Path) -> None:
     recipe = load_recipe(QUICKSTART.with_name("medical-lora.toml"))
     small = {"flops": 196 * 2048 * 4.52e6, "tokens": 196 * 2048, "steps": 196}
-    found = costs(recipe, Plan(recipe, Store(tmp_path)), [training("pretrain", 14.3, start=5.2, **small)])
+    found = costs(Plan(recipe, Store(tmp_path)), [training("pretrain", 14.3, start=5.2, **small)])
     seconds = [found[name].seconds or 0.0 for name in ("base-trunk", "base")]
     assert sum(seconds) == pytest.approx(2 * 5.2 + 1954 * 0.211, rel=0.1), "2 cores took 0.073 s and 0.211 s a step"
 
@@ -80,8 +80,8 @@ def test_time_grows_less_than_the_operations_of_a_model(tmp_path: Path) -> None:
 def test_spare_attempts_are_not_in_the_sum(tmp_path: Path) -> None:
     recipe = load_recipe(QUICKSTART.with_name("medical-lora.toml"))
     plan = Plan(recipe, Store(tmp_path))
-    assert spare(plan) == {"medical@2", "release@2", "after@2"}
-    assert expected_seconds(recipe, Store(tmp_path)) == dict.fromkeys(spare(plan), 0.0)
+    assert spare_stages(plan) == {"medical@2", "release@2", "after@2"}
+    assert expected_seconds(recipe, Store(tmp_path)) == dict.fromkeys(spare_stages(plan), 0.0)
 
 
 def test_the_size_of_compressed_text_is_estimated_from_its_beginning(tmp_path: Path) -> None:

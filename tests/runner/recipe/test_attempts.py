@@ -183,7 +183,7 @@ def test_until_a_stage_with_attempts_runs_their_evaluations(tmp_path: Path, stor
 def test_a_plan_as_json_says_which_attempt_is_selected(tmp_path: Path, store: Store) -> None:
     recipe = load_recipe(write(tmp_path))
     run(recipe, store, SECOND_PASSES)
-    stages = {stage["name"]: stage for stage in as_json(recipe, Plan(recipe, store))["stages"]}
+    stages = {stage["name"]: stage for stage in as_json(Plan(recipe, store))["stages"]}
     assert stages["after@1"]["gates"] == [{"gate": "general.bits_per_byte at most 2", "found": "2.2", "passed": False}]
     assert stages["after@1"]["attempt"] == {"of": "medical", "number": 1, "changes": "r = 8", "stands": False}
     assert stages["medical@2"]["attempt"]["stands"]

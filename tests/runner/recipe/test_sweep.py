@@ -177,7 +177,7 @@ def test_the_table_and_the_plan_as_json_have_every_score(tmp_path: Path, store: 
         ["after@2", "8", "0.9", "0.45", "best"],
         ["after@3", "16", "0.7", "0.35"],
     ]
-    found = as_json(recipe, plan)
+    found = as_json(plan)
     assert found["sweep"]["best"] == 2 and found["sweep"]["wanted"] == "highest after.general.accuracy"
     assert found["sweep"]["settings"][2] == {"number": 3, "values": {"medical.r": 16}, "score": 0.7, "passed": True}
     stages = {stage["name"]: stage for stage in found["stages"]}
