@@ -1,4 +1,7 @@
-"""In how many bits a GGUF file holds weights, by name. No torch here: recipes are checked without it."""
+"""Export of a model: GGUF files, Ollama's Modelfile, and parity checks of the model in other systems.
+
+The precisions of GGUF files are named here, where recipes can be validated without torch.
+"""
 
 from typing import Literal
 

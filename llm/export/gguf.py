@@ -1,7 +1,7 @@
-"""A model folder as one GGUF file, which llama.cpp and what is built on it open as they are.
+"""Writes a model folder as one GGUF file, for llama.cpp and the programs built on it.
 
-Weights, tokenizer, special tokens and chat template are in the file. How an architecture is told to llama.cpp is in its own
-folder (`llm.models`); here are the precisions, and the tokenizer: llama.cpp knows how text is cut only by name
+The file has weights, tokenizer, special tokens and chat template. An architecture's folder in `llm.models` says how its weights
+and sizes are written; this module has the precisions and the tokenizer. llama.cpp knows pre-tokenizers only by name
 (`llm.tokenizer.pretokenizers`), or has the pieces of sentencepiece.
 """
 
@@ -28,17 +28,17 @@ from llm.tokenizer.tokenizer import TOKENIZER_FILE, TextTokenizer
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-Q8_BLOCK = 32  # numbers that share a scale; a matrix with other rows is left in f16, as llama.cpp's own tools do
+Q8_BLOCK = 32  # numbers that share a scale; a matrix whose rows are no multiple of it stays in f16, as in llama.cpp's tools
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte of a character that is no piece
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # the token of a single byte
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells every tensor
+logging.getLogger("gguf").setLevel(logging.WARNING)  # at INFO it logs every tensor
 
 
 def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> dict[str, Any]:
-    """Write the model in `checkpoint` to `target`; returns what a record tells.
+    """Write the model in `checkpoint` to `target`; returns facts for the record.
 
-    Vectors stay in f32. InputError for a tokenizer that llama.cpp does not have.
+    Vectors stay in f32. InputError for a tokenizer that llama.cpp does not support.
     """
     from gguf import GGUFWriter, LlamaFileType
 
@@ -71,7 +71,7 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
 
 
 def _stored(tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GGMLQuantizationType]":
-    """The numbers as they lie in the file, and as what."""
+    """The data of a tensor in the file, and its type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -86,7 +86,7 @@ def _stored(tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GG
 
 
 def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> str:
-    """Tokens, merges, special tokens and chat template; returns llama.cpp's name of the pre-tokenizer."""
+    """Write tokens, merges, special tokens and chat template; returns llama.cpp's name of the pre-tokenizer."""
     from gguf import TokenType
 
     stored = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
@@ -94,9 +94,8 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     pre_tokenizer = "default" if pieces else pre_tokenizer_name_of(stored)
     if pre_tokenizer is None:
         raise InputError(
-            f"{folder / TOKENIZER_FILE}: expected a byte-level BPE whose pre-tokenizer is one of those in llm/tokenizer/pretokenizers.py, "
-            "which llama.cpp has too, or pieces as sentencepiece has them, got another, and llama.cpp would cut text into "
-            "other tokens"
+            f"{folder / TOKENIZER_FILE}: expected a byte-level BPE with a pre-tokenizer of llm/tokenizer/pretokenizers.py, or "
+            "sentencepiece's pieces, got another tokenizer, which llama.cpp would replace by one that gives other tokens"
         )
     tokenizer = TextTokenizer.load(folder)
     tokens = [f"[UNUSED{number}]" for number in range(vocab_size)]
@@ -114,7 +113,7 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if pieces:  # of two pairs llama.cpp joins the one whose piece has the higher score
+    if pieces:  # llama.cpp merges the pair whose piece has the highest score
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(merges):
             ranks.setdefault(merge.replace(" ", ""), rank)
@@ -131,7 +130,7 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
         add(token)
     if tokenizer.ends[3:]:
         raise InputError(
-            f"{folder}: expected at most 3 tokens that end an answer, as llama.cpp has, got {len(tokenizer.ends)}"
+            f"{folder}: expected at most 3 tokens that end an answer (llama.cpp's limit), got {len(tokenizer.ends)}"
         )
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
@@ -139,14 +138,14 @@ def _write_tokenizer(writer: "GGUFWriter", folder: Path, *, vocab_size: int) -> 
 
 
 def _begins_with_space(folder: Path) -> bool:
-    """Whether a word at the beginning of a text is what it is after a space."""
+    """Whether a word at the beginning of a text is encoded as after a space."""
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     tokens: list[str] = tokenizer.encode("a", add_special_tokens=False).tokens
     return tokens[0].startswith("\u2581")
 
 
 def adds_begin(folder: Path, tokenizer: TextTokenizer) -> bool:
-    """Whether Transformers puts the begin token before a text, and before a chat as well: llama.cpp does both or neither."""
+    """Whether Transformers puts the begin token before texts and before chats; llama.cpp can only do both or neither."""
     ids: list[int] = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).encode("a").ids
     chat = tokenizer.encode_prompt([{"role": "user", "content": "a"}]) if tokenizer.template is not None else ids
     return ids[0] == chat[0] == tokenizer.begin

@@ -1,7 +1,7 @@
-"""A GGUF file in llama.cpp, as its users run it: what it makes of text, chats and tokens. For `llm.export.parity`.
+"""A GGUF file in llama.cpp, as a backend of `llm.export.parity`.
 
-llama.cpp comes with the package xllamacpp and answers on the loopback interface of this process. Keys and values are kept in
-f32 and flash attention is off: with the cache in f16, which is llama.cpp's default, greedy text diverges from the model's.
+llama.cpp comes with the package xllamacpp and serves on the loopback interface of this process. Keys and values are in f32 and
+flash attention is off: with llama.cpp's default cache in f16, greedy text diverges from the model's.
 """
 
 import json
@@ -18,14 +18,14 @@ from llm.errors import InputError
 from llm.tokenizer.tokenizer import ChatMessage
 
 PACKAGE = "xllamacpp"
-LIKELIEST = 1000  # tokens whose log-probabilities are asked for at a position; an answer with all of 50,000 takes megabytes
+LIKELIEST = 1000  # tokens whose log-probabilities are requested per position; a reply with all of 50,000 takes megabytes
 
 
-class LlamaCpp:
-    """A model in llama.cpp; InputError where it does not open the file."""
+class LlamaCppBackend:
+    """A model in llama.cpp; InputError if it does not open the file."""
 
     def __init__(self, path: Path, *, name: str, context: int, vocab_size: int, ends: Sequence[int], threads: int = 1) -> None:
-        """`context` positions are computed; `ends` are the tokens that end an answer; `name` is for messages."""
+        """`context` is the longest sequence; `ends` are the tokens that end an answer; `name` is for messages."""
         import xllamacpp
 
         self.name = name
@@ -37,42 +37,45 @@ class LlamaCpp:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup = params.fit_params = params.ui = False
-        params.verbosity = 0  # errors alone
+        params.verbosity = 0  # errors only
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise InputError(f"{path.name}: llama.cpp does not open it: {error}") from error
+            raise InputError(f"{path.name}: expected a file that llama.cpp opens, got an error: {error}") from error
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
-        self._whole = self.encode("a")[0]  # a token that is text by itself
-        # A server that goes before its queue has begun waits forever for its end; this answer goes through the queue.
+        self._whole = self.encode("a")[0]  # a token of whole characters
+        # A server that is dropped before its queue runs waits forever; this request goes through the queue.
         self._complete([self._whole], n_predict=1)
 
     def encode(self, text: str) -> list[int]:
-        """The text alone, special tokens as text."""
+        """The tokens of a text; the characters of special tokens are plain text."""
         tokens: list[int] = self._ask("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
         return tokens
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A chat up to where the assistant is to answer, rendered from the template in the file."""
+        """The tokens of a chat up to where the assistant answers, rendered by the template in the file."""
         prompt = self._ask("/apply-template", messages=list(messages))["prompt"]
         tokens: list[int] = self._ask("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
         return tokens
 
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> None:
+        """None: llama.cpp renders chats only up to an answer."""
+
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
-        """Of what follows `tokens`, (1, V); NaN for all but the likeliest."""
+        """Log-probabilities of the next token after `tokens`, (1, V); NaN for all but the LIKELIEST."""
         wanted = min(LIKELIEST, self._vocab_size)
-        # An end token, or one that ends amid a character, would have no entry if it were chosen: another is made to be. What
-        # is told is from before that.
-        told = self._complete(tokens, n_predict=1, n_probs=wanted, logit_bias=[[self._whole, 1e9]])
-        (position,) = told["completion_probabilities"]
+        # A chosen end token, or one that ends inside a character, would have no entry, so the bias makes another the choice. The
+        # reported log-probabilities are those before the bias.
+        reply = self._complete(tokens, n_predict=1, n_probs=wanted, logit_bias=[[self._whole, 1e9]])
+        (position,) = reply["completion_probabilities"]
         found = torch.full((1, self._vocab_size), torch.nan)
         for entry in position["top_logprobs"]:
             found[0, entry["id"]] = entry["logprob"]
         return found
 
     def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens after each prompt, without the one that ends them."""
+        """Greedy tokens after each prompt, without the end token."""
         found: list[list[int]] = []
         for prompt in prompts:
             new: list[int] = self._complete(prompt, n_predict=max_new_tokens)["tokens"]
@@ -96,5 +99,5 @@ class LlamaCpp:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    told: Mapping[str, Any] = json.loads(error.read() or b"{}")
-    return str(told.get("error", {}).get("message", error))
+    reply: Mapping[str, Any] = json.loads(error.read() or b"{}")
+    return str(reply.get("error", {}).get("message", error))

@@ -1,7 +1,7 @@
-"""The Modelfile by which Ollama runs a GGUF file: what its chats look like, where answers end, how long they may be.
+"""Writes Ollama's Modelfile for a GGUF file: its chat template, the tokens that end an answer, and the context length.
 
-Ollama writes chats by a template in Go's language. It is found by rendering: what the model's own template puts around the
-texts of a chat, if that is always the same.
+Ollama needs the chat template in Go's template language. It is found by rendering chats with the model's own template: what
+stands around the texts, if that is always the same.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ _SYSTEM, _USER, _ASSISTANT, _AGAIN = "SYSTEMTEXT", "USERTEXT", "ASSISTANTTEXT", 
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What stands around the texts of a chat; the begin token is not part of it."""
+class ChatFrame:
+    """The text around the turns of a chat, without the begin token."""
 
     system: tuple[str, str]  # before and after
     user: str  # before
-    assistant: tuple[str, str]  # before, which is where an answer begins, and after
+    assistant: tuple[str, str]  # before, which is also the generation prompt, and after
 
     def go_template(self) -> str:
-        """The same for Ollama."""
+        """The frame in Go's template language."""
         return (
             f'{{{{ range .Messages }}}}{{{{ if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{self.system[1]}'
             f'{{{{ else if eq .Role "user" }}}}{self.user}{{{{ .Content }}}}'
@@ -31,7 +31,7 @@ class Frame:
 
 
 def modelfile(tokenizer: TextTokenizer, gguf: str, *, context: int, adds_begin: bool) -> str:
-    """The Modelfile beside the file `gguf`. `adds_begin`: llama.cpp puts the begin token before a chat itself."""
+    """The text of the Modelfile for the file named `gguf`. `adds_begin`: llama.cpp puts the begin token before a chat."""
     frame = find_frame(tokenizer, adds_begin=adds_begin)
     lines = [f"FROM ./{gguf}"]
     if frame is not None:
@@ -41,8 +41,8 @@ def modelfile(tokenizer: TextTokenizer, gguf: str, *, context: int, adds_begin: 
     return "\n".join(lines) + "\n"
 
 
-def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> Frame | None:
-    """What the chat template puts around texts; None where it does more than that, and Ollama is left with the GGUF's own."""
+def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> ChatFrame | None:
+    """The frame of the chat template; None if the template does more, and Ollama has to use the one in the GGUF file."""
     if tokenizer.template is None:
         return None
     user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
@@ -51,7 +51,7 @@ def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> Frame | None:
         plain = tokenizer.render([user], add_generation_prompt=True)
         longer = tokenizer.render([user, assistant, again], add_generation_prompt=True)
         guided = tokenizer.render([system, user], add_generation_prompt=True)
-    except InputError:  # a template without a system's turn, say
+    except InputError:  # for example, a template that refuses a system turn
         return None
     begin = tokenizer.decode([tokenizer.begin], special=True) if adds_begin else ""
     if not all(text.startswith(begin) for text in (plain, longer, guided)):
@@ -60,7 +60,7 @@ def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> Frame | None:
     before_user, _, answer = plain.partition(_USER)
     after_answer = longer.partition(_ASSISTANT)[2].partition(_AGAIN)[0].removesuffix(before_user)
     before_system, _, rest = guided.partition(_SYSTEM)
-    frame = Frame((before_system, rest.partition(_USER)[0].removesuffix(before_user)), before_user, (answer, after_answer))
+    frame = ChatFrame((before_system, rest.partition(_USER)[0].removesuffix(before_user)), before_user, (answer, after_answer))
     rebuilt = (
         f"{before_user}{_USER}{answer}{_ASSISTANT}{after_answer}{before_user}{_AGAIN}{answer}",
         f"{frame.system[0]}{_SYSTEM}{frame.system[1]}{before_user}{_USER}{answer}",

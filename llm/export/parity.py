@@ -1,8 +1,8 @@
-"""Whether a model is the same wherever it is opened: each other system beside the model as it was trained.
+"""Parity checks: whether other systems compute the same as the model that was trained.
 
-The systems are stock Transformers (`llm.export.transformers_backend`) and llama.cpp (`llm.export.llama_cpp_backend`). Compared are the tokens of sentences, the
-tokens of chats, log-probabilities, and greedy answers. Two systems round differently, so where two tokens are as good as
-equally likely the answers may part: that is told, and is no fault.
+The systems are Transformers (`llm.export.transformers_backend`) and llama.cpp (`llm.export.llama_cpp_backend`). The checks
+compare the tokens of sentences, the tokens of chats, log-probabilities, and greedy answers. Systems round differently, so
+greedy answers may diverge where two tokens are almost equally likely: such a near tie is reported, and passes.
 """
 
 import math
@@ -20,13 +20,13 @@ from llm.text.documents import language_by_script
 from llm.text.selection import evenly_spaced
 from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 
-NEAR_TIE = 1e-4  # logits closer than this may fall either way
-CLOSE = 1e-4  # largest difference of log-probabilities in fp32, as a share of the largest (at least of 1)
-# The largest share of probability that moves to other tokens, on average, where weights are stored in fewer bits. Measured on
-# the model of the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
-MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
+NEAR_TIE = 1e-4  # logits closer than this are a near tie
+TOLERANCE = 1e-4  # largest difference of log-probabilities in fp32, relative to the largest of them (at least 1)
+# The largest mean share of probability that moves to other tokens if weights are stored in fewer bits. Measured on the model of
+# the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
+MAX_MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 
-# Always compared: where tokenizers that seem alike come apart.
+# Always compared: texts on which similar tokenizers differ.
 PROBES = (
     "It's 12:05; we'LL pay $1,234.50 for 3.5 kg, won't we?",
     "  two  spaces,\ttabs\t\tand\n\n\nlines \n end  ",
@@ -44,19 +44,22 @@ PROBES = (
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 
-class System(Protocol):
-    """A model opened elsewhere."""
+class Backend(Protocol):
+    """The model in another system."""
 
     name: str
 
     def encode(self, text: str) -> list[int]:
-        """The text alone."""
+        """The tokens of a text, without special tokens."""
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A chat up to where the assistant is to answer."""
+        """The tokens of a chat up to where the assistant answers."""
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int] | None:
+        """The tokens of a whole chat; None if the system cannot encode it."""
 
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
-        """Of what follows the last P of `tokens`, (P, V); NaN where it does not say."""
+        """Log-probabilities of the next token after the last P of `tokens`, (P, V); NaN for those it does not report."""
 
     def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy tokens after each prompt."""
@@ -64,18 +67,18 @@ class System(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """What one comparison found; `passed` is None where it could not be made."""
+    """The result of one comparison; `passed` is None if it could not be made."""
 
     name: str  # "llama.cpp f32: answers"
     passed: bool | None
-    told: str  # what was compared, and the first difference
+    told: str  # the result in words, with the first difference
     compared: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)  # depends on the machine
 
 
 @dataclass(frozen=True)
-class Ours:
-    """The model as it was trained, and what it makes of the prompts: every system is held against it."""
+class Reference:
+    """The model as trained, and its greedy answers to the prompts, with which every system is compared."""
 
     model: LanguageModel
     tokenizer: TextTokenizer
@@ -86,8 +89,8 @@ class Ours:
     @classmethod
     def of(
         cls, model: LanguageModel, tokenizer: TextTokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
-    ) -> "Ours":
-        """Answers the prompts."""
+    ) -> "Reference":
+        """The reference that answers the prompts with `model`."""
         answers = generate(model, prompts, max_new_tokens=max_new_tokens, end=tokenizer.ends)
         return cls(model, tokenizer, prompts, answers, max_new_tokens)
 
@@ -100,43 +103,43 @@ class Ours:
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """The sentences of texts, English or Chinese."""
+    """The sentences of English or Chinese texts."""
     for text in texts:
         for sentence in _SENTENCE_END.split(text):
             if sentence.strip():
                 yield sentence
 
 
-def balanced(found: Iterable[str], wanted: int) -> dict[str, list[str]]:
-    """`wanted` of them at most, without repetition, by language, each with an even share as far as it has so many."""
+def balanced_by_language(texts: Iterable[str], count: int) -> dict[str, list[str]]:
+    """At most `count` distinct texts, by language, in equal numbers as far as the languages have enough."""
     languages: dict[str, list[str]] = {}
-    for text in dict.fromkeys(found):
+    for text in dict.fromkeys(texts):
         languages.setdefault(language_by_script(text), []).append(text)
     chosen: dict[str, list[str]] = {}
-    left = wanted
-    for place, (language, texts) in enumerate(sorted(languages.items(), key=lambda item: (len(item[1]), item[0]))):
-        chosen[language] = evenly_spaced(texts, left // (len(languages) - place))
+    left = count
+    for place, (language, those) in enumerate(sorted(languages.items(), key=lambda item: (len(item[1]), item[0]))):
+        chosen[language] = evenly_spaced(those, left // (len(languages) - place))
         left -= len(chosen[language])
-    return {language: texts for language, texts in chosen.items() if texts}
+    return {language: those for language, those in chosen.items() if those}
 
 
-def check_tokens(tokenizer: TextTokenizer, other: System, texts: Sequence[str]) -> Check:
-    """Whether the other system cuts every text into the same tokens."""
+def check_tokens(tokenizer: TextTokenizer, other: Backend, texts: Sequence[str]) -> Check:
+    """Whether the other system splits every text into the same tokens."""
     return _equal(
         f"{other.name}: tokens", "texts", zip(texts, tokenizer.encode_batch(texts), map(other.encode, texts), strict=True)
     )
 
 
-def check_chats(tokenizer: TextTokenizer, other: System, chats: Sequence[Sequence[ChatMessage]]) -> Check:
-    """Whether the other system renders chats, which end with an answer, into the tokens that were trained."""
+def check_chats(tokenizer: TextTokenizer, other: Backend, chats: Sequence[Sequence[ChatMessage]]) -> Check:
+    """Whether the other system renders chats, which end with an answer, to the tokens of training."""
 
     def pairs() -> Iterator[tuple[str, list[int], list[int]]]:
         for chat in chats:
-            learned, _ = tokenizer.encode_chat(chat)
-            found = other.encode_prompt(chat[:-1])
-            yield chat[-2]["content"] if len(chat) > 1 else "", learned[: len(found)], found
-            if (whole := getattr(other, "encode_chat", None)) is not None:
-                yield chat[-1]["content"], learned, whole(chat)[: len(learned)]
+            ours, _ = tokenizer.encode_chat(chat)
+            prompt = other.encode_prompt(chat[:-1])
+            yield chat[-2]["content"] if len(chat) > 1 else "", ours[: len(prompt)], prompt
+            if (whole := other.encode_chat(chat)) is not None:
+                yield chat[-1]["content"], ours, whole[: len(ours)]
 
     return _equal(f"{other.name}: chats", "renderings", pairs())
 
@@ -153,58 +156,61 @@ def _equal(name: str, what: str, pairs: Iterable[tuple[str, list[int], list[int]
 
 
 def _part(tokens: Sequence[int], other: Sequence[int]) -> str:
-    """A few tokens from where they differ."""
+    """A few tokens from the first difference."""
     start = next((place for place, pair in enumerate(zip(tokens, other, strict=False)) if pair[0] != pair[1]), len(other))
     return f"{list(tokens[start : start + 4])} at {start}"
 
 
-def check_likelihoods(ours: Ours, other: System, texts: Sequence[Sequence[int]], *, precision: str = "f32") -> Check:
-    """Whether log-probabilities after `texts` are those of the model: up to rounding, or, in fewer bits, nearly."""
+def check_likelihoods(
+    reference: Reference, other: Backend, texts: Sequence[Sequence[int]], *, precision: str = "f32"
+) -> Check:
+    """Whether log-probabilities after `texts` are equal up to rounding, or close if weights are stored in fewer bits."""
     worst, largest, moved = 0.0, 1.0, 0.0
     for tokens in texts:
         theirs = other.log_probabilities(tokens)
-        mine = ours.logits(tokens)[-len(theirs) :].log_softmax(-1)
-        said = ~theirs.isnan()
-        difference = (mine - theirs)[said].abs()
-        if not said.any(-1).all() or not torch.isfinite(difference).all():
+        ours = reference.logits(tokens)[-len(theirs) :].log_softmax(-1)
+        reported = ~theirs.isnan()
+        difference = (ours - theirs)[reported].abs()
+        if not reported.any(-1).all() or not torch.isfinite(difference).all():
             worst = moved = math.inf
             break
         worst = max(worst, float(difference.max()))
-        largest = max(largest, float(mine[said].abs().max()))
-        moved += float((mine.exp() - theirs.exp())[said].abs().sum() / 2 / len(theirs))
+        largest = max(largest, float(ours[reported].abs().max()))
+        moved += float((ours.exp() - theirs.exp())[reported].abs().sum() / 2 / len(theirs))
     moved /= max(1, len(texts))
     name = f"{other.name}: likelihoods"
     if precision == "f32":
-        told = f"log-probabilities after {len(texts):,} texts differ by at most {worst:.1e}, wanted {CLOSE * largest:.1e}"
-        return Check(name, worst <= CLOSE * largest, told, len(texts), {"largest_difference": worst})
-    told = f"after {len(texts):,} texts {moved:.2%} of the probability moves, wanted at most {MOVED[precision]:.0%}"
-    return Check(name, moved <= MOVED[precision], told, len(texts), {"probability_moved": moved})
+        limit = TOLERANCE * largest
+        told = f"log-probabilities after {len(texts):,} texts differ by at most {worst:.1e}, expected at most {limit:.1e}"
+        return Check(name, worst <= limit, told, len(texts), {"largest_difference": worst})
+    told = f"after {len(texts):,} texts {moved:.2%} of the probability moves, expected at most {MAX_MOVED[precision]:.0%}"
+    return Check(name, moved <= MAX_MOVED[precision], told, len(texts), {"probability_moved": moved})
 
 
-def check_answers(ours: Ours, other: System) -> Check:
-    """Whether greedy answers are the same, tokens being as good as equally likely aside."""
-    theirs = other.answers(ours.prompts, max_new_tokens=ours.max_new_tokens)
+def check_answers(reference: Reference, other: Backend) -> Check:
+    """Whether greedy answers are the same, apart from near ties."""
+    theirs = other.answers(reference.prompts, max_new_tokens=reference.max_new_tokens)
     ties, different, first = 0, 0, ""
-    for prompt, mine, found in zip(ours.prompts, ours.answers, theirs, strict=True):
-        if list(mine) == found:
+    for prompt, ours, found in zip(reference.prompts, reference.answers, theirs, strict=True):
+        if list(ours) == found:
             continue
-        if (gap := _gap(ours, prompt, mine, found)) < NEAR_TIE:
+        if (gap := _gap(reference, prompt, ours, found)) < NEAR_TIE:
             ties += 1
         else:
             different += 1
-            texts = [ours.tokenizer.decode(answer)[:60] for answer in (mine, found)]
+            texts = [reference.tokenizer.decode(answer)[:60] for answer in (ours, found)]
             first = first or f"; the first: {texts[0]!r} here, {texts[1]!r} there, where logits are {gap:.1e} apart"
     equal = len(theirs) - ties - different
-    near = f", {ties:,} part where two logits are less than {NEAR_TIE:g} apart" if ties else ""
+    near = f", {ties:,} diverge where two logits are less than {NEAR_TIE:g} apart" if ties else ""
     told = f"{equal:,} of {len(theirs):,} greedy answers{near}{first}"
     return Check(f"{other.name}: answers", not different, told, len(theirs), {"near_ties": ties})
 
 
-def _gap(ours: Ours, prompt: Sequence[int], mine: Sequence[int], theirs: Sequence[int]) -> float:
-    """How much less likely, in logits, the model finds the other's choice where the answers part."""
-    place = next((place for place, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
+def _gap(reference: Reference, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """By how much the model's logit of the other's choice is lower than its largest, where the answers diverge."""
+    place = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
-        place = min(len(mine), len(theirs))
-    logits = ours.logits([*prompt, *mine[:place]])[-1]
-    chosen = theirs[place : place + 1] or ours.tokenizer.ends
+        place = min(len(ours), len(theirs))
+    logits = reference.logits([*prompt, *ours[:place]])[-1]
+    chosen = theirs[place : place + 1] or reference.tokenizer.ends
     return float(logits.max() - logits[list(chosen)].max())

@@ -1,4 +1,4 @@
-"""A model folder in stock Transformers, as its users run it: what it makes of text, chats and tokens. For `llm.export.parity`."""
+"""A model folder in unmodified Transformers, or in PEFT with an adapter, as a backend of `llm.export.parity`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from llm.tokenizer.tokenizer import ChatMessage
 
-BATCH = 16  # prompts that are answered at once
+BATCH = 16  # prompts answered at once
 
 
-class StockModel:
-    """A model as `from_pretrained` gives it, in fp32; with `adapter`, as stock PEFT puts that on it."""
+class TransformersBackend:
+    """A model from `from_pretrained` in fp32, with `adapter` on it by PEFT if given."""
 
     def __init__(
         self, folder: Path, *, ends: Sequence[int], padding: int, adapter: Path | None = None, device: str = "cpu"
     ) -> None:
-        """`ends` are the tokens that end an answer; `padding` fills up shorter prompts and is never seen."""
+        """`ends` are the tokens that end an answer; `padding` pads shorter prompts and is masked."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.name = "Transformers" if adapter is None else "PEFT"
@@ -32,16 +32,16 @@ class StockModel:
         self._ends, self._padding, self._device = frozenset(ends), padding, device
 
     def encode(self, text: str) -> list[int]:
-        """The text alone."""
+        """The tokens of a text, without special tokens."""
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
         return tokens
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A chat up to where the assistant is to answer."""
+        """The tokens of a chat up to where the assistant answers."""
         return self._chat(messages, add_generation_prompt=True)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A whole chat."""
+        """The tokens of a whole chat."""
         return self._chat(messages, add_generation_prompt=False)
 
     def _chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> list[int]:
@@ -52,13 +52,13 @@ class StockModel:
 
     @torch.inference_mode()
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
-        """Of what follows each of `tokens`, (T, V)."""
+        """Log-probabilities of the next token after each of `tokens`, (T, V)."""
         logits: Tensor = self._model(torch.tensor([list(tokens)], device=self._device)).logits[0]
         return logits.log_softmax(-1).cpu()
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens after each prompt, without the one that ends them."""
+        """Greedy tokens after each prompt, without the end token."""
         found: list[list[int]] = []
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]

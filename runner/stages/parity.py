@@ -27,7 +27,7 @@ from runner.stages.fields.data_tables import RowTable
 from runner.stages.fields.parity_inputs import ParityInputs, TextTable, read_rows, read_sentences
 
 if TYPE_CHECKING:
-    from llm.export.parity import Check, Ours, System
+    from llm.export.parity import Backend, Check, Reference
 
 LIKELIHOODS = 20  # prompts after which log-probabilities are compared
 
@@ -83,7 +83,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
     def run(self, context: Context) -> Metrics:
         """Make all comparisons, even if some fail."""
-        from llm.export.parity import balanced
+        from llm.export.parity import balanced_by_language
         from llm.tokenizer.tokenizer import TextTokenizer
 
         checkpoint = context.open(self.model)
@@ -95,7 +95,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             prompts=self.answers,
             max_new_tokens=self.max_new_tokens,
         )
-        chosen = balanced(inputs.sentences, self.sentences)
+        chosen = balanced_by_language(inputs.sentences, self.sentences)
         sentences = [text for texts in chosen.values() for text in texts]
         checks = list(_until_stopped(context, self._checks(context, inputs, sentences)))
         told = {"checks": [{"name": check.name, "passed": check.passed, "compared": check.compared} for check in checks]}
@@ -121,57 +121,57 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
     def _checks(self, context: Context, inputs: ParityInputs, sentences: list[str]) -> "Iterator[Check]":
         import torch
 
-        from llm.export.parity import PROBES, Ours, check_answers, check_chats, check_likelihoods, check_tokens
-        from llm.export.transformers_backend import StockModel
+        from llm.export.parity import PROBES, Reference, check_answers, check_chats, check_likelihoods, check_tokens
+        from llm.export.transformers_backend import TransformersBackend
         from llm.models.checkpoint import load_checkpoint
 
         folder, tokenizer = context.open(self.model).folder, inputs.tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_checkpoint(folder, device=device)
-        ours = Ours.of(model, tokenizer, inputs.prompts, max_new_tokens=inputs.max_new_tokens)
+        reference = Reference.of(model, tokenizer, inputs.prompts, max_new_tokens=inputs.max_new_tokens)
         texts = [*PROBES, *sentences]
 
-        def words(other: "System") -> "Iterator[Check]":
+        def words(other: "Backend") -> "Iterator[Check]":
             yield check_tokens(tokenizer, other, texts)
             if tokenizer.template is not None:
                 yield check_chats(tokenizer, other, inputs.chats)
 
-        stock = StockModel(folder, ends=tokenizer.ends, padding=tokenizer.padding, device=device)
+        stock = TransformersBackend(folder, ends=tokenizer.ends, padding=tokenizer.padding, device=device)
         yield from words(stock)
-        yield check_likelihoods(ours, stock, inputs.prompts[:LIKELIHOODS])
-        yield check_answers(ours, stock)
+        yield check_likelihoods(reference, stock, inputs.prompts[:LIKELIHOODS])
+        yield check_answers(reference, stock)
         del stock
         if self.base is not None and self.adapter is not None:
-            yield self._adapter_check(context, ours, inputs)
+            yield self._adapter_check(context, reference, inputs)
         for precision, path in context.open(self.gguf).files().items() if self.gguf is not None else ():
-            yield from self._llama_cpp(path, precision, ours, words, cores=context.cores)
+            yield from self._llama_cpp(path, precision, reference, words, cores=context.cores)
 
-    def _adapter_check(self, context: Context, ours: "Ours", inputs: ParityInputs) -> "Check":
+    def _adapter_check(self, context: Context, reference: "Reference", inputs: ParityInputs) -> "Check":
         """Whether stock PEFT computes the same with the adapter on the stock base."""
         from llm.adapters.lora import load_adapter
         from llm.export.parity import check_likelihoods
-        from llm.export.transformers_backend import StockModel
+        from llm.export.transformers_backend import TransformersBackend
         from llm.models.checkpoint import load_checkpoint
 
         assert self.base is not None and self.adapter is not None
         base, adapter = context.open(self.base).folder, context.open(self.adapter).folder
-        adapted = load_checkpoint(base, device=ours.model.device)
+        adapted = load_checkpoint(base, device=reference.model.device)
         load_adapter(adapted, adapter)
-        peft = StockModel(
+        peft = TransformersBackend(
             base,
-            ends=ours.tokenizer.ends,
-            padding=ours.tokenizer.padding,
+            ends=reference.tokenizer.ends,
+            padding=reference.tokenizer.padding,
             adapter=adapter,
-            device=str(ours.model.device),
+            device=str(reference.model.device),
         )
-        return check_likelihoods(replace(ours, model=adapted), peft, inputs.prompts[:LIKELIHOODS])
+        return check_likelihoods(replace(reference, model=adapted), peft, inputs.prompts[:LIKELIHOODS])
 
     def _llama_cpp(
-        self, path: Path, precision: str, ours: "Ours", words: "Callable[[System], Iterator[Check]]", *, cores: int
+        self, path: Path, precision: str, reference: "Reference", words: "Callable[[Backend], Iterator[Check]]", *, cores: int
     ) -> "Iterator[Check]":
         """The comparisons with llama.cpp for one file; answers have to be equal only for unrounded weights."""
         from llm.errors import InputError
-        from llm.export.llama_cpp_backend import PACKAGE, LlamaCpp
+        from llm.export.llama_cpp_backend import PACKAGE, LlamaCppBackend
         from llm.export.parity import Check, check_answers, check_likelihoods
 
         name = f"llama.cpp {precision}"
@@ -183,18 +183,18 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
             )
             return
         try:
-            other = LlamaCpp(
+            other = LlamaCppBackend(
                 path,
                 name=name,
-                context=max(map(len, ours.prompts)) + ours.max_new_tokens,
-                vocab_size=ours.model.vocab_size,
-                ends=ours.tokenizer.ends,
+                context=max(map(len, reference.prompts)) + reference.max_new_tokens,
+                vocab_size=reference.model.vocab_size,
+                ends=reference.tokenizer.ends,
                 threads=cores,
             )
             yield from words(other)
-            yield check_likelihoods(ours, other, ours.prompts[:LIKELIHOODS], precision=precision)
+            yield check_likelihoods(reference, other, reference.prompts[:LIKELIHOODS], precision=precision)
             if precision == "f32":
-                yield check_answers(ours, other)
+                yield check_answers(reference, other)
         except InputError as error:
             yield Check(name, False, str(error))
 

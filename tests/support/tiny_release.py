@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llm.export.llama_cpp_backend import LlamaCpp
+from llm.export.llama_cpp_backend import LlamaCppBackend
 from llm.models import architectures
 from llm.models.checkpoint import read_config, save_checkpoint
 from llm.tokenizer.pretokenizers import PreTokenizerName
@@ -46,8 +46,8 @@ def tiny_checkpoint(
     return folder
 
 
-def open_in_llama_cpp(gguf: Path, checkpoint: Path) -> LlamaCpp:
+def open_in_llama_cpp(gguf: Path, checkpoint: Path) -> LlamaCppBackend:
     """The file in llama.cpp, beside the checkpoint that it was written from."""
     config, vocab_size = read_config(checkpoint / "config.json")
     ends = TextTokenizer.load(checkpoint).ends
-    return LlamaCpp(gguf, name="llama.cpp", context=config.context or 0, vocab_size=vocab_size, ends=ends)
+    return LlamaCppBackend(gguf, name="llama.cpp", context=config.context or 0, vocab_size=vocab_size, ends=ends)

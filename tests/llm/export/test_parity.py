@@ -1,4 +1,4 @@
-"""Comparisons of a model with what other systems make of it: what is equal passes, and a fault planted anywhere is found."""
+"""Parity checks: equal systems pass, and every planted fault is found."""
 
 import json
 import shutil
@@ -13,8 +13,17 @@ from torch import Tensor
 from llm.errors import InputError
 from llm.export import gguf
 from llm.export.gguf import write_gguf
-from llm.export.parity import PROBES, Ours, balanced, check_answers, check_chats, check_likelihoods, check_tokens, sentences
-from llm.export.transformers_backend import StockModel
+from llm.export.parity import (
+    PROBES,
+    Reference,
+    balanced_by_language,
+    check_answers,
+    check_chats,
+    check_likelihoods,
+    check_tokens,
+    sentences,
+)
+from llm.export.transformers_backend import TransformersBackend
 from llm.models.checkpoint import load_checkpoint
 from llm.models.llama import gguf as llama
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -28,39 +37,39 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint: Path) -> Ours:
+def reference(checkpoint: Path) -> Reference:
     tokenizer = TextTokenizer.load(checkpoint)
     prompts = [tokenizer.encode_prompt(chat) for chat in PROMPTS]
-    return Ours.of(load_checkpoint(checkpoint), tokenizer, prompts, max_new_tokens=24)
+    return Reference.of(load_checkpoint(checkpoint), tokenizer, prompts, max_new_tokens=24)
 
 
-def faults(ours: Ours, written: Path, checkpoint: Path, *, precision: str = "f32") -> list[str]:
+def faults(reference: Reference, written: Path, checkpoint: Path, *, precision: str = "f32") -> list[str]:
     """The comparisons that fail for a GGUF file."""
     try:
         other = open_in_llama_cpp(written, checkpoint)
     except InputError as error:
         return [str(error)]
     checks = [
-        check_tokens(ours.tokenizer, other, [*TEXTS, *PROBES]),
-        check_chats(ours.tokenizer, other, CHATS),
-        check_likelihoods(ours, other, ours.prompts, precision=precision),
-        check_answers(ours, other),
+        check_tokens(reference.tokenizer, other, [*TEXTS, *PROBES]),
+        check_chats(reference.tokenizer, other, CHATS),
+        check_likelihoods(reference, other, reference.prompts, precision=precision),
+        check_answers(reference, other),
     ]
     return [check.name.removeprefix("llama.cpp: ") for check in checks if not check.passed]
 
 
-def test_a_sound_file_passes_everything(ours: Ours, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sound_file_passes_everything(reference: Reference, checkpoint: Path, tmp_path: Path) -> None:
     write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
-    assert faults(ours, tmp_path / "model.gguf", checkpoint) == []
+    assert faults(reference, tmp_path / "model.gguf", checkpoint) == []
 
 
-def test_stock_transformers_passes_everything(ours: Ours, checkpoint: Path) -> None:
-    stock = StockModel(checkpoint, ends=ours.tokenizer.ends, padding=ours.tokenizer.padding)
+def test_stock_transformers_passes_everything(reference: Reference, checkpoint: Path) -> None:
+    stock = TransformersBackend(checkpoint, ends=reference.tokenizer.ends, padding=reference.tokenizer.padding)
     for check in (
-        check_tokens(ours.tokenizer, stock, [*TEXTS, *PROBES]),
-        check_chats(ours.tokenizer, stock, CHATS),
-        check_likelihoods(ours, stock, ours.prompts),
-        check_answers(ours, stock),
+        check_tokens(reference.tokenizer, stock, [*TEXTS, *PROBES]),
+        check_chats(reference.tokenizer, stock, CHATS),
+        check_likelihoods(reference, stock, reference.prompts),
+        check_answers(reference, stock),
     ):
         assert check.passed, check
     assert check.told == "3 of 3 greedy answers"
@@ -68,17 +77,19 @@ def test_stock_transformers_passes_everything(ours: Ours, checkpoint: Path) -> N
 
 @pytest.mark.parametrize("precision", ["f32", "q8_0"])
 def test_rotary_channels_in_the_order_of_transformers_are_found(
-    precision: gguf.GgufPrecision, ours: Ours, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: gguf.GgufPrecision, reference: Reference, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama, "interleaved", lambda weight, heads: weight)
     write_gguf(checkpoint, tmp_path / "model.gguf", precision=precision)
-    assert {"likelihoods", "answers"} <= set(faults(ours, tmp_path / "model.gguf", checkpoint, precision=precision))
+    assert {"likelihoods", "answers"} <= set(faults(reference, tmp_path / "model.gguf", checkpoint, precision=precision))
 
 
-def test_another_pre_tokenizer_is_found(ours: Ours, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_pre_tokenizer_is_found(
+    reference: Reference, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gguf, "pre_tokenizer_name_of", lambda tokenizer: "qwen2")  # which cuts numbers into digits
     write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
-    assert "tokens" in faults(ours, tmp_path / "model.gguf", checkpoint)
+    assert "tokens" in faults(reference, tmp_path / "model.gguf", checkpoint)
 
 
 def without_last_token(stored: dict[str, object]) -> None:
@@ -99,39 +110,39 @@ def roles_as_text(stored: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(("spoil", "found"), [(without_last_token, "tokens"), (roles_as_text, "chats")])
 def test_a_token_that_is_missing_is_found(
-    spoil: Callable[[dict[str, object]], None], found: str, ours: Ours, checkpoint: Path, tmp_path: Path
+    spoil: Callable[[dict[str, object]], None], found: str, reference: Reference, checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "spoilt")
     stored = json.loads((checkpoint / "tokenizer.json").read_text())
     spoil(stored)
     (tmp_path / "spoilt" / "tokenizer.json").write_text(json.dumps(stored))
     write_gguf(tmp_path / "spoilt", tmp_path / "model.gguf", precision="f32")
-    assert found in faults(ours, tmp_path / "model.gguf", checkpoint)
+    assert found in faults(reference, tmp_path / "model.gguf", checkpoint)
 
 
-def test_another_chat_template_is_found_in_both(ours: Ours, checkpoint: Path, tmp_path: Path) -> None:
+def test_another_chat_template_is_found_in_both(reference: Reference, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "spoilt")
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     config["chat_template"] = config["chat_template"].replace("'<|user|>' +", "'<|user|> ' +")
     (tmp_path / "spoilt" / "tokenizer_config.json").write_text(json.dumps(config))
     write_gguf(tmp_path / "spoilt", tmp_path / "model.gguf", precision="f32")
-    assert faults(ours, tmp_path / "model.gguf", checkpoint) == ["chats"]
-    stock = StockModel(tmp_path / "spoilt", ends=ours.tokenizer.ends, padding=ours.tokenizer.padding)
-    check = check_chats(ours.tokenizer, stock, CHATS)
+    assert faults(reference, tmp_path / "model.gguf", checkpoint) == ["chats"]
+    stock = TransformersBackend(tmp_path / "spoilt", ends=reference.tokenizer.ends, padding=reference.tokenizer.padding)
+    check = check_chats(reference.tokenizer, stock, CHATS)
     assert not check.passed
     assert "0 of 6 renderings; the first: 'What does the heart do?' is [" in check.told
 
 
 def test_a_file_that_llama_cpp_does_not_open_says_so(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(InputError, match=r"model\.gguf: llama\.cpp does not open it"):
+    with pytest.raises(InputError, match=r"model\.gguf: expected a file that llama\.cpp opens"):
         open_in_llama_cpp(tmp_path / "model.gguf", checkpoint)
 
 
-class Parting:
-    """A system that answers as told."""
+class FixedAnswers:
+    """A system that gives the answers it was made with."""
 
-    name = "told"
+    name = "fixed"
 
     def __init__(self, answers: list[list[int]]) -> None:
         self._answers = answers
@@ -142,6 +153,9 @@ class Parting:
     def encode_prompt(self, messages: object) -> list[int]:
         raise NotImplementedError
 
+    def encode_chat(self, messages: object) -> None:
+        raise NotImplementedError
+
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
         return torch.full((1, 340), torch.nan)
 
@@ -149,30 +163,30 @@ class Parting:
         return self._answers
 
 
-def test_answers_that_part_at_a_near_tie_are_told_and_others_fail(ours: Ours, checkpoint: Path) -> None:
+def test_answers_that_diverge_at_a_near_tie_pass_and_others_fail(reference: Reference, checkpoint: Path) -> None:
     """A model in which two tokens have equal weights cannot prefer one."""
     model = load_checkpoint(checkpoint)
-    prompt, answer = list(ours.prompts[0]), list(ours.answers[0])
+    prompt, answer = list(reference.prompts[0]), list(reference.answers[0])
     twin = next(token for token in range(20, 60) if token not in answer)
     with torch.no_grad():
         model.lm_head.weight[twin] = model.lm_head.weight[answer[3]]  # it is the embedding too
-    tied = Ours(model, ours.tokenizer, [prompt], [answer], max_new_tokens=24)
-    near = check_answers(tied, Parting([[*answer[:3], twin]]))
+    tied = Reference(model, reference.tokenizer, [prompt], [answer], max_new_tokens=24)
+    near = check_answers(tied, FixedAnswers([[*answer[:3], twin]]))
     assert near.passed
-    assert near.told == "0 of 1 greedy answers, 1 part where two logits are less than 0.0001 apart"
+    assert near.told == "0 of 1 greedy answers, 1 diverge where two logits are less than 0.0001 apart"
     assert near.measured == {"near_ties": 1}
     other = next(token for token in range(60, 90) if token not in answer)
     for wrong in ([*answer[:3], other], answer[:3]):  # another token, or an end
-        assert not check_answers(tied, Parting([wrong])).passed
+        assert not check_answers(tied, FixedAnswers([wrong])).passed
 
 
-def test_a_system_that_says_nothing_or_no_number_is_not_equal(ours: Ours) -> None:
-    assert not check_likelihoods(ours, Parting([]), ours.prompts).passed
+def test_a_system_that_reports_no_numbers_is_not_equal(reference: Reference) -> None:
+    assert not check_likelihoods(reference, FixedAnswers([]), reference.prompts).passed
 
 
 def test_sentences_are_those_of_both_languages_in_even_shares() -> None:
     found = list(sentences(["One. Two? Three 3.5 times!\nFour", "一。二！“三？”四"]))
     assert found == ["One.", "Two?", "Three 3.5 times!", "Four", "一。", "二！", "“三？", "”四"]
-    many = balanced([f"Sentence {number}." for number in range(100)] + ["一。", "二。", "二。"], 10)
+    many = balanced_by_language([f"Sentence {number}." for number in range(100)] + ["一。", "二。", "二。"], 10)
     assert {language: len(texts) for language, texts in many.items()} == {"zh": 2, "en": 8}
     assert many["en"][0] == "Sentence 0." and many["en"][-1] == "Sentence 87."

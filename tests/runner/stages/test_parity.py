@@ -108,7 +108,7 @@ def test_a_fault_in_one_file_fails_its_verdicts_alone(
         "llama.cpp f32: likelihoods",
         "llama.cpp f32: answers",
     ]
-    assert "llama.cpp does not open it" in failed[0]
+    assert "expected a file that llama.cpp opens" in failed[0]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
