@@ -88,10 +88,6 @@ def _restored(api: "HfApi", target: Target, origin: str, receipts: Path, overwri
     ]
     operations += [CommitOperationDelete(name) for name in sorted(branch.files.keys() - files.keys())]
     made = api.create_commit(
-        repo,
-        operations,
-        commit_message=f"Roll back to {origin[:SHOWN]}",
-        revision=target.branch,
-        parent_commit=branch.commit,
+        repo, operations, commit_message=f"Roll back to {origin[:SHOWN]}", revision=target.branch, parent_commit=branch.commit
     )
     return made.oid, str(made.commit_url)
