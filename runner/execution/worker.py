@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from llm.errors import InputError, Interrupted, Paused
 from runner.artifacts import METRICS, PAUSED, SCRATCH
@@ -129,7 +128,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         recipe=job.recipe,
         parallel=Parallel.model_validate(job.parallel),
         cores=job.cores,
-        report=MetricsWriter(Path(job.work) / METRICS) if rank == 0 else _silent,
+        report=MetricsWriter(Path(job.work) / METRICS) if rank == 0 else lambda **values: None,
         should_stop=Heartbeat(scratch, (scratch / STOP).exists) if rank == 0 else (scratch / STOP).exists,
         data=job.data,
         settings=job.settings,
@@ -137,10 +136,6 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         row_log=Path(job.row_logs) / f"{rank}.jsonl" if job.row_logs else None,
     )
     return stage, context
-
-
-def _silent(**values: Any) -> None:
-    pass
 
 
 def _write_error(scratch: Path, rank: int, message: str, *, again: bool) -> None:

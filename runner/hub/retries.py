@@ -26,10 +26,6 @@ LOCAL_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionErr
 QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")  # upload addresses have their signature there
 
 
-def _silent(message: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Retries:
     """How often to retry, and how long to wait before each attempt."""
@@ -37,7 +33,7 @@ class Retries:
     waits: tuple[float, ...] = (1, 2, 4, 8, 16, 32)  # seconds, one for each further attempt
     longest: float = 330.0  # seconds that a server may ask for; the Hub's rate limit covers 5 minutes
     sleep: Callable[[float], None] = time.sleep
-    note: Callable[[str], None] = _silent  # gets a message before each wait
+    note: Callable[[str], None] = lambda message: None  # gets a message before each wait
 
 
 DEFAULT_RETRIES = Retries()  # a minute, in addition to the retries of the Hub's client

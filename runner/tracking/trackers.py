@@ -4,6 +4,8 @@ Every tracker gets the facts of a stage, its metrics by step, and the load of th
 its credentials from the environment.
 """
 
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -122,9 +124,6 @@ class Machine:
 
 def _gpus() -> dict[str, float]:
     """The load of each GPU as nvidia-smi reports it; empty without nvidia-smi."""
-    import shutil
-    import subprocess
-
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
