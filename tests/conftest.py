@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core, not each on all of
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background, and all that that starts
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt runs
 LONG_SECONDS = 3000.0  # for one test that is marked as long; the others have what pyproject.toml says
-LONGEST = ["test_quickstart.py", "test_machines.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
+LONGEST = ["test_quickstart.py", "test_two_machines.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
