@@ -29,8 +29,8 @@ class AdapterFields(Spec):
     """Scale the update by alpha / sqrt(r) instead (Kalajdzievski 2023)."""
     dora: Semantic[bool] = False
     """Learn the length and the direction of each row of the matrices separately (Liu et al. 2024)."""
-    bias: Semantic[Literal["none", "lora_only", "all"]] = "none"
-    """Biases to train; always "none", since the layers of a Llama have no biases."""
+    bias: Semantic[Literal["none"]] = "none"
+    """Biases to train; only "none", since no layer of a Llama has a bias."""
 
     @field_validator("target_modules")
     @classmethod
@@ -38,13 +38,6 @@ class AdapterFields(Spec):
         if "lm_head" in targets and info.data.get("dropout"):  # llm checks it too, but only after the base is trained
             raise ValueError('expected dropout = 0 with "lm_head", whose adapter has none, or other layers')
         return targets
-
-    @field_validator("bias")
-    @classmethod
-    def _there_is_none(cls, bias: str) -> str:
-        if bias != "none":
-            raise ValueError(f'expected "none", got {bias!r}: no layer of a Llama has a bias, so nothing would be trained')
-        return bias
 
     @property
     def adapter(self) -> "lora.LoraConfig":
