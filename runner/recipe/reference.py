@@ -13,8 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from runner.input_files import InputFile
 from runner.recipe.head import Head
-from runner.recipe.schema import docstrings
-from runner.recipe.validation import models_in
+from runner.recipe.schema import docstrings, with_nested
 from runner.stage import Identity, Ref
 from runner.stages import stage_kinds
 
@@ -38,7 +37,8 @@ PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false
 def recipe_reference() -> str:
     """The whole page."""
     kinds = sorted(stage_kinds().items())
-    inner = _inner([Head, *(model for _, model in kinds)])
+    tables: list[type[BaseModel]] = [Head, *(model for _, model in kinds)]
+    nested = sorted({*with_nested(tables)} - {*tables}, key=lambda model: model.__name__)
     contents = ", ".join(f"[{kind}](#{kind})" for kind, _ in kinds)
     lines = [INTRODUCTION, f"Kinds of stages: {contents}.\n", "## The head of a recipe\n", *_fields(Head)]
     lines += [
@@ -48,21 +48,9 @@ def recipe_reference() -> str:
     for kind, model in kinds:
         lines += [f"## {kind}\n", f"{_on_one_line(inspect.getdoc(model))} Makes: {model.makes.__name__}.\n", *_fields(model)]
     lines += ["## Nested tables\n"]
-    for table in inner:
+    for table in nested:
         lines += [f"### {table.__name__}\n", f"{_on_one_line(inspect.getdoc(table))}\n", *_fields(table)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
-    """The tables nested in the fields of `tables`, sorted by name."""
-    found: dict[type[BaseModel], None] = {}
-    waiting = list(tables)
-    while waiting:
-        for field in waiting.pop().model_fields.values():
-            new = [model for model in models_in(field.annotation) if model not in found]
-            found |= dict.fromkeys(new)
-            waiting += new
-    return sorted(found, key=lambda model: model.__name__)
 
 
 def _fields(model: type[BaseModel]) -> Iterator[str]:

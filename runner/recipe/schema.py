@@ -18,7 +18,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file, every kind of stage included."""
     kinds = stage_kinds()
     tables: list[type[BaseModel]] = [Head, *kinds.values()]
-    models = _with_inner(tables)
+    models = with_nested(tables)
     places, definitions = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
     definitions = definitions["$defs"]
     for model in models:
@@ -48,12 +48,12 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _with_inner(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
+def with_nested(tables: list[type[BaseModel]]) -> list[type[BaseModel]]:
     """`tables` and all tables nested in their fields, each once."""
     found = dict.fromkeys(tables)
     for table in tables:
         for field in table.model_fields.values():
-            found |= dict.fromkeys(_with_inner([model for model in models_in(field.annotation) if model not in found]))
+            found |= dict.fromkeys(with_nested([model for model in models_in(field.annotation) if model not in found]))
     return list(found)
 
 

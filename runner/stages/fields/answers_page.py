@@ -1,4 +1,4 @@
-"""The page that shows what two models answered to the same prompts: one HTML file that stands alone, without scripts."""
+"""The page that shows what two models answered to the same prompts: one HTML file without scripts or other files."""
 
 from collections.abc import Mapping, Sequence
 from html import escape

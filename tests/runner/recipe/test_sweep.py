@@ -312,7 +312,7 @@ def test_the_schema_knows_a_sweep_and_its_dotted_fields() -> None:
         ),
         (
             '"stage.medical.schedule" = [{ learning_rate = 0.1 }]\n"stage.medical.learning_rate" = [0.2]',
-            "sweep.stage.medical.schedule.learning_rate: expected a field of its own",
+            "sweep.stage.medical.schedule.learning_rate: expected a field outside of medical.schedule, which varies too",
         ),
         ('"stage.medical.base" = ["base", "release"]', "expected stages without a cycle"),
         ('"stage.medical.data" = [[{ files = "none.jsonl" }]]', "expected a file, got nothing at"),
