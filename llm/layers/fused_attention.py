@@ -47,7 +47,7 @@ def is_supported(length: int, size: int, dtype: torch.dtype) -> bool:
 def load_kernel() -> ctypes.CDLL:
     """The kernel, built on first use. UnavailableError where it cannot run."""
     if not is_cpu_supported():
-        raise UnavailableError("expected a CPU with AVX512-BF16 and without AMX, for which it is faster")
+        raise UnavailableError("expected a CPU with AVX512-BF16 and without AMX, since it is faster only there")
     program = find_compiler()
     if program is None or "clang" in Path(program).name:  # clang's OpenMP would start threads of its own beside torch's
         raise UnavailableError(f"expected g++ to build it, got {program or 'no C++ compiler'}")

@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
     if path.exists():
         raise RecipeError(f"{path}: expected the name of a new file, but it exists")
     if not re.fullmatch(r"[\w.-]+", path.stem):
-        raise RecipeError(f"{path.name}: expected a name of letters, digits, '.', '-' and '_'")
+        raise RecipeError(f"RECIPE: expected a name of letters, digits, '.', '-' and '_', got {path.name!r}")
     best: Hardware = "gpu" if gpu_count() else "cpu"
     language = _answer(options.language, "language of the model", LANGUAGES, "en")
     data = _answer(options.data, "file with rows of your domain (empty for none)", None, "", check=_is_file)
@@ -75,7 +75,9 @@ def _answer(
     check: Callable[[str], str | None] | None = None,
 ) -> str:
     """The value on the command line, else the user's answer, else (without a terminal) the default."""
-    fault = check or (lambda text: None if not choices or text in choices else f"expected one of {', '.join(choices)}")
+    fault = check or (
+        lambda text: None if not choices or text in choices else f"expected one of {', '.join(choices)}, got {text!r}"
+    )
     if given is not None or not sys.stdin.isatty():
         text = default if given is None else str(given)
         if found := fault(text):

@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
         published = download_recipe(Address.parse(options.recipe), store, data=options.data)
         options.recipe = published.recipe
     elif options.yes or options.data:
-        raise RecipeError("--yes and --data: expected a published model, hf://OWNER/NAME")
+        raise RecipeError(f"--yes and --data: expected a published model, hf://OWNER/NAME, got {str(options.recipe)!r}")
     recipe = recipe_of(options, absent=store.digests.promised)
     _check_stages(recipe, until=options.until, force=options.force)
     machines = LayoutOptions(options.machines, options.machine_rank, options.main_address)
@@ -101,7 +101,7 @@ def _check_stages(recipe: Recipe, *, until: str | None, force: Sequence[str]) ->
         stage_named(recipe, name)
     for name in force:
         if until and not recipe.needed(until).issuperset(recipe.names_of(name)):
-            raise RecipeError(f"--force {name}: expected a stage that --until {until} runs")
+            raise RecipeError(f"--force: expected a stage that --until {until} runs, got {name!r}")
 
 
 def _execute(

@@ -81,7 +81,9 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
     pack = recipe.stages[stage.tokens]
     tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
     if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
-        raise RecipeError(f"{recipe.path}: stage.{name}: bench: expected tokens of a pack stage with a tokenizer of its own")
+        raise RecipeError(
+            f"{recipe.path}: stage.{name}: bench: expected tokens of a pack stage with a tokenizer stage, got others"
+        )
     rows = stage.batch_tokens // pack.context
     if not rows:
         raise RecipeError(

@@ -25,8 +25,9 @@ class AlertsTable(Alerts):
     @classmethod
     def _are_addresses(cls, notify: Any) -> Any:
         if not isinstance(notify, list) or not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in notify):
-            # The value is not shown: it may hold a secret.
-            raise ValueError('expected a list of apprise addresses, such as ["ntfy://TOPIC"]')
+            raise ValueError(
+                'expected a list of apprise addresses, such as ["ntfy://TOPIC"] (not shown: it may hold a password)'
+            )
         return notify
 
 

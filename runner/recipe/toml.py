@@ -85,7 +85,7 @@ def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"--set {override}: expected KEY=VALUE with a dotted key, such as stage.base.seed=1")
+        raise RecipeError(f"--set: expected KEY=VALUE with a dotted key, such as stage.base.seed=1, got {override!r}")
     try:
         value = tomli.loads(f"value = {text}")["value"]
     except (tomli.TOMLDecodeError, RecursionError):

@@ -36,7 +36,7 @@ class AdapterFields(Spec):
     @classmethod
     def _head_without_dropout(cls, targets: list[str] | str, info: ValidationInfo) -> list[str] | str:
         if "lm_head" in targets and info.data.get("dropout"):  # llm checks it too, but only after the base is trained
-            raise ValueError('expected dropout = 0 with "lm_head", whose adapter has none, or other layers')
+            raise ValueError('expected dropout = 0 with "lm_head", or other layers, since its adapter has no dropout')
         return targets
 
     @property
