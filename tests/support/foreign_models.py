@@ -1,4 +1,4 @@
-"""Tiny models as others publish them: built and saved by stock Transformers, with tokenizers of the kinds that Llamas have.
+"""Tiny models as others publish them: built and saved by stock Transformers, with the kinds of tokenizers of Llama models.
 
 The tokenizers are trained here by the `tokenizers` library; the chat templates are written in the manner of each family.
 """

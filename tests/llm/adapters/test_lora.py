@@ -1,4 +1,4 @@
-"""Adapters on the hand-written model: what learns, what is saved, what stock PEFT makes of it."""
+"""Adapters on the hand-written model: what learns, what is saved, and that stock PEFT opens it."""
 
 import json
 from collections.abc import Callable
@@ -164,7 +164,7 @@ def test_a_module_that_cannot_be_trained_in_full_is_refused_with_the_right_names
         lora.attach(model_of(), settings_of(modules_to_save=wanted), seed=0)
 
 
-def test_an_adapter_that_takes_a_tied_head_from_its_embedding_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_separates_a_tied_head_from_its_embedding_is_refused(tmp_path: Path) -> None:
     model = model_of()
     lora.attach(model, settings_of(modules_to_save=["embed_tokens"]), seed=0)
     lora.save_adapter(tmp_path, model)
@@ -257,7 +257,7 @@ def test_dropout_of_an_adapter_depends_on_the_row_and_not_on_its_batch() -> None
     assert not any(isinstance(module, torch.nn.Dropout) for module in model.modules())
 
 
-def test_the_seed_alone_decides_how_an_adapter_begins() -> None:
+def test_a_new_adapter_depends_only_on_the_seed() -> None:
     def drawn(seed: int) -> dict[str, Tensor]:
         model = model_of()
         torch.rand(seed + 5)
@@ -269,7 +269,7 @@ def test_the_seed_alone_decides_how_an_adapter_begins() -> None:
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_attaching_leaves_the_generator_of_others_alone() -> None:
+def test_attaching_leaves_the_global_generator_unchanged() -> None:
     model = model_of()
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -290,7 +290,7 @@ def test_attaching_leaves_the_generator_of_others_alone() -> None:
         ([f"model.layers.{layer}.{name}" for layer in (0, 1, 2) for name in LINEAR], None),
     ],
 )
-def test_a_name_means_the_linear_layers_whose_names_it_ends(
+def test_a_target_matches_the_linear_layers_whose_names_it_ends(
     wanted: list[str] | str, adapted: list[str] | None, tmp_path: Path
 ) -> None:
     model = model_of(layers=2 if adapted else 3, tied=False)
@@ -371,7 +371,7 @@ def test_dropout_is_refused_for_the_adapter_of_a_head() -> None:
         lora.attach(model_of(tied=False), settings_of(target_modules=["lm_head"], dropout=0.1), seed=0)
 
 
-def test_the_saved_configuration_names_its_targets_and_no_place_on_this_machine(tmp_path: Path) -> None:
+def test_the_saved_configuration_names_its_targets_and_no_path(tmp_path: Path) -> None:
     model = model_of()
     lora.attach(model, settings_of(r=2, alpha=6, dropout=0.25, rslora=True), seed=0)
     lora.save_adapter(tmp_path, model)

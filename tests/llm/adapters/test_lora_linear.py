@@ -46,13 +46,13 @@ def test_it_gives_the_output_and_gradients_of_pefts_layer(bf16: bool) -> None:
         torch.testing.assert_close(ours[name], expected, atol=allowed, rtol=0, msg=name)
 
 
-def test_it_learns_where_nothing_asks_for_the_gradient_of_its_input() -> None:
+def test_it_learns_where_its_input_needs_no_gradient() -> None:
     _, layer = layers()
     layer(torch.ones(2, 24)).sum().backward()
     assert layer.lora_A["default"].weight.grad.abs().max() > 0
 
 
-def test_an_adapter_that_is_switched_off_or_merged_is_not_added_again() -> None:
+def test_a_disabled_or_merged_adapter_is_not_added_again() -> None:
     _, layer = layers()
     x = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -74,6 +74,6 @@ def test_an_adapter_that_is_switched_off_or_merged_is_not_added_again() -> None:
         (nn.Linear(2, 2, bias=False), {"dora": True}),
     ],
 )
-def test_what_is_more_than_a_matrix_and_its_update_is_left_to_peft(base: nn.Module, settings: dict[str, Any]) -> None:
+def test_other_adapters_are_left_to_peft(base: nn.Module, settings: dict[str, Any]) -> None:
     assert not can_fuse(base, **({"dropout": 0.0, "dora": False} | settings))
     assert can_fuse(nn.Linear(2, 2, bias=False), dropout=0.0, dora=False)

@@ -1,4 +1,4 @@
-"""Generation: what the cache gives is what the whole forward pass gives, whatever lies beside it in the batch."""
+"""Generation from the cache equals the whole forward pass, for any batch."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def greedy_without_cache(model: Llama, prompt: list[int], *, limit: int, end: in
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_greedy_text_from_the_cache_is_that_of_the_whole_forward_pass(model: Llama, batch_size: int) -> None:
+def test_greedy_text_from_the_cache_equals_the_whole_forward_pass(model: Llama, batch_size: int) -> None:
     free = generate(model, PROMPTS, max_new_tokens=12, end=[], batch_size=batch_size)
     assert free == [greedy_without_cache(model, prompt, limit=12, end=-1) for prompt in PROMPTS]
     assert {len(answer) for answer in free} == {12}
@@ -81,7 +81,7 @@ def test_several_tokens_may_end_an_answer(model: Llama) -> None:
         assert answer == whole[:first]
 
 
-def test_one_prompt_alone_gives_the_same_tokens_one_after_the_other(model: Llama) -> None:
+def test_one_prompt_alone_gives_the_same_tokens_one_by_one(model: Llama) -> None:
     sampling = Sampling(temperature=1.5, top_k=20, repetition_penalty=1.2, seed=4)
     whole = generate(model, PROMPTS[2:3], max_new_tokens=12, end=[], sampling=sampling)[0]
     tokens = generate_one(model.decoding(), PROMPTS[2], max_new_tokens=12, end=[], sampling=sampling)
@@ -126,7 +126,7 @@ def test_almost_no_temperature_is_greedy(model: Llama) -> None:
     assert cold == generate(model, PROMPTS, max_new_tokens=8, end=[])
 
 
-def test_the_clock_counts_tokens_read_and_written(model: Llama) -> None:
+def test_the_timer_counts_prompt_and_new_tokens(model: Llama) -> None:
     timer = GenerationTimer()
     generate(model, PROMPTS, max_new_tokens=4, end=[], timer=timer)
     assert (timer.prompt_tokens, timer.new_tokens) == (sum(map(len, PROMPTS)), 4 * len(PROMPTS))

@@ -1,4 +1,4 @@
-"""Streams of text: pieces join to the whole, never end inside a character, and hold nothing back that is whole."""
+"""Streams of text: pieces join to the whole, never end inside a character, and hold back no complete character."""
 
 from collections.abc import Callable, Sequence
 
@@ -61,7 +61,7 @@ def given_after_each(tokens: Sequence[int], decode: Decode) -> list[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=20) | st.just(TEXT))
-def test_pieces_are_whole_characters_given_as_soon_as_they_are_whole(byte_level: TextTokenizer, text: str) -> None:
+def test_pieces_are_whole_characters_as_soon_as_they_are_complete(byte_level: TextTokenizer, text: str) -> None:
     tokens = byte_level.encode(text)
     assert joined(tokens, byte_level.decode) == text
     spelled = text.encode()
@@ -73,9 +73,7 @@ def test_pieces_are_whole_characters_given_as_soon_as_they_are_whole(byte_level:
 
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.integers(0, 299), max_size=40))
-def test_any_tokens_join_to_what_they_decode_to_even_where_they_make_no_characters(
-    byte_level: TextTokenizer, tokens: list[int]
-) -> None:
+def test_pieces_join_to_the_decoded_text_even_of_invalid_bytes(byte_level: TextTokenizer, tokens: list[int]) -> None:
     assert joined(tokens, byte_level.decode) == byte_level.decode(tokens)
 
 
@@ -89,7 +87,7 @@ def test_byte_fallback_gives_whole_characters_too(byte_fallback: Tokenizer, text
         assert text.startswith(so_far)
 
 
-def test_bytes_that_make_no_character_take_none_along_that_was_given(byte_fallback: Tokenizer) -> None:
+def test_invalid_bytes_do_not_change_characters_that_were_yielded(byte_fallback: Tokenizer) -> None:
     ids = [byte_fallback.token_to_id(f"<0x{byte:02X}>") for byte in ("大".encode() + b"\xff")]
     ids.append(byte_fallback.token_to_id("▁F"))
     assert joined(ids, byte_fallback.decode) == "大\ufffd F"
@@ -133,9 +131,7 @@ def test_a_stream_ends_before_a_stop_text(model: Llama, byte_level: TextTokenize
         (["hi User"], ["User:", "ser"], ["hi U"]),
     ],
 )
-def test_what_may_begin_a_stop_text_is_held_back_no_longer_than_that(
-    texts: list[str], stop: list[str], given: list[str]
-) -> None:
+def test_a_possible_stop_text_is_held_back_no_longer_than_needed(texts: list[str], stop: list[str], given: list[str]) -> None:
     assert list(until_stop(iter(texts), stop)) == given
 
 

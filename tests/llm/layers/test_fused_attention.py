@@ -114,14 +114,14 @@ def test_scores_of_any_size_have_finite_weights() -> None:
         assert bool(x.isfinite().all())
 
 
-def test_a_gradient_that_is_one_number_everywhere_is_taken() -> None:
+def test_an_expanded_gradient_is_accepted() -> None:
     q, k, v, grad = inputs(1, 2, 2, 32, 32)
     wanted = computed(q, k, v, torch.ones_like(grad), among=None, fused=True)
     found = computed(q, k, v, torch.ones((), dtype=grad.dtype).expand(grad.shape), among=None, fused=True)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def test_a_training_learns_what_another_does(tmp_path: Path) -> None:
+def test_training_with_the_kernel_learns_the_same(tmp_path: Path) -> None:
     found = []
     for fused in (False, True):
         model = tiny_model(head_size=32, context=32)
@@ -132,7 +132,7 @@ def test_a_training_learns_what_another_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_one_that_was_stopped_ends_bit_for_bit_where_another_does(recompute: bool, tmp_path: Path) -> None:
+def test_an_interrupted_training_ends_bit_for_bit_where_an_uninterrupted_one_does(recompute: bool, tmp_path: Path) -> None:
     def model() -> Any:
         made = tiny_model(head_size=32, context=32, dropout=0.1)
         made.recompute = recompute
@@ -150,7 +150,7 @@ def test_one_that_was_stopped_ends_bit_for_bit_where_another_does(recompute: boo
 
 
 @pytest.mark.parametrize("sizes", [{"head_size": 16}, {"head_size": 32, "context": 24}])
-def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_path: Path) -> None:
+def test_a_model_of_unsupported_sizes_trains_without_the_kernel(sizes: dict[str, int], tmp_path: Path) -> None:
     context, lines = sizes.get("context", 32), list[dict[str, Any]]()
     changes = TRAINING | {"rows": MadeUpRows(context=context), "batch_tokens": 4 * context, "validation": None}
     metrics = tiny_training(tiny_model(**{"context": 32} | sizes), tmp_path, **changes, lines=lines)
@@ -167,7 +167,7 @@ def test_a_model_that_it_does_not_fit_goes_without(sizes: dict[str, int], tmp_pa
         ('for last; do :; done; echo text > "$last"', ""),  # what the loader says of it
     ],
 )
-def test_where_it_cannot_be_built_training_goes_on_without_it(
+def test_where_the_kernel_cannot_be_built_training_continues_without_it(
     compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
@@ -186,7 +186,7 @@ def test_where_it_cannot_be_built_training_goes_on_without_it(
     assert not compiler or not reason or not list((tmp_path / "compiled" / "attention").iterdir())
 
 
-def test_it_is_built_once_and_not_where_no_folder_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_built_once_and_not_kept_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for _ in range(2):
         load_kernel.cache_clear()
@@ -203,7 +203,7 @@ def test_it_is_built_once_and_not_where_no_folder_is_kept(tmp_path: Path, monkey
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_one_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "whole"))
     load_kernel.cache_clear()
     load_kernel()
@@ -218,7 +218,7 @@ def test_one_that_does_not_load_is_built_again(tmp_path: Path, monkeypatch: pyte
     assert short.read_bytes() == whole.read_bytes()
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "attention").write_text("a file", encoding="utf-8")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     load_kernel.cache_clear()
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: py
     load_kernel.cache_clear()
 
 
-def test_with_fewer_heads_than_threads_it_is_left_out(tmp_path: Path, threads: None) -> None:
+def test_with_fewer_heads_than_threads_the_kernel_is_not_used(tmp_path: Path, threads: None) -> None:
     lines: list[dict[str, Any]] = []
     metrics = tiny_training(
         tiny_model(head_size=32, context=32, kv_heads=1), tmp_path, **TRAINING | {"cores": 2, "micro_batch": 1}, lines=lines
@@ -247,7 +247,7 @@ def test_an_adapter_learns_what_it_does_without_the_kernel(tmp_path: Path) -> No
     assert found[1] == pytest.approx(found[0], abs=0.01) and found[1] != found[0]
 
 
-def test_a_training_that_goes_on_on_a_gpu_leaves_it_behind() -> None:
+def test_a_training_that_continues_on_a_gpu_drops_the_kernel() -> None:
     class OnGpu:
         device, size = torch.device("cuda"), 1
 
@@ -257,7 +257,7 @@ def test_a_training_that_goes_on_on_a_gpu_leaves_it_behind() -> None:
     assert restore_runtime(asdict(kept), ComputeConfig(cores=1), group=ProcessGroup()).fused_attention
 
 
-def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:
+def test_auto_uses_the_kernel_for_long_trainings_in_bf16_on_a_cpu() -> None:
     def resolved(**changes: Any) -> bool:
         asked: dict[str, Any] = {"wanted": "auto", "device": "cpu", "precision": "bf16", "flops": 1.1 * WORTH}
         return resolve_fused_attention(**asked | changes)
@@ -273,7 +273,7 @@ def test_auto_takes_it_for_long_trainings_in_bf16_on_a_cpu() -> None:
     )
 
 
-def test_a_cpu_for_which_it_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_cpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     load_kernel.cache_clear()
     with pytest.raises(UnavailableError, match="not one for which"):

@@ -1,7 +1,7 @@
-"""What every registered architecture owes: to compute what stock Transformers does, however it is trained and decoded.
+"""Every registered architecture computes what stock Transformers does, however it is trained and decoded.
 
-An architecture is tested by being registered. Its config takes the sizes that all have in common; weights are drawn here,
-norms too, so that none is at a value which hides it. Letters: B rows, T positions, V vocabulary.
+A registered architecture is tested without further entry. Its config gets the sizes that all have in common; weights are drawn
+here, also those of norms, which are 1 in a fresh model. Letters: B rows, T positions, V vocabulary.
 """
 
 import math
@@ -272,7 +272,7 @@ def test_dropout_has_the_right_rate_and_scale_at_every_site(name: str, rate: flo
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_alone(name: str) -> None:
+def test_dropout_acts_only_in_training(name: str) -> None:
     dropped, plain = small(name, dropout=0.5), small(name)
     inputs = tokens(2, 9)
     assert torch.equal(dropped(inputs), plain(inputs))
@@ -310,7 +310,7 @@ def test_dropout_does_not_depend_on_layout(name: str, layout: str) -> None:
     assert_same_gradients(total, wanted)
 
 
-def test_layers_computed_again_give_the_same_gradients(name: str) -> None:
+def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     model = small(name, dropout=0.1).train()
     set_counters(model, seed=0, step=0, rows=torch.arange(2))
     found = []
@@ -358,7 +358,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @GROUPED
 @TIED
 @HEAD_SIZES
-def test_saved_opened_and_saved_by_transformers_it_opens_as_it_was(
+def test_a_model_survives_a_round_trip_through_transformers(
     name: str, shared_by: int, tied: bool, head_size: int, tokenizer: Path, tmp_path: Path
 ) -> None:
     model, _ = pair(name, shared_by, tied, head_size)
@@ -376,7 +376,7 @@ def test_saved_opened_and_saved_by_transformers_it_opens_as_it_was(
         assert len(list(opened.parameters())) == len(list(model.parameters()))  # a tied head is tied again
 
 
-def test_every_linear_layer_can_carry_an_adapter(name: str) -> None:
+def test_every_linear_layer_can_have_an_adapter(name: str) -> None:
     model = small(name, tied=False)
     linear = [layer for layer, module in model.named_modules() if isinstance(module, nn.Linear)]
     lora.attach(model, lora.LoraConfig(r=2, alpha=2, target_modules=linear), seed=0)

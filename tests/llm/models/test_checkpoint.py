@@ -38,7 +38,7 @@ def fresh(tokenizer: Path, **changes: object) -> Llama:
     return Llama(LlamaConfig.model_validate(sizes | changes), vocab_size=TextTokenizer.load(tokenizer).vocab_size)
 
 
-def test_the_tokenizer_and_its_special_tokens_come_along(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_and_its_special_tokens_are_saved(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     ours, theirs = TextTokenizer.load(tokenizer), AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("the heart", add_special_tokens=False).input_ids == ours.encode("the heart")
@@ -94,7 +94,7 @@ def test_opening_a_model_does_not_wait_for_the_import_of_the_compiler(tokenizer:
         ("vocab_size", None),
     ],
 )
-def test_a_config_that_the_model_cannot_honour_is_refused_by_its_field(
+def test_an_unsupported_config_is_refused_with_the_name_of_its_field(
     tokenizer: Path, tmp_path: Path, field: str, value: object
 ) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
@@ -118,7 +118,7 @@ def test_a_config_that_the_model_cannot_honour_is_refused_by_its_field(
         ),
     ],
 )
-def test_a_scaling_that_says_too_little_or_nonsense_is_refused(
+def test_an_incomplete_or_invalid_rope_scaling_is_refused(
     tokenizer: Path, tmp_path: Path, scaling: dict[str, Any], complaint: str
 ) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
@@ -142,7 +142,7 @@ SCALINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_a_scaled_rotary_embedding_is_transformers_own_far_beyond_the_original_context(
+def test_a_scaled_rotary_embedding_equals_that_of_transformers_far_beyond_the_original_context(
     tokenizer: Path, tmp_path: Path, scaling: dict[str, Any]
 ) -> None:
     model = fresh(tokenizer, rope_scaling=scaling, context=4096, hidden_size=128)
@@ -160,7 +160,7 @@ def test_a_scaled_rotary_embedding_is_transformers_own_far_beyond_the_original_c
         assert (plain(tokens, positions=positions) - wanted).abs().max() > 1e-2  # the scaling is seen at all
 
 
-def test_configs_of_old_versions_of_transformers_are_read_alike(tokenizer: Path, tmp_path: Path) -> None:
+def test_configs_of_old_versions_of_transformers_give_the_same_model(tokenizer: Path, tmp_path: Path) -> None:
     scaling = {"kind": "llama3", "factor": 8.0, "original_context": 64}
     model = fresh(tokenizer, tied=False, kv_heads=4, rope_scaling=scaling)
     save_checkpoint(tmp_path, model, tokenizer)
@@ -207,7 +207,7 @@ def test_pickled_weights_are_never_opened(tokenizer: Path, tmp_path: Path) -> No
         load_checkpoint(tmp_path)
 
 
-def test_a_file_that_was_cut_short_is_told_from_a_whole_one(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_truncated_weights_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
@@ -215,7 +215,7 @@ def test_a_file_that_was_cut_short_is_told_from_a_whole_one(tokenizer: Path, tmp
         load_checkpoint(tmp_path)
 
 
-def test_the_tokens_that_end_an_answer_come_along(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_tokens_that_end_an_answer_are_saved(tokenizer: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "first", fresh(tokenizer), tokenizer)
     generation = tmp_path / "first" / "generation_config.json"
     generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [1, 5]}))
@@ -224,7 +224,7 @@ def test_the_tokens_that_end_an_answer_come_along(tokenizer: Path, tmp_path: Pat
     assert TextTokenizer.load(tmp_path / "second").ends == (1, 5)
 
 
-def test_the_architecture_is_found_by_what_transformers_calls_it(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_architecture_is_found_by_its_model_type_in_transformers(tokenizer: Path, tmp_path: Path) -> None:
     model = fresh(tokenizer)
     for architecture in architectures().values():
         fields = architecture.to_transformers(model.config)
@@ -245,7 +245,7 @@ def test_weights_of_another_shape_are_refused(tokenizer: Path, tmp_path: Path) -
         load_checkpoint(tmp_path)
 
 
-def test_who_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+def test_weights_have_the_read_permissions_of_their_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     write_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(2)})
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644

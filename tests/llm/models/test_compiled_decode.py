@@ -1,4 +1,4 @@
-"""The compiled step of one row gives what the model gives, whatever was decoded before it and beside it."""
+"""The compiled step of one row equals the model, whatever was decoded before it."""
 
 from typing import Any
 
@@ -42,9 +42,7 @@ def rows_stepped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("changes", [{"kv_heads": 2}, {"tied": False, "head_size": 12}])
-def test_texts_of_any_length_give_what_the_whole_forward_pass_gives(
-    changes: dict[str, object], rows_stepped: list[int]
-) -> None:
+def test_texts_of_any_length_equal_the_whole_forward_pass(changes: dict[str, object], rows_stepped: list[int]) -> None:
     model = small(**changes)
     decoding = compiled(model)
     rows_stepped.clear()
@@ -82,7 +80,7 @@ def test_batches_between_texts_of_one_row_change_nothing(rows_stepped: list[int]
     assert len(rows_stepped) == 9 + 5 + 7
 
 
-def test_a_row_that_is_left_of_a_batch_goes_on() -> None:
+def test_the_last_row_of_a_batch_continues_uncompiled() -> None:
     model, prompts = small(kv_heads=2), rows_of([4, 9], more=0)
     plain = generate(model, prompts, max_new_tokens=8, end=())
     end = plain[0][1]
@@ -92,7 +90,7 @@ def test_a_row_that_is_left_of_a_batch_goes_on() -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
-def test_a_model_with_an_adapter_stays_as_it_was(targets: Any, rows_stepped: list[int]) -> None:
+def test_a_model_with_an_adapter_is_not_compiled(targets: Any, rows_stepped: list[int]) -> None:
     model = small(tied=False)
     attach(model, LoraConfig(r=2, alpha=4, target_modules=targets), seed=1)
     decoded(compiled(model.eval()), rows_of([3]), read=[3])
@@ -104,7 +102,7 @@ def test_a_context_of_one_token_compiles() -> None:
     assert generate(compiled(model), rows, max_new_tokens=3, end=()) == generate(model, rows, max_new_tokens=3, end=()) == [[]]
 
 
-def test_without_a_compiler_it_says_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "has_compiler", lambda device: False)
     assert device.has_compiler("cpu")  # but here is one
     with pytest.raises(InputError, match=r"expected a C\+\+ compiler \(CXX, g\+\+ or clang\+\+\), got none"):

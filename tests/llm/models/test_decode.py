@@ -1,4 +1,4 @@
-"""The decoding form of a model computes what the model computes: values, any weights, whatever lies beside or behind."""
+"""The decoding form of a model computes what the model computes: with adapters and in four bits, for any batch and cache."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from llm.adapters.lora import LoraConfig, adapted_layers, attach, quantize
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 2}, {"kv_heads": 1}, {"tied": False, "head_size": 12}])
-def test_step_by_step_gives_what_the_whole_forward_pass_gives(changes: dict[str, object]) -> None:
+def test_step_by_step_decoding_equals_the_whole_forward_pass(changes: dict[str, object]) -> None:
     model, rows = small(**changes), rows_of(LENGTHS)
     found = decoded(model.decoding(), rows, read=LENGTHS)
     torch.testing.assert_close(found, computed(model, rows, read=LENGTHS), atol=1e-5, rtol=1e-5)
 
 
-def test_the_form_for_a_gpu_which_runs_over_all_slots_gives_the_same() -> None:
+def test_steps_over_all_slots_as_on_a_gpu_equal_the_whole_forward_pass() -> None:
     model, rows = small(kv_heads=2), rows_of(LENGTHS)
     decoding = model.decoding()
     decoding._over_all_slots = True  # as on a GPU: no other way to see this form on a CPU
@@ -32,7 +32,7 @@ def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
     assert 0 < found < 1.1 * own
 
 
-def test_a_model_with_an_adapter_decodes_as_it_is() -> None:
+def test_a_model_with_an_adapter_decodes_with_it() -> None:
     model, rows = small(kv_heads=2), rows_of(LENGTHS)
     plain = computed(model, rows, read=LENGTHS)
     attach(model, LoraConfig(r=2, alpha=4), seed=1)
@@ -43,7 +43,7 @@ def test_a_model_with_an_adapter_decodes_as_it_is() -> None:
     torch.testing.assert_close(decoded(model.decoding(), rows, read=LENGTHS), adapted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_in_four_bits_decodes_as_it_is() -> None:
+def test_a_model_in_four_bits_decodes_in_four_bits() -> None:
     model, rows = small(kv_heads=2), rows_of(LENGTHS)
     plain = computed(model, rows, read=LENGTHS)
     quantize(model, double=False)
@@ -53,7 +53,7 @@ def test_a_model_in_four_bits_decodes_as_it_is() -> None:
 
 
 @torch.inference_mode()
-def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
+def test_kept_rows_continue_unchanged_when_others_are_dropped() -> None:
     rows = rows_of(LENGTHS)
     decoding = small(kv_heads=2).decoding()
     whole = decoded(decoding, rows, read=LENGTHS)
@@ -65,7 +65,7 @@ def test_rows_that_stay_go_on_as_if_the_others_had_never_been() -> None:
         torch.testing.assert_close(found, torch.stack([whole[1][step + 1], whole[2][step + 1]]), atol=1e-5, rtol=1e-5)
 
 
-def test_what_an_earlier_batch_left_in_the_cache_is_not_seen() -> None:
+def test_an_earlier_batch_in_the_cache_is_not_seen() -> None:
     model = small(kv_heads=2)
     decoding = model.decoding()
     for lengths, more in (([20, 3, 9, 14, 2], 4), ([1, 5, 2], 12), ([6] * 7, 2), ([25], 6)):
@@ -76,7 +76,7 @@ def test_what_an_earlier_batch_left_in_the_cache_is_not_seen() -> None:
 
 
 @torch.inference_mode()
-def test_what_was_looked_at_ahead_leaves_no_trace() -> None:
+def test_look_ahead_leaves_the_cache_unchanged() -> None:
     model = small(kv_heads=2)
     rows, ahead = rows_of(LENGTHS, more=1), torch.tensor(texts([3, 3, 3, 3], seed=9))
     decoding = model.decoding()

@@ -1,4 +1,4 @@
-"""Models that others wrote: taken over, they compute, tokenize and chat as in stock Transformers, or are refused."""
+"""Imported models compute, tokenize and chat as in stock Transformers, or are refused."""
 
 import json
 import re
@@ -153,12 +153,14 @@ def test_all_tokens_that_end_an_answer_are_kept(adopted: Callable[[str], Path]) 
     assert GenerationConfig.from_pretrained(adopted("llama-3")).eos_token_id == list(tokenizer.ends)
 
 
-def test_a_template_that_asks_for_the_date_is_given_one_day_for_good(adopted: Callable[[str], Path]) -> None:
+def test_a_template_that_asks_for_the_date_gets_one_fixed_day(adopted: Callable[[str], Path]) -> None:
     stock = AutoTokenizer.from_pretrained(adopted("llama-3"))
     assert "Today Date: 26 Jul 2024<|eot_id|>" in stock.apply_chat_template(CHAT, tokenize=False)
 
 
-def test_what_a_template_ends_an_answer_with_ends_generation_too(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_token_that_ends_an_answer_in_the_template_ends_generation_too(
+    published: Callable[[str], Path], tmp_path: Path
+) -> None:
     # A base model whose end token is for documents, with a template whose turns end with another.
     folder = copied(published("smollm"), tmp_path / "base", eos_token="<|endoftext|>")
     (folder / "chat_template.jinja").write_text((published("smollm") / "chat_template.jinja").read_text())
@@ -169,7 +171,7 @@ def test_what_a_template_ends_an_answer_with_ends_generation_too(published: Call
     assert [tokenizer.decode([end], special=True) for end in tokenizer.ends] == ["<|endoftext|>", "<|im_end|>"]
 
 
-def test_a_model_without_a_template_gets_plain_words(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_model_without_a_template_gets_the_plain_one(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("llama-2"), tmp_path / "base")
     tokenizer = inspect_checkpoint(folder).tokenizer
     assert tokenizer.render(CHAT) == (
@@ -209,9 +211,7 @@ def test_a_template_of_the_recipe_replaces_the_models_own(published: Callable[[s
         ),
     ],
 )
-def test_a_template_of_which_nothing_could_be_learned_is_refused(
-    published: Callable[[str], Path], template: str, complaint: str
-) -> None:
+def test_a_template_that_cannot_be_trained_is_refused(published: Callable[[str], Path], template: str, complaint: str) -> None:
     with pytest.raises(InputError, match=re.escape(complaint)):
         inspect_checkpoint(published("tinyllama"), chat_template=template)
 
@@ -222,7 +222,7 @@ def test_a_chat_that_the_template_refuses_is_an_input_error(adopted: Callable[[s
         tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, *CHAT])
 
 
-def test_a_vocabulary_without_begin_and_padding_does_with_its_end(published: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_vocabulary_without_begin_and_padding_uses_its_end_token(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("smollm"), tmp_path / "base", bos_token=None, pad_token=None)
     tokenizer = inspect_checkpoint(folder).tokenizer
     assert tokenizer.encode_document("x") == [tokenizer.end, *tokenizer.encode("x"), tokenizer.end]

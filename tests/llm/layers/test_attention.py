@@ -1,0 +1,63 @@
+"""Attention by blocks and by SDPA: equal values and gradients, and no gradient from positions that are masked."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm.layers.attention import AttentionMask, attend, attention_mask
+
+# Document lengths of rows, as long as each other: alone, inside and across the 128 queries of a block.
+DOCUMENTS = [
+    [[1]],
+    [[7], [7]],
+    [[20, 13], [33], [1, 32]],
+    [[129]],
+    [[128, 1], [1, 128], [129]],
+    [[100, 130, 27], [257], [1, 255, 1], [128, 128, 1]],
+]
+
+
+def documents_of(lengths: list[list[int]]) -> Tensor:
+    return torch.tensor([[document for document, n in enumerate(row) for _ in range(n)] for row in lengths])
+
+
+@pytest.mark.parametrize("shared_by", [1, 2, 4])
+@pytest.mark.parametrize("head_size", [32, 64, 96, 128])
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+@pytest.mark.parametrize("told", [True, False])
+def test_blocked_attention_equals_sdpa_in_values_and_gradients(
+    shared_by: int, head_size: int, lengths: list[list[int]], told: bool
+) -> None:
+    torch.manual_seed(0)
+    documents = documents_of(lengths) if told else None
+    rows, length = documents_of(lengths).shape
+    shapes = [(rows, 4, length, head_size), *2 * [(rows, 4 // shared_by, length, head_size)]]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    same = None if documents is None else (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    blocks = attention_mask(length, documents=documents, dtype=q.dtype, device=q.device)
+    assert blocks.blocks is not None
+    grad = torch.randn(shapes[0])
+    found = []
+    for mask in (blocks, AttentionMask(None, same)):  # the second as on a GPU
+        out = attend(q, k, v, mask=mask)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    for ours, sdpa in zip(*found, strict=True):
+        torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_blocks: bool) -> None:
+    torch.manual_seed(0)
+    documents = documents_of(DOCUMENTS[-1])
+    rows, length = documents.shape
+    same = (documents[:, :, None] == documents[:, None, :]).tril()
+    mask = AttentionMask(None, same[:, None])
+    if by_blocks:
+        mask = attention_mask(length, documents=documents, dtype=torch.float32, device=torch.device("cpu"))
+    q = torch.randn(rows, 4, length, 32)
+    k, v = (torch.randn(rows, 2, length, 32, requires_grad=True) for _ in range(2))
+    out = attend(q, k, v, mask=mask)
+    for position in (0, 1, 99, 100, 127, 128, 129, 230, 256):
+        reached = torch.autograd.grad(out[:, :, position].square().sum(), (k, v), retain_graph=True)
+        assert torch.equal((reached[1] != 0).any(3).any(1), same[:, position])
+        assert not ((reached[0] != 0).any(3).any(1) & ~same[:, position]).any()
