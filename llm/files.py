@@ -1,4 +1,4 @@
-"""Files and folders that are complete under their final name: written beside it, then renamed. Nothing about their content."""
+"""Writes files and folders that are complete under their final name: under a temporary name first, then renamed."""
 
 import json
 import os

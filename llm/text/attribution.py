@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-FIELDS = ("license", "source", "language")  # fields of a row that are kept if they exist, whatever else is read
+FIELDS = ("license", "source", "language")  # fields of a row that are always read if they exist
 DISTINCT = 1000  # values that are counted one by one; the rest is OTHERS
 OTHERS = "(others)"
 

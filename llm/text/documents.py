@@ -59,9 +59,9 @@ def read_documents(path: Path) -> Iterator[Document]:
             yield Document(row["text"], row["passes"], row.get("language"), len(line))
 
 
-def sample_documents(path: Path, wanted_bytes: int) -> Iterator[Document]:
-    """About `wanted_bytes` of the documents of `path`, in order: those whose hash share is below the wanted share."""
-    share = wanted_bytes / max(path.stat().st_size, 1)
+def sample_documents(path: Path, size: int) -> Iterator[Document]:
+    """About `size` bytes of the documents of `path`, in order: those with the smallest hash shares."""
+    share = size / max(path.stat().st_size, 1)
     return (document for document in read_documents(path) if hash_share(document.text) < share)
 
 

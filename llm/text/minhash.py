@@ -18,7 +18,7 @@ Hashes = NDArray[np.uint64]
 SLOTS = 128  # of a signature: the standard error is sqrt(J (1 - J) / 128), 0.035 at a similarity of 0.8
 SEED = 1  # of the hash functions; not configurable, because only signatures of one seed can be compared
 SHINGLE = 5  # tokens
-RECALL = 0.99  # at least this share of the pairs exactly at the wanted similarity share a band
+RECALL = 0.99  # at least this share of the pairs exactly at `similarity` share a band
 
 _SPACE, _LETTER, _ALONE = 0, 1, 2  # classes of characters
 _UNSPACED = (

@@ -57,12 +57,12 @@ class FileRow(NamedTuple):
         return fields
 
 
-def read_rows(files: Iterable[Path], wanted: set[str]) -> Iterator[FileRow]:
-    """The rows of `files`, in order. `wanted` are the fields that the caller uses: InputError for a table without one of them.
+def read_rows(files: Iterable[Path], needed: set[str]) -> Iterator[FileRow]:
+    """The rows of `files`, in order. `needed` are the fields that the caller uses: InputError for a table without one of them.
     Of a Parquet file, only these columns and those of `llm.text.attribution` are read.
     """
     for path in files:
-        yield from _FORMATS[_format(path)](path, wanted)
+        yield from _FORMATS[_format(path)](path, needed)
 
 
 def field_names(path: Path) -> list[str]:
@@ -90,7 +90,7 @@ def _format(path: Path) -> str:
     return found
 
 
-def _json_lines(path: Path, wanted: set[str]) -> Iterator[FileRow]:
+def _json_lines(path: Path, needed: set[str]) -> Iterator[FileRow]:
     place = str(path)
     for number, line in enumerate(_lines(path), start=1):
         content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
@@ -98,7 +98,7 @@ def _json_lines(path: Path, wanted: set[str]) -> Iterator[FileRow]:
             yield FileRow(place, number, content)
 
 
-def _whole_text(path: Path, wanted: set[str]) -> Iterator[FileRow]:
+def _whole_text(path: Path, needed: set[str]) -> Iterator[FileRow]:
     content = b"\n".join(_lines(path)).removeprefix(BYTE_ORDER_MARK)
     try:
         yield FileRow(str(path), 1, {"text": content.decode()})
@@ -106,21 +106,21 @@ def _whole_text(path: Path, wanted: set[str]) -> Iterator[FileRow]:
         yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(_not_utf8(error)))
 
 
-def _comma_separated(path: Path, wanted: set[str]) -> Iterator[FileRow]:
-    return _table(path, wanted, "CSV", strict=True)
+def _comma_separated(path: Path, needed: set[str]) -> Iterator[FileRow]:
+    return _table(path, needed, "CSV", strict=True)
 
 
-def _tab_separated(path: Path, wanted: set[str]) -> Iterator[FileRow]:
-    return _table(path, wanted, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tab_separated(path: Path, needed: set[str]) -> Iterator[FileRow]:
+    return _table(path, needed, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[FileRow]:
+def _table(path: Path, needed: set[str], name: str, **form: Any) -> Iterator[FileRow]:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
     table = csv.DictReader(_decoded(path), **form)
     number = 1
     try:
         names = table.fieldnames or []
-        if missing := sorted(wanted.difference(names)):
+        if missing := sorted(needed.difference(names)):
             raise InputError(f"{path}:1: expected a column {missing[0]!r} in the first line, got only {', '.join(names)}")
         number = table.line_num + 1
         for row in table:
@@ -135,18 +135,18 @@ def _table(path: Path, wanted: set[str], name: str, **form: Any) -> Iterator[Fil
         raise InputError(f"{path}:{number}: expected {name}: {error}") from error
 
 
-def _parquet(path: Path, wanted: set[str]) -> Iterator[FileRow]:
+def _parquet(path: Path, needed: set[str]) -> Iterator[FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if missing := sorted(wanted.difference(names)):
+            if missing := sorted(needed.difference(names)):
                 raise InputError(f"{path}: expected a column {missing[0]!r}, got only {', '.join(names)}")
             number = 1
             for batch in file.iter_batches(
-                batch_size=1024, columns=[name for name in names if name in {*wanted, *attribution.FIELDS}]
+                batch_size=1024, columns=[name for name in names if name in {*needed, *attribution.FIELDS}]
             ):
                 for row in batch.to_pylist():
                     yield FileRow(str(path), number, row)

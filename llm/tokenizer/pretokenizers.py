@@ -18,14 +18,14 @@ PreTokenizerName = Literal["gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-v3
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _WORDS_AND_LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"  # each alone
+_DIGIT = r"\p{N}"  # one digit a piece
 
 # Each expression splits the pieces of the one before it.
 EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT_2,),
     "smollm": (_DIGIT, _GPT_2),
     "llama-bpe": (_CONTRACTIONS + "|" + _WORDS_AND_LINES % r"\p{N}{1,3}",),  # numbers in threes
-    "qwen2": (_CONTRACTIONS + "|" + _WORDS_AND_LINES % r"\p{N}",),  # each digit alone
+    "qwen2": (_CONTRACTIONS + "|" + _WORDS_AND_LINES % r"\p{N}",),  # one digit a piece
     "deepseek-v3": (
         r"\p{N}{1,3}",
         "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",  # Han, hiragana, katakana

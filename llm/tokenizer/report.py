@@ -19,10 +19,10 @@ SENTENCES = 1000
 _SENTENCE = re.compile(r"[^\n。！？!?.]+[。！？!?.]*[”’」』\"')]*[^\S\n]?|[。！？!?.]+")
 
 
-def measured_documents(validation: Path, train: Path, *, wanted_bytes: int = MEASURED_BYTES) -> list[Document]:
+def measured_documents(validation: Path, train: Path, *, size: int = MEASURED_BYTES) -> list[Document]:
     """Documents to measure on: held-out ones chosen by hash, and training documents if these are too few."""
-    documents = list(sample_documents(validation, wanted_bytes))
-    missing = wanted_bytes - validation.stat().st_size
+    documents = list(sample_documents(validation, size))
+    missing = size - validation.stat().st_size
     if missing > 0:
         documents += sample_documents(train, missing)
     return documents

@@ -1,4 +1,4 @@
-"""A tiny model with Chinese and English text to release, and the way into llama.cpp."""
+"""A tiny model with Chinese and English text to release, and its GGUF file in llama.cpp."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ PROMPTS = [
 def tiny_checkpoint(
     folder: Path, *, architecture: str = "llama", pre_tokenizer: PreTokenizerName = "smollm", **sizes: Any
 ) -> Path:
-    """A model with drawn weights, large enough that its choices are clear ones."""
+    """A model with random weights, large enough that its choices have no near ties."""
     tokenizer = train_bpe(TEXTS * 2, 340, min_frequency=2, pre_tokenizer_name=pre_tokenizer, allow_smaller=True)
     tokenizer.save(folder)
     kind = architectures()[architecture]
@@ -47,7 +47,7 @@ def tiny_checkpoint(
 
 
 def open_in_llama_cpp(gguf: Path, checkpoint: Path) -> LlamaCppBackend:
-    """The file in llama.cpp, beside the checkpoint that it was written from."""
+    """The file in llama.cpp; `checkpoint` is the folder that it was written from."""
     config, vocab_size = read_config(checkpoint / "config.json")
     ends = TextTokenizer.load(checkpoint).ends
     return LlamaCppBackend(gguf, name="llama.cpp", context=config.context or 0, vocab_size=vocab_size, ends=ends)

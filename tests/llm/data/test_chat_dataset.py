@@ -1,4 +1,4 @@
-"""Chats as packed rows: what is learned, what is cut, what is on disk."""
+"""Chats as packed rows: targets, truncation, and files."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ def learned_text(row: PackedRow, document: int) -> str:
     return TOKENIZER.decode(row.targets[chosen].tolist(), special=True)
 
 
-def test_what_is_learned_is_exactly_the_answers_and_their_end(pack: Any) -> None:
+def test_the_targets_are_exactly_the_answers_and_their_ends(pack: Any) -> None:
     turns = [("user", "the heart?"), ("assistant", "a heart"), ("user", "肺"), ("assistant", "the 肺。")]
     messages = [{"role": role, "content": content} for role, content in turns]
     rows, statistics = pack([{"chat": messages}], template=Template(messages="chat"))
@@ -69,7 +69,7 @@ def test_what_is_learned_is_exactly_the_answers_and_their_end(pack: Any) -> None
     assert statistics["learned_tokens"] == (row.targets != IGNORE).sum()
 
 
-def test_a_target_is_the_token_after_in_the_same_chat_and_padding_teaches_nothing(pack: Any) -> None:
+def test_a_target_is_the_next_token_of_the_same_chat_and_padding_has_none(pack: Any) -> None:
     rows, _ = pack([pair("the heart", "a"), pair("the lungs and the liver", "chat")])
     row = rows.row(0)
     real = row.documents >= 0
@@ -131,7 +131,7 @@ TEXTS = st.text(alphabet=st.sampled_from("the heart,肺心🫀é\n"), min_size=1
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(min_value=8, max_value=60))
 @settings(deadline=None)
-def test_whatever_is_fitted_fits_and_loses_answers_only_if_they_alone_are_too_long(
+def test_a_fitted_chat_fits_and_loses_answers_only_if_they_are_too_long_by_themselves(
     exchanges: list[tuple[str, str]], positions: int
 ) -> None:
     turns = [turn for asked, said in exchanges for turn in (Turn("user", ("", asked, "")), Turn("assistant", (said,)))]
@@ -144,7 +144,7 @@ def test_whatever_is_fitted_fits_and_loses_answers_only_if_they_alone_are_too_lo
     assert stream.cut_response == (not fits_alone)
 
 
-def test_cut_rows_are_counted_and_rows_with_nothing_left_to_learn_are_dropped(pack: Any) -> None:
+def test_cut_rows_are_counted_and_rows_without_targets_are_dropped(pack: Any) -> None:
     table = [pair("heart " * 50, "liver"), pair("q", "liver " * 50), pair("q", "a")]
     _, statistics = pack(table, context=24)
     assert statistics["cut_prompts"] == 1
@@ -191,7 +191,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_counted(pack: Any, line: str, co
     assert (statistics["rows"], statistics["bad"], statistics["chats"]) == (3, 1, 2)
 
 
-def test_whom_to_credit_is_counted_over_the_rows_that_are_learned_from(pack: Any) -> None:
+def test_attributions_are_counted_over_the_rows_that_are_used(pack: Any) -> None:
     credit = {"license": "MIT", "source": "faq"}
     table = [pair("q", "a") | credit, pair("q", "b") | credit | {"source": 7}, pair("q", "c"), pair("q", " ") | credit]
     _, statistics = pack(table, [pair("q", "d") | {"license": "CC0-1.0"}], skip_bad=True, weight=2.0)

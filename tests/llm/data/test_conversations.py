@@ -1,4 +1,4 @@
-"""Templates: rows of data as turns of a chat."""
+"""Templates that make turns of a chat from rows of data."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
         ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', got '\\ud83d', half of a surrogate pair"),
     ],
 )
-def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any], complaint: str) -> None:
+def test_a_row_that_cannot_fill_a_template_is_an_error_with_the_reason(row: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         Template().turns(row)
 
@@ -76,6 +76,6 @@ def test_a_row_that_cannot_fill_a_template_says_what_it_lacks(row: dict[str, Any
         ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], got '\\udca9', half of a surrogate pair"),
     ],
 )
-def test_messages_that_are_no_chat_say_what_they_lack(messages: Any, complaint: str) -> None:
+def test_messages_that_are_no_chat_are_an_error_with_the_reason(messages: Any, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         Template(messages="chat").turns({"chat": messages})

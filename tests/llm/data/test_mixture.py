@@ -1,4 +1,4 @@
-"""Rows of several sources as one: how many of each, in which order, and nothing else."""
+"""Mixtures of sources of rows: the share of each, and the order."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from llm.tokenizer.train_bpe import train_bpe
 
 
 class Named:
-    """Rows that tell whose they are and which."""
+    """Rows that hold the number of their source and their index."""
 
     context = 4
 
@@ -39,14 +39,14 @@ def test_after_any_number_of_rows_each_source_has_its_share_and_gives_its_rows_i
             assert abs(counts[name] - share * (index + 1)) <= len(shares)
 
 
-def test_a_row_depends_on_its_index_alone_and_an_epoch_is_one_of_the_main_source() -> None:
+def test_a_row_depends_only_on_its_index_and_an_epoch_is_one_of_the_main_source() -> None:
     rows = mixed(Named(0, rows_per_epoch=80), [(Named(1), 0.2)])
     backwards = [rows.row(index).tokens.tolist() for index in reversed(range(50))]
     assert backwards[::-1] == [rows.row(index).tokens.tolist() for index in range(50)]
     assert rows.rows_per_epoch == 100
 
 
-def test_texts_become_rows_whose_documents_stay_apart_and_are_learned_whole(tmp_path: Path) -> None:
+def test_texts_become_rows_of_separate_documents_with_every_token_a_target(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"body": "the heart"}\n{"body": ""}\n{"body": "pumps"}\n{"body": "blood"}\n' * 20)
     tokenizer = train_bpe(["the heart pumps blood"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
 

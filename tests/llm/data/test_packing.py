@@ -1,4 +1,4 @@
-"""Best-fit packing: nothing lost, nothing cut, little padding."""
+"""Best-fit packing: every piece whole in one row, little padding."""
 
 import numpy as np
 from hypothesis import given
@@ -26,7 +26,7 @@ def test_a_piece_goes_where_it_leaves_the_least_room() -> None:
     assert best_fit(np.array([7, 5, 3, 5]), capacity=10) == [[0, 2], [1, 3]]
 
 
-def test_lengths_like_those_of_medical_questions_and_answers_fill_rows_to_97_percent() -> None:
+def test_lengths_of_medical_questions_and_answers_fill_rows_to_97_percent() -> None:
     # MedQuAD pairs are roughly log-normal in tokens: median near 150, some at the length of a whole row
     drawn = np.exp(np.random.default_rng(0).normal(5.0, 0.8, size=10_000)).astype(np.int64)
     for capacity in (256, 512, 1024):

@@ -18,7 +18,7 @@ PADDING = 2
 def write(
     folder: Path, lengths: list[int], *, passes: list[int] | None = None, shard_tokens: int = 20, vocab_size: int = 100_000
 ) -> list[list[int]]:
-    """Documents whose ids are all different, so that a token tells which it is."""
+    """Documents whose ids are all different, so that a token identifies its place."""
     ids = iter(range(10, vocab_size))
     documents = [[next(ids) for _ in range(length)] for length in lengths]
     with TokenWriter(folder, vocab_size=vocab_size, context=8, padding=PADDING, shard_tokens=shard_tokens) as writer:
@@ -29,7 +29,7 @@ def write(
 
 
 def learned_pairs(rows: list[PackedRow]) -> list[tuple[int, int]]:
-    """(token, target) wherever something is learned."""
+    """(token, target) of each position with a target."""
     return [
         (int(token), int(target))
         for row in rows
@@ -84,7 +84,7 @@ def test_a_target_is_the_next_token_of_the_same_document(
             assert len({owner[token] for token in row.tokens[row.documents == number].tolist()}) == 1
 
 
-def test_a_row_depends_on_its_index_alone(tmp_path: Path) -> None:
+def test_a_row_depends_only_on_its_index(tmp_path: Path) -> None:
     write(tmp_path, [5, 9, 2, 14, 3, 7, 11], passes=[1, 2, 1, 3, 1, 1, 2])
     forwards, backwards = TokenRows(tmp_path, context=6, seed=3), TokenRows(tmp_path, context=6, seed=3)
     indices = range(4 * forwards.rows_per_epoch)
@@ -93,7 +93,7 @@ def test_a_row_depends_on_its_index_alone(tmp_path: Path) -> None:
     assert all(equal(first[index], second[index]) for index in indices)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
+def test_each_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
     write(tmp_path, [4] * 30)
     rows, other = TokenRows(tmp_path, context=120, seed=3), TokenRows(tmp_path, context=120, seed=4)
     orders = [tuple(rows.row(0).tokens), tuple(rows.row(1).tokens), tuple(other.row(0).tokens)]
@@ -111,7 +111,7 @@ def test_validation_covers_every_document_once_in_source_order(tmp_path: Path) -
     assert equal(rows.row(0), rows.row(rows.rows_per_epoch))
 
 
-def test_a_document_that_goes_on_in_the_next_row_is_learned_across_the_cut(tmp_path: Path) -> None:
+def test_a_document_that_continues_in_the_next_row_has_a_target_across_the_cut(tmp_path: Path) -> None:
     (document,) = write(tmp_path, [9])
     rows = TokenRows(tmp_path, context=4, seed=None)
     assert rows.row(0).targets.tolist() == document[1:5]

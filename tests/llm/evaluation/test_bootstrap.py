@@ -1,4 +1,4 @@
-"""Resamples of examples: the same for everybody, fair, and scored as the whole is scored."""
+"""Bootstrap resamples: reproducible, unbiased, and scored as the whole is scored."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ def test_every_resample_draws_as_many_examples_as_there_are_and_the_same_each_ti
     assert first.mean() == 1.0 and np.abs(first.mean(0) - 1).max() < 0.2  # no example is preferred
 
 
-def test_the_spread_of_a_mean_is_that_which_statistics_teaches() -> None:
+def test_the_deviation_of_a_mean_is_that_of_the_formula() -> None:
     values = np.random.default_rng(1).normal(size=400)
     (means,) = resample(400, lambda draws: {"mean": float(draws @ values / 400)}).values()
     assert np.std(means) == pytest.approx(np.std(values) / 20, rel=0.1)
     assert np.mean(means) == pytest.approx(values.mean(), abs=0.01)
 
 
-def test_macro_f1_of_drawn_rows_is_that_of_the_rows_written_out() -> None:
+def test_macro_f1_of_drawn_rows_equals_that_of_repeated_rows() -> None:
     random = np.random.default_rng(2)
     wanted, found = random.integers(4, size=60), random.integers(4, size=60)
     score = macro_f1(wanted, found, 4)
@@ -36,7 +36,7 @@ def test_macro_f1_of_drawn_rows_is_that_of_the_rows_written_out() -> None:
     assert macro_f1(wanted, found, 6)(np.ones(60)) == pytest.approx(whole)
 
 
-def test_chrf_and_bleu_of_drawn_pairs_are_those_of_the_pairs_written_out() -> None:
+def test_chrf_and_bleu_of_drawn_pairs_equal_those_of_repeated_pairs() -> None:
     found = ["the heart pumps blood", "a fever is hot", "liver"]
     wanted = ["the heart pumps the blood", "a fever is a sign of illness", "the liver is red"]
     draws = np.array([2.0, 0.0, 1.0])

@@ -45,7 +45,7 @@ def model(tokenizer: TextTokenizer) -> Llama:
 
 @pytest.fixture
 def indifferent(model: Llama) -> Llama:
-    """Finds every token equally likely."""
+    """A model that gives every token the same likelihood."""
     torch.nn.init.zeros_(model.lm_head.weight)
     return model
 
@@ -85,7 +85,7 @@ def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Llama
         assert nats == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_labels_read_behind_a_shared_prompt_are_as_likely_as_in_a_forward_pass_of_their_own(model: Llama) -> None:
+def test_labels_after_a_shared_prompt_have_the_likelihood_of_their_own_forward_pass(model: Llama) -> None:
     prompts = [[0, 40, 41, 42, 43, 44], [0], [0, 99, 100]]
     labels = [[7, 8, 9, 1], [7, 1], [200, 201, 1], [1]]
     found = label_likelihoods(model, prompts, labels)
@@ -96,7 +96,7 @@ def test_labels_read_behind_a_shared_prompt_are_as_likely_as_in_a_forward_pass_o
             assert float(found[row, column]) == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_the_likeliest_label_is_chosen_and_the_wrong_rows_are_told(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Llama, tokenizer: TextTokenizer) -> None:
     labels = ["blood", "heart", "a muscle"]
     prompts = ["咳嗽", "red and the heart", "T", "blood " * 60]
     spelled = [[*tokenizer.encode(label), tokenizer.end] for label in labels]
@@ -145,7 +145,7 @@ def test_a_choice_among_one_label_is_refused(model: Llama, tokenizer: TextTokeni
 
 
 @pytest.mark.parametrize("score", [classify, score_texts])
-def test_whoever_is_told_of_the_progress_can_stop_it(
+def test_a_progress_callback_can_stop_the_scoring(
     model: Llama, tokenizer: TextTokenizer, score: Callable[..., object]
 ) -> None:
     def stop(done: int, total: int) -> None:
@@ -188,7 +188,7 @@ def test_a_long_prompt_leaves_room_for_its_answer(model: Llama, tokenizer: TextT
     assert outcome.facts["new_tokens"] in range(1, 17)
 
 
-def test_an_answer_longer_than_the_model_is_scored_as_far_as_it_fits(indifferent: Llama, tokenizer: TextTokenizer) -> None:
+def test_an_answer_longer_than_the_context_is_scored_as_far_as_it_fits(indifferent: Llama, tokenizer: TextTokenizer) -> None:
     outcome = score_answers(
         indifferent, tokenizer, questions=[question("咳", "heart " * 80)], max_new_tokens=0, progress=silent
     )
@@ -196,18 +196,18 @@ def test_an_answer_longer_than_the_model_is_scored_as_far_as_it_fits(indifferent
     assert outcome.scores["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
 
 
-def test_a_prompt_is_shown_whole_where_a_long_answer_leaves_it_no_room(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_prompt_is_shown_whole_even_if_a_long_answer_leaves_no_room_for_it(model: Llama, tokenizer: TextTokenizer) -> None:
     questions = [question("咳", "heart " * 80)]
     outcome = score_answers(model, tokenizer, questions=questions, max_new_tokens=4, progress=silent)
     assert [example["prompt"] for example in outcome.examples] == ["Say: 咳"]
 
 
-def test_more_new_tokens_than_the_model_holds_are_refused(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_more_new_tokens_than_the_context_are_refused(model: Llama, tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match="max_new_tokens: expected less than the model's context"):
         score_answers(model, tokenizer, questions=[question("x", "y")], max_new_tokens=CONTEXT, progress=silent)
 
 
-def test_a_model_that_is_not_a_number_is_refused(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_model_with_likelihoods_that_are_not_numbers_is_refused(model: Llama, tokenizer: TextTokenizer) -> None:
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     with pytest.raises(InputError, match="not finite"):
         score_texts(model, tokenizer, texts=TEXTS, progress=silent)
@@ -220,8 +220,8 @@ def test_chinese_is_compared_character_by_character() -> None:
     assert ChrfBleu(["the heart pumps blood well"], ["the heart pumps blood well"]).scores == {"chrf": 100, "bleu": 100}
 
 
-def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> None:
-    # Weights by a formula, not by a generator: these numbers change only if what a score means does.
+def test_scores_of_a_fixed_model_do_not_change(model: Llama, tokenizer: TextTokenizer) -> None:
+    # Weights by a formula, not a generator: these numbers change only if the meaning of a score does.
     with torch.no_grad():
         for number, weight in enumerate(model.parameters(), start=1):
             weight.copy_(torch.cos(torch.arange(weight.numel(), dtype=torch.float64) * number).reshape(weight.shape) / 2)
@@ -236,7 +236,7 @@ def test_scores_stay_what_they_are(model: Llama, tokenizer: TextTokenizer) -> No
     assert found == {task: pytest.approx(scores, rel=1e-4) for task, scores in GOLDEN.items()}
 
 
-def test_a_model_beside_itself_wins_half_and_changes_nothing(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_model_compared_with_itself_wins_half_and_changes_nothing(model: Llama, tokenizer: TextTokenizer) -> None:
     seen: list[tuple[int, int]] = []
     outcome = compare_models(
         model,
@@ -252,7 +252,7 @@ def test_a_model_beside_itself_wins_half_and_changes_nothing(model: Llama, token
 
 
 def test_two_models_are_compared_pair_by_pair(model: Llama, tokenizer: TextTokenizer) -> None:
-    """The other finds every token equally likely, and answers with the first of the vocabulary."""
+    """The other model gives every token the same likelihood, and answers with the first of the vocabulary."""
     torch.manual_seed(9)
     other = Llama(model.config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
     torch.nn.init.zeros_(other.lm_head.weight)
@@ -277,7 +277,7 @@ def test_two_models_are_compared_pair_by_pair(model: Llama, tokenizer: TextToken
     )
 
 
-def test_what_repeats_itself_is_told_by_runs_of_four_tokens() -> None:
+def test_repetition_is_the_share_of_repeated_runs_of_four_tokens() -> None:
     assert repetition([1, 2, 3, 4, 5, 6]) == 0
     assert repetition([7] * 8) == pytest.approx(4 / 5)
     assert repetition([1, 2, 3]) == 0

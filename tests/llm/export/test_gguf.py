@@ -1,4 +1,4 @@
-"""GGUF files: what llama.cpp, unpatched, makes of them. The faults that parity has to find are in test_parity."""
+"""GGUF files opened in unpatched llama.cpp. test_parity has the faults that parity checks must find."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_fewer_bits_make_a_smaller_file_and_nearly_the_same_probabilities(
         assert (stranger.log_probabilities(prompt).exp() - ours).abs().sum() / 2 < moved
 
 
-def test_rows_that_are_no_whole_blocks_are_left_in_f16(tmp_path: Path) -> None:
+def test_rows_that_are_not_whole_blocks_stay_in_f16(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", intermediate_size=72)
     facts = write_gguf(checkpoint, tmp_path / "model.gguf", precision="q8_0")
     assert facts["tensors"] == {"q8_0": 13, "f16": 2, "f32": 5}  # the two matrices that read the feed-forward layer
@@ -69,7 +69,7 @@ def test_rows_that_are_no_whole_blocks_are_left_in_f16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-def test_llama_cpp_cuts_text_as_each_tokenizer_does(name: PreTokenizerName, tmp_path: Path) -> None:
+def test_llama_cpp_splits_text_as_each_tokenizer_does(name: PreTokenizerName, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", pre_tokenizer=name)
     assert write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")["pre_tokenizer"] == name
     tokenizer, stranger = TextTokenizer.load(checkpoint), open_in_llama_cpp(tmp_path / "model.gguf", checkpoint)
@@ -86,7 +86,7 @@ def test_llama_cpp_renders_chats_as_they_were_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", foreign_models.FAMILIES)
-def test_models_that_others_made_are_written_with_their_own_tokenizers_and_rotary_scaling(family: str, tmp_path: Path) -> None:
+def test_imported_models_are_written_with_their_own_tokenizers_and_rotary_scaling(family: str, tmp_path: Path) -> None:
     import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES[family](tmp_path / "source")), tmp_path / "model")
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", precision="f32")
     model, tokenizer = load_checkpoint(tmp_path / "model"), TextTokenizer.load(tmp_path / "model")
@@ -100,8 +100,8 @@ def test_models_that_others_made_are_written_with_their_own_tokenizers_and_rotar
     assert stranger.encode_prompt(PROMPTS[0]) == tokenizer.encode_prompt(PROMPTS[0])
 
 
-def test_a_file_that_is_opened_and_dropped_at_once_holds_nothing_up(tmp_path: Path) -> None:
-    """Some of these waited for ever, where others had the core meanwhile."""
+def test_a_file_that_is_opened_and_dropped_at_once_does_not_block(tmp_path: Path) -> None:
+    """Some of these processes waited forever while others had the core."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
     code = f"""

@@ -1,4 +1,4 @@
-"""The Modelfile for Ollama: its template says what the model's own chat template renders."""
+"""The Modelfile for Ollama: its template renders the same as the model's chat template."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer.load(tiny_checkpoint(tmp_path_factory.mktemp("model")))
 
 
-def test_it_names_the_file_the_template_the_ends_and_the_context(tokenizer: TextTokenizer) -> None:
+def test_the_modelfile_has_the_file_the_template_the_ends_and_the_context(tokenizer: TextTokenizer) -> None:
     turns = [
         f'{{{{ if eq .Role "system" }}}}{SYSTEM}{OPEN}',
         f'{{{{ else if eq .Role "user" }}}}{USER}{OPEN}',
@@ -45,7 +45,7 @@ def test_the_frame_around_texts_rebuilds_chats(tokenizer: TextTokenizer, chat: l
 
 
 def test_a_template_that_does_more_is_left_to_ollama(tmp_path: Path) -> None:
-    """It adds a system's turn where there is none."""
+    """It adds a system turn if a chat has none."""
     import_checkpoint(inspect_checkpoint(foreign_models.FAMILIES["smollm"](tmp_path / "source")), tmp_path / "model")
     tokenizer = TextTokenizer.load(tmp_path / "model")
     assert find_frame(tokenizer, adds_begin=False) is None

@@ -133,7 +133,7 @@ def test_another_chat_template_is_found_in_both(reference: Reference, checkpoint
     assert "0 of 6 renderings; the first: 'What does the heart do?' is [" in check.told
 
 
-def test_a_file_that_llama_cpp_does_not_open_says_so(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_that_llama_cpp_does_not_open_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(InputError, match=r"model\.gguf: expected a file that llama\.cpp opens"):
         open_in_llama_cpp(tmp_path / "model.gguf", checkpoint)
@@ -184,7 +184,7 @@ def test_a_system_that_reports_no_numbers_is_not_equal(reference: Reference) -> 
     assert not check_likelihoods(reference, FixedAnswers([]), reference.prompts).passed
 
 
-def test_sentences_are_those_of_both_languages_in_even_shares() -> None:
+def test_sentences_are_of_both_languages_in_equal_numbers() -> None:
     found = list(sentences(["One. Two? Three 3.5 times!\nFour", "一。二！“三？”四"]))
     assert found == ["One.", "Two?", "Three 3.5 times!", "Four", "一。", "二！", "“三？", "”四"]
     many = balanced_by_language([f"Sentence {number}." for number in range(100)] + ["一。", "二。", "二。"], 10)

@@ -1,3 +1,5 @@
+"""Cleaning of one document: characters, length, repetition."""
+
 import random
 
 import pytest
@@ -36,14 +38,14 @@ def test_cleaning_twice_changes_nothing() -> None:
     assert clean(clean(text)) == clean(text)
 
 
-def test_length_is_judged_in_characters() -> None:
+def test_length_is_counted_in_characters() -> None:
     words = "读书破万卷下笔如有神会当凌绝顶一览众山小"  # 20 characters, 60 bytes
     assert why(words, min_characters=20, max_characters=20) is None
     assert why(words, min_characters=21) == "too_short"
     assert why(words, max_characters=19) == "too_long"
 
 
-def test_a_document_of_lines_it_had_before_is_repetition() -> None:
+def test_a_document_of_repeated_lines_is_repetition() -> None:
     lines = [f"line {number} tells of {number * 7919 % 1000} different things" for number in range(40)]
     assert why("\n".join(lines)) is None
     assert why("\n".join(lines[:10] * 4)) == "repetition"
@@ -53,7 +55,7 @@ def test_repeated_lines_are_counted_in_characters() -> None:
     assert repeated_line_share("abc\nabc\n\n\nabcdef") == 0.25  # 3 of 12
 
 
-def test_a_phrase_over_and_over_in_one_line_is_repetition_in_any_script() -> None:
+def test_a_phrase_repeated_in_one_line_is_repetition_in_any_script() -> None:
     assert why("buy now cheap " * 200) == "repetition"
     assert why("点击这里免费领取" * 200) == "repetition"
     assert why("=" * 3000) == "repetition"

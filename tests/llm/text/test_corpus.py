@@ -1,3 +1,5 @@
+"""Corpora from sources: the same result for any cores and shards, duplicates, weights, and errors."""
+
 import json
 import random
 import subprocess
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class InOrder:
-    """An executor of another make: no processes, and shards handed over in lists."""
+    """Another executor: no processes, and all shards in one list."""
 
     def map(self, function: Callable[[Any], Any], shards: Iterable[Any]) -> Iterator[Any]:
         return iter([function(shard) for shard in list(shards)])
@@ -93,7 +95,7 @@ def test_chinese_near_copies_are_found(tmp_path: Path) -> None:
     assert texts(train) == [text]
 
 
-def test_near_copies_stay_where_they_are_not_looked_for(tmp_path: Path) -> None:
+def test_near_copies_are_kept_without_a_similarity(tmp_path: Path) -> None:
     source = rows("a", [prose(1), prose(1) + " yes", prose(1)])
     _, train, _ = build(tmp_path, [source], config=CorpusConfig(validation=0, similarity=None))
     assert texts(train) == [prose(1), prose(1) + " yes"]
@@ -164,7 +166,7 @@ def test_a_template_joins_fields_and_a_filter_chooses_rows(tmp_path: Path) -> No
     assert counts["sources"]["a"]["dropped"] == {"filtered": 1}
 
 
-def test_counts_tell_what_was_kept_what_was_dropped_and_whom_to_credit(tmp_path: Path) -> None:
+def test_counts_have_kept_and_dropped_documents_and_attributions(tmp_path: Path) -> None:
     found = [
         {"text": prose(1), "license": "CC0-1.0", "source": "books"},
         {"text": "é" + prose(2), "license": "CC0-1.0", "source": "web"},
@@ -196,7 +198,7 @@ def test_counts_tell_what_was_kept_what_was_dropped_and_whom_to_credit(tmp_path:
     assert json.loads(json.dumps(counts)) == counts
 
 
-def test_a_row_that_says_half_a_character_of_itself_is_a_document_without_it(tmp_path: Path) -> None:
+def test_half_a_character_is_removed_from_text_and_attribution(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1) + " \ud83d", "language": "\ud83d", "license": "MIT"}))
     source = Source("a", files=(tmp_path / "a.jsonl",))
     counts, train, _ = build(tmp_path / "out", [source], config=CorpusConfig(validation=0))
@@ -216,9 +218,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES)
-def test_a_bad_row_is_an_error_with_its_line_or_is_counted_where_the_recipe_says_skip(
-    tmp_path: Path, line: bytes, message: str
-) -> None:
+def test_a_bad_row_is_an_error_with_its_line_or_is_skipped_and_counted(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "a.jsonl"
     good = [json.dumps({"text": prose(seed)}).encode() for seed in range(3)]
     path.write_bytes(b"\n".join([good[0], good[1], line, good[2]]))
@@ -231,14 +231,14 @@ def test_a_bad_row_is_an_error_with_its_line_or_is_counted_where_the_recipe_says
     assert len(counts["sources"]["a"]["bad_rows"]) == 1
 
 
-def test_the_first_bad_row_is_told_whichever_process_meets_one_first(tmp_path: Path) -> None:
+def test_the_first_bad_row_is_reported_whichever_process_finds_one_first(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{prose(seed)}"}}\n' if seed % 50 else "bad\n" for seed in range(1, 400)))
     with pytest.raises(InputError, match=r"a\.jsonl:50: expected one JSON object per line"):
         build(tmp_path / "out", [Source("a", files=(path,))], cores=2, shard_bytes=2000)
 
 
-def test_an_empty_result_is_an_error_that_tells_where_and_why(tmp_path: Path) -> None:
+def test_an_empty_result_is_an_error_with_files_and_reasons(tmp_path: Path) -> None:
     for number in range(7):
         (tmp_path / f"{number}.txt").write_text("x")
     files = tuple(sorted(tmp_path.glob("*.txt")))
@@ -254,7 +254,7 @@ def test_an_empty_result_is_an_error_that_tells_where_and_why(tmp_path: Path) ->
         build(tmp_path / "b", [rows("a", [])])
 
 
-def test_an_interrupted_build_goes_on_from_its_finished_shards(tmp_path: Path) -> None:
+def test_an_interrupted_build_continues_from_its_finished_shards(tmp_path: Path) -> None:
     wanted = build(tmp_path / "wanted", crowd())
     reports: list[int] = []
     with pytest.raises(Interrupted):
@@ -327,12 +327,12 @@ def _die(shard: int) -> int:
     return shard
 
 
-def test_a_killed_worker_is_told_in_a_sentence() -> None:
+def test_a_killed_worker_is_an_error_with_a_cure() -> None:
     with pytest.raises(ChildProcessError, match="killed"):
         list(LocalProcesses(2).map(_die, range(10)))
 
 
-def test_results_come_in_the_order_of_the_shards_and_shards_are_drawn_as_needed() -> None:
+def test_results_are_in_the_order_of_the_shards_and_shards_are_read_as_needed() -> None:
     drawn: list[int] = []
 
     def shards() -> Iterator[int]:

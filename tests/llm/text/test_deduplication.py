@@ -1,3 +1,5 @@
+"""MinHash signatures, and the duplicates that they find."""
+
 import random
 
 import numpy as np
@@ -64,7 +66,7 @@ def test_shingles_never_run_across_two_documents() -> None:
         assert set(hashes[offsets[number] : offsets[number + 1]].tolist()) == shingles(text)
 
 
-def test_texts_without_a_word_are_like_nothing_but_themselves() -> None:
+def test_texts_without_words_equal_only_themselves() -> None:
     texts = ["!!! ??? ...", "a word", "--- *** ---", ""]
     signed = minhash.signatures(texts, np.array([10, 11, 12, 13], dtype=np.uint64))
     assert len({row.tobytes() for row in signed}) == 4
@@ -83,11 +85,11 @@ def test_signatures_estimate_the_similarity(tokens, glue: str, changed: int) -> 
     assert np.std(errors) < 0.066
 
 
-# Made by rensa 0.5.0; another result wants a new version of the kind `corpus`.
+# Made by rensa 0.5.0; a different result requires a new version of the kind `corpus`.
 GOLDEN = [[3726112083, 3345515971, 3385591801, 3554577137], [3515316988, 3427187940, 3293319275, 2792398789]]
 
 
-def test_signatures_are_the_same_everywhere_and_always() -> None:
+def test_signatures_are_the_same_on_every_machine() -> None:
     signed = minhash.signatures(
         ["one two three four five six seven", "永和九年岁在癸丑暮春之初"], np.zeros(2, dtype=np.uint64)
     )

@@ -29,7 +29,7 @@ def write(path: Path, texts: list[str], **fields: object) -> None:
     path.write_text("".join(row + "\n" for row in rows))
 
 
-def test_a_language_that_the_source_tells_is_believed(tmp_path: Path) -> None:
+def test_the_language_of_the_source_takes_precedence(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ["Bonjour tout le monde"], language="fr")
     assert [document.language for document in read_documents(tmp_path / "a.jsonl")] == ["fr"]
 

@@ -1,4 +1,4 @@
-"""Parts of many items: what is chosen, and that nothing else moves it."""
+"""Choices among items: shares, passes, even spacing, batches."""
 
 import pytest
 

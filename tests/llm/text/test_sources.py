@@ -1,3 +1,5 @@
+"""Rows from files of every format, and the shards made of them."""
+
 import gzip
 import json
 from pathlib import Path

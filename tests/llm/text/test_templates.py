@@ -1,11 +1,11 @@
-"""Templates: what is one, and which fields it names."""
+"""Templates: their syntax, and the fields they name."""
 
 import pytest
 
 from llm.text.templates import split_template, split_text, with_field
 
 
-def test_braces_are_written_double() -> None:
+def test_literal_braces_are_doubled() -> None:
     assert split_template('{{"x": {a}}}') == ('{"x": ', "a", "}")
 
 
@@ -26,7 +26,7 @@ def test_a_text_setting_with_braces_has_to_name_a_field_in_them(text: str) -> No
         split_text(text)
 
 
-def test_what_depends_on_the_row_names_a_field() -> None:
+def test_with_field_requires_a_field() -> None:
     assert with_field("a {b}") == ("a ", "b", "")
     with pytest.raises(ValueError, match="'label': expected the name of a field in braces"):
         with_field("label")

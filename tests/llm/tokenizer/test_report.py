@@ -1,4 +1,4 @@
-"""What the record says of a tokenizer, on text small enough to count by hand."""
+"""The measurements of a tokenizer, on text small enough to count by hand."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def document(text: str) -> Document:
     return Document(text, 1, None, 0)
 
 
-def test_lengths_are_told_by_language_and_against_others(tmp_path: Path) -> None:
+def test_lengths_are_reported_by_language_and_against_others(tmp_path: Path) -> None:
     bytes_only = tokenizer_of(["."], 262)  # no pair is ever merged: a token a byte
     merged = tokenizer_of(["头痛头痛 aa"] * 5)  # "头痛" is one token, and "aa" with the space before it
     assert [len(merged.encode(text)) for text in ("头痛", " aa")] == [1, 1]
@@ -43,7 +43,7 @@ def test_lengths_are_told_by_language_and_against_others(tmp_path: Path) -> None
     assert found["round_trip"] == {"sentences": 2, "failures": 0}
 
 
-def test_text_that_a_tokenizer_cannot_spell_is_counted(tmp_path: Path) -> None:
+def test_unknown_bytes_are_counted(tmp_path: Path) -> None:
     tokenizer_of(["abc"]).save(tmp_path)
     state = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     del state["model"]["vocab"]["z"]
@@ -72,13 +72,13 @@ def test_training_documents_are_measured_only_where_held_out_ones_are_too_few(tm
     validation, train = tmp_path / "validation.jsonl", tmp_path / "train.jsonl"
     for path, word in ((validation, "held"), (train, "learned")):
         path.write_text("".join(json.dumps({"text": f"{word} {number}", "passes": 1}) + "\n" for number in range(200)))
-    held = measured_documents(validation, train, wanted_bytes=1000)
-    both = measured_documents(validation, train, wanted_bytes=100_000)
+    held = measured_documents(validation, train, size=1000)
+    both = measured_documents(validation, train, size=100_000)
     assert {document.text.split()[0] for document in held} == {"held"}
     assert len(both) == 400
 
 
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_tokenizer_is_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer\.json of the tokenizers library"):
         load_other(tmp_path / "tokenizer.json")

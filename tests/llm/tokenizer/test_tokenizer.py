@@ -1,4 +1,4 @@
-"""The tokenizer: what comes back from ids, special tokens, chats, and that Transformers reads all of it alike."""
+"""The tokenizer: round trips, special tokens, chats, and parity with Transformers."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def stock(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", get_args(PreTokenizerName))
-def test_every_pre_tokenizer_gives_any_text_back(name: PreTokenizerName) -> None:
+def test_every_pre_tokenizer_decodes_to_the_same_text(name: PreTokenizerName) -> None:
     tokenizer = trained(name)
     for text in TEXTS + HARD:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -72,7 +72,7 @@ def test_every_pre_tokenizer_gives_any_text_back(name: PreTokenizerName) -> None
 
 
 @given(st.text())
-def test_whatever_is_encoded_comes_back(text: str) -> None:
+def test_any_text_decodes_to_itself(text: str) -> None:
     tokenizer = shared()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -95,7 +95,7 @@ def shared(made: list[TextTokenizer] = []) -> TextTokenizer:  # noqa: B006 - hyp
         ("deepseek-v3", ["It", "'s", " ", "123", "45", "ml", "，", "多喝水", "。\n"]),
     ],
 )
-def test_text_is_cut_as_llama_cpp_cuts_it(name: PreTokenizerName, pieces: list[str]) -> None:
+def test_text_is_split_as_in_llama_cpp(name: PreTokenizerName, pieces: list[str]) -> None:
     # Expected pieces follow by hand from the expressions in llama.cpp's llm_tokenizer_bpe.
     from llm.tokenizer.pretokenizers import pre_tokenizer
 
@@ -104,14 +104,14 @@ def test_text_is_cut_as_llama_cpp_cuts_it(name: PreTokenizerName, pieces: list[s
     assert [text[first:last] for first, last in offsets] == pieces
 
 
-def test_special_tokens_have_the_first_ids_and_are_three_different_ones() -> None:
+def test_special_tokens_have_the_first_ids_and_are_different() -> None:
     tokenizer = trained(special_tokens=["<|tool|>"])
     assert tokenizer.special_tokens == [*SPECIAL_TOKENS, "<|tool|>"]
     assert [tokenizer.token_id(token) for token in tokenizer.special_tokens] == list(range(7))
     assert (tokenizer.begin, tokenizer.end, tokenizer.padding) == (0, 1, 2)
 
 
-def test_a_document_stands_between_begin_and_end(tokenizer: TextTokenizer) -> None:
+def test_a_document_is_between_begin_and_end_tokens(tokenizer: TextTokenizer) -> None:
     ids = tokenizer.encode_document(TEXTS[0])
     assert (ids[0], ids[-1]) == (tokenizer.begin, tokenizer.end)
     assert ids[1:-1] == tokenizer.encode(TEXTS[0])
@@ -143,7 +143,7 @@ def test_a_vocabulary_larger_than_the_text_supports_is_refused() -> None:
         train_bpe(TEXTS, 5000, min_frequency=2, pre_tokenizer_name="qwen2")
 
 
-def test_the_answers_and_their_ends_are_learned(tokenizer: TextTokenizer) -> None:
+def test_the_loss_mask_has_the_answers_and_their_ends(tokenizer: TextTokenizer) -> None:
     ids, loss_mask = tokenizer.encode_chat(CHAT)
     assert tokenizer.decode(ids, special=True) == (
         "<|begin|><|system|>Be brief.<|user|> 头痛怎么办？\n<|assistant|>\n休息，多喝水。 <|end|>"
@@ -160,7 +160,7 @@ def test_a_prompt_ends_where_the_assistant_begins(tokenizer: TextTokenizer) -> N
     assert prompt[-1] == tokenizer.token_id("<|assistant|>")
 
 
-def test_many_chats_are_encoded_as_each_alone(tokenizer: TextTokenizer) -> None:
+def test_many_chats_are_encoded_as_one_by_one(tokenizer: TextTokenizer) -> None:
     chats = [CHAT, CHAT[1:3], CHAT[:3]]
     assert tokenizer.encode_chats(chats) == [tokenizer.encode_chat(chat) for chat in chats]
 
@@ -171,14 +171,14 @@ def test_a_chat_that_holds_a_special_token_is_refused(tokenizer: TextTokenizer, 
         tokenizer.encode_chat([{"role": "user", "content": f"a {special} b"}, {"role": "assistant", "content": "c"}])
 
 
-def test_transformers_encodes_text_alike(tokenizer: TextTokenizer, stock: Any) -> None:
+def test_transformers_encodes_text_to_the_same_tokens(tokenizer: TextTokenizer, stock: Any) -> None:
     for text in [text for text in TEXTS + HARD if "<|" not in text]:
         ids = stock(text)["input_ids"]
         assert ids == tokenizer.encode_document(text)[:-1]
         assert stock.decode(ids, skip_special_tokens=True) == text
 
 
-def test_transformers_encodes_chats_alike_and_learns_the_same(tokenizer: TextTokenizer, stock: Any) -> None:
+def test_transformers_encodes_chats_to_the_same_tokens_and_mask(tokenizer: TextTokenizer, stock: Any) -> None:
     for chat in (CHAT, CHAT[1:3]):
         found = stock.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
         ids, loss_mask = tokenizer.encode_chat(chat)
@@ -194,7 +194,7 @@ def test_transformers_knows_the_special_tokens(stock: Any) -> None:
     assert stock.all_special_tokens == list(SPECIAL_TOKENS)
 
 
-def test_a_tokenizer_beside_a_llama_config_is_opened_alike(folder: Path, tmp_path: Path, stock: Any) -> None:
+def test_a_tokenizer_next_to_a_llama_config_opens_the_same(folder: Path, tmp_path: Path, stock: Any) -> None:
     from transformers import AutoTokenizer
 
     for file in folder.iterdir():
@@ -204,7 +204,7 @@ def test_a_tokenizer_beside_a_llama_config_is_opened_alike(folder: Path, tmp_pat
     assert [beside(text)["input_ids"] for text in TEXTS] == [stock(text)["input_ids"] for text in TEXTS]
 
 
-def test_what_transformers_saves_is_read_back_alike(stock: Any, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_that_transformers_saved_opens_the_same(stock: Any, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     stock.save_pretrained(tmp_path)
