@@ -117,7 +117,7 @@ class Hub:
         self.arrived = 0  # requests, those that met a fault too
         self.fault_at: dict[int, Fault] = {}  # by number of the request, the first is 0
         self.fault_in: dict[str, list[Fault]] = {}  # by a part of "METHOD /path"; met in order
-        self.before_commit: Callable[[Hub], object] | None = None  # what somebody else does right before the next commit
+        self.before_commit: Callable[[Hub], object] | None = None  # a concurrent change right before the next commit
         self.lock = threading.Lock()
 
 

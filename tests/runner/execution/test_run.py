@@ -230,7 +230,7 @@ def test_eight_concurrent_runs_make_each_stage_once_and_name_the_run_they_wait_f
         (maker,) = (number for number, text in enumerate(errors) if f"{stage:<9}  done in" in text)
         waited = [line for text in errors for line in text.splitlines() if line.startswith(f"{stage}: waiting for")]
         waits += len(waited)
-        if waited:  # a stage that is made at once may keep nobody waiting
+        if waited:  # a stage that finishes immediately may keep no other run waiting
             assert any(f"process {crowd[maker].pid} on {this_machine().host}" in line for line in waited), waited
     assert waits
     assert len(list((folder.cache / "stages").iterdir())) == 3

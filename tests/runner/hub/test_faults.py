@@ -94,7 +94,7 @@ def test_permanent_failures_are_not_retried(hub: Hub, releases: Releases) -> Non
 
 
 def test_an_unreachable_hub_is_one_error_message(releases: Releases, hub: Hub) -> None:
-    hub.url = "http://127.0.0.1:9"  # the discard port: nobody listens
+    hub.url = "http://127.0.0.1:9"  # the discard port, without a server
     waits: list[float] = []
     with pytest.raises(StageError) as caught:
         releases.push("one", retries=Retries(sleep=waits.append))

@@ -192,7 +192,7 @@ def test_a_published_model_is_reproduced_elsewhere_and_not_pushed(
     world: World, elsewhere: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (world.root / "model").rename(elsewhere.root / "files-of-ada")
-    for path in list((elsewhere.root / "files-of-ada").iterdir()):  # found by what they hold, whatever they are called
+    for path in list((elsewhere.root / "files-of-ada").iterdir()):  # found by content, not by name
         path.rename(path.with_name(f"x-{path.name}"))
     commits = summaries(world.hub, REPO)
     assert elsewhere.call("run", f"hf://{REPO}@v1", "--yes", "--data", elsewhere.root) == 0

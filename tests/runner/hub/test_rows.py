@@ -31,7 +31,7 @@ REPO = f"{OWNER}/reviews"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"text": "很好", "label": 1}, {"text": "太差, 不买", "label": 0}]
 AT_ONCE = Retries(waits=(0.0, 0.0))
-LOST = "http://127.0.0.1:9"  # nobody listens there
+LOST = "http://127.0.0.1:9"  # no server listens there
 
 
 def as_parquet(rows: list[dict[str, Any]]) -> bytes:

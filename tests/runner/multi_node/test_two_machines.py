@@ -241,7 +241,7 @@ def test_when_a_machine_does_not_come_back_machine_0_trains_alone(folder: Folder
     assert "is gone" in output and "machine 1 of 2 did not come back within 1 s" in output and "Traceback" not in output
     assert "continues with one process and the same batch from the last checkpoint" in output
     records = [json.loads(path.read_text()) for path in folder.cache.glob("stages/pretrain-*/record.json")]
-    assert [record["processes"] for record in records] == [1, 1], "the second training waits for nobody"
+    assert [record["processes"] for record in records] == [1, 1], "the second training does not wait for machine 1"
     assert sorted(len(record.get("faults", ())) for record in records) == [0, 2]
 
 
