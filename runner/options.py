@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from runner.cache.remote import Remote
 
 
+def add_recipe_argument(sub: argparse.ArgumentParser) -> None:
+    """The recipe, with the options of every command that reads one and its cache."""
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_options(sub)
+    add_cache_option(sub)
+
+
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     """The options of every command that loads a recipe."""
     sub.add_argument(

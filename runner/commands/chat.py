@@ -2,19 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import RecipeError
-from runner.options import (
-    add_cache_option,
-    add_recipe_options,
-    add_sampling_options,
-    add_stage_argument,
-    recipe_of,
-    stage_named,
-    store_of,
-)
+from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
@@ -27,12 +18,10 @@ HELP = "/new starts a new conversation, /exit (or Ctrl-D) quits, Ctrl-C stops an
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(sub, nargs="?", help="the stage whose model to use (default: the last finished one)")
     sub.add_argument("--system", metavar="TEXT", help="a system message at the start")
     add_sampling_options(sub)
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

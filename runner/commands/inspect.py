@@ -11,7 +11,7 @@ from rich.text import Text
 
 from runner.artifacts import Adapter, Checkpoint, Tokenizer, Tokens
 from runner.errors import RecipeError
-from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
 from runner.planning.plan import Plan
 from runner.stages.corpus import MakeCorpus
 from runner.stages.fields.chat_training import PackedTraining
@@ -31,11 +31,9 @@ SENTENCES = 200  # that are encoded and decoded
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(sub)
     sub.add_argument("--count", type=int, default=5, metavar="N", help="samples of each kind (default: 5)")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

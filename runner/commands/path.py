@@ -2,17 +2,14 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(sub)
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -5,9 +5,8 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, spare_stages, total
 from runner.planning.plan import Plan, as_json
@@ -20,9 +19,7 @@ COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
-    add_recipe_options(sub)
-    add_cache_option(sub)
+    add_recipe_argument(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     sub.add_argument(
         "--measure", action="store_true", help="run the first pretraining for some seconds, for a better estimate of time"

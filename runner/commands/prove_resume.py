@@ -5,11 +5,10 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from runner.errors import RecipeError
-from runner.options import add_cache_option, add_recipe_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
 
 DIFFERENT = 3  # exit code
 STEPS = 16  # by default
@@ -18,13 +17,11 @@ SHOWN = 5  # names of parts that differ
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(sub)
     sub.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"steps to train (default: {STEPS})")
     sub.add_argument("--processes", metavar="N", help="processes of the training, instead of [parallel]")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

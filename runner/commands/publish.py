@@ -1,18 +1,15 @@
 """`run publish RECIPE`: pushes finished releases to the Hub, without running a stage."""
 
 import argparse
-from pathlib import Path
 
 from runner.errors import GateError, IntegrityError, RecipeError, StageError
-from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+from runner.options import add_recipe_argument, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     sub.add_argument("--overwrite", action="store_true", help="push even if somebody else changed the Hub repository")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

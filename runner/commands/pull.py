@@ -1,11 +1,9 @@
 """`run pull RECIPE`: artifacts from a remote cache."""
 
 import argparse
-from pathlib import Path
 
 from runner.options import (
-    add_cache_option,
-    add_recipe_options,
+    add_recipe_argument,
     add_remote_option,
     add_stage_argument,
     open_remote_of,
@@ -17,11 +15,9 @@ from runner.options import (
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
-    add_recipe_options(sub)
     add_remote_option(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -5,16 +5,14 @@ import datetime
 from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
+from runner.options import add_recipe_argument, recipe_of, store_of
 from runner.planning.plan import Plan
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="a .html or .md file (default: NAME-report.html)")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

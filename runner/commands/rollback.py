@@ -1,20 +1,17 @@
 """`run rollback RECIPE`: returns the Hub repository to an earlier release."""
 
 import argparse
-from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.options import add_cache_option, add_recipe_options, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, recipe_of, stage_named, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     sub.add_argument("--to", metavar="REVISION", help="a tag or a commit (default: the release before the current one)")
     sub.add_argument("--stage", metavar="STAGE", help="the publish stage, if the recipe has several")
     sub.add_argument("--overwrite", action="store_true", help="roll back even if somebody else changed the Hub repository")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -4,18 +4,9 @@ import argparse
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.options import (
-    add_cache_option,
-    add_recipe_options,
-    add_sampling_options,
-    add_stage_argument,
-    recipe_of,
-    stage_named,
-    store_of,
-)
+from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, stage_named, store_of
 from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
@@ -24,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     add_stage_argument(
         sub,
         "stages",
@@ -35,8 +26,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0 takes a free one)")
     sub.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
     add_sampling_options(sub)
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,21 +1,18 @@
 """`run watch RECIPE`: the view of a run that was started elsewhere."""
 
 import argparse
-from pathlib import Path
 
-from runner.options import add_cache_option, add_recipe_options, make_view, recipe_of, store_of
+from runner.options import add_recipe_argument, make_view, recipe_of, store_of
 from runner.reporting.watch import RunWatcher
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    add_recipe_argument(sub)
     sub.add_argument(
         "--patience", type=float, metavar="SECONDS", help="exit after this time without a running stage (default: never)"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object per event")
-    add_recipe_options(sub)
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
