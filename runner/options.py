@@ -76,12 +76,19 @@ def add_cache_option(sub: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
-    """The recipe that the options name, or the one at `path` with the same overrides."""
+    """The recipe that the options name, or the one at `path` with the same overrides; RecipeError for an unknown stage."""
     overrides = list(options.overrides)
     if getattr(options, "processes", None):
         overrides.append(f"parallel.processes={options.processes}")
     from_environment = [Path(part) for part in os.environ.get("STOCKPOT_ALLOW_PATH", "").split(os.pathsep) if part]
-    return load_recipe(path or options.recipe, overrides, allowed=[*options.allow_path, *from_environment], absent=absent)
+    allowed = [*options.allow_path, *from_environment]
+    recipe = load_recipe(path or options.recipe, overrides, allowed=allowed, absent=absent)
+    known = list(dict.fromkeys([*recipe.written, *recipe.stages]))
+    named = [getattr(options, "stage", None), getattr(options, "until", None)]
+    for name in filter(None, [*getattr(options, "force", ()), *named, *getattr(options, "stages", ())]):
+        if name not in known:
+            raise RecipeError(f"{recipe.path}: no stage {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
+    return recipe
 
 
 def add_remote_option(sub: argparse.ArgumentParser) -> None:
@@ -113,13 +120,6 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
     """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current folder."""
     return Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
-
-
-def stage_named(recipe: Recipe, name: str) -> None:
-    """RecipeError if the recipe has no such stage."""
-    known = [*dict.fromkeys([*recipe.written, *recipe.stages])]
-    if name not in known:
-        raise RecipeError(f"{recipe.path}: no stage {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
 
 
 def make_view(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> RunView:

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, store_of
 from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
@@ -27,8 +27,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Chats with a finished model in the terminal. In a pipe, each line of the input is a message."""
     recipe = recipe_of(options)
-    if options.stage:
-        stage_named(recipe, options.stage)
     store = store_of(options)
     (model,) = servable_models(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
     from llm.errors import InputError

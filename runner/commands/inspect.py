@@ -11,7 +11,7 @@ from rich.text import Text
 
 from runner.artifacts import Adapter, Checkpoint, Tokenizer, Tokens
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning.plan import Plan
 from runner.stages.corpus import MakeCorpus
 from runner.stages.fields.chat_training import PackedTraining
@@ -43,7 +43,6 @@ def main(options: argparse.Namespace) -> int:
     from llm.errors import InputError
 
     recipe = recipe_of(options)
-    stage_named(recipe, options.stage)
     if options.count < 1:
         raise RecipeError(f"--count: expected at least 1, got {options.count}")
     console = Console(highlight=False, soft_wrap=True)

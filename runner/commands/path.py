@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -17,7 +17,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.planning.plan import Plan
 
     recipe = recipe_of(options)
-    stage_named(recipe, options.stage)
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
     if options.stage != entry.name and not plan.is_in_use(entry.name):

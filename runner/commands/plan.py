@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, spare_stages, total
 from runner.planning.plan import Plan, as_json
@@ -30,8 +30,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Shows the state of each stage, the reason, and the estimated cost."""
     recipe, store = recipe_of(options), store_of(options)
-    if options.until:
-        stage_named(recipe, options.until)
     check_first_rows(recipe)
     plan = Plan(recipe, store, until=options.until)
     measured = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
 
 DIFFERENT = 3  # exit code
 STEPS = 16  # by default
@@ -31,7 +31,6 @@ def main(options: argparse.Namespace) -> int:
     if options.steps < 1:
         raise RecipeError(f"--steps: expected at least 1, got {options.steps}")
     recipe = recipe_of(options)
-    stage_named(recipe, options.stage)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it also ends the workers and removes their folder
     proof = prove(
         recipe, store_of(options), options.stage, steps=options.steps, tell=lambda text: print(text, file=sys.stderr)

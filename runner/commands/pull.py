@@ -2,15 +2,7 @@
 
 import argparse
 
-from runner.options import (
-    add_recipe_argument,
-    add_remote_option,
-    add_stage_argument,
-    open_remote_of,
-    recipe_of,
-    stage_named,
-    store_of,
-)
+from runner.options import add_recipe_argument, add_remote_option, add_stage_argument, open_remote_of, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -26,8 +18,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.planning.plan import Plan
 
     recipe = recipe_of(options)
-    if options.until:
-        stage_named(recipe, options.until)
     store, remote = store_of(options), open_remote_of(options, recipe)
     asked: set[str] = set()
     while unknown := [

@@ -3,15 +3,7 @@
 import argparse
 
 from runner.errors import IntegrityError
-from runner.options import (
-    add_recipe_argument,
-    add_remote_option,
-    add_stage_argument,
-    open_remote_of,
-    recipe_of,
-    stage_named,
-    store_of,
-)
+from runner.options import add_recipe_argument, add_remote_option, add_stage_argument, open_remote_of, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -27,8 +19,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.planning.plan import Plan
 
     recipe = recipe_of(options)
-    if options.until:
-        stage_named(recipe, options.until)
     store, remote = store_of(options), open_remote_of(options, recipe)
     for entry in Plan(recipe, store, until=options.until):
         if entry.record is None or entry.path is None:

@@ -3,7 +3,7 @@
 import argparse
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -21,8 +21,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.stages.publish import Publish
 
     recipe, store = recipe_of(options), store_of(options)
-    if options.stage:
-        stage_named(recipe, options.stage)
     found = {
         name: stage.target
         for name, stage in recipe.stages.items()

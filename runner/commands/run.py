@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from runner.options import (
     make_view,
     recipe_of,
     remote_of,
-    stage_named,
     store_of,
 )
 from runner.recipe.recipe import Recipe
@@ -70,7 +68,9 @@ def main(options: argparse.Namespace) -> int:
     elif options.yes or options.data:
         raise RecipeError(f"--yes and --data: expected a published model, hf://OWNER/NAME, got {str(options.recipe)!r}")
     recipe = recipe_of(options, absent=store.digests.promised)
-    _check_stages(recipe, until=options.until, force=options.force)
+    for name in options.force if options.until else ():
+        if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
+            raise RecipeError(f"--force: expected a stage that --until {options.until} runs, got {name!r}")
     machines = LayoutOptions(options.machines, options.machine_rank, options.main_address)
     layout, remote = layout_of(recipe.head.parallel, machines), remote_of(options, recipe)
     if published is not None:
@@ -93,15 +93,6 @@ def main(options: argparse.Namespace) -> int:
 
         print(results(published.lock, Plan(recipe, store, until=options.until)), file=sys.stderr)
     return 0
-
-
-def _check_stages(recipe: Recipe, *, until: str | None, force: Sequence[str]) -> None:
-    """RecipeError if the options name stages that the recipe does not have, or that do not fit together."""
-    for name in [*force, *([until] if until else [])]:
-        stage_named(recipe, name)
-    for name in force:
-        if until and not recipe.needed(until).issuperset(recipe.names_of(name)):
-            raise RecipeError(f"--force: expected a stage that --until {until} runs, got {name!r}")
 
 
 def _execute(

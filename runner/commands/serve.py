@@ -6,7 +6,7 @@ import os
 import sys
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, store_of
 from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
@@ -31,8 +31,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Serves finished models: a chat page, and /v1/chat/completions, /v1/completions, /v1/models."""
     recipe = recipe_of(options)
-    for name in options.stages:
-        stage_named(recipe, name)
     store = store_of(options)
     found = servable_models(recipe, Plan(recipe, store), options.stages)
     if options.queue < 0:

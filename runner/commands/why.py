@@ -2,7 +2,7 @@
 
 import argparse
 
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, stage_named, store_of
+from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -17,7 +17,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.planning.plan import Plan
 
     recipe, store = recipe_of(options), store_of(options)
-    stage_named(recipe, options.stage)
     entry = Plan(recipe, store).named(options.stage)
     print(f"{entry.name} ({entry.stage.kind}): {entry.state}")
     for line in entry.reason.split("; ") if entry.reason else ["same fields and inputs as the finished artifact"]:
