@@ -140,7 +140,8 @@ def read_weights(
     for name in [*expected, *got]:
         if expected.get(name) != got.get(name):
             raise InputError(
-                f"{folder}: {name}: expected {_shape(expected.get(name))}, by its config.json, got {_shape(got.get(name))}"
+                f"{folder}: {name}: expected {_shape(expected.get(name))}, got {_shape(got.get(name))}: the weights are not "
+                "those of its config.json"
             )
     return weights
 
