@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llm.data.conversations import Template, TextTemplate
-from llm.text.templates import split_template, split_text, with_field
 from runner.artifacts import Checkpoint, Tokens
 from runner.input_files import InputFile
 from runner.stage import Context, Ref, Semantic, Spec
-from runner.stages.fields.data_tables import RowTable, pack_tables
+from runner.stages.fields.data_tables import PromptTemplate, ResponseTemplate, RowTable, TextField, pack_tables
 
 if TYPE_CHECKING:
     from llm.data.batch import RowSource
@@ -32,11 +31,11 @@ class MixTable(Spec):
     """Tokens of a `pack` stage with the model's tokenizer. Loss is on all of them."""
     files: Semantic[InputFile | None] = None
     """Instead of tokens: path or glob, .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
-    text: Semantic[str | None] = None
+    text: Semantic[TextField | None] = None
     """For files of plain text: the field that holds it, or a template over fields. Loss is on all of it."""
-    prompt: Semantic[str] = "{prompt}"
+    prompt: Semantic[PromptTemplate] = "{prompt}"
     """For files of chats: what the user says, as in `data`."""
-    response: Semantic[str] = "{response}"
+    response: Semantic[ResponseTemplate] = "{response}"
     """For files of chats: what the assistant answers; loss is on this alone."""
     messages: Semantic[str | None] = None
     """For files of chats, instead of prompt and response: the field that holds a list of {role, content}."""
@@ -47,15 +46,11 @@ class MixTable(Spec):
     def _one_form(self) -> Self:
         if (self.tokens is None) == (self.files is None):
             raise ValueError("expected either tokens or files" + ("" if self.tokens is None else ", got both"))
-        split_template(self.prompt)
-        with_field(self.response)
         chat = self.messages is not None or (self.prompt, self.response) != ("{prompt}", "{response}")
         if self.tokens is not None and (self.text is not None or chat):
             raise ValueError("expected files beside text, prompt, response and messages, got tokens")
-        if self.text is not None:
-            split_text(self.text)
-            if chat:
-                raise ValueError("expected either text or the fields of a chat, got both")
+        if self.text is not None and chat:
+            raise ValueError("expected either text or the fields of a chat, got both")
         if self.messages is not None and (self.prompt, self.response) != ("{prompt}", "{response}"):
             raise ValueError("expected either messages or prompt and response, got both")
         return self
