@@ -27,6 +27,7 @@ from llm.bench.implementations import (
 )
 from llm.bench.workload import Workload
 from llm.device import has_compiler, peak_memory
+from llm.models import architectures
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
 
@@ -92,7 +93,8 @@ def _ours(workload: Workload) -> tuple[int, int]:
 
 def _theirs(workload: Workload) -> tuple[int, int]:
     micro_batch = int(workload.micro_batch)  # that of ours
-    importlib.import_module("transformers.models.llama.modeling_llama")  # imports are not measured
+    model_type = architectures()[workload.architecture.name].model_type
+    importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")  # imports are not measured
     group = ProcessGroup()
     torch.set_num_threads(workload.cores)
     before = _start()
