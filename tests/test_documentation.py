@@ -161,8 +161,8 @@ def test_files_and_modules_in_the_text_exist(page: Path) -> None:
     for span in spans:
         if re.match(r"(runner|llm|tests)/|.*/\w+\.(py|cpp)$", span):
             assert any((folder / span).exists() for folder in (ROOT, ROOT / "runner", ROOT / "llm")), span
-        if re.match(r"(runner|llm)\.", span):
-            assert pydoc.locate(span), span
+        if re.match(r"(runner|llm)\.|(Stage|Context)\.", span):
+            assert pydoc.locate(span if span[0].islower() else f"runner.stage.{span}"), span
 
 
 def anchors(page: Path) -> set[str]:

@@ -11,7 +11,7 @@ from runner.stages import stage_kinds
 
 OLD = re.compile(r"\bwant(s|ed)?\b|\bfound .*, expected|\bexpected .*[,;] found\b|; found\b")
 OUTCOME = re.compile(
-    rf", got\b|, since\b|\bbut\b|; |\bis missing\b|\bnot\b|\(|: {GAP}|\w{GAP}"
+    rf", got\b|, since\b|, which\b|\bbut\b|; |\bis missing\b|\bnot\b|\(|: {GAP}|\w{GAP}"
 )  # what it got, a reason, or what to do
 PLACE = re.compile(rf"(stage |--)?({GAP}|[\w.\[\]@-])[^,;:]*: ")
 WRONG = ("wrong", "", -1, 1.5, True, [], [1], {"x": 1}, float("inf"))
