@@ -72,7 +72,7 @@ def read_sweep(
     judge, score = _judge(table, stages, broken, faults)
     for axis, other in itertools.permutations(axes, 2):
         if axis.stage == other.stage and axis.path == other.path[: len(axis.path)]:
-            faults.append(f"sweep.stage.{other}: expected a field outside of {axis}, which varies too")
+            faults.append(f"sweep.stage.{other}: expected a field outside of {axis}, which varies too, got one inside it")
     count = math.prod(len(axis.values) for axis in axes)
     if count > MAX_SETTINGS:
         faults.append(f"sweep: expected at most {MAX_SETTINGS} settings, got {count}")
