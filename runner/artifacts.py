@@ -23,6 +23,17 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class InFolder:
+    """The path of a file or folder of an artifact, by its name there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, artifact: "Artifact", owner: type["Artifact"]) -> Path:
+        """The path in the folder of `artifact`."""
+        return artifact.folder / self._name
+
+
 @dataclass(frozen=True)
 class Artifact:
     """The folder of an artifact, finished or in progress. Subclasses name its files."""
@@ -55,49 +66,31 @@ class Artifact:
         return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
 
 
-@dataclass(frozen=True)
 class Corpus(Artifact):
     """Cleaned documents, one JSON object per line: `text`, `source`, and `passes` (how often an epoch has it)."""
 
-    @property
-    def train(self) -> Path:
-        """Documents to learn from."""
-        return self.folder / "train.jsonl"
-
-    @property
-    def validation(self) -> Path:
-        """Documents held out by the hash of their text."""
-        return self.folder / "validation.jsonl"
+    train = InFolder("train.jsonl")
+    """Documents to learn from."""
+    validation = InFolder("validation.jsonl")
+    """Documents held out by the hash of their text."""
 
 
-@dataclass(frozen=True)
 class Tokenizer(Artifact):
     """A byte-level BPE with its chat template, in the format of Transformers."""
 
-    @property
-    def model(self) -> Path:
-        """The tokenizer, in the format of the `tokenizers` library."""
-        return self.folder / "tokenizer.json"
-
-    @property
-    def config(self) -> Path:
-        """Special tokens and the chat template, in the format of Transformers."""
-        return self.folder / "tokenizer_config.json"
+    model = InFolder("tokenizer.json")
+    """The tokenizer, in the format of the `tokenizers` library."""
+    config = InFolder("tokenizer_config.json")
+    """Special tokens and the chat template, in the format of Transformers."""
 
 
-@dataclass(frozen=True)
 class Tokens(Artifact):
     """Token shards with document boundaries, and their tokenizer. `llm.data.token_shards` reads and writes them."""
 
-    @property
-    def train(self) -> Path:
-        """Folder of the training shards."""
-        return self.folder / "train"
-
-    @property
-    def validation(self) -> Path:
-        """Folder of the validation shards."""
-        return self.folder / "validation"
+    train = InFolder("train")
+    """Folder of the training shards."""
+    validation = InFolder("validation")
+    """Folder of the validation shards."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,19 +98,13 @@ class Tokens(Artifact):
         return Tokenizer(self.folder / "tokenizer")
 
 
-@dataclass(frozen=True)
 class Checkpoint(Artifact):
     """A model folder that stock Transformers opens: config, safetensors, tokenizer, chat template, generation config."""
 
-    @property
-    def config(self) -> Path:
-        """The architecture, as Transformers' LlamaConfig."""
-        return self.folder / "config.json"
-
-    @property
-    def weights(self) -> Path:
-        """All weights, one safetensors file."""
-        return self.folder / "model.safetensors"
+    config = InFolder("config.json")
+    """The architecture, as Transformers' LlamaConfig."""
+    weights = InFolder("model.safetensors")
+    """All weights, one safetensors file."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -125,39 +112,29 @@ class Checkpoint(Artifact):
         return Tokenizer(self.folder)
 
 
-@dataclass(frozen=True)
 class TrainingState(Checkpoint):
     """A Checkpoint with what its training needs to continue; `llm.training.checkpoint` reads and writes it."""
 
-    @property
-    def optimizer(self) -> Path:
-        """The optimizer state of each weight, one safetensors file."""
-        return self.folder / "optimizer.safetensors"
-
-    @property
-    def training(self) -> Path:
-        """The step, the counters and the runtime of the training."""
-        return self.folder / "training.json"
+    optimizer = InFolder("optimizer.safetensors")
+    """The optimizer state of each weight, one safetensors file."""
+    training = InFolder("training.json")
+    """The step, the counters and the runtime of the training."""
 
 
-@dataclass(frozen=True)
 class Adapter(Artifact):
     """LoRA weights in the format of PEFT."""
 
-    @property
-    def config(self) -> Path:
-        """PEFT's LoraConfig."""
-        return self.folder / "adapter_config.json"
-
-    @property
-    def weights(self) -> Path:
-        """The low-rank matrices, one safetensors file."""
-        return self.folder / "adapter_model.safetensors"
+    config = InFolder("adapter_config.json")
+    """PEFT's LoraConfig."""
+    weights = InFolder("adapter_model.safetensors")
+    """The low-rank matrices, one safetensors file."""
 
 
-@dataclass(frozen=True)
 class Gguf(Artifact):
     """A model as GGUF files, one per precision, and the Modelfile that makes one of them a model of Ollama."""
+
+    modelfile = InFolder("Modelfile")
+    """For `ollama create`."""
 
     def file(self, precision: str) -> Path:
         """The file of a precision; llama.cpp and Ollama find it in a repository by the end of its name."""
@@ -167,85 +144,49 @@ class Gguf(Artifact):
         """All files, by precision."""
         return {path.stem.removeprefix("model-").lower(): path for path in sorted(self.folder.glob("model-*.gguf"))}
 
-    @property
-    def modelfile(self) -> Path:
-        """For `ollama create`."""
-        return self.folder / "Modelfile"
 
-
-@dataclass(frozen=True)
 class Parity(Artifact):
     """The comparison of a model with other systems that open it."""
 
-    @property
-    def results(self) -> Path:
-        """`{"checks": [{"name": "Transformers: tokens", "passed": true, "compared": 1012}]}`; null: could not be checked."""
-        return self.folder / "parity.json"
+    results = InFolder("parity.json")
+    """`{"checks": [{"name": "Transformers: tokens", "passed": true, "compared": 1012}]}`; null: could not be checked."""
 
 
-@dataclass(frozen=True)
 class Scores(Artifact):
     """The result of an evaluation: flat names `task.metric`, deterministic values only."""
 
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"values.json"}  # its last digits depend on the number of cores
 
-    @property
-    def scores(self) -> Path:
-        """`{"scores": {"section.macro_f1": 0.91}, "intervals": {"section.macro_f1": [0.89, 0.93]},
-        "counts": {"section": 833}}`; the intervals at 95% confidence.
-        """
-        return self.folder / "scores.json"
-
-    @property
-    def values(self) -> Path:
-        """The values of each example, by task and name of the value."""
-        return self.folder / "values.json"
-
-    @property
-    def errors(self) -> Path:
-        """Wrong examples, one JSON object per line."""
-        return self.folder / "errors.jsonl"
+    scores = InFolder("scores.json")
+    """`{"scores": {"section.macro_f1": 0.91}, "intervals": {"section.macro_f1": [0.89, 0.93]},
+    "counts": {"section": 833}}`; the intervals at 95% confidence."""
+    values = InFolder("values.json")
+    """The values of each example, by task and name of the value."""
+    errors = InFolder("errors.jsonl")
+    """Wrong examples, one JSON object per line."""
 
     def side_by_side(self, task: str) -> Path:
         """The page that shows the answers of two models side by side."""
         return self.folder / f"{task}.html"
 
 
-@dataclass(frozen=True)
 class Release(Artifact):
     """The folder to push: a Checkpoint with model card, resolved recipe, lock file and scores."""
 
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT | {"README.md", "recipe.lock.json", "curves.png"}
 
-    @property
-    def card(self) -> Path:
-        """The model card."""
-        return self.folder / "README.md"
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, which can be run again."""
-        return self.folder / "recipe.toml"
-
-    @property
-    def lock(self) -> Path:
-        """Digests of inputs and artifacts, versions and hardware of this run."""
-        return self.folder / "recipe.lock.json"
-
-    @property
-    def scores(self) -> Path:
-        """The scores of the evaluations, by stage name."""
-        return self.folder / "scores.json"
-
-    @property
-    def parity(self) -> Path:
-        """The comparison of the model with other systems that open it."""
-        return self.folder / "parity.json"
-
-    @property
-    def curves(self) -> Path:
-        """The loss curves, an image for the card."""
-        return self.folder / "curves.png"
+    card = InFolder("README.md")
+    """The model card."""
+    recipe = InFolder("recipe.toml")
+    """The resolved recipe, which can be run again."""
+    lock = InFolder("recipe.lock.json")
+    """Digests of inputs and artifacts, versions and hardware of this run."""
+    scores = InFolder("scores.json")
+    """The scores of the evaluations, by stage name."""
+    parity = InFolder("parity.json")
+    """The comparison of the model with other systems that open it."""
+    curves = InFolder("curves.png")
+    """The loss curves, an image for the card."""
 
     @property
     def adapter(self) -> Adapter:
