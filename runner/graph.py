@@ -3,8 +3,8 @@
 Pure functions over stages; nothing here touches the cache. The caller gives the digests of input files.
 """
 
+import graphlib
 import hashlib
-import heapq
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,40 +19,35 @@ KEY_FORMAT = 1  # raised when the structure of an identity changes, which change
 
 def edges(stage: Stage, *, read_only: bool = False) -> Iterator[tuple[str, Ref[Any]]]:
     """Each reference of a stage to another, with its dotted field; `read_only`: only those to artifacts that it reads."""
-    return ((field, leaf) for field, leaf in _leaves(stage, semantic_only=read_only) if isinstance(leaf, Ref))
+    return ((field, value) for field, value in _values(stage, semantic_only=read_only) if isinstance(value, Ref))
 
 
 def input_files(stage: Stage) -> Iterator[tuple[str, InputFile]]:
     """Each path or glob of input files of a stage, with its dotted field."""
-    return ((field, leaf) for field, leaf in _leaves(stage) if isinstance(leaf, InputFile))
+    return ((field, value) for field, value in _values(stage) if isinstance(value, InputFile))
 
 
-def tables(value: Any, field: str = "") -> Iterator[tuple[str, BaseModel]]:
+def tables(stage: Stage) -> Iterator[tuple[str, BaseModel]]:
     """Each table inside a stage, with its dotted field."""
-    match value:
-        case BaseModel():
-            if field:
-                yield field, value
-            for name in type(value).model_fields:
-                yield from tables(getattr(value, name), f"{field}.{name}".removeprefix("."))
-        case list() | tuple():
-            for index, item in enumerate(value):
-                yield from tables(item, f"{field}[{index}]")
+    return ((field, value) for field, value in _values(stage) if isinstance(value, BaseModel))
 
 
-def _leaves(value: Any, field: str = "", *, semantic_only: bool = False) -> Iterator[tuple[str, Any]]:
+def _values(value: Any, field: str = "", *, semantic_only: bool = False) -> Iterator[tuple[str, Any]]:
+    """Everything inside `value`, tables before what they hold, with its dotted field."""
     match value:
         case BaseModel():
-            for name in _kept_fields(value, semantic_only):
-                yield from _leaves(getattr(value, name), f"{field}.{name}".removeprefix("."), semantic_only=semantic_only)
+            inside = [
+                (f"{field}.{name}".removeprefix("."), getattr(value, name)) for name in _kept_fields(value, semantic_only)
+            ]
         case dict():
-            for key, item in value.items():
-                yield from _leaves(item, f"{field}.{key}", semantic_only=semantic_only)
+            inside = [(f"{field}.{key}", item) for key, item in value.items()]
         case list() | tuple():
-            for index, item in enumerate(value):
-                yield from _leaves(item, f"{field}[{index}]", semantic_only=semantic_only)
+            inside = [(f"{field}[{index}]", item) for index, item in enumerate(value)]
         case _:
-            yield field, value
+            return
+    for name, item in inside:
+        yield name, item
+        yield from _values(item, name, semantic_only=semantic_only)
 
 
 def plain(
@@ -125,21 +120,10 @@ def _refs(stage: Stage, *, read_only: bool) -> list[str]:
 
 def in_order(sources: Mapping[str, Sequence[str]]) -> list[str]:
     """Names in topological order, ties as written. The graph must not have a cycle."""
-    waiting = {name: len(sources[name]) for name in sources}
-    readers: dict[str, list[str]] = {name: [] for name in sources}
-    for name, before in sources.items():
-        for source in before:
-            readers[source].append(name)
-    order: list[str] = []
-    ready = [(place, name) for place, name in enumerate(sources) if not waiting[name]]  # a heap, the first as written on top
-    places = {name: place for place, name in enumerate(sources)}
-    while ready:
-        _, name = heapq.heappop(ready)
-        order.append(name)
-        for reader in readers[name]:
-            waiting[reader] -= 1
-            if not waiting[reader]:
-                heapq.heappush(ready, (places[reader], reader))
+    waiting, order = dict.fromkeys(sources), list[str]()
+    while waiting:
+        order.append(next(name for name in waiting if waiting.keys().isdisjoint(sources[name])))
+        del waiting[order[-1]]
     return order
 
 
@@ -156,21 +140,10 @@ def ancestors(sources: Mapping[str, Sequence[str]], *names: str) -> set[str]:
 
 def find_cycle(sources: Mapping[str, Sequence[str]]) -> list[str]:
     """The names along a cycle, the first repeated at the end; empty if there is none. Names that are not keys are ignored."""
-    done: set[str] = set()
-    for start in sources:
-        path: list[str] = []
-        trail = [iter([start])]
-        while trail:
-            name = next(trail[-1], None)
-            if name is None:
-                trail.pop()
-                if path:
-                    done.add(path.pop())
-            elif name in path:
-                return [*path[path.index(name) :], name]
-            elif name in sources and name not in done:
-                path.append(name)
-                trail.append(iter(sources[name]))
+    try:
+        graphlib.TopologicalSorter(sources).prepare()
+    except graphlib.CycleError as error:
+        return list(reversed(error.args[1]))
     return []
 
 
