@@ -69,13 +69,16 @@ def process_count(parallel: Parallel) -> int:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in REPORTED_VERSIONS:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: version for package in REPORTED_VERSIONS if (version := version_of(package))}
+    return {"python": platform.python_version(), **found}
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None if there is none."""
+    try:
+        return metadata.version(package)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
 
 
 def hardware() -> dict[str, Any]:

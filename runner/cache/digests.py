@@ -9,22 +9,25 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from runner.artifacts import digest_file
 from runner.files import write_whole
 from runner.input_files import InputFile, format_of
 
 FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of the clock, so it is not remembered
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class FileContent:
-    """The content of an input file."""
+    """The content of an input file. The constraints are for a lock file, which is untrusted."""
 
-    file: str  # its path; only the ending is identity
-    sha256: str
-    bytes: int
+    file: Annotated[str, Field(min_length=1, max_length=4096)]  # its path; only the ending is identity
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0)]
 
     @property
     def format(self) -> str:

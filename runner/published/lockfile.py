@@ -2,50 +2,28 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib import metadata
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from runner.cache.digests import FileContent
+from runner.cache.digests import FileContent, Sha256
 from runner.errors import RecipeError
 from runner.planning.plan import RUNNABLE, Plan
-from runner.resources import gpu_count, hardware, versions
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+from runner.resources import gpu_count, hardware, version_of, versions
 
 
-class LockedFile(BaseModel):
-    """An input file."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    file: Annotated[str, Field(min_length=1, max_length=4096)]
-    sha256: Sha256
-    bytes: Annotated[int, Field(ge=0)]
-
-    @property
-    def content(self) -> FileContent:
-        """Its content."""
-        return FileContent(self.file, self.sha256, self.bytes)
-
-
-class LockedStage(BaseModel):
+class LockedStage(BaseModel, extra="ignore", frozen=True):
     """A stage as it was run."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     key: Sha256
     digest: Sha256
-    data: Mapping[str, list[LockedFile]] = Field(default_factory=dict)  # by field
+    data: Mapping[str, list[FileContent]] = Field(default_factory=dict)  # by field
     versions: Mapping[str, str] = Field(default_factory=dict)
     hardware: Mapping[str, Any] = Field(default_factory=dict)
 
 
-class Lock(BaseModel):
+class Lock(BaseModel, extra="ignore", frozen=True):
     """All stages of a release."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     stages: Mapping[str, LockedStage]
 
@@ -61,11 +39,12 @@ def read_lock(text: str, place: str) -> Lock:
 
 def differences(lock: Lock) -> Iterator[str]:
     """How this machine differs from those of the lock, one line each: versions, then hardware."""
-    here = versions()
+    known = versions()
     for package in dict.fromkeys(name for stage in lock.stages.values() for name in stage.versions):
         there = sorted({stage.versions[package] for stage in lock.stages.values() if package in stage.versions})
-        if there != [here.get(package) or _installed(package)]:
-            yield f"{package}: {', '.join(there)} there, {here.get(package) or _installed(package) or 'none'} here"
+        here = known.get(package) or version_of(package)
+        if there != [here]:
+            yield f"{package}: {', '.join(there)} there, {here or 'none'} here"
     mine = hardware() | {"gpus": gpu_count()}
     theirs = [{**stage.hardware, "gpus": len(stage.hardware.get("gpus", ()))} for stage in lock.stages.values()]
     for what in ("machine", "system", "cores", "gpus"):
@@ -97,10 +76,3 @@ def results(lock: Lock, plan: Plan) -> str:
     other = [name for name, digest in known.items() if digest != lock.stages[name].digest]
     differing = f"; different bytes: {', '.join(other)}" if other else ""
     return f"{len(known) - len(other)} of {len(known)} results equal the published ones{differing}"
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except (metadata.PackageNotFoundError, ValueError):
-        return None

@@ -78,7 +78,8 @@ def download_recipe(address: Address, store: Store, *, data: Sequence[Path]) -> 
     try:
         snapshot = _snapshot(address, store.root / "published")
         place = store.root / "published" / f"{address.repo.replace('/', '--')}-{snapshot.commit[:12]}"
-        recipe_text, lock_text = (_text(snapshot, name, place / "published") for name in _names())
+        release = Release(place / "published")
+        recipe_text, lock_text = (_text(snapshot, path) for path in (release.recipe, release.lock))
         lock = read_lock(lock_text, f"{snapshot}: recipe.lock.json")
         finder = _Finder(store.digests, data, snapshot, place / "downloads")
         table = _without_user_fields(recipe_text, f"{snapshot}: recipe.toml")
@@ -98,18 +99,15 @@ def _snapshot(address: Address, root: Path) -> download.Snapshot:
     return download.find_snapshot(address.repo, address.revision, kept=kept)
 
 
-def _names() -> tuple[str, str]:
-    release = Release(Path())
-    return release.recipe.name, release.lock.name
-
-
-def _text(snapshot: download.Snapshot, name: str, folder: Path) -> str:
+def _text(snapshot: download.Snapshot, path: Path) -> str:
+    """The text of a file of the snapshot, downloaded to `path`."""
+    name = path.name
     if name not in snapshot.files:
         raise RecipeError(f"{snapshot}: expected a model that was published by this program, got one without {name}")
     if snapshot.files[name].size > MAX_BYTES:
         raise RecipeError(f"{snapshot}: {name}: expected at most {MAX_BYTES:,} bytes, got {snapshot.files[name].size:,}")
     try:
-        return download.download_file(snapshot, name, folder).read_text(encoding="utf-8")
+        return download.download_file(snapshot, name, path.parent).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{snapshot}: {name}: expected UTF-8 text, got other bytes ({error.reason})") from None
 
@@ -154,7 +152,7 @@ def _place_inputs(
                 raise RecipeError(
                     f"recipe.lock.json: expected stage.{stage}.{dotted} to name input files in the recipe, got {written!r}"
                 )
-            contents = tuple(file.content for file in files)
+            contents = tuple(files)
             is_folder = all(str(PurePosixPath(content.file).parent) == str(PurePosixPath(written)) for content in contents)
             place = places.setdefault((contents, is_folder), f"data/{len(places)}")
             names = _names_of(contents, is_folder)
