@@ -103,9 +103,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
     workload = Workload.model_validate_json(sys.stdin.readline())
     named: Literal["ddp", "fsdp"] = "fsdp" if strategy == "fsdp" else "ddp"
-    training = StockpotTraining(
-        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=ProcessGroup(), strategy=named
-    )
+    training = StockpotTraining(workload, build_stockpot_model(workload), group=ProcessGroup(), strategy=named)
     for _ in sys.stdin:
         training.step()
         print("done", file=answers, flush=True)

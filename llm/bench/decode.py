@@ -126,17 +126,11 @@ def teach(workload: Workload, model: LanguageModel, *, prompt_tokens: int, new_t
     rows = CountingRows(workload.context, workload.vocab_size)
     unseen = [rows.row(UNSEEN + index).tokens[: prompt_tokens + new_tokens] for index in range(max(BATCHES))]
     tokens = torch.from_numpy(np.stack(unseen)).to(group.device)
-    lesson = {"rows": max(1, LESSON_TOKENS // workload.context), "micro_batch": "auto", "compiled": False}
+    count = max(1, LESSON_TOKENS // workload.context)
+    lesson = workload.model_copy(update={"rows": count, "micro_batch": "auto", "compiled": False, "optimizer": Optimizer()})
     margin = 0.0
     for _ in range(MOST_TERMS):
-        ours = StockpotTraining(
-            workload.model_copy(update=lesson),
-            model,
-            optimizer=Optimizer(),
-            schedule=LESSON_SCHEDULE,
-            steps=LESSONS,
-            group=group,
-        )
+        ours = StockpotTraining(lesson, model, schedule=LESSON_SCHEDULE, steps=LESSONS, group=group)
         for step in range(LESSONS):
             ours.step_on(*ours.load(step))
         model.eval()

@@ -91,7 +91,6 @@ class StockpotTraining:
         workload: Workload,
         model: LanguageModel,
         *,
-        optimizer: Optimizer,
         group: ProcessGroup,
         rows: RowSource | None = None,
         schedule: Schedule = SCHEDULE,
@@ -104,7 +103,7 @@ class StockpotTraining:
         rows = rows or CountingRows(workload.context, workload.vocab_size)
         budget = Budget(steps=steps)
         self.task = TrainingTask(
-            next_token_loss, rows, budget, workload.tokens_per_step, schedule=schedule, optimizer=optimizer, seed=0
+            next_token_loss, rows, budget, workload.tokens_per_step, schedule=schedule, optimizer=workload.optimizer, seed=0
         )
         compute = compute_of(workload, strategy=strategy)
         began, auto = time.perf_counter(), workload.micro_batch == "auto"
@@ -198,11 +197,12 @@ class TransformersTraining:
 
 
 def build_stockpot_training(workload: Workload, way: str, *, group: ProcessGroup) -> StockpotTraining:
-    """Our training of a fresh model, by one of WAYS."""
+    """Our training of a fresh model with AdamW, by one of WAYS."""
     model = build_stockpot_model(workload)
     if way == QLORA:
         lora.quantize(model.to(group.device), double=True)
     if way != FULL:
         lora.attach(model, ADAPTER, seed=0)
-    adamw = workload.optimizer if workload.optimizer.kind == "adamw" else Optimizer()
-    return StockpotTraining(workload, model, optimizer=adamw, group=group)
+    if workload.optimizer.kind != "adamw":
+        workload = workload.model_copy(update={"optimizer": Optimizer()})
+    return StockpotTraining(workload, model, group=group)

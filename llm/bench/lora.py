@@ -24,7 +24,7 @@ def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> 
     names = [way for way in WAYS if way != QLORA or find_spec("bitsandbytes")]
     trainings = {name: build_stockpot_training(workload, name, group=group) for name in names}
     timings = interleaved({name: one.step for name, one in trainings.items()}, seconds=seconds, device=group.device)
-    peaks = {name: memory.peak_of(name, workload) for name in names}
+    peaks = {name: memory.peak_in_process(name, workload)[0] for name in names}
     ways: dict[str, Any] = {}
     for name, one in trainings.items():
         learned, parameters = count_parameters(one.model)
@@ -49,18 +49,12 @@ def measure_lora(workload: Workload, *, seconds: float, group: ProcessGroup) -> 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights; those in four bits with their scales and lookup table."""
-    held: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-
+    tensors: list[torch.Tensor] = []
     for weight in model.parameters():
-        count(weight.detach())
+        tensors.append(weight.detach())
         state = getattr(weight, "quant_state", None)
         while state is not None:
-            for value in vars(state).values():
-                if isinstance(value, torch.Tensor):
-                    count(value)
+            tensors += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
             state = state.state2
-    return sum(held.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

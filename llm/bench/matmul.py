@@ -24,18 +24,10 @@ def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape
 def measure_matmul(candidates: list[Shape], *, seconds: float, device: torch.device) -> dict[str, Any]:
     """For each precision: `gflops` and `shape` of the fastest product, and `shapes` with all of them."""
     products = {(name, shape): Product(shape, name, device=device) for name in DTYPES for shape in candidates}
-    labels = {f"{name} {shown(shape)}": (name, shape) for name, shape in products}
-    timings = interleaved(
-        {label: products[key] for label, key in labels.items()}, seconds=seconds / len(labels), device=device
-    )
+    timings = interleaved(products, seconds=seconds / len(products), device=device)
     result: dict[str, Any] = {}
     for name in DTYPES:
-        speeds = {
-            shape: products[key].flops / timings[label].median / 1e9
-            for label, key in labels.items()
-            for precision, shape in [key]
-            if precision == name
-        }
+        speeds = {shape: products[name, shape].flops / timings[name, shape].median / 1e9 for shape in candidates}
         best = max(speeds, key=lambda shape: speeds[shape])
         result[name] = {
             "gflops": speeds[best],

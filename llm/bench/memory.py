@@ -18,7 +18,8 @@ import torch
 import torch._dynamo  # optimizers import it when they are made, and imports are not measured
 
 from llm.bench.implementations import (
-    FULL,
+    LORA,
+    QLORA,
     CountingRows,
     StockpotTraining,
     TransformersTraining,
@@ -39,8 +40,8 @@ CLEAR_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 def measure_memory(workload: Workload) -> dict[str, Any]:
     """Bytes of both, and our share of Transformers'."""
-    ours, micro_batch = _in_a_process("ours", workload)
-    theirs, _ = _in_a_process("transformers_fp32", workload.model_copy(update={"micro_batch": micro_batch}))
+    ours, micro_batch = peak_in_process("ours", workload)
+    theirs, _ = peak_in_process("transformers_fp32", workload.model_copy(update={"micro_batch": micro_batch}))
     return {
         "ours": ours,
         "transformers_fp32": theirs,
@@ -50,13 +51,8 @@ def measure_memory(workload: Workload) -> dict[str, Any]:
     }
 
 
-def peak_of(name: str, workload: Workload) -> int:
-    """Peak bytes of steps of one of the trainings of `llm.bench.lora`."""
-    return _in_a_process(name, workload)[0]
-
-
-def _in_a_process(name: str, workload: Workload) -> tuple[int, int]:
-    """Peak bytes, and rows of a forward pass."""
+def peak_in_process(name: str, workload: Workload) -> tuple[int, int]:
+    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32" or one of the ways of `llm.bench.lora`."""
     environment = dict(os.environ)
     if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
@@ -76,16 +72,20 @@ def main() -> None:
     """Take the steps of the training named on the command line: workload on standard input, result on standard output."""
     (name,) = sys.argv[1:]
     workload = Workload.model_validate_json(sys.stdin.read())
-    measured = {"ours": _ours, "transformers_fp32": _theirs}
-    print(json.dumps(measured[name](workload) if name in measured else _by_way(name, workload)))
+    print(json.dumps(_theirs(workload) if name == "transformers_fp32" else _ours(workload, name)))
 
 
-def _ours(workload: Workload) -> tuple[int, int]:
+def _ours(workload: Workload, name: str) -> tuple[int, int]:
     group = ProcessGroup()
-    if workload.compiled is not False and has_compiler(group.device.type):
+    if name == "ours" and workload.compiled is not False and has_compiler(group.device.type):
         torch.compile(torch.relu)(torch.ones(8, device=group.device))  # the compiler's imports do not count either
+    for package in ("peft", "bitsandbytes") if name in (LORA, QLORA) else ():
+        importlib.import_module(package)
     before = _start()
-    training = StockpotTraining(workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group)
+    if name == "ours":
+        training = StockpotTraining(workload, build_stockpot_model(workload), group=group)
+    else:
+        training = build_stockpot_training(workload, name, group=group)
     for _ in range(STEPS):
         training.step()
     return _peak() - before, training.loop.runtime.micro_batch
@@ -104,17 +104,6 @@ def _theirs(workload: Workload) -> tuple[int, int]:
     for _ in range(STEPS):
         training.step("fp32")
     return _peak() - before, micro_batch
-
-
-def _by_way(way: str, workload: Workload) -> tuple[int, int]:
-    group = ProcessGroup()
-    for package in ("peft", "bitsandbytes") if way != FULL else ():
-        importlib.import_module(package)
-    before = _start()
-    training = build_stockpot_training(workload, way, group=group)
-    for _ in range(STEPS):
-        training.step()
-    return _peak() - before, training.loop.runtime.micro_batch
 
 
 def _start() -> int:

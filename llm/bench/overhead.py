@@ -72,9 +72,7 @@ def measure_overhead(
     group: ProcessGroup,
 ) -> dict[str, Any]:
     """Shares of step time, and the seconds that they come from."""
-    ours = StockpotTraining(
-        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group, rows=rows, report=tracking.report
-    )
+    ours = StockpotTraining(workload, build_stockpot_model(workload), group=group, rows=rows, report=tracking.report)
     threads = ours.runtime.threads
     loading = _loading(ours, seconds=seconds)
     spent = _turns(ours, tracking, seconds=seconds)

@@ -5,10 +5,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from llm.device import seconds_per_call
+
+Key = TypeVar("Key")
 
 LEAST_ROUNDS = 3
 TURN_SECONDS = 0.25  # a turn has enough calls that the clock and, on a GPU, the wait at its end do not count
@@ -32,7 +35,7 @@ class Timings:
         return max(0.0, self.first - self.median)
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], *, seconds: float, device: torch.device) -> dict[str, Timings]:
+def interleaved(candidates: Mapping[Key, Callable[[], object]], *, seconds: float, device: torch.device) -> dict[Key, Timings]:
     """Time each candidate for about `seconds`, in rounds in which each has a turn; every other round goes backwards.
 
     Two calls to warm up are left out. There are at least three rounds, however long they take.
@@ -40,7 +43,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], *, seconds: floa
     first = {name: seconds_per_call(call, device=device) for name, call in candidates.items()}
     turn = min(TURN_SECONDS, seconds / LEAST_ROUNDS)
     calls = {name: max(1, math.ceil(turn / seconds_per_call(call, device=device))) for name, call in candidates.items()}
-    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds: dict[Key, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     began, done = time.perf_counter(), 0
     while done < LEAST_ROUNDS or time.perf_counter() - began < seconds * len(names):

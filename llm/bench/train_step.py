@@ -10,12 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from llm.bench.implementations import StockpotTraining, TransformersTraining, build_stockpot_model
+from llm.bench.implementations import (
+    FULL,
+    StockpotTraining,
+    TransformersTraining,
+    build_stockpot_model,
+    build_stockpot_training,
+)
 from llm.bench.matmul import shown
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.device import peak_memory
-from llm.training.config import Optimizer
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.mfu import Product
 
@@ -26,11 +31,9 @@ def measure_train_step(
     workload: Workload, peaks: dict[str, Any], *, seconds: float, compiled: bool, group: ProcessGroup
 ) -> dict[str, Any]:
     """The figures of each candidate, and what they have in common."""
-    model = build_stockpot_model(workload)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    adamw = workload.optimizer if workload.optimizer.kind == "adamw" else Optimizer()
-    ours = StockpotTraining(workload, model, optimizer=adamw, group=group)
-    theirs = TransformersTraining(workload, weights, steps=[parts for parts, _ in ours.prepared], device=group.device)
+    ours = build_stockpot_training(workload, FULL, group=group)
+    steps = [parts for parts, _ in ours.prepared]
+    theirs = TransformersTraining(workload, ours.model.state_dict(), steps=steps, device=group.device)
     first = ours.prepared[0][0][0]
     losses = {"ours": ours.loss(first), "transformers": theirs.loss(first)}
     precision = ours.runtime.precision
@@ -47,11 +50,12 @@ def measure_train_step(
         candidates["transformers_bf16_compiled"] = partial(theirs.step, "compiled")
     build_seconds = {"ours": ours.build_seconds}
     if workload.optimizer.kind != "adamw":
-        other = StockpotTraining(workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=group)
+        other = StockpotTraining(workload, build_stockpot_model(workload), group=group)
         candidates[f"ours_{workload.optimizer.kind}"] = other.step
     timings = interleaved(candidates, seconds=seconds, device=group.device)
 
-    flops = model.flops_per_token(workload.context) * workload.tokens_per_step
+    flops_per_token = ours.model.flops_per_token(workload.context)
+    flops = flops_per_token * workload.tokens_per_step
     found: dict[str, Any] = {}
     for name in candidates:
         if name == PEAK:
@@ -72,7 +76,7 @@ def measure_train_step(
         "compiled": ours.runtime.compiled,
         "fused_attention": ours.runtime.fused_attention,
         "first_loss": losses,  # equal weights and rows: equal up to rounding
-        "flops_per_token": model.flops_per_token(workload.context),
+        "flops_per_token": flops_per_token,
         "peak_gflops": [peak.flops / taken / 1e9 for taken in timings[PEAK].rounds],
         "peak_shape": shown(shape),
         "candidates": found,
@@ -81,12 +85,11 @@ def measure_train_step(
 
 def measure_stockpot_step(workload: Workload, *, seconds: float, group: ProcessGroup) -> dict[str, Any]:
     """Operations and tokens per second of our step with the workload's own optimizer, and peak memory in bytes."""
-    model = build_stockpot_model(workload)
-    ours = StockpotTraining(workload, model, optimizer=workload.optimizer, group=group)
+    ours = StockpotTraining(workload, build_stockpot_model(workload), group=group)
     timing = interleaved({"ours": ours.step}, seconds=seconds, device=group.device)["ours"]
     tokens = workload.tokens_per_step / timing.median
     return {
         "tokens_per_second": tokens,
-        "flops_per_second": tokens * model.flops_per_token(workload.context),
+        "flops_per_second": tokens * ours.model.flops_per_token(workload.context),
         "peak_memory_bytes": peak_memory(str(group.device.type)),
     }

@@ -184,7 +184,7 @@ def shares(kind: str) -> dict[str, float]:
     sizes |= {"vocab_size": VOCABULARY, "context": 24, "rows": 4, "optimizer": {"kind": kind}, "compiled": False, "cores": 1}
     workload = Workload.model_validate(sizes)
     model = tiny_model(tied=False, kv_heads=4)
-    training = StockpotTraining(workload, model, optimizer=workload.optimizer, group=ProcessGroup(), strategy="fsdp")
+    training = StockpotTraining(workload, model, group=ProcessGroup(), strategy="fsdp")
     training.step()
     loss, _ = training.loop.wrapped(training.prepared[0][0][0])
     loss.backward()

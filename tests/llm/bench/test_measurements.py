@@ -41,9 +41,7 @@ def tiny(**changes: Any) -> Workload:
 
 
 def ours_of(workload: Workload, **changes: Any) -> StockpotTraining:
-    return StockpotTraining(
-        workload, build_stockpot_model(workload), optimizer=workload.optimizer, group=ProcessGroup(), **changes
-    )
+    return StockpotTraining(workload, build_stockpot_model(workload), group=ProcessGroup(), **changes)
 
 
 def theirs_of(ours: StockpotTraining) -> TransformersTraining:
