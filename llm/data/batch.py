@@ -37,16 +37,13 @@ class RowSource(Protocol):
     @property
     def context(self) -> int:
         """Tokens in a row."""
-        ...
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows until the data has been seen once."""
-        ...
 
     def row(self, index: int) -> PackedRow:
         """Row `index`, counted through all epochs; the order within epoch e is drawn from (seed, e)."""
-        ...
 
 
 @dataclass(frozen=True)

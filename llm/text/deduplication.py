@@ -34,12 +34,7 @@ def find_duplicates(shards: Sequence[ShardFolder], *, similarity: float | None, 
 
 def _mark_exact(verdicts: NDArray[np.uint8], shards: Sequence[ShardFolder]) -> None:
     first, second = (np.concatenate([shard.digest(half) for shard in shards]) for half in (0, 1))
-
-    def alike(earlier: Indices, later: Indices) -> NDArray[np.bool_]:
-        same: NDArray[np.bool_] = second[earlier] == second[later]
-        return same
-
-    _mark(verdicts, first, EXACT, alike)
+    _mark(verdicts, first, EXACT, lambda earlier, later: second[earlier] == second[later])
 
 
 def _mark_near(verdicts: NDArray[np.uint8], shards: Sequence[ShardFolder], *, similarity: float, scratch: Path) -> None:
@@ -51,8 +46,7 @@ def _mark_near(verdicts: NDArray[np.uint8], shards: Sequence[ShardFolder], *, si
     wanted = minhash.equal_slots(similarity) * minhash.SLOTS
 
     def alike(earlier: Indices, later: Indices) -> NDArray[np.bool_]:
-        equal = np.count_nonzero(signatures[earlier] == signatures[later], axis=1)
-        enough: NDArray[np.bool_] = equal >= wanted
+        enough: NDArray[np.bool_] = np.count_nonzero(signatures[earlier] == signatures[later], axis=1) >= wanted
         return enough
 
     bands, _ = minhash.banding(similarity)
@@ -62,7 +56,9 @@ def _mark_near(verdicts: NDArray[np.uint8], shards: Sequence[ShardFolder], *, si
 
 def _mark(verdicts: NDArray[np.uint8], hashes: minhash.Hashes, verdict: int, alike: Alike) -> None:
     """Give `verdict` to each kept document that is `alike` to an earlier one of equal hash."""
-    documents, starts = _groups(verdicts, hashes)
+    documents = np.flatnonzero(verdicts == KEPT)
+    order = np.argsort(hashes[documents], kind="stable")  # groups of equal hash, each in source order
+    documents, starts = _repeated(documents[order], hashes[documents[order]])
     for _ in range(LEADERS):
         if not len(documents):
             return
@@ -78,14 +74,6 @@ def _mark(verdicts: NDArray[np.uint8], hashes: minhash.Hashes, verdict: int, ali
         # Documents unlike the first of their group are compared with each other in the next round.
         group = np.repeat(np.arange(len(starts)), lengths)[follows][~equal]
         documents, starts = _repeated(follower[~equal], group)
-
-
-def _groups(verdicts: NDArray[np.uint8], hashes: minhash.Hashes) -> tuple[Indices, Indices]:
-    """Kept documents that share their hash with another, grouped and in source order, and the start of each group."""
-    documents = np.flatnonzero(verdicts == KEPT)
-    hashes = hashes[documents]
-    order = np.argsort(hashes, kind="stable")
-    return _repeated(documents[order], hashes[order])
 
 
 def _repeated(documents: Indices, keys: NDArray[np.int64] | minhash.Hashes) -> tuple[Indices, Indices]:

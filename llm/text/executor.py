@@ -24,7 +24,6 @@ class Executor(Protocol):
 
     def map(self, function: Callable[[S], R], shards: Iterable[S]) -> Iterator[R]:
         """Results in the order of the shards, which are read as needed: memory does not grow with their number."""
-        ...
 
 
 class LocalProcesses:

@@ -13,6 +13,7 @@ import csv
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -106,15 +107,7 @@ def _whole_text(path: Path, needed: set[str]) -> Iterator[FileRow]:
         yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(_not_utf8(error)))
 
 
-def _comma_separated(path: Path, needed: set[str]) -> Iterator[FileRow]:
-    return _table(path, needed, "CSV", strict=True)
-
-
-def _tab_separated(path: Path, needed: set[str]) -> Iterator[FileRow]:
-    return _table(path, needed, "TSV", delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _table(path: Path, needed: set[str], name: str, **form: Any) -> Iterator[FileRow]:
+def _table(path: Path, needed: set[str], *, name: str, **form: Any) -> Iterator[FileRow]:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than a chapter
     table = csv.DictReader(_decoded(path), **form)
     number = 1
@@ -158,8 +151,8 @@ def _parquet(path: Path, needed: set[str]) -> Iterator[FileRow]:
 _FORMATS: dict[str, Callable[[Path, set[str]], Iterator[FileRow]]] = {
     ".jsonl": _json_lines,
     ".txt": _whole_text,
-    ".csv": _comma_separated,
-    ".tsv": _tab_separated,
+    ".csv": partial(_table, name="CSV", strict=True),
+    ".tsv": partial(_table, name="TSV", delimiter="\t", quoting=csv.QUOTE_NONE),
     ".parquet": _parquet,
 }
 
