@@ -9,7 +9,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llm.errors import InputError
 from llm.text.documents import Document, sample_documents
 from llm.text.selection import hash_share
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -64,17 +63,6 @@ def report(
         "sequence_length": against,
         **_faults(tokenizer, sample_sentences(documents)),
     }
-
-
-def load_other(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, to compare with."""
-    try:
-        other = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception if it cannot read a file
-        raise InputError(f"{path}: expected a tokenizer.json of the tokenizers library, got another file: {error}") from error
-    other.no_truncation()
-    other.no_padding()
-    return other
 
 
 def _faults(tokenizer: TextTokenizer, sentences: Sequence[str]) -> dict[str, Any]:

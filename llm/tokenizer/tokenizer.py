@@ -48,11 +48,13 @@ class TextTokenizer:
         self._marked = tokenizer  # reads the characters of a special token as that token: for rendered chats
         self._plain = Tokenizer.from_str(tokenizer.to_str())  # reads them as text: for everything else
         self._plain.encode_special_tokens = True
-        self._template = template
+        self.template = template  # the chat template
         self._named = dict(named)
-        self._size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._any_special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        # Number of tokens, special ones included; one more than the largest id.
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        # In the order of their ids.
+        self.special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._any_special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))))
         self.end = self.token_id(named["eos_token"])
         self.begin = self.token_id(named.get("bos_token", named["eos_token"]))
         self.padding = self.token_id(named.get("pad_token", named["eos_token"]))
@@ -64,12 +66,7 @@ class TextTokenizer:
         path = folder / TOKENIZER_FILE
         if not path.exists():
             raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got no file")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception if it cannot read a file
-            raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got another file: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = open_tokenizer(path)
         named = _named_tokens(folder)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise InputError(f"{folder / CONFIG_FILE}: eos_token: expected a token of {path}, got {named.get('eos_token')!r}")
@@ -80,16 +77,6 @@ class TextTokenizer:
         return cls(tokenizer, named, _template(folder), ends=_ends(folder))
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens, special ones included; one more than the largest id."""
-        return self._size
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """All special tokens, in the order of their ids."""
-        return list(self._specials)
-
-    @property
     def special_ids(self) -> dict[str, int | list[int] | None]:
         """Begin, end and padding as Transformers' configurations hold them; None for what the vocabulary lacks."""
         return {
@@ -98,15 +85,10 @@ class TextTokenizer:
             "pad_token_id": self.padding if "pad_token" in self._named else None,
         }
 
-    @property
-    def template(self) -> str | None:
-        """The chat template."""
-        return self._template
-
     def with_template(self, template: str, *, ends: Sequence[int] = ()) -> Self:
         """The same tokenizer with another chat template, and with `ends` as further tokens that end an answer."""
         other = copy(self)
-        other._template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
+        other.template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
         return other
 
     def token_id(self, token: str) -> int:
@@ -171,9 +153,9 @@ class TextTokenizer:
 
     @property
     def _chat_template(self) -> str:
-        if self._template is None:
+        if self.template is None:
             raise InputError("expected a chat template in tokenizer_config.json, got none; set chat_template on the stage")
-        return self._template
+        return self.template
 
     def _refuse_special_tokens(self, messages: Sequence[ChatMessage]) -> None:
         for message in messages:
@@ -187,9 +169,9 @@ class TextTokenizer:
         """Write the files that Transformers opens into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "additional_special_tokens": [token for token in self._specials if token not in self._named.values()],
+            "additional_special_tokens": [token for token in self.special_tokens if token not in self._named.values()],
             **self._named,
-            **({} if self._template is None else {"chat_template": self._template}),
+            **({} if self.template is None else {"chat_template": self.template}),
             "clean_up_tokenization_spaces": False,  # or decoding loses spaces before punctuation
             "model_max_length": NO_LENGTH_LIMIT,
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -198,6 +180,17 @@ class TextTokenizer:
         whole.post_processor = self._post_processor
         write_text(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, which neither cuts nor pads what it encodes; InputError if it is no such file."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception if it cannot read a file
+        raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got another file: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _without_suffix(messages: Sequence[ChatMessage], ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:

@@ -57,10 +57,11 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
 
     def run(self, context: Context) -> Metrics:
         """Train, save and measure the tokenizer."""
-        from llm.tokenizer.report import load_other, measured_documents, report
+        from llm.tokenizer.report import measured_documents, report
+        from llm.tokenizer.tokenizer import open_tokenizer
 
         corpus = context.open(self.corpus)
-        others = {str(path): load_other(path) for file in self.compare_with for path in file.fetched()}
+        others = {str(path): open_tokenizer(path) for file in self.compare_with for path in file.fetched()}
         context.report(note="counting words and merging pairs")
         sampled: Counter[str] = Counter()
         tokenizer = self._learn(self._texts(context, sampled), allow_smaller=False)

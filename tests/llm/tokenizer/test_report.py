@@ -7,8 +7,8 @@ import pytest
 
 from llm.errors import InputError
 from llm.text.documents import Document
-from llm.tokenizer.report import load_other, measured_documents, report, sample_sentences
-from llm.tokenizer.tokenizer import TextTokenizer
+from llm.tokenizer.report import measured_documents, report, sample_sentences
+from llm.tokenizer.tokenizer import TextTokenizer, open_tokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
 
@@ -29,7 +29,7 @@ def test_lengths_are_reported_by_language_and_against_others(tmp_path: Path) -> 
         merged,
         [document("头痛"), document(" aa")],
         english_only=bytes_only,
-        others={"other": load_other(tmp_path / "tokenizer.json")},
+        others={"other": open_tokenizer(tmp_path / "tokenizer.json")},
     )
     assert found["measured"] == {"documents": 2, "bytes": {"all": 9, "en": 3, "zh": 6}}
     assert found["bytes_per_token"] == {"all": 4.5, "en": 3.0, "zh": 6.0}
@@ -80,5 +80,5 @@ def test_training_documents_are_measured_only_where_held_out_ones_are_too_few(tm
 
 def test_a_file_that_is_no_tokenizer_is_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer\.json of the tokenizers library"):
-        load_other(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a tokenizer of the tokenizers library"):
+        open_tokenizer(tmp_path / "tokenizer.json")
