@@ -27,28 +27,17 @@ SPARE_SLOTS = 8  # beyond the context, for the compiled step, which must never s
 Projection = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
 
 
-@dataclass(frozen=True)
 class DecodingLayer:
     """One decoder layer; projections of the same input are joined into one."""
 
-    attention_norm: Tensor  # (D,) in fp32, as is the other norm
-    feed_forward_norm: Tensor
-    queries_keys_values: Projection  # to (H + 2 K) E channels
-    output: Projection
-    gate_up: Projection
-    down: Projection
-
-
-def _decoding_layer(layer: Layer) -> DecodingLayer:
-    attention, feed_forward = layer.self_attn, layer.mlp
-    return DecodingLayer(
-        layer.input_layernorm.weight.float(),
-        layer.post_attention_layernorm.weight.float(),
-        _projection(attention.q_proj, attention.k_proj, attention.v_proj),
-        _projection(attention.o_proj),
-        _projection(feed_forward.gate_proj, feed_forward.up_proj),
-        _projection(feed_forward.down_proj),
-    )
+    def __init__(self, layer: Layer) -> None:
+        attention, feed_forward = layer.self_attn, layer.mlp
+        self.attention_norm = layer.input_layernorm.weight.float()  # (D,) in fp32, as is the other norm
+        self.feed_forward_norm = layer.post_attention_layernorm.weight.float()
+        self.queries_keys_values = _projection(attention.q_proj, attention.k_proj, attention.v_proj)  # to (H + 2 K) E channels
+        self.output = _projection(attention.o_proj)
+        self.gate_up = _projection(feed_forward.gate_proj, feed_forward.up_proj)
+        self.down = _projection(feed_forward.down_proj)
 
 
 def _projection(*layers: nn.Linear) -> Projection:
@@ -111,7 +100,7 @@ class LlamaDecoding:
         self.context = model.context
         self._device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self._final_norm = model.model.norm.weight.float()
-        self._layers = [_decoding_layer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
+        self._layers = [DecodingLayer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
         self._head = _projection(model.lm_head)
         self._epsilon = torch.full((1, 1, 1), model.config.norm_eps)
         self._on_cpu = self._device.type == "cpu"
@@ -273,6 +262,4 @@ class LlamaDecoding:
         return x.view(*tokens.shape, -1)
 
 
-def build(model: Llama) -> LlamaDecoding:
-    """The registry's entry: `model` in its decoding form."""
-    return LlamaDecoding(model)
+build = LlamaDecoding  # the registry's entry

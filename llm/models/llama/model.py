@@ -214,6 +214,4 @@ class Llama(LanguageModel):
         return 6.0 * products + attention_flops(self.config, context=context)
 
 
-def build(config: LlamaConfig, *, vocab_size: int) -> Llama:
-    """The registry's entry: a model with freshly drawn weights."""
-    return Llama(config, vocab_size=vocab_size)
+build = Llama  # the registry's entry
