@@ -1,7 +1,7 @@
 """Alerts as a recipe writes them: what is watched, its limits, and what is done about it. No torch, no judgement."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -23,17 +23,14 @@ ADVICE = {  # what a user may do about each alert
 class Alert(ConfigTable):
     """One thing that is watched, and what is done about it."""
 
-    @property
-    def what_it_does(self) -> Action:
-        """The action."""
-        action: Action = self.action  # type: ignore[attr-defined]  # each has it, with the actions that it allows
-        return action
+    if TYPE_CHECKING:  # a field here would come before those of the alerts
+        action: Action  # each has it, with the actions that it allows
 
     def semantic_fields(self) -> dict[str, Any]:
         """The fields that decide what is learned: none, unless the action is `skip` or `rollback`."""
-        if self.what_it_does == "rollback":
+        if self.action == "rollback":
             return self.model_dump()
-        return self.model_dump(exclude={"back"}) if self.what_it_does == "skip" else {}
+        return self.model_dump(exclude={"back"}) if self.action == "skip" else {}
 
 
 class LossAlert(Alert):
@@ -124,7 +121,7 @@ class Alerts(ConfigTable):
 
     def does(self, action: Action) -> bool:
         """Whether one of them has this action."""
-        return any(alert.what_it_does == action for _, alert in self.each())
+        return any(alert.action == action for _, alert in self.each())
 
     @property
     def reach(self) -> int:

@@ -133,21 +133,19 @@ class AlertMonitor:
             return Finding("not_finite", alert.action, text, this, alert.back)
         spiky = self.alerts.gradient_norm
         usual = median(state.norms) if len(state.norms) >= LEAST_NORMS else math.inf
-        spike = spiky.action != "off" and norm > spiky.times * usual
+        spike = norm > spiky.times * usual
         text = f"the gradient norm at step {step} is {norm:.4g}, and the median of the last {len(state.norms)} is {usual:.4g}"
-        return self._raised(state, "gradient_norm", spike, spiky, text, this, spiky.back)
+        return next(self._raised(state, "gradient_norm", spike, spiky, text, this, spiky.back), None)
 
     def report(
         self, state: AlertState, steps: range, *, loss: float | None, speed: float, seconds: float
     ) -> Iterator[Finding]:
         """Judge the mean loss of `steps` (None: all were skipped), and the speed in tokens/s over `seconds`."""
         alert = self.alerts.loss
-        judged = steps.stop > max(self._warmup, alert.after) and alert.action != "off"
+        judged = steps.stop > max(self._warmup, alert.after)
         if loss is not None:
             text = f"the loss over the {len(steps)} steps before step {steps.stop} is {loss:.4g}, above {alert.above:g}"
-            found = self._raised(state, "loss", judged and loss > alert.above, alert, text, steps, alert.back)
-            if found:
-                yield found
+            yield from self._raised(state, "loss", judged and loss > alert.above, alert, text, steps, alert.back)
         slow = self.alerts.throughput
         usual = median(self._speeds) if len(self._speeds) >= SPEEDS else 0.0
         if speed < slow.below * usual:  # a slow report is not part of what is usual
@@ -156,32 +154,28 @@ class AlertMonitor:
             self._slow, self._speeds = [], [*self._speeds, speed][-NORMS:]
         lasting = len(self._slow) >= SLOW_REPORTS and sum(self._slow) >= SLOW_SECONDS
         text = f"at step {steps.stop} training makes {speed:,.0f} tokens/s, and {usual:,.0f} was usual"
-        if found := self._raised(state, "throughput", slow.action != "off" and lasting, slow, text, steps, 0):
-            yield found
+        yield from self._raised(state, "throughput", lasting, slow, text, steps)
 
     def validation(self, state: AlertState, step: int, *, found: float, loss: float | None) -> Iterator[Finding]:
         """Judge the loss on held-out rows, `found`, by the last one and the training loss."""
         before, state.validation_loss = state.validation_loss, found
         state.rising = state.rising + 1 if before is not None and found > before else 0
         alert, steps = self.alerts.validation, range(step, step)
-        rises = alert.action != "off" and state.rising >= alert.rising
         text = f"the validation loss has risen {state.rising} times in a row, to {found:.4g} after step {step}"
-        if one := self._raised(state, "validation", rises, alert, text, steps, 0):
-            yield one
+        yield from self._raised(state, "validation", state.rising >= alert.rising, alert, text, steps)
         gap = self.alerts.gap
-        wide = gap.action != "off" and loss is not None and found - loss > gap.above
+        wide = loss is not None and found - loss > gap.above
         text = f"after step {step} the validation loss is {found:.4g} and the training loss {loss or 0.0:.4g}"
-        if one := self._raised(state, "gap", wide, gap, text, steps, 0):
-            yield one
+        yield from self._raised(state, "gap", wide, gap, text, steps)
 
     def _raised(
-        self, state: AlertState, name: str, found: bool, alert: Alert, text: str, steps: range, back: int
-    ) -> Finding | None:
+        self, state: AlertState, name: str, found: bool, alert: Alert, text: str, steps: range, back: int = 0
+    ) -> Iterator[Finding]:
         """The finding, if there is one: only the first of the same cause, unless the action is taken each time."""
+        found = found and alert.action != "off"
         before = name in state.raised
         if found != before:
             state.raised = sorted({*state.raised, name} if found else {*state.raised} - {name})
-        if not found or (before and alert.what_it_does not in ("skip", "rollback")):
-            return None
-        state.counts[name] = state.counts.get(name, 0) + 1
-        return Finding(name, alert.what_it_does, text, steps, back)
+        if found and (not before or alert.action in ("skip", "rollback")):
+            state.counts[name] = state.counts.get(name, 0) + 1
+            yield Finding(name, alert.action, text, steps, back)
