@@ -11,6 +11,7 @@ from importlib import util
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 Precision = Literal["fp32", "bf16"]
@@ -61,17 +62,12 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by the allocator, unused
         return float(torch.cuda.mem_get_info(device)[0] + idle)
-    limits = [float("inf")]
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    limits = [float(psutil.virtual_memory().available)]
     with contextlib.suppress(OSError, ValueError):  # "max", which is not a number, means no limit
         limits.append(float((_CGROUP / "memory.max").read_text()) - float((_CGROUP / "memory.current").read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
-        with contextlib.suppress(OSError, ValueError):
-            used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-            limits.append(float(soft - used))
+        limits.append(float(soft - psutil.Process().memory_info().vms))
     return max(0.0, min(limits))
 
 
