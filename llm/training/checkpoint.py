@@ -128,9 +128,8 @@ def write(folder: Path, state: TrainingState, *, kept: int, since: int | None = 
     with whole_folder(final) as partial:
         write_tensors(partial / WEIGHTS, state.weights)
         write_tensors(partial / OPTIMIZER, state.optimizer)
-        digests = {name: _digest(partial / name) for name in (WEIGHTS, OPTIMIZER)}
-        digests["facts"] = _digest_of_facts(state.facts)
-        write_text(partial / STATE, json.dumps({"facts": state.facts, "sha256": digests}, sort_keys=True))
+        stored = {"facts": state.facts, "sha256": _digests(partial, state.facts)}
+        write_text(partial / STATE, json.dumps(stored, sort_keys=True))
         for path in (*partial.iterdir(), partial):
             _fsync(path)
         shutil.rmtree(final, ignore_errors=True)  # an earlier one of the same step
@@ -187,19 +186,18 @@ def _step(path: Path) -> int:
 def _is_sound(path: Path) -> bool:
     try:
         stored = json.loads((path / STATE).read_text(encoding="utf-8"))
-        digests = {name: _digest(path / name) for name in (WEIGHTS, OPTIMIZER)} | {"facts": _digest_of_facts(stored["facts"])}
-        return bool(digests == stored["sha256"])
+        return bool(stored["sha256"] == _digests(path, stored["facts"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of_facts(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _digests(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of the two files of tensors in `folder`, and of the facts."""
+    digests = {"facts": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
+    for name in (WEIGHTS, OPTIMIZER):
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _fsync(path: Path) -> None:

@@ -68,17 +68,13 @@ def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
 
 def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(head(hidden))[target] of each of hidden (N, D), targets (N,); 0 at IGNORE. Logits are not kept."""
-    rows = max(1, CHUNK_ELEMENTS // _vocabulary(head))
+    vocabulary: int = head.out_features  # type: ignore[assignment]  # PEFT's wrappers of nn.Linear have it too
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
     parts = [
         checkpoint(_chunk_losses, head, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)
         for start in range(0, len(hidden), rows)
     ]
     return torch.cat(parts) if parts else hidden.sum(1)
-
-
-def _vocabulary(head: nn.Module) -> int:
-    size: int = head.out_features  # type: ignore[assignment]  # PEFT's wrappers of nn.Linear have it too
-    return size
 
 
 def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -59,7 +59,13 @@ def resume(
     progress = Progress.of(facts["progress"])
     progress.steps = task.steps
     if progress.step == progress.first_step:
-        _check_fit(progress, found=task.optimizer.kind, expected=facts["optimizer"])
+        if progress.steps <= progress.step:
+            raise InputError(
+                f"budget: expected more than the {progress.step} steps that it goes on from, which are part of it, "
+                f"got {progress.steps}"
+            )
+        if (found := task.optimizer.kind) != (expected := facts["optimizer"]):
+            raise InputError(f"optimizer.kind: expected {expected!r}, as in the training that it goes on from, got {found!r}")
     before = Runtime(**facts["choices"])
     if before.layout != runtime.layout:
         report(
@@ -69,16 +75,14 @@ def resume(
     return runtime, progress
 
 
-def roll_back(
-    cause: RollBack, loop: Loop, progress: Progress, *, writer: checkpoint.Writer, report: Callable[..., None]
-) -> Progress:
+def roll_back(cause: RollBack, loop: Loop, progress: Progress, *, writer: checkpoint.Writer) -> Progress:
     """Restore the checkpoint before the steps of `cause`, and never learn from their rows again.
 
     InputError where there is none, or too many rollbacks did not help.
     """
     writer.wait()
     undone = range(max(cause.steps.start, progress.first_step), cause.steps.stop)
-    state = last_state(writer.folder, group=loop.group, report=report, until=undone.start)
+    state = last_state(writer.folder, group=loop.group, report=loop.report, until=undone.start)
     if state is None:
         raise InputError(f"{cause}; there is no checkpoint to roll back to")
     reshard(loop.learner)  # a validation that was stopped has gathered weights
@@ -95,15 +99,5 @@ def roll_back(
         checkpoint.remove_after(writer.folder, restored.step)
     first, last = undone.start, undone.stop - 1
     rows_of = f"step {first}" if first == last else f"steps {first} to {last}"
-    report(note=f"{cause}: goes back to step {restored.step}, and past the rows of {rows_of}")
+    loop.report(note=f"{cause}: goes back to step {restored.step}, and past the rows of {rows_of}")
     return restored
-
-
-def _check_fit(progress: Progress, *, found: str, expected: str) -> None:
-    if progress.steps <= progress.step:
-        raise InputError(
-            f"budget: expected more than the {progress.step} steps that it goes on from, which are part of it, "
-            f"got {progress.steps}"
-        )
-    if found != expected:
-        raise InputError(f"optimizer.kind: expected {expected!r}, as in the training that it goes on from, got {found!r}")

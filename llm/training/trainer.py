@@ -74,7 +74,7 @@ def train(
     # An alert rolls back to a checkpoint from before its steps; these are known at the report after them at the latest.
     reach = task.alerts.reach + LOG_EVERY if task.alerts.does("rollback") else None
     with checkpoint.Writer(checkpoints.folder, kept=checkpoints.keep, reach=reach) as writer:
-        run = _Run(loop, progress, task, checkpoints, writer, validation, report, should_stop, row_log)
+        run = _Run(loop, progress, task, checkpoints, writer, validation, row_log)
         run.finish()
     gather(loop.learner, model)
     model.eval()
@@ -101,8 +101,6 @@ class _Run:
     checkpoints: CheckpointConfig
     writer: checkpoint.Writer
     validation: Validation | None
-    report: Callable[..., None]
-    should_stop: Callable[[], bool]
     row_log: RowLog | None
 
     def __post_init__(self) -> None:
@@ -121,7 +119,7 @@ class _Run:
                 limit_memory(self.checkpoints.scratch, shortage.micro_batch)
                 raise
             except RollBack as cause:
-                self.progress = roll_back(cause, self.loop, self.progress, writer=self.writer, report=self.report)
+                self.progress = roll_back(cause, self.loop, self.progress, writer=self.writer)
             except (Interrupted, Paused) as reason:
                 raise self._stopped(reason) from None
         if self.checkpoints.leave_in is not None:
@@ -138,7 +136,7 @@ class _Run:
         with closing(feed(task.rows, group, self.micro_batch, task.rows_per_step, ahead, progress.alerts.place)) as fed:
             for parts, targets in fed:
                 overdue = self._minutes_are_over() and group.is_main
-                total, stopping, saving = group.sum(targets, self.should_stop(), overdue)
+                total, stopping, saving = group.sum(targets, loop.should_stop(), overdue)
                 if stopping:
                     raise Interrupted("asked to stop")
                 loop.step(progress, parts, targets=total, rounds=rounds)

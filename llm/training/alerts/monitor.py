@@ -122,8 +122,7 @@ class AlertMonitor:
 
     def _of_step(self, state: AlertState, step: int, *, loss: float, norm: float, rate: float) -> Finding | None:
         this = range(step, step + 1)
-        wrong = not (math.isfinite(loss) and math.isfinite(norm))
-        if wrong:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             text = (
                 f"training: expected a finite loss and gradient, got at step {step}: loss {loss:g}, gradient norm {norm:g}, "
                 f"learning rate {rate:g}"
