@@ -156,22 +156,13 @@ def _check_names(config: Mapping[str, Any], benchmark: str) -> None:
     import lm_eval.filters  # noqa: F401  # importing registers
     from lm_eval.api.registry import aggregation_registry, filter_registry, metric_registry
 
-    wanted = [("metric", one.get("metric"), metric_registry) for one in config.get("metric_list", ())]
-    wanted += [
-        ("aggregation", one["aggregation"], aggregation_registry)
-        for one in config.get("metric_list", ())
-        if "aggregation" in one
-    ]
-    wanted += [
-        ("function", step.get("function"), filter_registry)
-        for one in config.get("filter_list", ())
-        for step in one.get("filter", ())
-    ]
+    metrics = config.get("metric_list", ())
+    steps = [step for one in config.get("filter_list", ()) for step in one.get("filter", ())]
+    wanted = [("metric", one.get("metric"), metric_registry) for one in metrics]
+    wanted += [("aggregation", one["aggregation"], aggregation_registry) for one in metrics if "aggregation" in one]
+    wanted += [("function", step.get("function"), filter_registry) for step in steps]
     for field, value, known in wanted:
         if not isinstance(value, str) or value not in known or value == "custom":
             raise InputError(f"lm_eval:{benchmark}: {field}: expected one of lm-eval's own, got {value!r}")
-    for one in config.get("metric_list", ()):
-        if one.get("hf_evaluate"):
-            raise InputError(
-                f"lm_eval:{benchmark}: expected no hf_evaluate, which fetches code from the Hub, got it; remove it"
-            )
+    if any(one.get("hf_evaluate") for one in metrics):
+        raise InputError(f"lm_eval:{benchmark}: expected no hf_evaluate, which fetches code from the Hub, got it; remove it")

@@ -36,12 +36,9 @@ class ChoiceTemplate:
     @property
     def fields(self) -> set[str]:
         """The fields of a row that it reads."""
-        own = (
-            {self.choices}
-            if isinstance(self.choices, str)
-            else set().union(*(split_template(one)[1::2] for one in self.choices))
-        )
-        return {*split_template(self.prompt)[1::2], *own, self.answer}
+        if isinstance(self.choices, str):
+            return {*split_template(self.prompt)[1::2], self.choices, self.answer}
+        return {self.answer}.union(*(split_template(one)[1::2] for one in (self.prompt, *self.choices)))
 
     def read(self, row: Mapping[str, Any]) -> tuple[list[list[Turn]], int]:
         """A chat for each choice, and the index of the right one; InputError if the row cannot be used.

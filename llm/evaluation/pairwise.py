@@ -64,15 +64,10 @@ def compare_models(
         }
         for row in range(len(questions))
     ]
+    rows = len(questions)
     facts = {"facts": own.facts, "other_facts": other.facts}
-    return Outcome(
-        rounded(score(np.ones(len(questions)))),
-        len(questions),
-        examples,
-        facts,
-        values={name: round_all(numbers) for name, numbers in values.items()},
-        replicates=resample(len(questions), score),
-    )
+    kept = {name: round_all(numbers) for name, numbers in values.items()}
+    return Outcome(rounded(score(np.ones(rows))), rows, examples, facts, kept, resample(rows, score))
 
 
 def _example(answers: Answers, measures: dict[str, Measure], row: int) -> dict[str, Any]:

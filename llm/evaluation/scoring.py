@@ -6,11 +6,13 @@ computes the likelihoods.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
@@ -63,16 +65,14 @@ class Likelihoods:
     tokens: list[int]
     text_bytes: list[int]
 
-    @property
-    def score(self) -> Callable[[Resamples], dict[str, float]]:
-        """`perplexity` per token and `bits_per_byte` as a function of how often each entry counts."""
-        columns = np.array([self.nats, self.tokens, self.text_bytes], dtype=np.float64)
+    @cached_property
+    def _columns(self) -> npt.NDArray[np.float64]:
+        return np.array([self.nats, self.tokens, self.text_bytes], dtype=np.float64)
 
-        def score(draws: Resamples) -> dict[str, float]:
-            nats, tokens, text_bytes = (columns @ draws).tolist()
-            return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes}
-
-        return score
+    def score(self, draws: Resamples) -> dict[str, float]:
+        """`perplexity` per token and `bits_per_byte`; each entry counts as often as it was drawn."""
+        nats, tokens, text_bytes = (self._columns @ draws).tolist()
+        return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / text_bytes}
 
     @property
     def scores(self) -> dict[str, float]:
@@ -95,10 +95,7 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
     """
     context = model.context
     documents = [
-        [
-            Window(ids[start : start + context], ids[start + 1 : start + context + 1])
-            for start in range(0, len(ids) - 1, context)
-        ]
+        [Window(ids[at : at + context], ids[at + 1 : at + context + 1]) for at in range(0, len(ids) - 1, context)]
         for ids in tokenizer.encode_documents(texts)
     ]
     timer = GenerationTimer()
@@ -109,13 +106,8 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
         tokens=[sum(len(window.targets) for window in document) for document in documents],
         text_bytes=[len(text.encode()) for text in texts],
     )
-    return Outcome(
-        found.scores,
-        len(texts),
-        facts=speeds(timer),
-        values=found.values,
-        replicates=resample(len(texts), found.score),
-    )
+    replicates = resample(len(texts), found.score)
+    return Outcome(found.scores, len(texts), facts=speeds(timer), values=found.values, replicates=replicates)
 
 
 def classify(
@@ -168,14 +160,8 @@ def classify(
     def score(draws: Resamples) -> dict[str, float]:
         return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
 
-    return Outcome(
-        rounded(score(np.ones(len(hits)))),
-        len(prompts),
-        wrong,
-        facts,
-        values={"wanted": expected, "found": chosen},
-        replicates=resample(len(prompts), score),
-    )
+    values = {"wanted": expected, "found": chosen}
+    return Outcome(rounded(score(np.ones(len(hits)))), len(hits), wrong, facts, values, resample(len(hits), score))
 
 
 def _label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
@@ -285,10 +271,8 @@ def answer_window(stream: Stream) -> Window:
 
 def speeds(timer: GenerationTimer) -> dict[str, Any]:
     """Tokens and tokens per second, for the facts of an outcome."""
-    found = {
-        "prompt_tokens": timer.prompt_tokens,
-        "prompt_tokens_per_second": round(timer.prompt_tokens / timer.prompt_seconds),
-    }
+    speed = round(timer.prompt_tokens / timer.prompt_seconds)
+    found = {"prompt_tokens": timer.prompt_tokens, "prompt_tokens_per_second": speed}
     if timer.new_tokens:
         found |= {"new_tokens": timer.new_tokens, "new_tokens_per_second": round(timer.new_tokens / timer.new_seconds)}
     return found
