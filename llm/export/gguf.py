@@ -46,13 +46,7 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
     weights = read_weights(checkpoint, config, vocab_size=vocab_size)
     layout = architectures()[config.name].gguf()
     writer = GGUFWriter(None, layout.ARCHITECTURE)
-    file_types = {
-        "f32": LlamaFileType.ALL_F32,
-        "f16": LlamaFileType.MOSTLY_F16,
-        "bf16": LlamaFileType.MOSTLY_BF16,
-        "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    }
-    writer.add_file_type(file_types[precision])
+    writer.add_file_type(LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"])
     writer.add_quantization_version(2)  # of ggml's blocks: GGML_QUANT_VERSION
     writer.add_vocab_size(vocab_size)
     layout.write_sizes(writer, config)

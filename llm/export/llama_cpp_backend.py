@@ -8,6 +8,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,8 @@ class LlamaCppBackend:
 
     def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy tokens after each prompt, without the end token."""
-        found: list[list[int]] = []
-        for prompt in prompts:
-            new: list[int] = self._complete(prompt, n_predict=max_new_tokens)["tokens"]
-            end = next((place for place, token in enumerate(new) if token in self._ends), len(new))
-            found.append(new[:end])
-        return found
+        written = (self._complete(prompt, n_predict=max_new_tokens)["tokens"] for prompt in prompts)
+        return [list(takewhile(lambda token: token not in self._ends, tokens)) for tokens in written]
 
     def _complete(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
         return self._ask("/completion", prompt=list(prompt), temperature=0, return_tokens=True, cache_prompt=False, **options)

@@ -1,6 +1,7 @@
 """A model folder in unmodified Transformers, or in PEFT with an adapter, as a backend of `llm.export.parity`."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,10 @@ class TransformersBackend:
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The tokens of a chat up to where the assistant answers."""
-        return self._chat(messages, add_generation_prompt=True)
+        return self.encode_chat(messages, add_generation_prompt=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The tokens of a whole chat."""
-        return self._chat(messages, add_generation_prompt=False)
-
-    def _chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> list[int]:
+        """The tokens of a whole chat, up to where the assistant answers if `add_generation_prompt`."""
         tokens: list[int] = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
         )
@@ -72,7 +70,5 @@ class TransformersBackend:
                 do_sample=False,
                 pad_token_id=self._padding,
             )
-            for row in written[:, width:].tolist():
-                end = next((place for place, token in enumerate(row) if token in self._ends), len(row))
-                found.append(row[:end])
+            found += [list(takewhile(lambda token: token not in self._ends, row)) for row in written[:, width:].tolist()]
         return found
