@@ -73,10 +73,8 @@ class JoinedRows:
         for part in parts:
             documents.append(np.where(part.documents < 0, -1, part.documents + count).astype(np.int32))
             count += int(part.documents.max()) + 1
-        tokens, targets = (
-            np.concatenate(pieces) for pieces in zip(*((one.tokens, one.targets) for one in parts), strict=True)
-        )
-        return PackedRow(tokens, targets, np.concatenate(documents))
+        tokens, targets = ([getattr(part, name) for part in parts] for name in ("tokens", "targets"))
+        return PackedRow(np.concatenate(tokens), np.concatenate(targets), np.concatenate(documents))
 
 
 def write_texts(

@@ -7,7 +7,7 @@ reference model gives each target.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +99,7 @@ class StreamWriter:
             real_share = float(positions.sum()) / (len(rows) * row_length)
             if real_share >= FILLED:
                 break
+        p50, p95 = np.percentile(np.frombuffer(self._full_lengths, dtype=np.int32), [50, 95], method="lower")
         members = groups[np.concatenate(rows)][:, None] * size + np.arange(size)
         np.savez(
             self._folder / _INDEX,
@@ -114,13 +115,8 @@ class StreamWriter:
             "row_length": row_length,
             "tokens": int(positions.sum()),
             "real_share": round(real_share, 4),
-            "stream_tokens": _percentiles(np.frombuffer(self._full_lengths, dtype=np.int32)),
+            "stream_tokens": {"p50": int(p50), "p95": int(p95), "max": max(self._full_lengths)},
         }
-
-
-def _percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
-    p50, p95 = np.percentile(lengths, [50, 95], method="lower").tolist()
-    return {"p50": int(p50), "p95": int(p95), "max": int(lengths.max())}
 
 
 class PackedRows:
@@ -154,8 +150,7 @@ class PackedRows:
         documents = np.full(self.context, -1, dtype=np.int32)
         reference = None if self._reference is None else np.zeros(self.context, dtype=np.float32)
         filled = 0
-        for document, stream in enumerate(self._streams(packed)):
-            start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
+        for document, (start, stop) in enumerate(self._streams(packed)):
             end = filled + stop - start - 1
             ids, loss_mask = self._ids[start:stop], self._loss_mask[start + 1 : stop]
             tokens[filled:end] = ids[:-1]
@@ -174,16 +169,15 @@ class PackedRows:
                 indices = range(first, min(first + rows_at_a_time, self.rows_per_epoch))
                 for packed, found in zip(indices, log_probabilities(indices), strict=True):
                     filled = 0
-                    for stream in self._streams(packed):
-                        start, stop = int(self._starts[stream]), int(self._starts[stream + 1])
+                    for start, stop in self._streams(packed):
                         values[start + 1 : stop] = found[filled : filled + stop - start - 1]
                         filled += stop - start - 1
             values.flush()
 
-    def _streams(self, packed: int) -> NDArray[np.int64]:
-        """The streams that share a row, in their order."""
-        members: NDArray[np.int64] = self._members[self._rows[packed] : self._rows[packed + 1]]
-        return members
+    def _streams(self, packed: int) -> Iterator[tuple[int, int]]:
+        """Where each of the streams that share a row begins and ends, in their order."""
+        for stream in self._members[self._rows[packed] : self._rows[packed + 1]]:
+            yield int(self._starts[stream]), int(self._starts[stream + 1])
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         if self._seed is None:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -47,7 +46,7 @@ class TokenWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def append(self, ids: Sequence[int], *, passes: int, text_bytes: int) -> None:
@@ -104,9 +103,8 @@ class TokenShards:
         self.lengths: NDArray[np.int64] = table["tokens"].astype(np.int64)  # (D,) tokens of each document
         self.passes: NDArray[np.int64] = table["passes"].astype(np.int64)  # (D,) how often an epoch sees each
         self.text_bytes: NDArray[np.int64] = table["bytes"].astype(np.int64)  # (D,)
-        self.starts: NDArray[np.int64] = (
-            np.cumsum(self.lengths) - self.lengths
-        )  # (D,) index of the first token, over all shards
+        # (D,) index of the first token, over all shards
+        self.starts: NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths
         self._shard_ends = np.cumsum([int(table["tokens"].sum()) for table in tables], dtype=np.int64)
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self._shards = [np.memmap(path.with_suffix(".bin"), dtype=dtype, mode="r") for path in _tables(folder)]
