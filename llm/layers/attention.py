@@ -38,9 +38,7 @@ class AttentionMask:
 
     blocks: tuple[Block, ...] | None  # on CPU
     dense: Tensor | None  # elsewhere: (B, 1, T, T), True where visible; None means plain causal attention
-    starts: Tensor | None = (
-        None  # for the fused kernel, instead of both: (1 or B, T), the first position of each one's document
-    )
+    starts: Tensor | None = None  # for the fused kernel, instead of both: (1 or B, T), where each one's document begins
 
 
 def attention_mask(

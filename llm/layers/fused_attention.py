@@ -128,18 +128,9 @@ class FusedAttention(Function):
         return dq, dk, dv, None
 
 
-def _run(
-    function: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    weights: Tensor,
-    inverse: Tensor,
-    starts: Tensor,
-    *gradients: Tensor,
-) -> None:
+def _run(function: Any, *tensors: Tensor) -> None:
     """Call one of the kernel's two functions. MemoryError if it cannot allocate its panels."""
+    q, k, v, out, weights, inverse, starts, *gradients = tensors
     rows, heads, length, size = q.shape
     shape = ctypes.byref(_Shape(rows, heads, k.shape[1], length, size))
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weights, inverse, starts))

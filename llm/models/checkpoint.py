@@ -123,9 +123,8 @@ def read_weights(
             weights |= load_file(path, device=str(device))
         except SafetensorError as error:
             raise InputError(f"{path}: expected a whole safetensors file, got one that cannot be read: {error}") from error
-    weights = {
-        name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")
-    }  # older Transformers wrote it
+    for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:  # older Transformers wrote it
+        del weights[name]
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
     if config.tied and head is not None:
         if embedding is not None and not torch.equal(head, embedding):

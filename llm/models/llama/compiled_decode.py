@@ -40,12 +40,12 @@ class CompiledRow:
         torch._dynamo.mark_dynamic(seen, 0, min=2, max=self.cache.shape[2] - 1)
         x = self._embedding[token].float()
         for weights, stored in zip(self._layers, self.cache.unbind(0), strict=True):
-            x = self._layer(x, *weights, stored, seen, position, cosine, sine, *self._sizes)
+            x = self._layer(x, weights, stored, seen, position, cosine, sine, *self._sizes)
         return self._logits(x, self._final_norm, self._head, self._sizes[-1])[None]
 
 
 def _weights(layer: Layer) -> tuple[Tensor, ...]:
-    """The weights of a layer, in the order of `_layer`'s arguments."""
+    """The weights of a layer, in the order in which `_layer` takes them apart."""
     attention, feed_forward = layer.self_attn, layer.mlp
     projections = (
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
@@ -57,15 +57,7 @@ def _weights(layer: Layer) -> tuple[Tensor, ...]:
 
 def _layer(
     x: Tensor,
-    attention_norm: Tensor,
-    feed_forward_norm: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    weights: tuple[Tensor, ...],
     stored: Tensor,
     seen: Tensor,
     position: Tensor,
@@ -76,6 +68,7 @@ def _layer(
     epsilon: float,
 ) -> Tensor:
     """x (D,) after one layer; its keys and values go to `position` of `stored` (2 K, S, E)."""
+    attention_norm, feed_forward_norm, query, key, value, output, gate, up, down = weights
     size = stored.shape[-1]
     normal = _rms_norm(x, attention_norm, epsilon).to(query.dtype)
     q, k = (_product(weight, normal).view(-1, size) for weight in (query, key))
@@ -83,8 +76,8 @@ def _layer(
     stored[:, position] = torch.cat([k, _product(value, normal).view(-1, size)])[:, None]
     keys, values = stored[:, : len(seen)].chunk(2)  # (K, seen, E)
     grouped = q.view(kv_heads, heads // kv_heads, 1, size)  # the queries that share keys
-    weights = ((grouped * keys[:, None]).sum(-1) * size**-0.5).softmax(-1)  # (K, G, seen)
-    mixed = (weights[..., None] * values[:, None]).sum(-2).flatten()
+    shares = ((grouped * keys[:, None]).sum(-1) * size**-0.5).softmax(-1)  # (K, G, seen)
+    mixed = (shares[..., None] * values[:, None]).sum(-2).flatten()
     x = x + _product(output, mixed.to(output.dtype))
     normal = _rms_norm(x, feed_forward_norm, epsilon).to(gate.dtype)
     inner = silu(_product(gate, normal)) * _product(up, normal)

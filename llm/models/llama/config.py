@@ -21,10 +21,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class LinearScaling(BaseModel):
-    """Positions count 1 / factor: a longer context in the range of angles that was trained (Chen et al. 2023)."""
-
+class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
+
+
+class LinearScaling(_Table):
+    """Positions count 1 / factor: a longer context in the range of angles that was trained (Chen et al. 2023)."""
 
     kind: Literal["linear"]
     """All frequencies alike."""
@@ -32,10 +34,8 @@ class LinearScaling(BaseModel):
     """How many times longer the context becomes."""
 
 
-class Llama3Scaling(BaseModel):
+class Llama3Scaling(_Table):
     """Slow frequencies are divided by factor, fast ones stay, those between are blended (Llama 3.1, Dubey et al. 2024)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
     kind: Literal["llama3"]
     """By wavelength."""
@@ -61,17 +61,11 @@ class Llama3Scaling(BaseModel):
 RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
 
 
-class LlamaConfig(BaseModel):
+class LlamaConfig(_Table):
     """LLaMA (Touvron et al. 2023) with grouped-query attention: every size that decides the weights."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        defer_build=True,
-        json_schema_extra=lambda schema: schema.pop("required"),  # a preset, or other sizes, stand in for any of them
-    )
+    # A preset, or other sizes, stand in for any of the required fields.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required"))
 
     name: Literal["llama"] = "llama"
     """The architecture."""
