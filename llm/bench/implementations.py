@@ -144,14 +144,8 @@ class StockpotTraining:
 
 def compute_of(workload: Workload, *, strategy: Literal["ddp", "fsdp"] = "ddp") -> ComputeConfig:
     """How our training of `workload` is computed."""
-    return ComputeConfig(
-        cores=workload.cores,
-        micro_batch=workload.micro_batch,
-        precision=workload.precision,
-        compiled=workload.compiled,
-        fused_attention=workload.fused_attention,
-        strategy=strategy,
-    )
+    shared = {"cores", "micro_batch", "precision", "compiled", "fused_attention"}
+    return ComputeConfig(**workload.model_dump(include=shared), strategy=strategy)
 
 
 class TransformersTraining:

@@ -63,9 +63,7 @@ def render_chats(
     chats: Sequence[Chat], template: str, *, special_tokens: Mapping[str, str], add_generation_prompt: bool = False
 ) -> list[str]:
     """Each chat as text. `special_tokens` maps names such as bos_token. InputError if the template refuses a chat."""
-    texts: list[str]
-    texts, _ = _render(chats, template, special_tokens, add_generation_prompt=add_generation_prompt)
-    return texts
+    return list(_render(chats, template, special_tokens, add_generation_prompt=add_generation_prompt)[0])
 
 
 def render_with_spans(
