@@ -20,7 +20,7 @@ from runner.reporting.progress import FORMATS, Eta, brief, describe, duration, p
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # losses in the curve
-# Per second. Measured by runner.diagnostics.live_view_cost: drawing 15 stages takes 4.4 ms of a core, 0.4% of two cores.
+# Per second. Measured by runner.diagnostics.run_overhead: drawing 15 stages takes 4.4 ms of a core, 0.4% of two cores.
 REFRESHES = 2
 NOTES = 6  # that stay in view
 AROUND = 12  # stages shown before and after the running one
