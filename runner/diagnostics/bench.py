@@ -10,14 +10,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from llm.bench.workload import Workload, reference_workload
 from runner.artifacts import Tokens
 from runner.cache.store import Store
 from runner.errors import RecipeError, StageError
 from runner.execution import launch
-from runner.files import write_whole
 from runner.planning.plan import Plan
 from runner.recipe.recipe import Recipe
 from runner.resources import available_cores
@@ -40,23 +39,14 @@ class BenchJob:
 
     workload: Mapping[str, Any]  # of llm.bench.workload, as JSON
     about: Mapping[str, Any]  # recipe and stage of the sizes; copied into the result
-    checkpoint_every: int | None  # steps
     checkpoint_minutes: float | None
-    tokens: str | None  # folder of packed tokens; without it, rows are made up
     seconds: float  # per measurement
     compiled: bool  # whether anything is compiled, Transformers included
     only: list[str]  # of MEASUREMENTS, PROCESSES, LORA and LEARNING
+    checkpoint_every: int | None = None  # steps
+    tokens: str | None = None  # folder of packed tokens; without it, rows are made up
     schedule: Mapping[str, Any] | None = None  # of the recipe's training
     held_out: str | None = None  # folder of packed tokens of the validation set
-
-    def write(self, path: Path) -> None:
-        """Saves the job as JSON."""
-        write_whole(path, json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The job that `write` saved."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
@@ -66,9 +56,7 @@ def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJo
     return BenchJob(
         workload=reference_workload(cores=available_cores(), compiled="auto" if compiled else False).model_dump(mode="json"),
         about={"recipe": None, "stage": None},
-        checkpoint_every=None,
         checkpoint_minutes=CHECKPOINT_MINUTES,
-        tokens=None,
         seconds=seconds,
         compiled=compiled,
         only=only,
@@ -135,7 +123,7 @@ def chosen(only: str | None) -> list[str]:
 def measure(job: BenchJob) -> dict[str, Any]:
     """Runs the worker and returns its result; StageError if it failed."""
     with tempfile.TemporaryDirectory(prefix="stockpot-bench-") as folder:
-        job.write(Path(folder, JOB))
+        Path(folder, JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
         command = [sys.executable, "-m", "runner.diagnostics.bench_worker", folder]
         compiled = Path(folder, "compiled")  # empty, so that compile times are real
         environment = launch.environment_of(available_cores(), compiled=compiled)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Result = Mapping[str, Any]
 Titled = tuple[str, Table]
@@ -133,9 +133,7 @@ TABLES = {
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table()
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+    table = Table(headings[0], *(Column(heading, justify="right") for heading in headings[1:]))
     for row in rows:
         table.add_row(*row)
     return table

@@ -38,7 +38,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     watch_parent()
     try:
-        result = run(BenchJob.read(folder / JOB), folder)
+        result = run(BenchJob(**json.loads((folder / JOB).read_text(encoding="utf-8"))), folder)
     except InputError as error:  # such as too little memory
         _say(f"bench: {error}")
         return EXIT_FAILED
@@ -146,41 +146,29 @@ def _learning(job: BenchJob, workload: "Workload", folder: Path) -> dict[str, An
     )
 
 
-class Untracked:
-    """The metrics file of a real run, without a tracker."""
+class Tracked:
+    """The metrics file of a real run, followed by the tracker's process if there is one."""
 
-    name = "none installed"
-
-    def __init__(self, metrics: Path) -> None:
+    def __init__(self, metrics: Path, process: "psutil.Process | None" = None) -> None:
+        self.name = "aim" if process else "none installed"
         self.report = MetricsWriter(metrics)
-
-    def processor_seconds(self) -> float:
-        """No process, no time."""
-        return 0.0
-
-
-class Tracked(Untracked):
-    """The metrics file of a real run, followed by the tracker's process."""
-
-    name = "aim"
-
-    def __init__(self, metrics: Path, process: "psutil.Process") -> None:
-        super().__init__(metrics)
         self._process = process
 
     def processor_seconds(self) -> float:
         """Of the tracker's process, so far."""
+        if self._process is None:
+            return 0.0
         times = self._process.cpu_times()
         return float(times.user + times.system)
 
 
 @contextlib.contextmanager
-def _tracking(folder: Path) -> Iterator[Untracked]:
+def _tracking(folder: Path) -> Iterator[Tracked]:
     """The tracking of a training, started and idle."""
     folder.mkdir()
     metrics = folder / METRICS
     if find_spec("aim") is None:
-        yield Untracked(metrics)
+        yield Tracked(metrics)
         return
     import psutil
 

@@ -207,20 +207,18 @@ class _Training:
 
     def prepare(self, output: TrainingOutput) -> None:
         """Runs the preparation of the stage, before its process group exists."""
-        command = launch.plain_command(output.scratch / JOB, "--prepare")
-        with self._launched(command, threads=self._job.cores) as process:
-            self._end(process, output)
+        self.run(output, launch.plain_command(output.scratch / JOB, "--prepare"))
 
-    def run(self, output: TrainingOutput) -> None:
-        """Trains from the last checkpoint to the end; StageError if it fails."""
-        with self._training(output) as process:
-            self._end(process, output)
+    def run(self, output: TrainingOutput, command: list[str] | None = None) -> None:
+        """Runs `command`, by default the training from the last checkpoint to the end; StageError if it fails."""
+        with self._launched(output, command) as process:
+            self._check(process.wait(), output)
 
     def run_until_killed(self, prepared: Path, *, steps: int) -> TrainingOutput:
         """Starts a training and kills all of its processes once a step after a checkpoint is done."""
         for _ in range(TRIES):
             output = self.begin("resumed", prepared=prepared)
-            with self._training(output) as process:
+            with self._launched(output) as process:
                 while process.poll() is None and not _is_past_a_checkpoint(output):
                     time.sleep(POLL_SECONDS)
                 running = process.poll() is None
@@ -228,25 +226,23 @@ class _Training:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(number, signal.SIGKILL)
                 code = process.wait()
-            if not running and code != 0:
-                self._fail(code, output)
+            if not running:
+                self._check(code, output)
             if output.checkpoints()[-1:] != [steps] and not (output.scratch / RESULT).exists():
                 return output
         raise StageError(f"stage {self.name!r}: ended {TRIES} times before it could be killed; pass more --steps")
 
-    def _training(self, output: TrainingOutput) -> contextlib.AbstractContextManager[launch.Process]:
-        processes = self._job.processes
-        command = launch.training_command(output.scratch / JOB, processes)
-        return self._launched(command, threads=max(1, self._job.cores // processes))
+    def _launched(
+        self, output: TrainingOutput, command: list[str] | None = None
+    ) -> contextlib.AbstractContextManager[launch.Process]:
+        processes = 1 if command else self._job.processes
+        environment = launch.environment_of(max(1, self._job.cores // processes), compiled=self._compiled)
+        command = command or launch.training_command(output.scratch / JOB, processes)
+        return launch.started(command, log=self._log, environment=environment)
 
-    def _launched(self, command: list[str], *, threads: int) -> contextlib.AbstractContextManager[launch.Process]:
-        return launch.started(command, log=self._log, environment=launch.environment_of(threads, compiled=self._compiled))
-
-    def _end(self, process: launch.Process, output: TrainingOutput) -> None:
-        if (code := process.wait()) != 0:
-            self._fail(code, output)
-
-    def _fail(self, code: int, output: TrainingOutput) -> None:
+    def _check(self, code: int, output: TrainingOutput) -> None:
+        if code == 0:
+            return
         error = output.scratch / ERROR
         message = (
             json.loads(error.read_text(encoding="utf-8"))["message"] if error.exists() else f"ended with exit code {code}"
