@@ -17,14 +17,14 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Writes a self-contained page: graph, scores and gates, curves, data, answers, cost."""
-    from runner.reporting.report import as_html, as_markdown, collect
+    from runner.reporting.report import RunReport, as_html, as_markdown
 
     recipe = recipe_of(options)
     out = options.out or Path(f"{recipe.head.name}-report.html")
     forms = {".html": as_html, ".md": as_markdown}
     if out.suffix not in forms:
         raise RecipeError(f"--out: expected a name that ends in {' or '.join(forms)}, got {str(out)!r}")
-    found = collect(recipe, Plan(recipe, store_of(options)), now=datetime.datetime.now(datetime.UTC))
+    found = RunReport(recipe, Plan(recipe, store_of(options)), now=datetime.datetime.now(datetime.UTC))
     out.write_text(forms[out.suffix](found), encoding="utf-8")
     print(out)
     return 0

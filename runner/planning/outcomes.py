@@ -72,13 +72,13 @@ def sweep_rows(plan: Plan, sweep: Sweep) -> list[list[str]]:
     rows = [["setting", *map(str, sweep.axes), *names, ""]]
     for number, of_setting in enumerate(metrics):
         values = [shown(value) for value in sweep.values(number)]
-        scores = [_score(of_setting, name) for name in names]
+        scores = [score_text(of_setting, name) for name in names]
         rows.append([sweep.judges_of(number)[0], *values, *scores, _setting_outcome(plan, sweep, number)])
     return rows
 
 
-def _score(metrics: Mapping[str, Any], name: str) -> str:
-    """`0.8123 [0.79, 0.83]`, with the interval where there is one."""
+def score_text(metrics: Mapping[str, Any], name: str) -> str:
+    """`0.8123 [0.79, 0.83]`, with the interval where there is one; empty without the score."""
     value, interval = metrics.get("scores", {}).get(name), metrics.get("intervals", {}).get(name)
     if value is None:
         return ""

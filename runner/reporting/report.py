@@ -6,15 +6,14 @@ elsewhere, and all text from data and models is escaped.
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.artifacts import METRICS, Scores
-from runner.hub.model_card import learned_from, number
+from runner.hub.model_card import learned_from
 from runner.planning import outcomes
-from runner.planning.outcomes import attempts
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.graph_drawing import as_svg as graph_svg
@@ -51,54 +50,25 @@ class Sample:
     answers: Mapping[str, str]  # by stage
 
 
-@dataclass(frozen=True)
-class Training:
-    """The plots of one training."""
-
-    stage: str
-    plots: Sequence[str]  # SVG
-
-
-@dataclass(frozen=True)
 class RunReport:
-    """The contents of the page, in its order."""
+    """Everything that the cache knows about a recipe: the contents of the page, in its order."""
 
-    name: str
-    description: str
-    made: str
-    state: str
-    graph: str  # SVG
-    verdicts: Sequence[tuple[bool | None, str]]
-    scores: Table | None
-    trainings: Sequence[Training]
-    samples: Mapping[str, Sequence[Sample]]  # by task
-    wrong: Mapping[str, Sequence[Sample]]
-    attempts: Sequence[str] = ()  # lines of text in columns
-    settings: Table | None = None
-    tables: Sequence[Table] = field(default_factory=list)  # tokenizers, data, cost
-
-
-def collect(recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> RunReport:
-    """Everything that the cache knows about a recipe."""
-    finished = [entry for entry in plan if entry.record is not None]
-    evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
-    verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
-    missing = [entry.name for entry in plan if entry.record is None and not plan.is_needless(entry.name)]
-    return RunReport(
-        name=recipe.head.name,
-        description=recipe.head.description,
-        made=now.strftime("%Y-%m-%d %H:%M UTC"),
-        state=f"not finished: {', '.join(missing)}" if missing else "finished",
-        graph=graph_svg(plan),
-        verdicts=verdicts,
-        scores=_scores(evaluations),
-        trainings=list(_trainings(finished)),
-        samples=_examples(evaluations, wrong=False),
-        wrong=_examples(evaluations, wrong=True),
-        attempts=attempts(plan),
-        settings=_settings(plan),
-        tables=[table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows],
-    )
+    def __init__(self, recipe: Recipe, plan: Plan, *, now: datetime.datetime) -> None:
+        finished = [entry for entry in plan if entry.record is not None]
+        evaluations = [entry for entry in finished if issubclass(entry.stage.makes, Scores)]
+        missing = [entry.name for entry in plan if entry.record is None and not plan.is_needless(entry.name)]
+        self.name, self.description = recipe.head.name, recipe.head.description
+        self.made = now.strftime("%Y-%m-%d %H:%M UTC")
+        self.state = f"not finished: {', '.join(missing)}" if missing else "finished"
+        self.graph = graph_svg(plan)
+        self.verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
+        self.scores = _scores(evaluations)
+        self.plots = _plots(finished)
+        self.samples = _examples(evaluations, wrong=False)
+        self.wrong = _examples(evaluations, wrong=True)
+        self.attempts = outcomes.attempts(plan)
+        self.settings = _settings(plan)
+        self.tables = [table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows]
 
 
 def as_html(report: RunReport) -> str:
@@ -140,28 +110,24 @@ def _scores(evaluations: Sequence[Entry]) -> Table | None:
     names = list(dict.fromkeys(name for metrics in found.values() for name in metrics.get("scores", {})))
     if not names:
         return None
-    rows = [[name, *(_with_interval(metrics, name) for metrics in found.values())] for name in names]
+    rows = [[name, *(outcomes.score_text(metrics, name) for metrics in found.values())] for name in names]
     return Table("Scores", ["score", *found], rows)
 
 
-def _with_interval(metrics: Mapping[str, Any], name: str) -> str:
-    ends = metrics.get("intervals", {}).get(name)
-    return number(metrics["scores"].get(name)) + (f" [{', '.join(map(number, ends))}]" if ends else "")
-
-
-def _trainings(finished: Sequence[Entry]) -> Iterator[Training]:
+def _plots(finished: Sequence[Entry]) -> dict[str, list[str]]:
+    """The plots of each training as SVG, by stage."""
     shown = {name for _, names, _ in PANELS for name in names}
+    found = {}
     for entry in finished:
         if not entry.stage.trains or entry.path is None or not (entry.path / METRICS).exists():
             continue
         curves = read_curves(entry.path / METRICS, shown)
-        plots = [
+        found[entry.name] = [
             as_svg({name: curves[name] for name in names if name in curves}, title=title, logarithmic=logarithmic)
             for title, names, logarithmic in PANELS
             if any(name in curves for name in names)
         ]
-        if plots:
-            yield Training(entry.name, plots)
+    return {name: plots for name, plots in found.items() if plots}
 
 
 def _examples(evaluations: Sequence[Entry], *, wrong: bool) -> dict[str, list[Sample]]:

@@ -182,9 +182,9 @@ def test_the_table_and_the_plan_as_json_have_every_score(tmp_path: Path, store: 
     assert found["sweep"]["settings"][2] == {"number": 3, "values": {"medical.r": 16}, "score": 0.7, "passed": True}
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert stages["medical@2"]["setting"] == {"numbers": [2], "stands": True} and "setting" not in stages["base"]
-    page = report.as_markdown(report.collect(recipe, plan, now=datetime.datetime(2026, 1, 1)))
+    page = report.as_markdown(report.RunReport(recipe, plan, now=datetime.datetime(2026, 1, 1)))
     assert "| after@2 | 8 | 0.9 | 0.45 | best |" in page
-    assert "after@3" in report.as_html(report.collect(recipe, plan, now=datetime.datetime(2026, 1, 1)))
+    assert "after@3" in report.as_html(report.RunReport(recipe, plan, now=datetime.datetime(2026, 1, 1)))
 
 
 def test_a_release_knows_its_setting_and_the_others(tmp_path: Path, store: Store) -> None:
