@@ -6,7 +6,6 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -30,7 +29,15 @@ again, changing one with *no* does not. *As its table*: like the field that hold
 is required. "Stage: X" is the name of a stage that makes an X.
 """
 
-BOUNDS = {Ge: "at least {ge}", Gt: "above {gt}", Le: "at most {le}", Lt: "below {lt}"}
+LIMITS = {  # by the attributes of an annotation that hold them
+    "ge": "at least {}",
+    "gt": "above {}",
+    "le": "at most {}",
+    "lt": "below {}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
+    "pattern": "like `{}`",
+}
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): ""}
 
 
@@ -109,21 +116,12 @@ def _named(annotation: Any) -> str:
 
 
 def _with_limits(name: str, metadata: Any) -> str:
-    limits = [text.format(**_bound(limit)) for limit in metadata for kind, text in BOUNDS.items() if isinstance(limit, kind)]
-    limits += [f"at least {limit.min_length} long" for limit in metadata if isinstance(limit, MinLen)]
-    limits += [f"at most {limit.max_length} long" for limit in metadata if isinstance(limit, MaxLen)]
-    limits += [f"like `{limit.pattern}`" for limit in metadata if getattr(limit, "pattern", None)]
-    return f"{name}, {', '.join(limits)}" if limits else name
-
-
-def _bound(limit: Any) -> dict[str, Any]:
-    """The one bound that a limit holds, by its name."""
-    return {name: getattr(limit, name) for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+    found = [(getattr(limit, kind, None), text) for kind, text in LIMITS.items() for limit in metadata]
+    return ", ".join([name, *(text.format(value) for value, text in found if value is not None)])
 
 
 def _link(model: type[BaseModel]) -> str:
-    anchor = model.__name__.lower()
-    return f"[{model.__name__}](#{anchor})"
+    return f"[{model.__name__}](#{model.__name__.lower()})"
 
 
 def _on_one_line(text: str | None) -> str:

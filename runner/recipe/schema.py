@@ -21,24 +21,21 @@ def recipe_schema() -> dict[str, Any]:
     models = with_nested(tables)
     places, definitions = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
     definitions = definitions["$defs"]
-    for model in models:
-        properties = definitions[places[(model, "validation")]["$ref"].removeprefix("#/$defs/")]["properties"]
+    found = {model: definitions[places[model, "validation"]["$ref"].removeprefix("#/$defs/")] for model in models}
+    for model, table in found.items():
         for field, text in docstrings(model).items():
-            properties[field] = dict(sorted({**properties[field], "description": text}.items()))
-    variants = []
-    for kind, model in sorted(kinds.items()):
-        name = places[(model, "validation")]["$ref"].removeprefix("#/$defs/")
-        table = definitions[name]
+            table["properties"][field] = dict(sorted({**table["properties"][field], "description": text}.items()))
+    for kind, model in kinds.items():
+        table = found[model]
         table["properties"] = {"kind": {"const": kind, "description": model.__doc__ or ""}, **table.get("properties", {})}
         table["required"] = ["kind", *table.get("required", [])]
-        variants.append({"$ref": f"#/$defs/{name}"})
-    head = definitions[places[(Head, "validation")]["$ref"].removeprefix("#/$defs/")]
+    variants = [places[kinds[kind], "validation"] for kind in sorted(kinds)]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Stockpot recipe",
         "type": "object",
         "properties": {
-            **head["properties"],
+            **found[Head]["properties"],
             "extends": {"type": "string", "description": "Another recipe, over which this one is merged."},
             "stage": {"type": "object", "additionalProperties": {"oneOf": variants}, "minProperties": 1},
         },
