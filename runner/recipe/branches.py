@@ -154,14 +154,10 @@ def branch_names(members: Iterable[str], count: int) -> tuple[dict[str, str], ..
     return tuple({member: f"{member}{SEPARATOR}{number + 1}" for member in members} for number in range(count))
 
 
-def nested_changes(kind: type[Stage], changes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Changes as tables over a stage of this kind: a field that only one of its tables has may be named without the table, as
-    `learning_rate` for `schedule.learning_rate`.
+def nested_change(kind: type[Stage], change: Mapping[str, Any]) -> dict[str, Any]:
+    """A change as a table over a stage of this kind: a field that only one of its tables has may be named without the table,
+    as `learning_rate` for `schedule.learning_rate`.
     """
-    return [_nested(kind, change) for change in changes]
-
-
-def _nested(kind: type[Stage], change: Mapping[str, Any]) -> dict[str, Any]:
     full: dict[str, Any] = {}
     annotations = {name: field.annotation for name, field in kind.model_fields.items()}
     for key, value in change.items():

@@ -8,7 +8,7 @@ import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from runner.recipe.branches import (
     branch_names,
     branched_stages,
     expand,
-    nested_changes,
+    nested_change,
     predecessors,
 )
 from runner.recipe.head import Head
-from runner.recipe.sweep import read_sweep, resolved_sweep
+from runner.recipe.sweep import Filled, read_sweep, resolved_sweep
 from runner.recipe.toml import apply_override, merged, read_with_parents
 from runner.recipe.validation import listed, nearest, shown, validated
 from runner.stage import Parallel, Stage
@@ -125,12 +125,13 @@ def load_recipe(
     if not isinstance(tables, dict) or not tables:
         faults.append("stage: expected at least one [stage.NAME] table, got none")
         tables = {}
-    defaults = _Defaults.of(head, table)
-    found = {name: _validated_stage(name, tables, defaults, faults) for name in tables}
+    alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
+    filled = partial(_filled, head.seed if head else 0, alerts)
+    found = {name: _validated_stage(name, tables, filled, faults) for name in tables}
     stages = {name: stage for name, stage in found.items() if stage is not None}
     broken = found.keys() - stages.keys()
     attempts = {
-        name: _validated_attempts(name, tables[name], stage, defaults, faults)
+        name: _validated_attempts(name, tables[name], stage, filled, faults)
         for name, stage in stages.items()
         if stage.attempted_changes
     }
@@ -151,7 +152,7 @@ def load_recipe(
             stages,
             tables,
             broken=broken,
-            filled=defaults.filled,
+            filled=filled,
             parallel=head.parallel,
             families=families,
             faults=faults,
@@ -169,30 +170,16 @@ def load_recipe(
 # Validating
 
 
-@dataclass(frozen=True)
-class _Defaults:
-    """What the head of a recipe gives to all its stages."""
-
-    seed: int
-    alerts: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, head: Head | None, table: Mapping[str, Any]) -> "_Defaults":
-        """From the validated head and its table; none from a head with faults."""
-        if head is None:
-            return cls(0, {})
-        return cls(head.seed, {key: value for key, value in table.get("alerts", {}).items() if key != "notify"})
-
-    def filled(self, kind: type[Stage], fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a stage over the seed, if the kind has one, and over the alerts."""
-        if "seed" in kind.model_fields:
-            fields = {"seed": self.seed, **fields}
-        if "alerts" in kind.model_fields and isinstance(fields.get("alerts", {}), dict):
-            fields = {**fields, "alerts": merged(dict(self.alerts), fields.get("alerts", {}))}
-        return fields
+def _filled(seed: int, alerts: dict[str, Any], kind: type[Stage], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stage over the seed of the recipe, if the kind has one, and over its alerts."""
+    if "seed" in kind.model_fields:
+        fields = {"seed": seed, **fields}
+    if "alerts" in kind.model_fields and isinstance(fields.get("alerts", {}), dict):
+        fields = {**fields, "alerts": merged(alerts, fields.get("alerts", {}))}
+    return fields
 
 
-def _validated_stage(name: str, tables: Mapping[str, Any], defaults: _Defaults, faults: list[str]) -> Stage | None:
+def _validated_stage(name: str, tables: Mapping[str, Any], filled: Filled, faults: list[str]) -> Stage | None:
     fields, kinds = tables[name], stage_kinds()
     if not isinstance(fields, dict):
         faults.append(f"stage.{name}: expected a table, got {fields!r}")
@@ -207,7 +194,7 @@ def _validated_stage(name: str, tables: Mapping[str, Any], defaults: _Defaults, 
     if not isinstance(kind, str) or kind not in kinds:
         faults.append(f"stage.{name}.kind: expected one of {listed(kinds)}, got {shown(kind)}{nearest(kind, kinds)}")
         return None
-    return validated(kinds[kind], defaults.filled(kinds[kind], fields), f"stage.{name}.", faults)
+    return validated(kinds[kind], filled(kinds[kind], fields), f"stage.{name}.", faults)
 
 
 def _parallel_faults(stages: Mapping[str, Stage], families: Mapping[str, Branches], parallel: Parallel) -> Iterator[str]:
@@ -226,18 +213,19 @@ def _parallel_faults(stages: Mapping[str, Stage], families: Mapping[str, Branche
 
 
 def _validated_attempts(
-    name: str, fields: Mapping[str, Any], stage: Stage, defaults: _Defaults, faults: list[str]
+    name: str, fields: Mapping[str, Any], stage: Stage, filled: Filled, faults: list[str]
 ) -> list[tuple[dict[str, Any], Stage]]:
     """Each valid attempt of a stage: its changes, and the stage with them."""
     attempts = []
-    for number, change in enumerate(nested_changes(type(stage), stage.attempted_changes)):
+    for number, written_change in enumerate(stage.attempted_changes):
+        change = nested_change(type(stage), written_change)
         place = f"stage.{name}.attempts[{number}]"
         if fixed := [key for key in ("kind", "attempts") if key in change]:
             faults.append(f"{place}.{fixed[0]}: expected it outside of the attempts, since it is the same in all of them")
             continue
         written = {key: value for key, value in fields.items() if key not in ("kind", "attempts")}
-        filled = defaults.filled(type(stage), merged(written, change))
-        if attempt := validated(type(stage), filled, f"{place}.", faults):
+        attempt = validated(type(stage), filled(type(stage), merged(written, change)), f"{place}.", faults)
+        if attempt:
             attempts.append((change, attempt))
     return attempts
 

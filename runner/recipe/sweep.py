@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from runner.graph import ancestors, find_cycle, plain, sources_of
-from runner.recipe.branches import SEPARATOR, Axis, Branches, Sweep, expand, nested_changes, predecessors
+from runner.recipe.branches import SEPARATOR, Axis, Branches, Sweep, expand, nested_change, predecessors
 from runner.recipe.toml import merged
 from runner.recipe.validation import listed, models_in, nearest, shown, validated
 from runner.stage import Execution, Identity, Parallel, Spec, Stage
@@ -163,7 +163,7 @@ def _tables(kind: type[Stage], path: Sequence[str], value: Any) -> dict[str, Any
     """A value at `path` as a table over a stage of this kind."""
     for part in reversed(path[1:]):
         value = {part: value}
-    return nested_changes(kind, [{path[0]: value}])[0]
+    return nested_change(kind, {path[0]: value})
 
 
 @dataclass
