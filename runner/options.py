@@ -75,6 +75,13 @@ def add_cache_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
 
 
+def add_cache_arguments(sub: argparse.ArgumentParser) -> None:
+    """The cache of a recipe or of the current folder, for commands that read no recipe."""
+    help = "the recipe whose cache to use (default: the cache of the current folder)"
+    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help=help)
+    add_cache_option(sub)
+
+
 def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
     """The recipe that the options name, or the one at `path` with the same overrides; RecipeError for an unknown stage."""
     overrides = list(options.overrides)

@@ -20,10 +20,9 @@ def main(options: argparse.Namespace) -> int:
     plan = Plan(recipe, store_of(options))
     entry = plan.named(options.stage)
     if options.stage != entry.name and not plan.is_in_use(entry.name):
-        if plan.family_of(entry.name) is recipe.sweep:
-            print(f"{options.stage}: the best setting is not known yet; {entry.name} is {entry.state}", file=sys.stderr)
-        else:
-            print(f"{options.stage}: no attempt has passed its gates; {entry.name} is {entry.state}", file=sys.stderr)
+        is_sweep = plan.family_of(entry.name) is recipe.sweep
+        why = "the best setting is not known yet" if is_sweep else "no attempt has passed its gates"
+        print(f"{options.stage}: {why}; {entry.name} is {entry.state}", file=sys.stderr)
         return 1
     if entry.path is None:
         print(f"{options.stage}: {entry.state}; there is no finished artifact", file=sys.stderr)

@@ -4,25 +4,17 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 from runner.errors import RecipeError
-from runner.options import add_cache_option, store_of
+from runner.options import add_cache_arguments, store_of
 
 COMMAND = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument(
-        "recipe",
-        type=Path,
-        nargs="?",
-        metavar="RECIPE",
-        help="the recipe whose cache to use (default: the cache of the current folder)",
-    )
+    add_cache_arguments(sub)
     sub.add_argument("--port", type=int, default=43800, help="(default: 43800)")
-    add_cache_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,22 +1,14 @@
 """`run verify [RECIPE]`: checks every artifact of a cache against its digests."""
 
 import argparse
-from pathlib import Path
 
 from runner.errors import IntegrityError, RecipeError
-from runner.options import add_cache_option, store_of
+from runner.options import add_cache_arguments, store_of
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    sub.add_argument(
-        "recipe",
-        type=Path,
-        nargs="?",
-        metavar="RECIPE",
-        help="the recipe whose cache to use (default: the cache of the current folder)",
-    )
-    add_cache_option(sub)
+    add_cache_arguments(sub)
 
 
 def main(options: argparse.Namespace) -> int:
