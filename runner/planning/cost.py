@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,17 +102,12 @@ def spare_stages(plan: Plan) -> set[str]:
 def total(found: Mapping[str, Cost]) -> Cost:
     """The time of all stages together; None if that of any is unknown."""
 
-    def summed(values: Iterator[float | None]) -> float | None:
-        known = list(values)
-        return None if None in known else math.fsum(value for value in known if value is not None)
+    def summed(name: str) -> float | None:
+        values = [getattr(cost, name) for cost in found.values()]
+        return None if None in values else math.fsum(values)
 
-    every = list(found.values())
-    return Cost(
-        seconds=summed(cost.seconds for cost in every),
-        low=summed(cost.low for cost in every),
-        high=summed(cost.high for cost in every),
-        runs=min((cost.runs for cost in every), default=0),
-    )
+    times = {name: summed(name) for name in ("seconds", "low", "high")}
+    return Cost(**times, runs=min((cost.runs for cost in found.values()), default=0))
 
 
 def _cost(
