@@ -12,7 +12,7 @@ its trunk and the rest. In a branch they stay whole, since the trunks of attempt
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from runner.graph import ancestors, inputs_of, renamed, sources_of
-from runner.recipe.toml import merged
+from runner.recipe.toml import leaves, merged
 from runner.recipe.validation import shown
 from runner.stage import Stage
 
@@ -88,8 +88,8 @@ class Attempts(Branches):
 
     def describe(self, number: int) -> str:
         """`r = 4, schedule.learning_rate = 0.001`."""
-        leaves = _leaves(self.changes[number][self.stage])
-        return ", ".join(f"{name} = {shown(value)}" for name, value in leaves) or "as written"
+        changes = [(path, value) for path, value in leaves(self.changes[number][self.stage]) if value != {}]
+        return ", ".join(f"{'.'.join(path)} = {shown(value)}" for path, value in changes) or "as written"
 
     def choice(self, outcomes: Sequence[bool | None], scores: Sequence[float | None]) -> tuple[int, bool]:
         """The first that has not failed; the last if all have."""
@@ -225,11 +225,3 @@ def predecessors(stages: Mapping[str, Stage], families: Mapping[str, Branches]) 
                 before = family.all_judges if any(source in numbers for source in found[name]) else []
             found[name] = list(dict.fromkeys([*found[name], *before]))
     return found
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -24,9 +24,7 @@ def check_first_rows(recipe: Recipe) -> None:
                 continue
             for path in table.files.matches()[:1]:
                 found = _fields(path)
-                if found is None:
-                    continue
-                if missing := sorted(table.template.fields.difference(found)):
+                if found is not None and (missing := sorted(table.template.fields.difference(found))):
                     faults.append(
                         f"stage.{name}.{place}: expected the field {missing[0]!r} in the rows of {path}, got only "
                         f"{', '.join(map(repr, found)) or 'no field at all'}{nearest(missing[0], found)}"

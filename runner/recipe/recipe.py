@@ -148,14 +148,7 @@ def load_recipe(
     families: dict[str, Branches] = {} if faults else {**_attempts(stages, attempts, faults)}
     if head is not None and head.sweep is not None:
         sweep = read_sweep(
-            head.sweep,
-            stages,
-            tables,
-            broken=broken,
-            filled=filled,
-            parallel=head.parallel,
-            families=families,
-            faults=faults,
+            head.sweep, stages, tables, broken=broken, filled=filled, parallel=head.parallel, families=families, faults=faults
         )
         families |= {sweep.stage: sweep} if sweep else {}
     if families and not faults:

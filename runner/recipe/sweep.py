@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,7 +24,7 @@ from pydantic.config import JsonDict
 
 from runner.graph import ancestors, find_cycle, plain, sources_of
 from runner.recipe.branches import SEPARATOR, Axis, Branches, Sweep, expand, nested_change, predecessors
-from runner.recipe.toml import merged
+from runner.recipe.toml import leaves, merged, nested
 from runner.recipe.validation import listed, models_in, nearest, shown, validated
 from runner.stage import Execution, Identity, Parallel, Spec, Stage
 
@@ -108,10 +110,10 @@ def resolved_sweep(sweep: Sweep, *, tables: Sequence[Mapping[str, Mapping[str, A
     stage: dict[str, Any] = {}
     for place, axis in enumerate(sweep.axes):
         numbers = [next(n for n, choice in enumerate(sweep.choices) if choice[place] == i) for i in range(len(axis.values))]
-        below = stage.setdefault(axis.stage, {})
-        for part in axis.path[:-1]:
+        below = stage
+        for part in (axis.stage, *axis.path[:-1]):
             below = below.setdefault(part, {})
-        below[axis.path[-1]] = [_at(tables[number][axis.stage], axis.path) for number in numbers]
+        below[axis.path[-1]] = [reduce(getitem, axis.path, tables[number][axis.stage]) for number in numbers]
     return {"highest" if sweep.highest else "lowest": f"{sweep.judges[0]}.{sweep.score}", "stage": stage}
 
 
@@ -119,11 +121,7 @@ def resolved_sweep(sweep: Sweep, *, tables: Sequence[Mapping[str, Mapping[str, A
 
 
 def _axes(
-    table: SweepTable,
-    stages: Mapping[str, Stage],
-    written: Mapping[str, Any],
-    broken: AbstractSet[str],
-    faults: list[str],
+    table: SweepTable, stages: Mapping[str, Stage], written: Mapping[str, Any], broken: AbstractSet[str], faults: list[str]
 ) -> Iterator[Axis]:
     """The fields that vary, in the order in which they are written."""
     if not table.stage:
@@ -138,7 +136,7 @@ def _axes(
             continue
         if not fields:
             faults.append(f"{place}: expected at least one field with a list of values, got none")
-        for path, values in _lists(fields):
+        for path, values in leaves(fields):
             if path[0] in ("kind", "attempts"):
                 faults.append(f"{place}.{path[0]}: expected it outside of the sweep, since it is the same in all settings")
             elif not isinstance(values, list):
@@ -150,20 +148,9 @@ def _axes(
                 yield Axis(name, path if top == path[0] else (top, *path), tuple(values))
 
 
-def _lists(fields: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values in nested tables, each with its path; an empty table is a value, which is not a list."""
-    for key, value in fields.items():
-        if isinstance(value, Mapping) and value:
-            yield from _lists(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
 def _tables(kind: type[Stage], path: Sequence[str], value: Any) -> dict[str, Any]:
     """A value at `path` as a table over a stage of this kind."""
-    for part in reversed(path[1:]):
-        value = {part: value}
-    return nested_change(kind, {path[0]: value})
+    return nested_change(kind, nested(path, value))
 
 
 @dataclass
@@ -331,11 +318,7 @@ def _neighbours(
     before = sources_of(stages)
     for name, stage in {id(stage): (name, stage) for setting in changed for name, stage in setting.items()}.values():
         before[name] += [source for source in sources_of({name: stage})[name] if source in stages]
-    behind: dict[str, list[str]] = {name: [] for name in stages}
-    for name, sources in before.items():
-        for source in sources:
-            behind[source].append(name)
-    return before, behind
+    return before, {name: [reader for reader, sources in before.items() if name in sources] for name in stages}
 
 
 def _faults_among(sweep: Sweep, stages: Mapping[str, Stage], families: Mapping[str, Branches]) -> Iterator[str]:
@@ -345,10 +328,3 @@ def _faults_among(sweep: Sweep, stages: Mapping[str, Stage], families: Mapping[s
             yield f"sweep: expected no stage that attempts of {family.stage!r} run too, got {listed(common)}"
     for taken in sorted(sweep.numbers.keys() & stages.keys()):
         yield f"stage.{taken}: expected another name; a setting of the sweep has this one"
-
-
-def _at(table: Mapping[str, Any], path: Sequence[str]) -> Any:
-    value: Any = table
-    for part in path:
-        value = value[part]
-    return value

@@ -3,6 +3,8 @@
 Every string remembers the folder of the file it was written in.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,24 @@ def _nested_sweep(table: dict[str, Any]) -> dict[str, Any]:
     nested_sweep: dict[str, Any] = {}
     for key, value in sweep.items():
         first, *rest = key.split(".")
-        nested = value
-        for part in reversed(rest):
-            nested = {part: nested}
         is_dotted = first == "stage" and len(rest) > 1 and all(rest)
-        nested_sweep = merged(nested_sweep, {first: nested} if is_dotted else {key: value})
+        nested_sweep = merged(nested_sweep, nested([first, *rest] if is_dotted else [key], value))
     return {**table, "sweep": nested_sweep}
+
+
+def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A value at `path` in nested tables."""
+    table: dict[str, Any] = reduce(lambda inner, part: {part: inner}, reversed(path), value)
+    return table
+
+
+def leaves(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values in nested tables, each with its path; an empty table is a value."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
