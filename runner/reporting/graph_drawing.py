@@ -1,12 +1,10 @@
 """The graph of a plan as a drawing: text for terminals, Mermaid for Markdown, SVG for everything else."""
 
-from typing import Literal
 from xml.sax.saxutils import escape
 
 from runner.planning.plan import Entry, Plan
 from runner.reporting.graph_layout import Layers, columns, layered
 
-Form = Literal["text", "mermaid", "svg"]
 MARKS = {"cached": "✓", "run": "▶", "resume": "↻", "waiting": "·", "push": "↑", "skipped": "–", "failed": "✗", "paused": "‖"}
 COLOURS = {  # fill and border by state, from the colour-blind safe palette of Okabe and Ito
     "cached": ("#e3f2ec", "#009e73"),
@@ -21,11 +19,6 @@ HEIGHT, LANE, ACROSS, DOWN, MARGIN = 54, 2, 38, 16, 12  # pixels: of a box, of a
 MAX_NAME = 20  # characters of a name in a box
 
 
-def draw(plan: Plan, form: Form) -> str:
-    """The graph of a plan, with an arrow from each stage to those that read it."""
-    return {"text": as_text, "mermaid": as_mermaid, "svg": as_svg}[form](plan)
-
-
 def as_text(plan: Plan) -> str:
     """A line per stage with what it reads, indented by the longest path to it."""
     column = columns({entry.name: plan.inputs(entry.name) for entry in plan})
@@ -33,9 +26,8 @@ def as_text(plan: Plan) -> str:
     for entry in plan:
         sources = plan.inputs(entry.name)
         reads = f"  <- {', '.join(sources)}" if sources else ""
-        lines.append(
-            f"{'  ' * column[entry.name]}{MARKS[entry.state]} {entry.name} ({entry.stage.kind}, {entry.state}){reads}"
-        )
+        indent = "  " * column[entry.name]
+        lines.append(f"{indent}{MARKS[entry.state]} {entry.name} ({entry.stage.kind}, {entry.state}){reads}")
     return "\n".join(lines) + "\n"
 
 
@@ -109,3 +101,6 @@ def _box(entry: Entry, x: int, y: float, width: int) -> str:
         f'<text {middle} y="32" font-size="11" fill="#555">{entry.stage.kind}</text>'
         f'<text {middle} y="46" font-size="11" fill="#555">{entry.state}</text></g>'
     )
+
+
+FORMS = {"text": as_text, "mermaid": as_mermaid, "svg": as_svg}

@@ -76,12 +76,11 @@ def _ordered(
         for number in numbers:
             neighbours, beside = (back, layers[number - 1]) if forth else (ahead, layers[number + 1])
             place = {node: float(index) for index, node in enumerate(beside)}
-            own = {node: float(index) for index, node in enumerate(layers[number])}
-            layers[number].sort(
-                key=lambda node, place=place, own=own, neighbours=neighbours: _mean(  # type: ignore[misc]
-                    [place[other] for other in neighbours[node]], own[node]
-                )
-            )
+            means = {
+                node: _mean([place[other] for other in neighbours[node]], float(index))
+                for index, node in enumerate(layers[number])
+            }
+            layers[number].sort(key=means.__getitem__)
         if (found := _crossings(layers, ahead)) < fewest:
             best, fewest = layers, found
     return best

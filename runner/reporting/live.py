@@ -139,10 +139,8 @@ class LiveView:
             return Text(brief(self._reasons.get(str(self._running), "")), style="dim")
         where = Text(describe({name: self._line[name] for name in POSITION if name in self._line}, self._eta))
         first = Table.grid(padding=(0, 2))
-        if done is None or not total:
-            first.add_row(where)
-        else:
-            first.add_row(ProgressBar(total=total, completed=min(done, total), width=20), where)
+        bar = [ProgressBar(total=total, completed=min(done, total), width=20)] if done is not None and total else []
+        first.add_row(*bar, where)
         values = self._values()
         return Group(first, values) if values else first
 
@@ -165,8 +163,5 @@ class LiveView:
 
 def share_of_peak(line: Mapping[str, Any]) -> float | None:
     """Floating-point operations per second, as a share of what the fastest matrix product on this hardware does."""
-    needed = (line.get("tokens_per_second"), line.get("flops_per_token"), line.get("peak_flops"))
-    if any(value is None for value in needed):
-        return None
-    tokens, flops, peak = map(float, needed)  # type: ignore[arg-type]  # no value is None
-    return tokens * flops / peak if peak else None
+    tokens, flops, peak = (line.get(name) for name in ("tokens_per_second", "flops_per_token", "peak_flops"))
+    return tokens * flops / peak if tokens and flops and peak else None

@@ -53,9 +53,7 @@ class RunWatcher:
             if entry.record is not None and entry.name not in self._done:
                 self._done.add(entry.name)
                 self._view.finished(entry, f"done in {entry.record.data['seconds']:.0f}s")
-                if self._running is not None and self._running.name == entry.name:
-                    self._running = self._metrics = None
-        if self._running is not None and self._is_free(self._running):
+        if self._running is not None and (self._running.name in self._done or self._is_free(self._running)):
             self._running = self._metrics = None
         if self._running is None:
             self._running = next(
