@@ -29,12 +29,7 @@ def add_recipe_argument(sub: argparse.ArgumentParser) -> None:
 def add_recipe_options(sub: argparse.ArgumentParser) -> None:
     """The options of every command that loads a recipe."""
     sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override, such as stage.base.seed=1",
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override, such as stage.base.seed=1"
     )
     sub.add_argument(
         "--allow-path",

@@ -26,8 +26,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Chats with a finished model in the terminal. In a pipe, each line of the input is a message."""
-    recipe = recipe_of(options)
-    store = store_of(options)
+    recipe, store = recipe_of(options), store_of(options)
     (model,) = servable_models(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
@@ -48,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
 def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
     """Reads messages and prints answers until the end of the input."""
     first = [{"role": "system", "content": system}] if system else []
-    messages = list(first)
+    messages = first
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -57,16 +56,14 @@ def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", m
         if line == "/exit":
             return
         if line == "/new":
-            messages = list(first)
+            messages = first
         elif sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
             print(HELP, file=sys.stderr)
         elif line:
-            messages.append({"role": "user", "content": line})
-            answer = _answer(session, messages, sampling=sampling, max_new_tokens=max_new_tokens)
-            if answer is None:
-                messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer})
+            asked = [*messages, {"role": "user", "content": line}]
+            answer = _answer(session, asked, sampling=sampling, max_new_tokens=max_new_tokens)
+            if answer is not None:
+                messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def _answer(

@@ -107,22 +107,20 @@ def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
         yield Text(f"{source.name}: the first {count} rows", style=HEADING)
         parts = split_text(source.text)
         for row in islice(rows_of(source), count):
+            place = (f"{row.at}  ", QUIET)
             try:
                 fields = row.fields()
                 raw = text_of(fields, parts)
             except InputError as error:
-                yield Text.assemble((f"{row.at}  ", QUIET), (f"cannot be used: {error}", BAD))
+                yield Text.assemble(place, (f"cannot be used: {error}", BAD))
                 continue
             if not all(fields.get(field) == value for field, value in source.where.items()):
-                yield Text.assemble((f"{row.at}  ", QUIET), ("dropped: filtered by `where`", BAD))
+                yield Text.assemble(place, ("dropped: filtered by `where`", BAD))
                 continue
             text = clean(raw)
             reason = drop_reason(text, text.encode(), rules=stage.rules())
-            yield Text.assemble(
-                (f"{row.at}  ", QUIET),
-                (f"dropped: {reason}", BAD) if reason else ("kept", GOOD),
-                (f"  {len(text):,} characters", QUIET),
-            )
+            verdict = (f"dropped: {reason}", BAD) if reason else ("kept", GOOD)
+            yield Text.assemble(place, verdict, (f"  {len(text):,} characters", QUIET))
             if raw != text:
                 yield Text.assemble(("  before  ", QUIET), _shown(raw))
             yield Text.assemble(("  after   " if raw != text else "          ", QUIET), _shown(text))
@@ -197,11 +195,8 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
                 yield Text(f"cannot be used: {error}", style=BAD)
                 continue
             for stream, name in zip(streams, ("chosen, ", "rejected, ") if len(streams) > 1 else ("",), strict=True):
-                marked = Text(f"{Path(place).name}  {name}{len(stream.ids)} tokens", style=QUIET)
-                marked.append(", prompt cut" if stream.cut_prompt else "").append(
-                    ", answer cut" if stream.cut_response else ""
-                )
-                yield marked
+                cut = (", prompt cut" if stream.cut_prompt else "") + (", answer cut" if stream.cut_response else "")
+                yield Text(f"{Path(place).name}  {name}{len(stream.ids)} tokens{cut}", style=QUIET)
                 yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.loss_mask))
 
 

@@ -8,20 +8,14 @@ import tomli
 
 from runner.errors import RecipeError
 
+SHIPPED = Path(__file__).parents[2] / "recipes"
 FACTS = ("Hardware", "Time", "Result")  # first words of the lines in a recipe's header
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    shipped = Path(__file__).parents[2] / "recipes"
-    sub.add_argument(
-        "folder",
-        type=Path,
-        nargs="?",
-        default=shipped,
-        metavar="FOLDER",
-        help="a folder of recipes (default: the shipped ones)",
-    )
+    help = "a folder of recipes (default: the shipped ones)"
+    sub.add_argument("folder", type=Path, nargs="?", default=SHIPPED, metavar="FOLDER", help=help)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -47,9 +47,8 @@ def _show(proof: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{proof['stage']} ({proof['kind']}), {proof['steps']} steps", title_justify="left")
-    for heading in ("compared", "size", "with and without a kill"):
-        table.add_column(heading)
+    title = f"{proof['stage']} ({proof['kind']}), {proof['steps']} steps"
+    table = Table("compared", "size", "with and without a kill", title=title, title_justify="left")
     for check in proof["checks"]:
         different = check["different"]
         more = f" and {len(different) - SHOWN:,} more" if len(different) > SHOWN else ""

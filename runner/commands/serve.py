@@ -30,8 +30,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Serves finished models: a chat page, and /v1/chat/completions, /v1/completions, /v1/models."""
-    recipe = recipe_of(options)
-    store = store_of(options)
+    recipe, store = recipe_of(options), store_of(options)
     found = servable_models(recipe, Plan(recipe, store), options.stages)
     if options.queue < 0:
         raise RecipeError(f"--queue: expected at least 0, got {options.queue}")
