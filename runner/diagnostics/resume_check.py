@@ -244,9 +244,7 @@ class _Training:
         if code == 0:
             return
         error = output.scratch / ERROR
-        message = (
-            json.loads(error.read_text(encoding="utf-8"))["message"] if error.exists() else f"ended with exit code {code}"
-        )
+        message = json.loads(error.read_bytes())["message"] if error.exists() else f"ended with exit code {code}"
         raise StageError(f"stage {self.name!r}: {redact(message)}\n(log: {self._log.name})")
 
 

@@ -106,16 +106,12 @@ def total(found: Mapping[str, Cost]) -> Cost:
         values = [getattr(cost, name) for cost in found.values()]
         return None if None in values else math.fsum(values)
 
-    times = {name: summed(name) for name in ("seconds", "low", "high")}
-    return Cost(**times, runs=min((cost.runs for cost in found.values()), default=0))
+    runs = min((cost.runs for cost in found.values()), default=0)
+    return Cost(seconds=summed("seconds"), low=summed("low"), high=summed("high"), runs=runs)
 
 
 def _cost(
-    plan: Plan,
-    entry: Entry,
-    records: Sequence[Record],
-    shapes: dict[str, Shape | None],
-    measured: float | None,
+    plan: Plan, entry: Entry, records: Sequence[Record], shapes: dict[str, Shape | None], measured: float | None
 ) -> Cost:
     kinds = ("pretrain", "trunk") if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
     alike = [record for record in records if record.kind in kinds]
@@ -194,9 +190,7 @@ def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
     if isinstance(stage, Pretraining):
         record = plan.entries[stage.tokens].record
         return budget.epochs * float(record.data["metrics"]["train"]["tokens"]) if record else None
-    if not isinstance(stage, PackedTraining):
-        return None
-    if any(table.files.hub for table in stage.tables()[0]):
+    if not isinstance(stage, PackedTraining) or any(table.files.hub for table in stage.tables()[0]):
         return None
     sizes = [table.weight * sum(text_bytes(path) for path in table.files.matches()) for table in stage.tables()[0]]
     own = 1 - math.fsum(table.share for table in stage.mix) if isinstance(stage, RowTraining) else 1.0
