@@ -63,6 +63,11 @@ class Request(BaseModel):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
+    def max_new_tokens(self) -> int | None:
+        """The longest answer in tokens."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
@@ -92,11 +97,6 @@ class CompletionRequest(Request):
     prompt: str
     echo: Literal[False] | None = None
 
-    @property
-    def max_new_tokens(self) -> int | None:
-        """The longest answer in tokens."""
-        return self.max_tokens
-
 
 class ResponseFormat:
     """The response format of one answer, whole or streamed, of a chat or a completion."""
@@ -123,11 +123,6 @@ class ResponseFormat:
     def usage(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last piece of a stream with token counts."""
         return {**self._piece, "choices": [], "usage": usage}
-
-
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Token counts."""
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens}
 
 
 def error_body(message: str, *, code: str, param: str | None = None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ its answer is aborted. Conversations are not stored.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from runner.serving.openai_api import ChatRequest, CompletionRequest, ResponseFormat, error_body, usage
+from runner.serving.openai_api import ChatRequest, CompletionRequest, ResponseFormat, error_body
 
 if TYPE_CHECKING:
     from llm.inference.chat_session import Answer, ChatSession
@@ -105,27 +106,20 @@ class Server:
         if messages[-1]["role"] != "user":
             last = f"messages: expected the last one from the user, got {messages[-1]['role']}"
             raise RefusedError(400, last, code="invalid_value", param="messages")
-
-        def begin(options: dict[str, Any]) -> "Answer":
-            return session.answer(messages, **options)
-
-        return await self._respond(request, parsed, begin, ResponseFormat(model=name, chat=True))
+        return await self._respond(request, parsed, partial(session.answer, messages), ResponseFormat(model=name, chat=True))
 
     async def complete(self, request: HttpRequest) -> Response:
         """`POST /v1/completions`."""
         parsed = await self._read(request, CompletionRequest)
         name, session = self._model(parsed.model)
-
-        def begin(options: dict[str, Any]) -> "Answer":
-            return session.continuation(parsed.prompt, **options)
-
+        begin = partial(session.continuation, parsed.prompt)
         return await self._respond(request, parsed, begin, ResponseFormat(model=name, chat=False))
 
     async def _respond(
         self,
         request: HttpRequest,
         parsed: ChatRequest | CompletionRequest,
-        begin: Callable[[dict[str, Any]], "Answer"],
+        begin: Callable[..., "Answer"],
         response: ResponseFormat,
     ) -> Response:
         """Waits for a turn, starts the answer, and returns it whole or as a stream."""
@@ -137,18 +131,16 @@ class Server:
         turn = contextlib.AsyncExitStack()
         await turn.enter_async_context(self._turn_of(request))
         try:
-            answer = await self._call(lambda: _begun(begin, options))
+            answer = await self._call(lambda: _begun(partial(begin, **options)))
         except BaseException:
             await turn.aclose()
             raise
         if parsed.stream:
             wants_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-            events = self._events(answer, response, wants_usage=wants_usage)
-            return Stream(events, turn)
+            return Stream(self._events(answer, response, wants_usage=wants_usage), turn)
         async with turn, contextlib.aclosing(self._pieces(answer, request)) as made:
             pieces = [piece async for piece in made]
-        counted = usage(answer.prompt_tokens, answer.new_tokens)
-        return JSONResponse(response.whole("".join(pieces), reason=_reason(answer), usage=counted))
+        return JSONResponse(response.whole("".join(pieces), reason=_reason(answer), usage=_usage(answer)))
 
     async def _events(self, answer: "Answer", response: ResponseFormat, *, wants_usage: bool) -> AsyncGenerator[str, None]:
         """Server-sent events."""
@@ -160,7 +152,7 @@ class Server:
                     first = False
             yield _event(response.piece(None, reason=_reason(answer)))
             if wants_usage:
-                yield _event(response.usage(usage(answer.prompt_tokens, answer.new_tokens)))
+                yield _event(response.usage(_usage(answer)))
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status was sent, so the stream has the error
             yield _event(error_body(f"{type(error).__name__}: {error}", code="internal_error"))
@@ -248,23 +240,27 @@ class Stream(StreamingResponse):
             await self._turn.aclose()
 
 
-def _begun(begin: Callable[[dict[str, Any]], "Answer"], options: dict[str, Any]) -> "Answer":
+def _begun(begin: Callable[[], "Answer"]) -> "Answer":
     from llm.errors import InputError
 
     try:
-        return begin(options)
+        return begin()
     except InputError as error:
         raise RefusedError(400, str(error), code="invalid_value") from error
 
 
 def _close(answer: "Answer") -> None:
-    close = getattr(answer.pieces, "close", None)
-    if close is not None:
-        close()
+    if isinstance(answer.pieces, Generator):
+        answer.pieces.close()
 
 
 def _reason(answer: "Answer") -> str:
     return "length" if answer.is_cut else "stop"
+
+
+def _usage(answer: "Answer") -> dict[str, int]:
+    new, prompt = answer.new_tokens, answer.prompt_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def _event(body: Mapping[str, Any]) -> str:
