@@ -14,12 +14,6 @@ from typing import Any, Literal, Protocol, get_args
 
 TrackerName = Literal["aim", "tensorboard", "wandb", "trackio", "swanlab"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
-CLASSES = {
-    "tensorboard": "TensorBoardTracker",
-    "wandb": "WandBTracker",
-    "trackio": "TrackioTracker",
-    "swanlab": "SwanLabTracker",
-}
 NOT_TRACKED = frozenset({"time", "step", "steps", "note", "unit", "done", "total", "flops_per_token", "peak_flops"})
 SYSTEM_SECONDS = 10.0  # between two measurements of the machine's load
 
@@ -80,7 +74,7 @@ class AccelerateTracker:
         PartialState(cpu=True)  # accelerate's trackers read from it whether they are the main process
         title = f"{facts['stage']}-{str(facts['key'])[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
-        made: Any = getattr(tracking, CLASSES[name])
+        made: Any = tracking.LOGGER_TYPE_TO_CLASS[name]
         match name:
             case "tensorboard":
                 self._tracker = made(f"{facts['recipe']}/{title}", logging_dir=str(folder))
