@@ -94,6 +94,21 @@ class InputFile(Located):
         return {"type": "string", "format": "path"}
 
 
+class InputFolder(InputFile):
+    """A folder of input files, relative to the recipe file that holds it. The content of its files is identity."""
+
+    allows_hub = False
+
+    @property
+    def pattern(self) -> str:
+        """The absolute path of the folder."""
+        return str(self.folder / self)
+
+    def matches(self) -> list[Path]:
+        """The files in the folder, sorted by path."""
+        return sorted(path for path in Path(self.pattern).glob("*") if path.is_file())
+
+
 def format_of(path: PurePosixPath) -> str:
     """What decides how a file is read: its ending, with the one before a compression's, as ".jsonl.gz"."""
     endings = [ending.lower() for ending in path.suffixes[-2:]]

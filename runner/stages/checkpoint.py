@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint
-from runner.input_files import InputFile
+from runner.input_files import InputFolder
 from runner.stage import Context, Metrics, Semantic, Stage
 
 if TYPE_CHECKING:
@@ -24,15 +24,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class ModelFolder(InputFile):
-    """A folder with a model, relative to the recipe file that holds it. The content of the files that are read is identity."""
-
-    allows_hub = False
-
-    @property
-    def pattern(self) -> str:
-        """The absolute path of the folder."""
-        return str(self.folder / self)
+class ModelFolder(InputFolder):
+    """A folder with a model. The content of the files that are read is identity."""
 
     def matches(self) -> list[Path]:
         """The files in it that are read, sorted by path."""

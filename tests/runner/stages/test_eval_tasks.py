@@ -19,10 +19,9 @@ from llm.models.llama.model import Llama
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.graph import input_files
-from runner.input_files import InputFile
+from runner.input_files import InputFile, InputFolder
 from runner.stage import Context
 from runner.stages.evaluate import Evaluate
-from runner.stages.fields.eval_tasks.lm_eval import TaskFolder
 
 CHOICES = [
     {"question": "What pumps?", "choices": ["the heart", "a liver"], "answer": 0},
@@ -214,7 +213,7 @@ def test_a_metric_that_is_downloaded_as_code_is_refused(metrics: str, tasks: Pat
 
 def test_the_files_of_a_task_folder_are_identity(tasks: Path) -> None:
     stage = Evaluate.model_validate({"model": "base", "tasks": [lm_eval(tasks)]})
-    (found,) = [file for _, file in input_files(stage) if isinstance(file, TaskFolder)]
+    (found,) = [file for _, file in input_files(stage) if isinstance(file, InputFolder)]
     assert [path.name for path in found.matches()] == ["organs.jsonl", "organs.yaml"]
     assert isinstance(found, InputFile)
 

@@ -3,7 +3,7 @@
 The measuring itself is in `llm.evaluation`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -17,8 +17,4 @@ _Table = Annotated[
 ]
 
 
-def _from_text(value: Any) -> Any:
-    return table_from_text(value) if isinstance(value, str) else value
-
-
-Task = Annotated[_Table, BeforeValidator(_from_text, json_schema_input_type=_Table | str)]
+Task = Annotated[_Table, BeforeValidator(table_from_text, json_schema_input_type=_Table | str)]

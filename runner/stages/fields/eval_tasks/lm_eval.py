@@ -6,28 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from runner.input_files import InputFile
+from runner.input_files import InputFolder
 from runner.stage import Semantic
 from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
     from llm.inference.likelihood import OnProgress
-
-
-class TaskFolder(InputFile):
-    """A folder with task files of lm-eval, relative to the recipe file that holds it. The content of its files is identity."""
-
-    allows_hub = False
-
-    @property
-    def pattern(self) -> str:
-        """The absolute path of the folder."""
-        return str(self.folder / self)
-
-    def matches(self) -> list[Path]:
-        """The files in the folder, sorted by path."""
-        return sorted(path for path in Path(self.pattern).glob("*") if path.is_file())
 
 
 class LmEvalTask(EvalTask):
@@ -42,7 +27,7 @@ class LmEvalTask(EvalTask):
     """A benchmark of lm-eval."""
     benchmark: Semantic[Annotated[str, Field(min_length=1)]]
     """The name of the task in lm-eval, or in a file of `include_path`."""
-    include_path: Semantic[TaskFolder | None] = None
+    include_path: Semantic[InputFolder | None] = None
     """A folder with task files (.yaml) and their data. No code is taken from them."""
     shots: Semantic[Annotated[int, Field(ge=0)]] = 0
     """Solved examples before each question; with 0, as many as the task says."""
@@ -67,8 +52,10 @@ class LmEvalTask(EvalTask):
         )
 
 
-def table_from_text(text: str) -> dict[str, Any]:
-    """The table that "lm_eval:arc_easy" is short for; ValueError for other texts."""
+def table_from_text(text: Any) -> Any:
+    """The table that "lm_eval:arc_easy" is short for; ValueError for other texts. What is no text stays as it is."""
+    if not isinstance(text, str):
+        return text
     prefix, _, benchmark = text.partition(":")
     if prefix != "lm_eval" or not benchmark:
         raise ValueError(f'expected a table with a task, or a text such as "lm_eval:arc_easy", got {text!r}')
