@@ -3,8 +3,8 @@
 data = [{ files = "data/section.jsonl.gz", prompt = "Which section?\\n{text}", response = "{label}" }]
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,24 +17,19 @@ if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
-def _is_text_field(text: str) -> str:
-    split_text(text)
-    return text
+def _passes(check: Callable[[str], Any]) -> AfterValidator:
+    """A text stays as it is, unless `check` raises a ValueError."""
+
+    def validate(text: str) -> str:
+        check(text)
+        return text
+
+    return AfterValidator(validate)
 
 
-def _is_template(text: str) -> str:
-    split_template(text)
-    return text
-
-
-def _is_template_with_field(text: str) -> str:
-    with_field(text)
-    return text
-
-
-TextField = Annotated[str, AfterValidator(_is_text_field)]  # a field, or a template over fields
-PromptTemplate = Annotated[str, AfterValidator(_is_template)]
-ResponseTemplate = Annotated[str, AfterValidator(_is_template_with_field)]  # with a field, so that rows differ
+TextField = Annotated[str, _passes(split_text)]  # a field, or a template over fields
+PromptTemplate = Annotated[str, _passes(split_template)]
+ResponseTemplate = Annotated[str, _passes(with_field)]  # with a field, so that rows differ
 
 
 class FileTable(Spec):
