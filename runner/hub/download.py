@@ -164,9 +164,7 @@ def as_input_error(repo: str, what: str, *, kind: Literal["model", "dataset"] = 
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a disk error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if secret := credentials.token():
-            reason = reason.replace(secret, "***")
+        reason = credentials.redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise InputError(
             f"{repo}: {what} cannot be downloaded from {place} ({reason}); run again to continue, the downloaded part is kept"
         ) from None

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from runner import credentials
 from runner.credentials import redact
 from runner.errors import StockpotError
 from runner.files import DISK_FULL
@@ -61,9 +60,7 @@ def describe(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if error.__cause__:
         text = f"{text} Cause: {describe(error.__cause__)}"
-    text = QUERY.sub(r"\1?...", redact(text))
-    secret = credentials.token()
-    return text.replace(secret, "***") if secret else text
+    return QUERY.sub(r"\1?...", redact(text))
 
 
 @contextlib.contextmanager
