@@ -165,8 +165,7 @@ class StageRun:
         }
 
     def _result(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads((self._scratch / RESULT).read_text(encoding="utf-8"))
-        return result
+        return dict(json.loads((self._scratch / RESULT).read_text(encoding="utf-8")))
 
     def _launch(
         self,
@@ -259,14 +258,8 @@ class StageRun:
 
     def _facts(self) -> dict[str, Any]:
         """The facts of a stage for the trackers."""
-        entry = self._entry
-        return {
-            "recipe": self._recipe.head.name,
-            "stage": entry.name,
-            "kind": entry.stage.kind,
-            "key": entry.key,
-            "hparams": plain(entry.stage),
-        }
+        name, stage, key = self._entry.name, self._entry.stage, self._entry.key
+        return {"recipe": self._recipe.head.name, "stage": name, "kind": stage.kind, "key": key, "hparams": plain(stage)}
 
 
 class MachineError(StageError):

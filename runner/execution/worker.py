@@ -55,13 +55,9 @@ def main() -> int:
         if rank == 0:
             write_whole(scratch / PAUSED, json.dumps({"message": str(pause)}))
         return EXIT_PAUSED
-    except (InputError, OSError, MemoryError) as error:
-        traceback.print_exc()
-        _write_error(scratch, rank, message_of(error, Path(job.work)), again=isinstance(error, MACHINE_FAULTS))
-        return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        _write_error(scratch, rank, f"{type(error).__name__}: {error}", again=isinstance(error, MACHINE_FAULTS))
+        _write_error(scratch, rank, message_of(error, Path(job.work)), again=isinstance(error, MACHINE_FAULTS))
         return EXIT_FAILED
     if rank == 0:
         result = {"metrics": dict(metrics), "versions": versions(), "hardware": hardware()}
@@ -72,7 +68,7 @@ def main() -> int:
 
 
 def message_of(error: Exception, work: Path) -> str:
-    """The message of an error that is not a bug."""
+    """The message of an error, which begins with its class if it is a bug."""
     match error:
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
             return f"{error.strerror} while writing under {work}; free some space and run again, finished work is kept"
@@ -82,7 +78,9 @@ def message_of(error: Exception, work: Path) -> str:
             return reason
         case MemoryError():
             return "out of memory"
-    return str(error)
+        case OSError() | InputError():
+            return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def watch_parent() -> None:

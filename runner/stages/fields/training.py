@@ -136,5 +136,4 @@ def is_main_process() -> bool:
     """Whether this process is the one that writes the artifact."""
     from accelerate import PartialState
 
-    main: bool = PartialState().is_main_process
-    return main
+    return bool(PartialState().is_main_process)
