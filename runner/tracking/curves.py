@@ -41,11 +41,9 @@ def _thinned(points: Curve) -> Curve:
 
 def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
     """Draws one plot per training, side by side; the file ending of `picture` decides the format."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(INCHES[0] * len(trainings), INCHES[1]), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, curves) in zip(figure.subplots(1, len(trainings), squeeze=False)[0], trainings.items(), strict=True):
         _plot(axes, {curve: curves[curve] for curve in CURVES if curves.get(curve)}, title=name)
         axes.legend(frameon=False)
@@ -56,11 +54,9 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
 def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False) -> str:
     """One plot of curves over the same steps, as an <svg> element; `logarithmic` where values span a factor of 10 or more."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=INCHES, layout="constrained")
-    FigureCanvasSVG(figure)
     axes = figure.subplots()
     values = [value for points in curves.values() for _, value in points]
     wide = min(values) > 0 and max(values) >= 10 * min(values)  # otherwise a logarithmic axis has hardly any labels
