@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -136,34 +137,22 @@ class AllowedFolders:
         )
 
 
-def fixed_part(pattern: str) -> Path:
-    """The part of a pattern before its first wildcard."""
-    return _split(pattern)[0]
-
-
-def has_parent_behind_wildcard(pattern: str) -> bool:
-    """Whether `..` comes after a wildcard: what it leads to cannot be known from the pattern."""
-    return ".." in _split(pattern)[1]
-
-
 def glob_paths(pattern: str) -> Iterator[Path]:
     """The paths that match an absolute glob, possibly repeated; `**` is any number of folders that are not hidden."""
-    folder, parts = _split(pattern)
-    return _below(folder, parts)
+    return _below(*split_pattern(pattern))
 
 
-def _split(pattern: str) -> tuple[Path, list[str]]:
+def split_pattern(pattern: str) -> tuple[Path, list[str]]:
     """The fixed part of a pattern, and the parts from the first wildcard on."""
-    parts = [_literal(part) or part for part in Path(pattern).parts]
-    wild = [_literal(part) is None for part in Path(pattern).parts]
-    first = wild.index(True) if True in wild else len(parts)
-    return Path(*parts[:first]), list(Path(pattern).parts[first:])
+    parts = list(Path(pattern).parts)
+    fixed = list(takewhile(bool, map(_literal, parts)))
+    return Path(*fixed), parts[len(fixed) :]
 
 
-def _literal(part: str) -> str | None:
-    """The name that a part of a pattern stands for, None if it has wildcards; `glob.escape` writes * as [*]."""
+def _literal(part: str) -> str:
+    """The name that a part of a pattern stands for, empty if it has wildcards; `glob.escape` writes * as [*]."""
     plain = re.sub(r"\[([*?[])\]", "", part)
-    return None if glob.has_magic(plain) else re.sub(r"\[([*?[])\]", r"\1", part)
+    return "" if glob.has_magic(plain) else re.sub(r"\[([*?[])\]", r"\1", part)
 
 
 def _below(folder: Path, parts: list[str]) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from typing import Any
 from runner.cache.remote import address_fault, is_local, local_folder
 from runner.errors import RecipeError
 from runner.graph import ancestors, edges, find_cycle, in_order, input_files, plain, sources_of
-from runner.input_files import AllowedFolders, InputFile, Located, fixed_part, has_parent_behind_wildcard
+from runner.input_files import AllowedFolders, InputFile, Located, split_pattern
 from runner.recipe.branches import (
     Attempts,
     Branches,
@@ -285,10 +285,11 @@ def _file_faults(stages: Mapping[str, Stage], folders: AllowedFolders, absent: C
             place = f"stage.{name}.{field}"
             if file.hub:
                 continue  # looked up when the stage runs
-            if has_parent_behind_wildcard(file.pattern):
+            fixed, behind = split_pattern(file.pattern)
+            if ".." in behind:  # what it leads to cannot be known from the pattern
                 yield f"{place}: expected no .. behind a wildcard, got {str(file)!r}"
-            elif not folders.contain(fixed_part(file.pattern)):
-                yield f"{place}: {folders.fault(file, fixed_part(file.pattern))}"
+            elif not folders.contain(fixed):
+                yield f"{place}: {folders.fault(file, fixed)}"
             elif not (matches := file.matches()) and str(file.folder / file) in absent:
                 continue
             elif not matches:
