@@ -113,14 +113,9 @@ class GateVerdict:
             return _number(self.value) + interval
         return f"{_number(self.value)}, {_number(self.difference[0])}{interval} above {self.difference[1]}"
 
-    @property
-    def outcome(self) -> str:
-        """Passed or failed, in words."""
-        word = {True: "passed", False: "failed", None: "not judged yet"}[self.passed]
-        return f"{word}, {self.because}" if self.because else word
-
     def __str__(self) -> str:
-        return f"{self.score} = {self.found}, wanted {self.bound}: {self.outcome}"
+        word = {True: "passed", False: "failed", None: "not judged yet"}[self.passed]
+        return f"{self.score} = {self.found}, wanted {self.bound}: {word}" + (f", {self.because}" if self.because else "")
 
 
 def judge(

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,9 +157,8 @@ def oldest_first(store: Store, runs: Iterable[Run]) -> list[Item]:
     for run in runs:
         for name in run.names:
             used[name] = max(run.time, used.get(name, run.time))
-    folders = _inside(store.root / "stages")
-    times: Mapping[Path, float] = {folder: used.get(folder.name, folder.stat().st_mtime) for folder in folders}
-    return [Item(folder, "least recently used", folder.name) for folder in sorted(folders, key=lambda folder: times[folder])]
+    folders = sorted(_inside(store.root / "stages"), key=lambda folder: used.get(folder.name, folder.stat().st_mtime))
+    return [Item(folder, "least recently used", folder.name) for folder in folders]
 
 
 def _is_free(store: Store, item: Item) -> bool:

@@ -116,9 +116,7 @@ class Store:
     def set_aside(self, stage: Stage | str, key: str) -> Path | None:
         """Moves a forced or damaged artifact to aside/; returns its new place. Its record stays."""
         folder = self.folder(stage, key)
-        if not folder.exists():
-            return None
-        return self.move_aside(folder)
+        return self.move_aside(folder) if folder.exists() else None
 
     def move_aside(self, path: Path) -> Path:
         """Moves a file or folder of the cache to aside/; returns its new place."""

@@ -76,10 +76,9 @@ class Participant:
         message = self._next(connection)
         token = self._store.root / "machines" / Path(str(message.get("token"))).name
         deadline = time.monotonic() + SHARED_SECONDS
-        self._shares = _is_seen(token)
-        while not self._shares and time.monotonic() < deadline:
+        while not (shares := _is_seen(token)) and time.monotonic() < deadline:
             self._stop.sleep(0.2)
-            self._shares = _is_seen(token)
+        self._shares = shares
         connection.send(
             do="hello",
             rank=self._layout.rank,
@@ -215,10 +214,8 @@ class Participant:
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code:
-            kinds: dict[int, type[StockpotError]] = {
-                kind.exit_code: kind for kind in (RecipeError, GateError, PausedError, StageError)
-            }
-            raise kinds.get(code, StageError)(f"machine 0: {text}")
+            kinds: list[type[StockpotError]] = [RecipeError, GateError, PausedError]
+            raise next((kind for kind in kinds if kind.exit_code == code), StageError)(f"machine 0: {text}")
         self._progress.note("machine 0 has finished")
 
     def _is_done(self, until: str | None) -> bool:

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -12,9 +13,6 @@ from llm.tokenizer.pretokenizers import BYTES, PreTokenizerName
 from runner.artifacts import Corpus, Tokenizer
 from runner.input_files import InputFile
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
-
-if TYPE_CHECKING:
-    from llm.tokenizer.tokenizer import TextTokenizer
 
 MAX_SPECIAL_TOKENS = 50  # more is a mistake: they are not learned as text, and each takes a row of the embedding
 
@@ -59,16 +57,24 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
         """Train, save and measure the tokenizer."""
         from llm.tokenizer.report import measured_documents, report
         from llm.tokenizer.tokenizer import open_tokenizer
+        from llm.tokenizer.train_bpe import train_bpe
 
         corpus = context.open(self.corpus)
         others = {str(path): open_tokenizer(path) for file in self.compare_with for path in file.fetched()}
         context.report(note="counting words and merging pairs")
         sampled: Counter[str] = Counter()
-        tokenizer = self._learn(self._texts(context, sampled), allow_smaller=False)
+        learn = partial(
+            train_bpe,
+            vocab_size=self.vocab_size,
+            min_frequency=self.min_frequency,
+            pre_tokenizer_name=self.pre_tokenizer,
+            special_tokens=self.special_tokens,
+        )
+        tokenizer = learn(self._texts(context, sampled))
         english_only = None
         if 0 < sampled["en"] < sampled.total():
             context.report(note="training an English-only tokenizer of the same size for comparison")
-            english_only = self._learn(self._texts(context, Counter(), language="en"), allow_smaller=True)
+            english_only = learn(self._texts(context, Counter(), language="en"), allow_smaller=True)
         tokenizer.save(context.work)
         context.report(note="measuring")
         measured = measured_documents(corpus.validation, corpus.train)
@@ -77,18 +83,6 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
             "sample_bytes": dict(sorted(sampled.items())),
             **report(tokenizer, measured, english_only=english_only, others=others),
         }
-
-    def _learn(self, texts: Iterator[str], *, allow_smaller: bool) -> "TextTokenizer":
-        from llm.tokenizer.train_bpe import train_bpe
-
-        return train_bpe(
-            texts,
-            self.vocab_size,
-            min_frequency=self.min_frequency,
-            pre_tokenizer_name=self.pre_tokenizer,
-            special_tokens=self.special_tokens,
-            allow_smaller=allow_smaller,
-        )
 
     def _texts(self, context: Context, sampled: Counter[str], *, language: str | None = None) -> Iterator[str]:
         """The documents of the sample, each repeated for its passes; `sampled` counts bytes by language."""

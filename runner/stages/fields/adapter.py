@@ -1,5 +1,6 @@
 """The fields of an adapter, which `lora` has on the stage and `dpo` in a table."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -44,12 +45,4 @@ class AdapterFields(Spec):
         """The fields as `llm.adapters.lora` has them; imports torch."""
         from llm.adapters import lora
 
-        return lora.LoraConfig(
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=self.target_modules,
-            rslora=self.rslora,
-            dora=self.dora,
-            modules_to_save=self.modules_to_save,
-        )
+        return lora.LoraConfig(**{field.name: getattr(self, field.name) for field in fields(lora.LoraConfig)})

@@ -46,7 +46,10 @@ def _measured(name: str, value: float, ends: Sequence[float]) -> str:
 
 
 def _pair(example: Mapping[str, Any]) -> str:
-    answers = "".join(f"<td><pre>{escape(text)}</pre></td>" for text in (example["wanted"], *_texts(example)))
+    answers = "".join(
+        f"<td><pre>{escape(text)}</pre></td>"
+        for text in (example["wanted"], example["other"]["text"], example["found"]["text"])
+    )
     measures = "".join(f"<td><small>{_measures(example[side])}</small></td>" for side in ("other", "found"))
     return f"""<h2>{example["row"]:,}</h2>
 <pre>{escape(example["prompt"])}</pre>
@@ -56,10 +59,6 @@ def _pair(example: Mapping[str, Any]) -> str:
 <tr><td></td>{measures}</tr>
 </table>
 """
-
-
-def _texts(example: Mapping[str, Any]) -> tuple[str, str]:
-    return example["other"]["text"], example["found"]["text"]
 
 
 def _measures(answer: Mapping[str, Any]) -> str:
