@@ -194,8 +194,7 @@ def train_gap(model: str, lineage: Lineage) -> dict[str, float]:
     """
 
     def metrics(name: str) -> Metrics:
-        found: Metrics = lineage.records[name]["metrics"] if name in lineage.records else {}
-        return found
+        return dict(lineage.records[name]["metrics"]) if name in lineage.records else {}
 
     trainings = [
         metrics(name) for name in last_trainings(model, lineage.inputs, lambda name: "trained_parameters" in metrics(name))

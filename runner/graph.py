@@ -181,9 +181,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
-    for what in ("artifact", "content"):
-        if name.endswith(f".{what}"):
-            return f"{name.removesuffix(f'.{what}')}: its content changed"
+    if name.endswith((".artifact", ".content")):
+        return f"{name.rpartition('.')[0]}: its content changed"
     return f"{name}: {_value(before)} -> {_value(after)}"
 
 

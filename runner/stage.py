@@ -154,6 +154,10 @@ class Context:
         """The finished artifact of the stage `ref`."""
         return ref.artifact(self.inputs[ref])
 
+    def input_digests(self, name: str) -> set[str]:
+        """The digests of the artifacts that the stage `name`, whose record is known, was made from."""
+        return {source["digest"] for source in self.records[name].get("inputs", {}).values()}
+
 
 class Verdict(Protocol):
     """The result of one gate; as text, a sentence with the value, the bound and the outcome."""

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -162,11 +162,9 @@ class Remote:
 
     def _read(self, place: str) -> bytes | None:
         self._files.invalidate_cache()
-        try:
-            content: bytes = self._files.cat_file(place)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return content
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return bytes(self._files.cat_file(place))
+        return None
 
     def _get(self, place: str, path: Path, *, optional: bool) -> None:
         try:

@@ -81,14 +81,11 @@ class ForkServer:
         the other end of `stdin` closes.
         """
         request = json.dumps({"modules": modules, "arguments": arguments}).encode()
-        try:
+        with contextlib.suppress(OSError):
             self._connection.settimeout(IMPORT_SECONDS)
             socket.send_fds(self._connection, [request], [stdin, log.fileno()])
             if message := self._connection.recv(MESSAGE_BYTES):
                 return ForkedWorker(json.loads(message)["pid"], self._connection)
-        except OSError as error:
-            self.close()
-            raise ConnectionError from error
         self.close()
         raise ConnectionError
 

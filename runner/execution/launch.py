@@ -62,7 +62,6 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     """
     if processes * layout.machines == 1:
         return plain_command(job)
-    launcher = [sys.executable, "-m", LAUNCHER]
     config = job.with_name(f"{job.stem}-accelerate.json")
     config.write_text(json.dumps(ACCELERATE_CONFIG), encoding="utf-8")
     port = _free_port() if layout.machines == 1 else layout.training_port
@@ -71,7 +70,7 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     options += ["--main_process_port", str(port)]
     if layout.machines > 1:
         options += ["--machine_rank", str(layout.rank), "--main_process_ip", layout.host, "--same_network"]
-    return [*launcher, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
+    return [sys.executable, "-m", LAUNCHER, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
 
 
 def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:

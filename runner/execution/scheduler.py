@@ -210,17 +210,15 @@ class Scheduler:
         stage, key = entry.stage, str(entry.key)
         self._progress.started(entry)
         started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-        layout = self._peers.layout if self._peers else ALONE
-        offer = functools.partial(self._offer_inputs, entry, plan)
         stage_run = StageRun(
             entry,
             plan,
             self._recipe,
             self._store,
             log,
-            layout=layout,
+            layout=self._peers.layout if self._peers else ALONE,
             peers=self._peers,
-            offer=offer,
+            offer=functools.partial(self._offer_inputs, entry, plan),
             fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
         result = stage_run.run(self._progress, self._stop, self._tracker, self._notifier)

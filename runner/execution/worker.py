@@ -108,10 +108,8 @@ def watch_job(path: Path) -> None:
 def _may_exist(path: Path) -> bool:
     try:
         path.stat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # a temporary fault of a network file system
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)  # else a temporary fault of a network file system
     return True
 
 

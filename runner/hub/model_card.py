@@ -87,11 +87,7 @@ def _metadata(model: Model) -> str:
         license=model.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "stockpot",
-            *(["gguf"] if model.publish.get("gguf") else []),
-            *(["lora"] if model.publish.get("adapter") else []),
-        ],
+        tags=["stockpot", *(tag for tag, name in (("gguf", "gguf"), ("lora", "adapter")) if model.publish.get(name))],
         base_model=[record["metrics"]["repo"] for record in _imported(model.records) if "repo" in record["metrics"]] or None,
         datasets=sorted(_datasets(model)) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -318,9 +314,8 @@ run recipe.toml
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(
-        f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
-    )
+    escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def number(value: float | None) -> str:

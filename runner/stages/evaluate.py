@@ -101,12 +101,12 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
     def run(self, context: Context) -> Metrics:
         """Score every task; a restart keeps the tasks that were scored before."""
         outcomes = self._outcomes(context)
+        replicates = {f"{name}.{score}": values for name, one in outcomes.items() for score, values in one.replicates.items()}
         result: dict[str, dict[str, Any]] = {
             "scores": {f"{name}.{metric}": value for name, one in outcomes.items() for metric, value in one.scores.items()},
             "intervals": {
-                f"{name}.{score}": [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
-                for name, one in outcomes.items()
-                for score, values in one.replicates.items()
+                score: [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
+                for score, values in replicates.items()
             },
             "counts": {name: one.rows for name, one in outcomes.items()},
         }
@@ -124,11 +124,7 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
             "intervals": result["intervals"],
             "tasks": {name: {"rows": one.rows, **one.facts} for name, one in outcomes.items()},
             # As text, since people read the record too, and lists would be many lines.
-            "replicates": {
-                f"{name}.{score}": " ".join(map(str, values))
-                for name, one in outcomes.items()
-                for score, values in one.replicates.items()
-            },
+            "replicates": {score: " ".join(map(str, values)) for score, values in replicates.items()},
         }
 
     def _outcomes(self, context: Context) -> "dict[str, Outcome]":

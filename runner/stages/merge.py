@@ -4,8 +4,7 @@ adapters = ["medical"]                                  # one, or a chain: each 
 adapters = ["medical", "legal"], weights = [0.7, 0.3]   # a mix: all were trained on `base`
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -50,7 +49,8 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
         else:
             mix_adapters(model, folders, self.weights)
         save_checkpoint(context.work, model, base.tokenizer.folder)
-        losses = {name: found for name in self.adapters if (found := _merge_losses(context.records[name]))}
+        metrics = {name: context.records[name].get("metrics", {}) for name in self.adapters}
+        losses = {name: found["merge_losses"] for name, found in metrics.items() if found.get("merge_losses")}
         return {"adapters": len(folders)} | ({"losses": losses} if losses else {})
 
     def _check_origins(self, context: Context) -> None:
@@ -59,7 +59,7 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
 
         base = context.records[self.base]["digest"]
         for place, name in enumerate(self.adapters):
-            sources = _input_digests(context.records[name])
+            sources = context.input_digests(name)
             if self.weights is not None or place == 0:
                 if base not in sources:
                     found = ", ".join(context.records[name]["inputs"])
@@ -71,20 +71,11 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
             before = self.adapters[place - 1]
             wanted = context.records[before]["digest"]
             if not any(
-                record["digest"] in sources and wanted in _input_digests(record) for record in context.records.values()
+                record["digest"] in sources and wanted in context.input_digests(other)
+                for other, record in context.records.items()
             ):
                 hint = "; weights = [...] mixes adapters of one base" if base in sources else ""
                 raise InputError(
                     f"adapters[{place}]: expected an adapter trained on a merge of {str(before)!r}, but {str(name)!r} was "
                     f"trained on {', '.join(context.records[name]['inputs'])}{hint}"
                 )
-
-
-def _input_digests(record: Mapping[str, Any]) -> set[str]:
-    """The digests of a stage's inputs."""
-    return {source["digest"] for source in record.get("inputs", {}).values()}
-
-
-def _merge_losses(record: Mapping[str, Any]) -> Any:
-    """The held-out losses of a training over a base in four bits."""
-    return record.get("metrics", {}).get("merge_losses")

@@ -39,8 +39,7 @@ class Pretraining(TrainingStage):
         if self.budget.steps is not None or self.budget.epochs is not None:
             return self.budget.steps
         pack = stages.get(self.tokens)
-        rows = self.batch_tokens // pack.context if isinstance(pack, Pack) else 0
-        if not isinstance(pack, Pack) or not rows:
+        if not isinstance(pack, Pack) or not (rows := self.batch_tokens // pack.context):
             return None
         return self.budget.in_steps(batch_tokens=rows * pack.context, rows_per_step=rows, rows_per_epoch=rows)
 

@@ -160,18 +160,15 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         """InputError if the files to release with the model were made from another one."""
         from llm.errors import InputError
 
-        def sources(ref: str) -> set[str]:
-            return {source["digest"] for source in context.records[ref].get("inputs", {}).values()}
-
         model = context.records[self.model]["digest"]
         released = {str(ref): context.records[ref]["digest"] for ref in (self.gguf, self.adapter) if ref is not None}
-        if self.gguf is not None and model not in sources(self.gguf):
+        if self.gguf is not None and model not in context.input_digests(self.gguf):
             raise InputError(
                 f"gguf: expected files of {str(self.model)!r}, got those of another model from {str(self.gguf)!r}"
             )
         if self.parity is not None:
             for name, digest in {str(self.model): model, **released}.items():
-                if digest not in sources(self.parity):
+                if digest not in context.input_digests(self.parity):
                     raise InputError(f"parity: expected a comparison of {name!r}, got none in {str(self.parity)!r}")
 
     def effect(self, artifact: Path, *, digest: str, receipts: Path) -> Effect | None:

@@ -42,7 +42,10 @@ class TrackerProcess:
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
                 )
         places = {"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished)}
-        self._send({**places, "facts": facts, "to": self._to})
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the process died; close() reports it
+            self._process.stdin.write(json.dumps({**places, "facts": facts, "to": self._to}) + "\n")
+            self._process.stdin.flush()
 
     def close(self) -> str | None:
         """Waits until everything is copied; returns a warning if that failed."""
@@ -58,14 +61,6 @@ class TrackerProcess:
         return (
             f"warning: not everything reached {', '.join(self._to)} (see {self._log()}); metrics.jsonl has the complete curves"
         )
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process died; close() reports it
 
     def _log(self) -> Path:
         path = self._cache / "logs" / "track.log"
