@@ -207,14 +207,8 @@ def _parity(model: Model) -> str:
     """The outcomes of the parity checks, including those that could not run."""
     stage = model.publish.get("parity")
     checks = model.records[stage]["metrics"]["checks"] if stage else ()
-    rows = [
-        [
-            check["name"],
-            "not checked" if check["passed"] is None else "equal" if check["passed"] else "not equal",
-            check["told"],
-        ]
-        for check in checks
-    ]
+    words = {True: "equal", False: "not equal", None: "not checked"}
+    rows = [[check["name"], words[check["passed"]], check["told"]] for check in checks]
     if not rows:
         return ""
     return f"""## The same everywhere

@@ -79,14 +79,8 @@ class Participant:
         while not (shares := _is_seen(token)) and time.monotonic() < deadline:
             self._stop.sleep(0.2)
         self._shares = shares
-        connection.send(
-            do="hello",
-            rank=self._layout.rank,
-            machines=self._layout.machines,
-            who=str(this_machine()),
-            shares=self._shares,
-            remote=self._remote,
-        )
+        rank, machines, who = self._layout.rank, self._layout.machines, str(this_machine())
+        connection.send(do="hello", rank=rank, machines=machines, who=who, shares=shares, remote=self._remote)
         return str(message.get("who"))
 
     def _take_part(self, connection: Connection, until: str | None) -> None:

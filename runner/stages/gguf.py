@@ -46,13 +46,7 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
             context.report(done=number + 1, total=len(self.precisions), unit="files")
         smallest = min(self.precisions, key=lambda precision: made.file(precision).stat().st_size)
         tokenizer = TextTokenizer.load(checkpoint.folder)
-        write_whole(
-            made.modelfile,
-            modelfile(
-                tokenizer,
-                made.file(smallest).name,
-                context=facts[smallest]["context"],
-                adds_begin=adds_begin(checkpoint.folder, tokenizer),
-            ),
-        )
+        begin = adds_begin(checkpoint.folder, tokenizer)
+        text = modelfile(tokenizer, made.file(smallest).name, context=facts[smallest]["context"], adds_begin=begin)
+        write_whole(made.modelfile, text)
         return {"files": facts}

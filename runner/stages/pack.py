@@ -72,13 +72,8 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
                     done += document.line_bytes
                 context.report(done=done, total=size, unit="bytes")
             written = writer.finish()
-        seconds = time.monotonic() - start
-        return {
-            "documents": written["documents"],
-            "tokens": written["tokens"],
-            "bytes": written["bytes"],
-            "tokens_per_second": round((writer.tokens - had) / seconds, 1),
-        }
+        speed = round((writer.tokens - had) / (time.monotonic() - start), 1)
+        return {name: written[name] for name in ("documents", "tokens", "bytes")} | {"tokens_per_second": speed}
 
 
 def _batches(documents: "Iterator[Document]") -> "Iterator[list[Document]]":

@@ -155,15 +155,10 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
         assert self.base is not None and self.adapter is not None
         base, adapter = context.open(self.base).folder, context.open(self.adapter).folder
-        adapted = load_checkpoint(base, device=reference.model.device)
+        tokenizer, device = reference.tokenizer, str(reference.model.device)
+        adapted = load_checkpoint(base, device=device)
         load_adapter(adapted, adapter)
-        peft = TransformersBackend(
-            base,
-            ends=reference.tokenizer.ends,
-            padding=reference.tokenizer.padding,
-            adapter=adapter,
-            device=str(reference.model.device),
-        )
+        peft = TransformersBackend(base, ends=tokenizer.ends, padding=tokenizer.padding, adapter=adapter, device=device)
         return check_likelihoods(replace(reference, model=adapted), peft, inputs.prompts[:LIKELIHOODS])
 
     def _llama_cpp(
@@ -176,11 +171,8 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
 
         name = f"llama.cpp {precision}"
         if importlib.util.find_spec(PACKAGE) is None:
-            yield Check(
-                name,
-                None,
-                "it is not installed here: pip install 'stockpot[llama-cpp]', and run this stage again with --force",
-            )
+            told = "it is not installed here: pip install 'stockpot[llama-cpp]', and run this stage again with --force"
+            yield Check(name, None, told)
             return
         try:
             other = LlamaCppBackend(

@@ -128,13 +128,8 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
         scores = {str(ref): json.loads(context.open(ref).scores.read_text(encoding="utf-8")) for ref in self.scores}
         release.recipe.write_text(context.recipe, encoding="utf-8")
         _write_json(release.scores, scores)
-        _write_json(
-            release.lock,
-            {
-                "recipe": recipe["name"],
-                "stages": {name: _locked(records[name], context.data.get(name, {})) for name in records},
-            },
-        )
+        locked = {name: _locked(record, context.data.get(name, {})) for name, record in records.items()}
+        _write_json(release.lock, {"recipe": recipe["name"], "stages": locked})
         languages = languages_of(records.values()) if self.languages is None else self.languages
         curves = {name: record["curves"] for name, record in records.items() if record.get("curves")}
         if curves:
