@@ -2,7 +2,8 @@
 
 
 class InputError(ValueError):
-    """Data or settings cannot be used. The message names the file and line (or the value), what was expected and what it got."""
+    """Data or settings cannot be used. The message names the file and line (or the value), what was expected and what it
+    got."""
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error

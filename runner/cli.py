@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         if WORD.fullmatch(words[0]) and not Path(words[0]).exists():
             print(
-                f"run {words[0]}: no such command; expected a recipe or one of {listed(COMMANDS)}{nearest(words[0], COMMANDS)}",
+                f"run {words[0]}: no such command; expected a recipe or one of "
+                f"{listed(COMMANDS)}{nearest(words[0], COMMANDS)}",
                 file=sys.stderr,
             )
             return RecipeError.exit_code

@@ -120,7 +120,8 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 
 
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
-    """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current folder."""
+    """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current
+    folder."""
     return Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
 
 

@@ -52,7 +52,8 @@ def measure_memory(workload: Workload) -> dict[str, Any]:
 
 
 def peak_in_process(name: str, workload: Workload) -> tuple[int, int]:
-    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32" or one of the ways of `llm.bench.lora`."""
+    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32" or one of the ways of
+    `llm.bench.lora`."""
     environment = dict(os.environ)
     if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}

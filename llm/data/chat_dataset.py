@@ -1,7 +1,7 @@
 """Makes training rows from files of chats: read, select by weight, tokenize, cut to the context, and pack.
 
-It runs once, in one process without torch; memory grows by a few bytes per row. `llm.data.conversations` makes turns from rows,
-the tokenizer makes tokens and the loss mask from turns, and `llm.data.packing` packs them.
+It runs once, in one process without torch; memory grows by a few bytes per row. `llm.data.conversations` makes turns from
+rows, the tokenizer makes tokens and the loss mask from turns, and `llm.data.packing` packs them.
 """
 
 import json
@@ -98,9 +98,9 @@ def write_rows(
 ) -> dict[str, Any]:
     """Pack `tables` into `folder`, which is complete once it exists; returns statistics.
 
-    A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs), unless too few of them would
-    be real tokens: then the length is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows cost
-    only time in attention.
+    A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs), unless too few of them
+    would be real tokens: then the length is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows
+    cost only time in attention.
     """
     counts = [Counts() for _ in tables]
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:

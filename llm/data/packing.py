@@ -1,8 +1,8 @@
 """Token streams packed into rows on disk, and read back as a `RowSource`. `llm.data.chat_dataset` makes the streams.
 
 `ids.bin` and `loss_mask.bin` hold all streams end to end; `index.npz` says where each begins and which of them share a row. A
-stream of n tokens takes n - 1 positions: the last token is only a target. Streams may form groups, such as the two answers of a
-preference, which are documents 2i and 2i + 1 of one row. `reference.bin`, if it exists, holds the log-probability that a
+stream of n tokens takes n - 1 positions: the last token is only a target. Streams may form groups, such as the two answers of
+a preference, which are documents 2i and 2i + 1 of one row. `reference.bin`, if it exists, holds the log-probability that a
 reference model gives each target.
 """
 

@@ -13,7 +13,8 @@ BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "thai": "char"}  # languages that w
 
 
 class ChrfBleu:
-    """`chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) of generated texts against expected ones, by sacrebleu (Post 2018).
+    """`chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) of generated texts against expected ones, by sacrebleu (Post
+    2018).
 
     Both are functions of counts that are summed over the texts.
     """

@@ -1,8 +1,8 @@
 """Runs EleutherAI's lm-eval on a model folder: its own benchmarks, and tasks from YAML files.
 
 A task file may come from anyone, so it is data only: tags are refused (`!function` names Python code), only fields that hold
-data are accepted, data files must be in its folder, metrics and filters must be those of lm-eval, and templates are rendered in
-Jinja's sandbox. The package is an extra: `pip install 'stockpot[lm-eval]'`.
+data are accepted, data files must be in its folder, metrics and filters must be those of lm-eval, and templates are rendered
+in Jinja's sandbox. The package is an extra: `pip install 'stockpot[lm-eval]'`.
 """
 
 import math
@@ -106,7 +106,8 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def local_task(folder: Path, name: str) -> dict[str, Any]:
-    """The task `name` of the YAML files in `folder`, with absolute paths of its data files; InputError if it is not only data."""
+    """The task `name` of the YAML files in `folder`, with absolute paths of its data files; InputError if it is not only
+    data."""
     import yaml
 
     configs: dict[str, tuple[Path, dict[str, Any]]] = {}

@@ -76,7 +76,8 @@ class ChoiceTemplate:
         if 0 <= number < len(texts):
             return number
         raise InputError(
-            f"field {self.answer!r}: expected the text or letter of one of {len(texts)} choices, or a number from {self.first} to "
+            f"field {self.answer!r}: expected the text or letter of one of {len(texts)} choices, or a number "
+            f"from {self.first} to "
             f"{self.first + len(texts) - 1}, got {answer!r}"
         )
 

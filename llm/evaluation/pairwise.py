@@ -32,9 +32,10 @@ def compare_models(
 ) -> Outcome:
     """Win rates of the model against the other, and mean changes; a tie is half a win.
 
-    `win_rate` is the share of questions on which the model's greedy answer has the higher chrF, `likelihood_win_rate` the share
-    on which it gives the expected answer the higher likelihood. The changes are of chrF, of the bits per byte of the expected
-    answer, of the answer's length in characters, and of its `repetition`. The other model is in memory only while it answers.
+    `win_rate` is the share of questions on which the model's greedy answer has the higher chrF, `likelihood_win_rate` the
+    share on which it gives the expected answer the higher likelihood. The changes are of chrF, of the bits per byte of the
+    expected answer, of the answer's length in characters, and of its `repetition`. The other model is in memory only while it
+    answers.
     """
 
     def half(done: int) -> OnProgress:

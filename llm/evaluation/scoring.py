@@ -118,8 +118,8 @@ def classify(
     labels: Sequence[str] | None = None,
     progress: OnProgress,
 ) -> Outcome:
-    """`accuracy` and `macro_f1` of the likeliest label: the largest sum of the log-probabilities of the label's tokens, end token
-    included, after the prompt. By default the labels are those that occur.
+    """`accuracy` and `macro_f1` of the likeliest label: the largest sum of the log-probabilities of the label's tokens, end
+    token included, after the prompt. By default the labels are those that occur.
 
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
     training. InputError for a label that is not in `labels`, or if there are fewer than two labels.
@@ -222,8 +222,8 @@ class Answers:
 def answer_questions(
     model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
 ) -> Answers:
-    """The likelihoods of the expected answers after their prompts, as far as they fit the context, and greedy answers of at most
-    `max_new_tokens` tokens, or none if it is 0.
+    """The likelihoods of the expected answers after their prompts, as far as they fit the context, and greedy answers of at
+    most `max_new_tokens` tokens, or none if it is 0.
     """
     context = model.context
     streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
@@ -286,7 +286,8 @@ def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_resp
         raise InputError(f"{question.place}: {error}") from error
     if not any(stream.loss_mask[1:]) or (stream.cut_response and not cut_response):
         raise InputError(
-            f"{question.place}: expected the answer and the fixed text of the prompt to fit the model's context of {context:,} "
+            f"{question.place}: expected the answer and the fixed text of the prompt to fit the model's "
+            f"context of {context:,} "
             f"tokens, got {stream.full_length:,} tokens; shorten the template or leave out the row"
         )
     return stream

@@ -1,7 +1,7 @@
 """Writes a model folder as one GGUF file, for llama.cpp and the programs built on it.
 
-The file has weights, tokenizer, special tokens and chat template. An architecture's folder in `llm.models` says how its weights
-and sizes are written; this module has the precisions and the tokenizer. llama.cpp knows pre-tokenizers only by name
+The file has weights, tokenizer, special tokens and chat template. An architecture's folder in `llm.models` says how its
+weights and sizes are written; this module has the precisions and the tokenizer. llama.cpp knows pre-tokenizers only by name
 (`llm.tokenizer.pretokenizers`), or has the pieces of sentencepiece.
 """
 

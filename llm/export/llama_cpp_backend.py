@@ -66,8 +66,8 @@ class LlamaCppBackend:
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:
         """Log-probabilities of the next token after `tokens`, (1, V); NaN for all but the LIKELIEST."""
         wanted = min(LIKELIEST, self._vocab_size)
-        # A chosen end token, or one that ends inside a character, would have no entry, so the bias makes another the choice. The
-        # reported log-probabilities are those before the bias.
+        # A chosen end token, or one that ends inside a character, would have no entry, so the bias makes another the choice.
+        # The reported log-probabilities are those before the bias.
         reply = self._complete(tokens, n_predict=1, n_probs=wanted, logit_bias=[[self._whole, 1e9]])
         (position,) = reply["completion_probabilities"]
         found = torch.full((1, self._vocab_size), torch.nan)

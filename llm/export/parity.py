@@ -22,8 +22,8 @@ from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 
 NEAR_TIE = 1e-4  # logits closer than this are a near tie
 TOLERANCE = 1e-4  # largest difference of log-probabilities in fp32, relative to the largest of them (at least 1)
-# The largest mean share of probability that moves to other tokens if weights are stored in fewer bits. Measured on the model of
-# the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
+# The largest mean share of probability that moves to other tokens if weights are stored in fewer bits. Measured on the model
+# of the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
 MAX_MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 
 # Always compared: texts on which similar tokenizers differ.

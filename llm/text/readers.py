@@ -5,8 +5,8 @@
 * `.txt`: the whole file is one document, in the field `text`
 * `.parquet`
 
-All but `.parquet` may also have `.gz` or `.zst`. Reading is sequential and cheap: a line of JSON is parsed by `FileRow.fields`,
-so that other processes may do it.
+All but `.parquet` may also have `.gz` or `.zst`. Reading is sequential and cheap: a line of JSON is parsed by
+`FileRow.fields`, so that other processes may do it.
 """
 
 import csv

@@ -3,9 +3,9 @@
     <|begin|><|user|>Q<|assistant|>A<|end|><|user|>Q2<|assistant|>A2<|end|>
 
 The template is stored once, in the tokenizer's configuration, and rendered by Transformers, so that training sees exactly
-what `apply_chat_template` gives at inference. The loss counts what is between `{% generation %}` and `{% endgeneration %}`: the
-assistant's text and the end token after it. A template of another model may lack these marks; the loss then counts what the
-template adds for each turn of the assistant, up to the first special token after its text.
+what `apply_chat_template` gives at inference. The loss counts what is between `{% generation %}` and `{% endgeneration %}`:
+the assistant's text and the end token after it. A template of another model may lack these marks; the loss then counts what
+the template adds for each turn of the assistant, up to the first special token after its text.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""Going on from a checkpoint: the last sound one at the start of a run, an earlier one where an alert rolls back."""
+"""Going on from a checkpoint: the last sound one at the start of a run, an earlier one where an alert rolls back.
+
+Which rows a step reads follows from its number alone (`llm.training.loader`), so a resumed run sees no row twice.
+"""
 
 import shutil
 from collections.abc import Callable

@@ -71,7 +71,7 @@ def train(
         report(note=f"continues from step {progress.step} of {task.steps}")
     del state  # it holds a copy of all weights
 
-    # An alert rolls back to a checkpoint from before its steps; these are known at the report after them at the latest.
+    # A rollback takes a checkpoint from before the steps that were bad, which may be noticed at the next report only.
     reach = task.alerts.reach + LOG_EVERY if task.alerts.does("rollback") else None
     with checkpoint.Writer(checkpoints.folder, kept=checkpoints.keep, reach=reach) as writer:
         run = _Run(loop, progress, task, checkpoints, writer, validation, row_log)

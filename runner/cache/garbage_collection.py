@@ -30,8 +30,8 @@ class Item:
 
 
 class DiskUsage:
-    """Bytes on disk of folders that share files by hard links, as a release does with its checkpoint: removing one of two links
-    frees nothing.
+    """Bytes on disk of folders that share files by hard links, as a release does with its checkpoint: removing one of two
+    links frees nothing.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:

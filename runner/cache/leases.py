@@ -84,7 +84,8 @@ class Lease:
         """LeaseLostError if the token is known to be taken away."""
         if self.lost:
             raise LeaseLostError(
-                f"{self._folder.name}: this run had no heartbeat for {heartbeat.DEAD_SECONDS:.0f} s, and another took over its "
+                f"{self._folder.name}: this run had no heartbeat for {heartbeat.DEAD_SECONDS:.0f} s, and "
+                f"another took over its "
                 "work; its result is dropped"
             )
 

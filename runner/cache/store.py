@@ -172,8 +172,8 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, stage: Stage | str, key: str, *, waiting: "Waiting") -> Iterator[IO[bytes]]:
-        """Holds the key's exclusive lock; yields its file, which workers inherit as their output, so that the lock is free only
-        when all of them have ended. Waits while another process holds it.
+        """Holds the key's exclusive lock; yields its file, which workers inherit as their output, so that the lock is free
+        only when all of them have ended. Waits while another process holds it.
 
         LeaseLostError, instead of any other error inside, if another machine took the key over meanwhile.
         """
@@ -190,7 +190,8 @@ class Store:
                 self._leases.release(name)
 
     def confirm(self, stage: Stage | str, key: str) -> None:
-        """LeaseLostError if another machine took over the exclusive lock; reads the disk, for use before a permanent change."""
+        """LeaseLostError if another machine took over the exclusive lock; reads the disk, for use before a permanent
+        change."""
         self._leases.confirm(_name(stage, key))
 
     def raise_if_lost(self, stage: Stage | str, key: str) -> None:

@@ -34,7 +34,8 @@ def main(options: argparse.Namespace) -> int:
     ((name, target),) = found.items()
     if target.pull_request:
         raise RecipeError(
-            f"stage.{name}: expected a stage that pushes to a branch, but it opens pull requests; close or revert them on the Hub"
+            f"stage.{name}: expected a stage that pushes to a branch, but it opens pull requests; close or "
+            f"revert them on the Hub"
         )
     receipt = roll_back(
         target,

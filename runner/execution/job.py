@@ -1,4 +1,5 @@
-"""The job file that a run writes for the workers of a stage, and the names of the files they exchange in the scratch folder."""
+"""The job file that a run writes for the workers of a stage, and the names of the files they exchange in the scratch
+folder."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -29,8 +29,8 @@ POLL_SECONDS = 0.1
 # 1,000 turns 216 and 392, 2,500 turns 186 and 433, 6,000 turns 191 and 573, 20,000 turns 202 and 1,120.
 SPIN_COUNT = "2500"
 # glibc returns freed large blocks to the system, and a training frees and allocates hundreds of them per step: 15,000 page
-# faults took 11% of its time. With blocks kept and in huge pages of 2 MiB, a small training step takes 160 ms instead of 174 on
-# two cores, and a decoding step 3.8 ms instead of 4.9. Other C libraries ignore these names.
+# faults took 11% of its time. With blocks kept and in huge pages of 2 MiB, a small training step takes 160 ms instead of 174
+# on two cores, and a decoding step 3.8 ms instead of 4.9. Other C libraries ignore these names.
 MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),

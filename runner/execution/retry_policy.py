@@ -28,7 +28,8 @@ class RetryPolicy:
             self.faults = json.loads(self._path.read_text(encoding="utf-8"))
 
     def after_fault(self, cause: str, *, step: int) -> str | None:
-        """Records a fault at `step` and sets `processes`; returns what happens next as the end of a sentence, None to give up."""
+        """Records a fault at `step` and sets `processes`; returns what happens next as the end of a sentence, None to give
+        up."""
         used = self.processes
         if step > self._furthest:
             self._furthest, self._left = step, self._parallel.retries

@@ -1,4 +1,5 @@
-"""A worker: one process of a stage. It reads the job file, runs the stage, and writes `result.json` or `error.json` to scratch.
+"""A worker: one process of a stage. It reads the job file, runs the stage, and writes `result.json` or `error.json` to
+scratch.
 
 It exits at once when its standard input closes, since then its run is gone and an orphan must not write, and when its job file
 is gone, since then another run took the key over.

@@ -1,8 +1,8 @@
 """Pushes a release to the Hub in one atomic commit, and writes a receipt.
 
 Every attempt first checks the repository. So an attempt whose response was lost counts as done if the release is there, large
-files that arrived are not sent again, and two pushes cannot mix: a commit names its parent, and the Hub refuses it if the branch
-has moved.
+files that arrived are not sent again, and two pushes cannot mix: a commit names its parent, and the Hub refuses it if the
+branch has moved.
 """
 
 import datetime
@@ -150,7 +150,8 @@ class _Attempt:
             return
         if not self.files.are_in(files_at(self.api, repo, marked)):
             raise StageError(
-                f"{self.request.target}: the tag {self.request.tag!r} marks another release, {marked[:SHOWN]}; choose another tag, "
+                f"{self.request.target}: the tag {self.request.tag!r} marks another release, "
+                f"{marked[:SHOWN]}; choose another tag, "
                 "or pass --overwrite to move it. Nothing was pushed"
             )
 

@@ -1,6 +1,7 @@
 """Rolls a branch on the Hub back to an earlier release, by a new commit with the content of the earlier one.
 
-The Hub allows no forced move of a branch, and this keeps the history. Large files are copied by their sha256 and not sent again.
+The Hub allows no forced move of a branch, and this keeps the history. Large files are copied by their sha256 and not sent
+again.
 """
 
 import datetime

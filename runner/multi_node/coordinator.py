@@ -192,8 +192,8 @@ class Coordinator:
                 self.check()
             if not peer.shares and (self._remote is None or peer.remote != self._remote):
                 raise RecipeError(
-                    f"{peer} sees neither the cache of this machine ({self._token.parent.parent}) nor its remote: expected one "
-                    "cache folder (--cache) for all machines, or one [cache] remote with upload that all of them reach, "
+                    f"{peer} sees neither the cache of this machine ({self._token.parent.parent}) nor its remote: expected "
+                    "one cache folder (--cache) for all machines, or one [cache] remote with upload that all of them reach, "
                     f"got the remote {self._remote or 'none'} here and {peer.remote or 'none'} there"
                 )
         return [rank for rank in range(1, self.layout.machines) if rank not in self._peers]
@@ -247,7 +247,8 @@ class Coordinator:
     def _refusal(self, peer: Peer, machines: int) -> str | None:
         """Why a new machine, started for so many `machines`, cannot join; None once it is registered."""
         if machines != self.layout.machines:
-            return f"machine {peer.rank} ({peer.who}) was started for {machines} machines, and machine 0 for {self.layout.machines}"
+            here = self.layout.machines
+            return f"machine {peer.rank} ({peer.who}) was started for {machines} machines, and machine 0 for {here}"
         if not 0 < peer.rank < self.layout.machines:
             return f"machine_rank: expected 1 to {self.layout.machines - 1}, got {peer.rank}"
         with self._guard:

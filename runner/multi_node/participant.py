@@ -161,7 +161,8 @@ class Participant:
                 raise RecipeError(f"stage {other!r} differs from that of machine 0: {'; '.join(changes)}")
         if (processes := process_count(self._recipe.head.parallel)) != message["processes"]:
             raise RecipeError(
-                f"stage {name!r}: expected {message['processes']} processes as on machine 0, got {processes}; set --processes N "
+                f"stage {name!r}: expected {message['processes']} processes as on machine 0, got {processes}; "
+                f"set --processes N "
                 "to the same number on every machine"
             )
         if not self._shares:

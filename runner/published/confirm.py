@@ -31,7 +31,8 @@ def refuse_if_stuck(published: Published, plan: Plan) -> None:
     """RecipeError if a stage has to run whose input files are missing."""
     if stuck := [entry.name for entry in plan if entry.state in RUNNABLE and _absent(published, entry.stage)]:
         raise RecipeError(
-            f"{published.name}: the input files of {', '.join(stuck)} are missing; pass their folder with --data DIR, or a cache "
+            f"{published.name}: the input files of {', '.join(stuck)} are missing; pass their folder with "
+            f"--data DIR, or a cache "
             "with their results with --remote"
         )
 

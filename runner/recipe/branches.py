@@ -184,8 +184,8 @@ def branched_stages(stages: Mapping[str, Stage], stage: str) -> tuple[tuple[str,
 def expand(
     written: Mapping[str, Stage], families: Mapping[str, Branches], selected: Mapping[str, int] | None = None
 ) -> dict[str, Stage]:
-    """Ordinary stages: those of every branch, and behind them stages that read the `selected` branch of each family, by default
-    the first.
+    """Ordinary stages: those of every branch, and behind them stages that read the `selected` branch of each family, by
+    default the first.
     """
     owners = {member: family for family in families.values() for member in family.members}
     selected_names = {

@@ -1,7 +1,7 @@
 """The server: a chat page, and OpenAI-compatible endpoints.
 
-One thread owns the models and generates one answer at a time; further requests wait in a bounded queue. If a client disconnects,
-its answer is aborted. Conversations are not stored.
+One thread owns the models and generates one answer at a time; further requests wait in a bounded queue. If a client
+disconnects, its answer is aborted. Conversations are not stored.
 """
 
 import asyncio

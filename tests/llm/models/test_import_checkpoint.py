@@ -207,7 +207,8 @@ def test_a_template_of_the_recipe_replaces_the_models_own(published: Callable[[s
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}",
-            "expected each part that it marks as learned to end with the same special token, by which the model learns to stop, got",
+            "expected each part that it marks as learned to end with the same special token, by which the "
+            "model learns to stop, got",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""`run gc` removes artifacts that no recipe or recent run reaches, or the least recently used; never work in progress or records."""
+"""`run gc` removes artifacts that no recipe or recent run reaches, or the least recently used; never work in progress or
+records."""
 
 import json
 import os

@@ -117,7 +117,8 @@ def test_a_clock_that_jumps_reruns_nothing_and_loses_nothing(folder: Folder, yea
 
 
 def test_names_of_every_kind_run_resume_and_verify(tmp_path: Path) -> None:
-    """One path with text of any script, spaces, quotes, and characters that are special to shells, globs, templates and URLs."""
+    """One path with text of any script, spaces, quotes, and characters that are special to shells, globs, templates and
+    URLs."""
     folder = Folder(
         tmp_path / "数据 集" / "with space and 'quote\" $x" / "-dash" / "--set" / "a[1]*?" / "{b}" / "percent%20" / "#hash"
     )

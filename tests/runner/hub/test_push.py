@@ -209,7 +209,8 @@ def test_the_token_comes_from_the_environment_else_from_the_login(monkeypatch: p
 
 def test_deciding_whether_to_push_imports_no_hub_client() -> None:
     code = (
-        "import sys; from pathlib import Path; from runner import credentials; from runner.hub import receipts, target; credentials.token(); "
+        "import sys; from pathlib import Path; from runner import credentials; from runner.hub import "
+        "receipts, target; credentials.token(); "
         "receipts.Journal.read(Path('.'), target.Target('a/b')); assert not {'huggingface_hub', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -218,7 +219,8 @@ def test_deciding_whether_to_push_imports_no_hub_client() -> None:
 def test_pushing_imports_no_torch(hub: Hub, releases: Releases, tmp_path: Path) -> None:
     files = {name: str(path) for name, path in releases.make("one").items()}
     code = (
-        "import json, sys; from pathlib import Path; from runner.credentials import endpoint; from runner.hub.push import PushRequest, push; from runner.hub.target import Target\n"
+        "import json, sys; from pathlib import Path; from runner.credentials import endpoint; from "
+        "runner.hub.push import PushRequest, push; from runner.hub.target import Target\n"
         f"files = {{name: Path(path) for name, path in json.loads({json.dumps(files)!r}).items()}}\n"
         "order = PushRequest(Path('.'), files, 'd' * 64, Target('model', endpoint=endpoint()))\n"
         f"push(order, receipts=Path({str(tmp_path / 'receipts')!r}))\n"
