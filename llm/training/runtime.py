@@ -50,6 +50,7 @@ class Runtime:
     compiled: bool = False  # whether layers run as torch.compile makes them
     fused_attention: bool = False  # whether attention is that of `llm.layers.fused_attention`
     strategy: Strategy = "single"  # how processes share it
+    muon_precision: Precision = "bf16"  # in which Muon orthogonalizes: what the machine is fast at, whatever the training's
 
     @property
     def layout(self) -> str:
@@ -81,6 +82,7 @@ def resolve_runtime(model: LanguageModel, task: TrainingTask, compute: ComputeCo
             resolve_fused_attention(compute.fused_attention, device=device, precision=precision, flops=flops)
         ),
         strategy=strategy,
+        muon_precision=resolve_precision("auto", device=group.device),
     )
 
 

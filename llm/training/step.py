@@ -74,7 +74,9 @@ class Loop:
         self.monitor = AlertMonitor(task.alerts, warmup_steps=task.schedule.warmup_steps)
         self.flops_per_token = flops_per_token
         self.clip = task.optimizer.gradient_clip or math.inf
-        self.optimizers = build_optimizers(self.model, task.optimizer, schedule=task.schedule)
+        self.optimizers = build_optimizers(
+            self.model, task.optimizer, schedule=task.schedule, muon_precision=runtime.muon_precision
+        )
         self.wrapped = group.wrap(learner, runtime.strategy)
         # Whether a process may compute only when all do: to gather weights, or to tell each other which weights were used.
         self.together = runtime.strategy == "fsdp" or (runtime.strategy == "ddp" and group.find_unused_parameters)

@@ -21,11 +21,14 @@ class Muon(torch.optim.Optimizer):
 
     `torch.optim.Muon` takes the same steps one matrix at a time; at hidden size 192 that costs 1.6 times as much. Each
     process orthogonalizes a part of the matrices and sends them to the others. Of sharded weights, each process keeps its rows
-    of the momentum; a matrix is gathered to be orthogonalized.
+    of the momentum; a matrix is gathered to be orthogonalized, in `dtype`.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
@@ -41,15 +44,17 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             torch._foreach_mul_(here, 1 - group["lr"] * group["weight_decay"])
-            for chosen, stacked in _orthogonalized(updates, weights):
+            for chosen, stacked in _orthogonalized(updates, weights, self._dtype):
                 rows, columns = stacked.shape[1:]
                 scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
                 for index, update in zip(chosen, stacked.unbind(), strict=True):
                     here[index].add_(local_part(sharded_like(update, weights[index])), alpha=scale)
 
 
-def _orthogonalized(updates: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Indices of weights of equal shape, and their updates, orthogonalized: (N, rows, columns) in bf16.
+def _orthogonalized(
+    updates: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices of weights of equal shape, and their updates, orthogonalized: (N, rows, columns) in `dtype`.
 
     `updates` are what this process holds: all of each or, where weights are sharded, a part.
     """
@@ -60,15 +65,15 @@ def _orthogonalized(updates: Sequence[Tensor], weights: Sequence[Tensor]) -> Ite
         found = []
         for owner, chosen in enumerate(stacks):
             matrices = [_gathered(updates[index], weights[index]) for index in chosen]  # takes all processes
-            found.append(orthogonalize(torch.stack(matrices)) if owner == rank else _empty_like(matrices))
+            found.append(orthogonalize(torch.stack(matrices), dtype) if owner == rank else _empty_like(matrices, dtype))
         for owner, (chosen, stacked) in enumerate(zip(stacks, found, strict=True)):
             if processes > 1:
                 dist.broadcast(stacked.view(torch.uint8), src=owner)  # gloo knows no bf16
             yield chosen, stacked
 
 
-def _empty_like(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.empty(len(matrices), *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)
+def _empty_like(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(matrices), *matrices[0].shape, dtype=dtype, device=matrices[0].device)
 
 
 def _gathered(part: Tensor, weight: Tensor) -> Tensor:
@@ -94,10 +99,10 @@ def _stacks(weights: Sequence[Tensor], processes: int) -> list[list[int]]:
     ]
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """x (N, rows, columns) with all singular values near 1, by Newton-Schulz iteration in bf16, which it stays in."""
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x (N, rows, columns) with all singular values near 1, by Newton-Schulz iteration in `dtype`, which it stays in."""
     wide = x.shape[1] <= x.shape[2]
-    y = (x if wide else x.mT).bfloat16()
+    y = (x if wide else x.mT).to(dtype)
     y = y / (torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):

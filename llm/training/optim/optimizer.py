@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from llm.device import Precision
 from llm.training.config import Optimizer, Schedule
 from llm.training.optim.muon import Muon
 
 
-def build_optimizers(model: nn.Module, settings: Optimizer, *, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, settings: Optimizer, *, schedule: Schedule, muon_precision: Precision = "bf16"
+) -> list[torch.optim.Optimizer]:
     """The optimizers of all weights that learn; each parameter group has its highest learning rate as `peak`."""
     matrices, embeddings, rest = [], [], []
     # A tied head is found once, under the embedding's name. LoRA's factors are matrices inside layers like any other.
@@ -44,7 +47,8 @@ def build_optimizers(model: nn.Module, settings: Optimizer, *, schedule: Schedul
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True))
     if muon:
         peak = settings.muon_learning_rate
-        orthogonal = Muon(muon, lr=peak, momentum=settings.muon_momentum, weight_decay=settings.weight_decay)
+        dtype = torch.bfloat16 if muon_precision == "bf16" else torch.float32
+        orthogonal = Muon(muon, lr=peak, momentum=settings.muon_momentum, weight_decay=settings.weight_decay, dtype=dtype)
         orthogonal.param_groups[0]["peak"] = peak
         optimizers.append(orthogonal)
     return optimizers

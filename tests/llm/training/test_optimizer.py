@@ -106,13 +106,29 @@ def test_each_group_follows_the_schedule_from_its_own_peak() -> None:
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.002, 0.01}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 16, 40), (2, 40, 16)])
-def test_an_orthogonalized_matrix_has_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+def test_an_orthogonalized_matrix_has_singular_values_near_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalize(x).float())
+    found = orthogonalize(x, dtype)
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found.float())
     # The quintic of Jordan et al. leaves them between 0.68 and 1.13, except what was near zero; bf16 adds a little.
     assert values.max() < 1.2
     assert values.median() > 0.6
+
+
+def test_muon_multiplies_in_the_precision_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: set[torch.dtype] = set()
+    multiply = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (products.add(a.dtype), multiply(a, b))[1])
+    for precision in ("fp32", "bf16"):
+        module = model()
+        optimizers = build_optimizers(module, Optimizer(kind="muon"), schedule=Schedule(), muon_precision=precision)
+        for weight in module.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizers[-1].step()
+    assert products == {torch.float32, torch.bfloat16}
 
 
 def test_muon_takes_the_steps_of_torchs_own() -> None:

@@ -279,6 +279,20 @@ def test_the_runtime_is_restored_from_the_checkpoint(tmp_path: Path) -> None:
     assert metrics["choices"]["precision"] == "bf16" and metrics["choices"]["micro_batch"] == 3
 
 
+def test_muon_multiplies_in_what_the_machine_is_fast_at_and_keeps_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    muon = {"optimizer": Optimizer(kind="muon"), "precision": "bf16"}
+    with pytest.raises(Interrupted):
+        tiny_training(tiny_model(), tmp_path, **muon, should_stop=stop_after(2))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    metrics = tiny_training(tiny_model(), tmp_path, **muon)
+    assert metrics["choices"]["muon_precision"] == "fp32"
+    assert tiny_training(tiny_model(), tmp_path / "fast", **muon)["choices"]["muon_precision"] == "bf16"
+
+
 def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Path) -> None:
     def breaks(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         total, count = next_token_loss(model, batch)
