@@ -31,7 +31,8 @@ def build(
 
     Under "fsdp" `model` is emptied; `llm.training.distributed.fsdp.gather` fills it again.
     """
-    flops, shape = model.flops_per_token(task.rows.context), compiled_shape(model, task.rows.context)
+    context = task.rows.context
+    flops, shape = model.flops_per_token(context), compiled_shape(model, context, runtime)
     learner = Learner(model, task.objective, precision=runtime.precision)
     learner = shard(learner, runtime.strategy, device=group.device, processes=group.size)
     runtime = settle(learner, task.rows, runtime, auto=auto, group=group, report=report)

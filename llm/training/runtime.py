@@ -70,20 +70,20 @@ def resolve_runtime(model: LanguageModel, task: TrainingTask, compute: ComputeCo
     if compiled == "auto" and (strategy == "fsdp" or not is_plain(model)):
         compiled = False  # under fsdp its gain was not measured, and a fault in one process would leave the others waiting
     flops = task.steps * task.tokens_per_step * model.flops_per_token(context) / group.size
-    shape = f"{compiled_shape(model, context)} {context} {rows} {precision} {device}"
-    return Runtime(
+    runtime = Runtime(
         precision=precision,
         micro_batch=rows,
         processes=group.size,
         threads=max(1, compute.cores // group.size),
         device=device,
-        compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops, shape=shape)),
         fused_attention=group.from_main(
             resolve_fused_attention(compute.fused_attention, device=device, precision=precision, flops=flops)
         ),
         strategy=strategy,
         muon_precision=resolve_precision("auto", device=group.device),
     )
+    shape = compiled_shape(model, context, runtime)
+    return replace(runtime, compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops, shape=shape)))
 
 
 def restore_runtime(facts: dict[str, Any], compute: ComputeConfig, *, group: ProcessGroup) -> Runtime:
@@ -128,9 +128,9 @@ def resolve_fused_attention(wanted: bool | Literal["auto"], *, device: str, prec
     return device == "cpu" and precision == "bf16" and flops > WORTH and is_cpu_supported()
 
 
-def compiled_shape(model: nn.Module, context: int) -> str:
-    """What the code that torch.compile makes of `model` depends on, as a text."""
-    return f"{model} {context}"
+def compiled_shape(model: nn.Module, context: int, runtime: Runtime) -> str:
+    """What the code that torch.compile makes of `model` depends on, as a text; of a runtime that is not settled yet."""
+    return f"{model} {context} {runtime.micro_batch} {runtime.precision} {runtime.device}"
 
 
 def compiled_note(shape: str) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm.adapters import lora
 from llm.device import has_compiler
 from llm.errors import Interrupted
-from llm.models.llama.model import Llama
+from llm.models.llama.model import Layer, Llama
 from llm.training.config import Budget
 from llm.training.runtime import COLD_SECONDS, SAVED, SPEED, WARM_SECONDS, compiled_note, note_compiled, resolve_compile
 from llm.training.validation import Validation
@@ -105,6 +105,19 @@ def test_auto_compiles_where_it_pays_and_sooner_where_the_cache_is_warm() -> Non
     assert not resolve_compile("auto", device="cpu", flops=pays_warm, shape="another")
     path = compiled_note("new")
     assert path is not None and path.exists()
+
+
+def test_a_training_that_was_compiled_is_known_as_warm_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_it_is = (Layer.before_attention, Layer.after_attention)  # saves compiling: what is tested is the choice
+    monkeypatch.setattr("llm.models.llama.model._compiled_halves", lambda: as_it_is)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setitem(WARM_SECONDS, "cpu", 0.0)  # any training pays where the cache is warm, and none where it is cold
+    changes: dict[str, Any] = {"budget": Budget(steps=2), **TWO_ROWS}
+    chosen = [
+        tiny_training(tiny_model(), tmp_path / str(number), compiled=compiled, **changes)["choices"]["compiled"]
+        for number, compiled in enumerate(("auto", True, "auto"))
+    ]
+    assert chosen == [False, True, True]
 
 
 def test_without_a_compiler_auto_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
