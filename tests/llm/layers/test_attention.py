@@ -45,6 +45,27 @@ def test_blocked_attention_equals_sdpa_in_values_and_gradients(
         torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("spread", [1, 4, 16])  # standard deviation of the scores
+def test_in_bf16_values_and_gradients_are_as_near_to_exact_ones_as_those_of_sdpa(spread: int) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 4, 256, 32), *2 * [(2, 2, 256, 32)]]
+    q, k, v = (
+        torch.randn(shape).mul_(factor).bfloat16() for shape, factor in zip(shapes, (spread**0.5, spread**0.5, 1), strict=True)
+    )
+    grad = torch.randn(shapes[0]).bfloat16()
+    blocks = attention_mask(256, documents=None, dtype=q.dtype, device=q.device)
+
+    def computed(mask: AttentionMask, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, mask=mask)
+        return [x.double() for x in (out, *torch.autograd.grad(out, inputs, grad.to(dtype)))]
+
+    exact, by_sdpa = (computed(AttentionMask(None, None), dtype) for dtype in (torch.float64, torch.bfloat16))
+    for ours, theirs, wanted in zip(computed(blocks, torch.bfloat16), by_sdpa, exact, strict=True):
+        error, of_sdpa = ((x - wanted).norm() / wanted.norm() for x in (ours, theirs))
+        assert error < 1.5 * of_sdpa
+
+
 @pytest.mark.parametrize("by_blocks", [True, False])
 def test_attention_has_exactly_no_gradient_to_the_future_or_another_document(by_blocks: bool) -> None:
     torch.manual_seed(0)
