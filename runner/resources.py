@@ -1,10 +1,9 @@
 """What this machine offers: cores, GPUs and processes of a training, and the versions and hardware for the record."""
 
+import ctypes
 import math
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -52,14 +51,59 @@ def _quota() -> float:
 
 
 def gpu_count() -> int:
-    """The number of GPUs that a training would see, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+    """The number of GPUs that a training would see: those of the driver that CUDA_VISIBLE_DEVICES leaves, without torch.
+
+    Of GPUs that are cut into slices (MIG) a process sees one slice.
+    """
+    gpus = _gpus_of_the_driver()
+    chosen = list(gpus) if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None else _visible(visible, list(gpus))
+    sliced = any(gpus.get(uuid, True) for uuid in chosen)
+    return min(len(chosen), 1) if sliced else len(chosen)
+
+
+def _visible(setting: str, uuids: list[str]) -> list[str]:
+    """What CUDA takes of a setting: numbers, or UUIDs or their beginnings, up to the first that names nothing."""
+    chosen: list[str] = []
+    for name in (part.strip() for part in setting.split(",")):
+        if name.startswith("MIG-") and uuids:
+            found = [name]
+        elif name.isascii() and name.isdigit():
+            found = uuids[int(name) : int(name) + 1]
+        else:
+            found = [uuid for uuid in uuids if name.startswith("GPU-") and uuid.startswith(name)]
+        if len(found) != 1:
+            break
+        chosen += found
+    return chosen if len(set(chosen)) == len(chosen) else []  # CUDA refuses a GPU that is named twice
+
+
+def _gpus_of_the_driver() -> dict[str, bool]:
+    """The UUID of each GPU, and whether it is cut into slices; none without a driver."""
+    try:
+        ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")  # saves the import below
+    except OSError:
+        return {}
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return {_text(pynvml.nvmlDeviceGetUUID(handle)): _is_sliced(handle) for handle in handles}
+    except pynvml.NVMLError:
+        return {}
+
+
+def _is_sliced(handle: Any) -> bool:
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
+    except pynvml.NVMLError:  # a GPU that cannot be cut
+        return False
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value  # bytes from old drivers
 
 
 def process_count(parallel: Parallel) -> int:
