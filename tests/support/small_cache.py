@@ -22,7 +22,8 @@ from runner.artifacts import (
     TrainingState,
 )
 from runner.cache.record import Record
-from runner.cache.store import Store
+from runner.cache.store import Store, Waiting
+from runner.stage import Stage
 from runner.stages import stage_kinds
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -72,3 +73,10 @@ def flip(path: Path, bit: int) -> None:
         file.seek(bit // 8)
         file.write(bytes([byte ^ 1 << bit % 8]))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def hold(root: Path, stage: Stage, key: str, held: Any, release: Any) -> None:
+    """Hold the lock of a key until released: for a process of its own, which can import this module and no test."""
+    with Store(root).lock(stage, key, waiting=Waiting()):
+        held.set()
+        release.wait()

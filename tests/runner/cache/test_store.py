@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_cache import hold
 
 from runner.artifacts import SCRATCH
 from runner.cache.heartbeat import this_machine
@@ -120,19 +121,12 @@ class Recorded(Waiting):
         self.holders.append(holder)
 
 
-def hold(root: Path, held: Any, release: Any) -> None:
-    stage = stage_kinds()["tokenizer"].model_validate({"corpus": "corpus", "vocab_size": 300})
-    with Store(root).lock(stage, KEY, waiting=Waiting()):
-        held.set()
-        release.wait()
-
-
 def test_a_second_run_of_a_key_waits_and_learns_who_holds_it(tmp_path: Path, stage: Any) -> None:
     spawn = multiprocessing.get_context("spawn")
     held, release = spawn.Event(), spawn.Event()
-    holder = spawn.Process(target=hold, args=(tmp_path, held, release))
+    holder = spawn.Process(target=hold, args=(tmp_path, stage, KEY, held, release))
     holder.start()
-    held.wait()
+    assert held.wait(60)
     waiting = Recorded()
     waiting.tick = release.set  # type: ignore[method-assign]  # the first tick lets the holder go
     with Store(tmp_path).lock(stage, KEY, waiting=waiting):
