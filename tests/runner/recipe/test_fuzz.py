@@ -3,6 +3,7 @@
 import random
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,10 +25,11 @@ WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.syml
 WATCHED |= {"subprocess.Popen", "os.system", "os.exec", "os.fork", "socket.connect", "socket.bind", "exec", "import"}
 
 _deeds: list[str] | None = None  # what was done while a list is there; an audit hook cannot be taken away again
+_others: set[int | None] = set()  # threads that earlier tests left behind: what they do is not the plan's deed
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _deeds is None:
+    if _deeds is None or threading.get_ident() in _others:
         return
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         _deeds.append(f"open {arguments[0]} {arguments[1]}")
@@ -53,9 +55,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(place: Path, data: bytes, capsys: pytest.CaptureFixture[str], *, json: bool) -> int:
     """Plans a recipe; fails the test unless that ends as it must. Returns the exit code."""
-    global _deeds
+    global _deeds, _others
     (place / "recipe.toml").write_bytes(data)
     words = ["plan", str(place / "recipe.toml"), "--cache", str(place / "file" / "cache"), *(["--json"] if json else [])]
+    _others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     begun, _deeds = time.process_time(), []
     try:
         code = main(words)
