@@ -78,7 +78,7 @@ def _training(workload: Workload, processes: int, strategy: str) -> Iterator[_St
         port = probe.getsockname()[1]
     shared = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     shared["OMP_NUM_THREADS"] = str(workload.cores // processes)
-    command = [sys.executable, "-m", "llm.bench.data_parallel", strategy]
+    command = [sys.executable, "-P", "-m", "llm.bench.data_parallel", strategy]
     started: list[subprocess.Popen[str]] = []
     try:
         for rank in range(processes):

@@ -58,7 +58,7 @@ def peak_in_process(name: str, workload: Workload) -> tuple[int, int]:
     if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-m", "llm.bench.memory", name],
+        [sys.executable, "-P", "-m", "llm.bench.memory", name],
         input=workload.model_dump_json(),
         env=environment,
         stdout=subprocess.PIPE,

@@ -2,11 +2,12 @@
 
 import argparse
 import importlib.util
+import os
 import subprocess
-import sys
 
 from runner.errors import RecipeError
 from runner.options import add_cache_arguments, store_of
+from runner.safe_path import PYTHON, safe_environment
 
 COMMAND = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
@@ -27,7 +28,8 @@ def main(options: argparse.Namespace) -> int:
     if not (repo / ".aim").is_dir():
         raise RecipeError(f"{repo}: expected curves, but there are none yet; a run with a training makes them")
     words = ["up", "--repo", str(repo), "--host", "127.0.0.1", "--port", str(options.port)]
+    command = [*PYTHON, "-c", COMMAND, *words]
     try:
-        return subprocess.run([sys.executable, "-c", COMMAND, *words], check=False).returncode
+        return subprocess.run(command, env=safe_environment(dict(os.environ)), check=False).returncode
     except KeyboardInterrupt:
         return 0

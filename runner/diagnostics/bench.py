@@ -20,6 +20,7 @@ from runner.execution import launch
 from runner.planning.plan import Plan
 from runner.recipe.recipe import Recipe
 from runner.resources import available_cores
+from runner.safe_path import PYTHON
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
@@ -124,7 +125,7 @@ def measure(job: BenchJob) -> dict[str, Any]:
     """Runs the worker and returns its result; StageError if it failed."""
     with tempfile.TemporaryDirectory(prefix="stockpot-bench-") as folder:
         Path(folder, JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
-        command = [sys.executable, "-m", "runner.diagnostics.bench_worker", folder]
+        command = [*PYTHON, "-m", "runner.diagnostics.bench_worker", folder]
         compiled = Path(folder, "compiled")  # empty, so that compile times are real
         environment = launch.environment_of(available_cores(), compiled=compiled)
         with launch.started(command, log=sys.stderr.buffer, environment=environment) as process:

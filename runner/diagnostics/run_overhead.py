@@ -37,10 +37,11 @@ from runner.cache.store import Store
 from runner.graph import identity, inputs_of, key_of
 from runner.recipe.recipe import load_recipe
 from runner.resources import available_cores
+from runner.safe_path import PYTHON
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
-RUN = [sys.executable, "-m", "runner.cli"]
+RUN = [*PYTHON, "-m", "runner.cli"]
 MODELS = 333  # of the plan, with three stages each, over one corpus
 DVC_SHARE, PLAN_SECONDS = 0.5, 1.0  # limits: of a fully cached quickstart, of DVC's time; and of the plan
 VIEW_SHARE = 0.01  # limit of the live view, of the processor time of the run

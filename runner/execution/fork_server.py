@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from runner.execution import worker
+from runner.safe_path import PYTHON
 
 MESSAGE_BYTES = 2**16
 IMPORT_SECONDS = 120.0  # for the imports from a cold disk; then a worker starts without the server
@@ -61,7 +62,7 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str], *, place: Path, environment: Mapping[str, str]) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", __name__, str(place), str(theirs.fileno()), *modules]
+        command = [*PYTHON, "-m", __name__, str(place), str(theirs.fileno()), *modules]
         quiet = subprocess.DEVNULL
         with theirs:
             self._process = subprocess.Popen(

@@ -20,6 +20,7 @@ from typing import IO
 from runner.execution.fork_server import ForkedWorker
 from runner.execution.node_layout import ALONE, Layout, without_launcher
 from runner.resources import gpu_count
+from runner.safe_path import PYTHON, safe_environment
 
 Process = subprocess.Popen[bytes] | ForkedWorker
 
@@ -36,7 +37,7 @@ MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; no effect where the kernel grants no huge pages
 }
-WORKER = [sys.executable, "-m", "runner.execution.worker"]
+WORKER = [*PYTHON, "-m", "runner.execution.worker"]
 LAUNCHER = "accelerate.commands.launch"  # `accelerate launch` without its other commands
 ACCELERATE_CONFIG = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # the flags say the rest
 GRACE_SECONDS = 60.0  # from a request to stop until the workers are killed; enough to checkpoint a large model
@@ -70,13 +71,14 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     options += ["--main_process_port", str(port)]
     if layout.machines > 1:
         options += ["--machine_rank", str(layout.rank), "--main_process_ip", layout.host, "--same_network"]
-    return [sys.executable, "-m", LAUNCHER, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
+    return [*PYTHON, "-m", LAUNCHER, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
 
 
 def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
     """The environment of workers; `compiled` is the folder of compiled code."""
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
-    return defaults | without_launcher(os.environ) | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    inherited = safe_environment(without_launcher(os.environ))
+    return defaults | inherited | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ failed run, and the others continue.
 import contextlib
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from runner.safe_path import PYTHON, safe_environment
 from runner.tracking.metrics_file import MetricsReader
 from runner.tracking.trackers import Machine, Tracker, TrackerName, open_tracker, resolve_trackers, subsets
 
@@ -37,9 +39,15 @@ class TrackerProcess:
             return
         if self._process is None:
             with self._log().open("a") as log:
-                command = [sys.executable, "-m", "runner.tracking.tracker_process", str(self._cache)]
+                command = [*PYTHON, "-m", "runner.tracking.tracker_process", str(self._cache)]
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=safe_environment(dict(os.environ)),
+                    text=True,
+                    start_new_session=True,
                 )
         places = {"metrics": str(metrics.path), "offset": metrics.offset, "finished": str(finished)}
         assert self._process.stdin is not None
