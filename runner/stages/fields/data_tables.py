@@ -32,19 +32,15 @@ PromptTemplate = Annotated[str, _passes(split_template)]
 ResponseTemplate = Annotated[str, _passes(with_field)]  # with a field, so that rows differ
 
 
-class FileTable(Spec):
-    """Files of rows."""
+OnBadRow = Literal["fail", "skip"]
+
+
+class RowTable(Spec):
+    """Rows of files as prompts and responses, or as messages."""
 
     files: Semantic[InputFile]
     """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. Like every file of rows or text, it may be in a
     dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
-    on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
-    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
-
-
-class RowTable(FileTable):
-    """Rows of files as prompts and responses, or as messages."""
-
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, never the response."""
@@ -54,6 +50,8 @@ class RowTable(FileTable):
     """Instead of prompt and response: the field that holds a list of {role, content}."""
     words: Semantic[dict[str, str]] = Field(default_factory=dict)
     """Words in place of responses that are labels, as { "0" = "no", "1" = "yes" }; by default the label itself."""
+    on_bad_row: Semantic[OnBadRow] = "fail"
+    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -68,9 +66,11 @@ class RowTable(FileTable):
         return Template(self.prompt, self.response, self.messages, tuple(self.words.items()))
 
 
-class PreferenceTable(FileTable):
+class PreferenceTable(Spec):
     """Rows of files as a prompt with a preferred answer and a rejected one."""
 
+    files: Semantic[InputFile]
+    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, for both answers alike."""
@@ -83,6 +83,8 @@ class PreferenceTable(FileTable):
     as ["chosen", "rejected"]; the chats differ in the last answer."""
     weight: Semantic[Annotated[float, Field(gt=0, le=1000)]] = 1.0
     """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
+    on_bad_row: Semantic[OnBadRow] = "fail"
+    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from runner.input_files import InputFolder
 from runner.stage import Semantic
-from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
+from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
@@ -23,6 +23,8 @@ class LmEvalTask(EvalTask):
 
     metrics: ClassVar[None] = None  # lm-eval decides
 
+    name: Semantic[TaskName]
+    """The first part of the names of its scores, which are called `name.metric`."""
     task: Semantic[Literal["lm_eval"]]
     """A benchmark of lm-eval."""
     benchmark: Semantic[Annotated[str, Field(min_length=1)]]
@@ -33,7 +35,7 @@ class LmEvalTask(EvalTask):
     """Solved examples before each question; with 0, as many as the task says."""
     chat: Semantic[bool] = False
     """Ask through the chat template, with the examples as turns."""
-    limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
+    limit: Semantic[Limit] = None
     """Most rows to use, the first ones."""
 
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":

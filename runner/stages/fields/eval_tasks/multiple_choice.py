@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from llm.text.templates import split_template
+from runner.input_files import InputFile
 from runner.stage import Semantic
-from runner.stages.fields.data_tables import FileTable
-from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
+from runner.stages.fields.data_tables import OnBadRow
+from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
     from llm.inference.likelihood import OnProgress
 
 
-class MultipleChoiceTask(FileTable, EvalTask):
+class MultipleChoiceTask(EvalTask):
     """Accuracy of choosing the likeliest of a row's own answers; also with log-probabilities divided by the answers' bytes."""
 
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_per_byte")
 
+    name: Semantic[TaskName]
+    """The first part of the names of its scores, which are called `name.metric`."""
     task: Semantic[Literal["multiple_choice"]]
     """Several answers, one of them right."""
+    files: Semantic[InputFile]
+    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
     prompt: Semantic[str] = "{question}"
     """What the user says; {name} stands for the field of a row."""
     choices: Semantic[str | Annotated[list[str], Field(min_length=2)]] = "choices"
@@ -31,6 +36,10 @@ class MultipleChoiceTask(FileTable, EvalTask):
     """The field that says which answer is right: its text, its label, its letter, or its number."""
     first: Semantic[Literal[0, 1]] = 0
     """The number of the first answer, where `answer` holds a number."""
+    limit: Semantic[Limit] = None
+    """Most rows to use, spread evenly over the files."""
+    on_bad_row: Semantic[OnBadRow] = "fail"
+    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
     @field_validator("prompt", "choices")
     @classmethod

@@ -11,8 +11,8 @@ from llm.data.conversations import Template, TextTemplate
 from runner.artifacts import Checkpoint
 from runner.input_files import InputFile
 from runner.stage import Ref, Semantic
-from runner.stages.fields.data_tables import FileTable, RowTable, TextField
-from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel
+from runner.stages.fields.data_tables import OnBadRow, RowTable, TextField
+from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
-class QuestionTask(FileTable, EvalTask):
+class QuestionTask(EvalTask):
     """A task whose rows are chats, or documents, that end with the text to score."""
+
+    if TYPE_CHECKING:
+        files: InputFile
+        on_bad_row: OnBadRow
 
     @property
     def template(self) -> Template | TextTemplate:
@@ -73,12 +77,18 @@ class TextTask(QuestionTask):
 
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "bits_per_byte")
 
+    name: Semantic[TaskName]
+    """The first part of the names of its scores, which are called `name.metric`."""
     task: Semantic[Literal["text"]]
     """Likelihood of text."""
     files: Semantic[InputFile]
     """Path or glob: .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
     text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
+    limit: Semantic[Limit] = None
+    """Most rows to use, spread evenly over the files."""
+    on_bad_row: Semantic[OnBadRow] = "fail"
+    """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
 
     @property
     def template(self) -> TextTemplate:
@@ -95,6 +105,11 @@ class TextTask(QuestionTask):
 
 class ChatTask(RowTable, QuestionTask):
     """A task on prompts with responses, or on chats."""
+
+    name: Semantic[TaskName]
+    """The first part of the names of its scores, which are called `name.metric`."""
+    limit: Semantic[Limit] = None
+    """Most rows to use, spread evenly over the files."""
 
 
 class ClassificationTask(ChatTask):

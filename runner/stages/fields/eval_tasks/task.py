@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from pydantic import Field
 
 from llm.text.selection import evenly_spaced
-from runner.stage import Semantic, Spec
+from runner.stage import Spec
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
 
 T = TypeVar("T")
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Limit = Annotated[int, Field(gt=0)] | None
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,9 @@ class EvaluatedModel:
 class EvalTask(Spec):
     """One task of an evaluation. A subclass has a literal field `task` by which a recipe chooses it, and `metrics`."""
 
-    name: Semantic[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]]
-    """The first part of the names of its scores, which are called `name.metric`."""
-    limit: Semantic[Annotated[int, Field(gt=0)] | None] = None
-    """Most rows to use, spread evenly over the files."""
+    if TYPE_CHECKING:  # each task declares its fields itself, in the order in which they are documented
+        name: TaskName
+        limit: Limit
 
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
