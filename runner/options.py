@@ -70,6 +70,15 @@ def add_cache_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
 
 
+def add_check_inputs_option(sub: argparse.ArgumentParser) -> None:
+    """The option of commands that compare files with what is known of them."""
+    sub.add_argument(
+        "--check-inputs",
+        action="store_true",
+        help="hash every input file and artifact again, also those whose size and times are unchanged",
+    )
+
+
 def add_cache_arguments(sub: argparse.ArgumentParser) -> None:
     """The cache of a recipe or of the current folder, for commands that read no recipe."""
     help = "the recipe whose cache to use (default: the cache of the current folder)"
@@ -122,7 +131,9 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
     """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current
     folder."""
-    return Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
+    store = Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
+    store.digests.rereads = getattr(options, "check_inputs", False)
+    return store
 
 
 def make_view(expected: Callable[[], Mapping[str, float]], *, as_json: bool = False) -> RunView:

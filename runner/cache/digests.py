@@ -36,7 +36,11 @@ class FileContent:
 
 
 class DigestMemo:
-    """sha256 of files, remembered by (path, size, mtime_ns, inode)."""
+    """sha256 of files, remembered by path, size, times of modification and of change, and inode. With `rereads` nothing that
+    was remembered before this process counts.
+    """
+
+    rereads = False
 
     promised: Mapping[str, Sequence[FileContent]] = MappingProxyType({})
     """Contents of missing input files, from a lock file, by the path where they would be."""
@@ -47,21 +51,24 @@ class DigestMemo:
 
     @cached_property
     def _known(self) -> dict[str, list[Any]]:
+        return {} if self.rereads else self._saved()
+
+    def _saved(self) -> dict[str, list[Any]]:
         try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            saved = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
-        return known if isinstance(known, dict) else {}
+        return {path: entry for path, entry in saved.items() if _is_entry(entry)} if isinstance(saved, dict) else {}
 
     def of(self, path: Path) -> str:
         """sha256 of a file; FileNotFoundError if it is missing."""
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         remembered = self._new.get(str(path)) or self._known.get(str(path))
-        if remembered and remembered[:3] == stamp:
-            return str(remembered[3])
+        if remembered and remembered[:-1] == stamp:
+            return str(remembered[-1])
         digest = digest_file(path)
-        if time.time() - status.st_mtime > FRESH_SECONDS:
+        if time.time() - max(status.st_mtime, status.st_ctime) > FRESH_SECONDS:
             self._new[str(path)] = [*stamp, digest]
         return digest
 
@@ -98,8 +105,13 @@ class DigestMemo:
         """Writes new digests. A read-only cache only makes the next planning slower."""
         if not self._new:
             return
-        merged = {**self._known, **self._new}
-        del self._known
+        merged = {**self._saved(), **self._new}  # another process may have added to it
+        self._known = merged
         with contextlib.suppress(OSError):
             write_whole(self._path, json.dumps({path: entry for path, entry in merged.items() if Path(path).exists()}))
         self._new = {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of the memo has the form that `of` writes: four numbers and a digest."""
+    return isinstance(entry, list) and len(entry) == 5 and isinstance(entry[-1], str)

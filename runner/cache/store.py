@@ -13,7 +13,7 @@ under `stages/`.
       receipts/               what was pushed where
       published/              recipes of published models and their data
       compiled/               compiled code: of torch.compile and of attention
-      digests.json            memo of file digests by path, size, time and inode
+      digests.json            memo of file digests by path, size, times and inode
 
 The lock of a key is exclusive for making, fetching or removing its artifact, and shared for reading it. It has two parts: a
 `flock` between the processes of a machine, and a lease between machines (`runner.cache.leases`).

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
+from runner.options import add_check_inputs_option, add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, spare_stages, total
 from runner.planning.plan import Plan, as_json
@@ -20,6 +20,7 @@ COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add_recipe_argument(sub)
+    add_check_inputs_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     sub.add_argument(
         "--measure", action="store_true", help="run the first pretraining for some seconds, for a better estimate of time"

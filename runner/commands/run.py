@@ -10,6 +10,7 @@ from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.options import (
     add_cache_option,
+    add_check_inputs_option,
     add_recipe_options,
     add_remote_option,
     add_stage_argument,
@@ -35,6 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     add_recipe_options(sub)
     add_cache_option(sub)
+    add_check_inputs_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_stage_argument(sub, "--force", help="run this stage even if its result is cached", action="append", default=[])
     add_remote_option(sub)
