@@ -129,7 +129,7 @@ class Decoding(Protocol):
         """Logits (B, V) after one more token per row, in fp32."""
 
     def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), which are read and then forgotten; in fp32."""
+        """Logits (B, T, V) after each of `tokens` (B, T), which do not stay in the cache; in fp32."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row of the batch but these."""
@@ -142,11 +142,11 @@ def as_decoding(model: LanguageModel | Decoding) -> Decoding:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters learn, and how many there are."""
-    learned = sum(numbers_in(weight) for weight in model.parameters() if weight.requires_grad)
-    return learned, sum(numbers_in(weight) for weight in model.parameters())
+    learned = sum(element_count(weight) for weight in model.parameters() if weight.requires_grad)
+    return learned, sum(element_count(weight) for weight in model.parameters())
 
 
-def numbers_in(weight: Tensor) -> int:
+def element_count(weight: Tensor) -> int:
     """How many numbers `weight` stands for; in four bits, it stores two in a byte."""
     packed = getattr(weight, "quant_state", None)  # where bitsandbytes keeps the shape of a weight in four bits
     return weight.numel() if packed is None else math.prod(packed.shape)

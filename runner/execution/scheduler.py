@@ -50,7 +50,7 @@ class Scheduler:
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
-        self._acting = EffectContext(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
+        self._effects = EffectContext(overwrite=overwrite, note=progress.note, sleep=self._stop.sleep)
         self._mirror = Mirror(remote, note=progress.note, tick=self._stop.raise_if_requested, upload=upload)
         self._tracker = TrackerProcess(store.root, recipe.head.tracking.to)
         self._notifier = Notifier(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
@@ -66,7 +66,7 @@ class Scheduler:
         self._progress.planned(plan)
         try:
             self._fork_server = self._fork_server_for(plan)
-            while (entry := plan.next()) or not self._are_intact(_to_push(plan)):
+            while (entry := plan.next()) or not self._verify(_to_push(plan)):
                 self._stop.raise_if_requested()
                 if entry and entry.key in made:
                     raise StageError(f"stage {entry.name!r}: its artifact changed right after it was made; check the disk")
@@ -75,13 +75,13 @@ class Scheduler:
                 plan = self._plan(until, forced)
             self._stop.raise_if_requested()
             self._logged(plan, until, complete=True)
-            self._act(plan)
+            self._perform_effects(plan)
         finally:
             if self._fork_server:
                 self._fork_server.close()
             if warning := self._tracker.close():
                 self._progress.note(warning)
-        self._judge(plan)
+        self._judge_gates(plan)
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
         """The fork server for the remaining single-process stages, if they import anything slow."""
@@ -109,7 +109,7 @@ class Scheduler:
             for entry in ready:
                 self._force(entry)
                 forced.discard(entry.name)
-            if not ready and not self._fetched_records(plan) and not self._fetched_artifact(plan):
+            if not ready and not self._fetch_records(plan) and not self._fetch_artifact(plan):
                 return plan
 
     def _force(self, entry: Entry) -> None:
@@ -122,16 +122,16 @@ class Scheduler:
             if place := self._store.set_aside(stage, key):
                 self._progress.note(f"{entry.name}: the old artifact is set aside in {place}")
 
-    def _fetched_records(self, plan: Plan) -> bool:
-        """Whether the remote had records of stages that would run."""
+    def _fetch_records(self, plan: Plan) -> bool:
+        """Takes the records of stages that would run from the remote; whether it had any."""
         missing = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
         records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in missing]
         for record in filter(None, records):
             self._store.remember(record)
         return any(records)
 
-    def _fetched_artifact(self, plan: Plan) -> bool:
-        """Whether the remote had a missing artifact. The last stage comes first, since earlier ones may not be needed then."""
+    def _fetch_artifact(self, plan: Plan) -> bool:
+        """Takes one missing artifact from the remote; whether it had one. Later stages come first: they may suffice."""
         for entry in reversed(list(plan)):
             if entry.state in RUNNABLE and entry.record and self._mirror.has(entry.record):
                 with self._store.lock(entry.stage, entry.record.key, waiting=self._lock_wait(entry)):
@@ -149,15 +149,15 @@ class Scheduler:
             log_run(self._store.root, self._recipe.path, self._recipe.resolved(), used, until=until, complete=complete)
         return plan
 
-    def _act(self, plan: Plan) -> None:
+    def _perform_effects(self, plan: Plan) -> None:
         """Performs the effects of the plan: pushes."""
         for entry in plan:
             if entry.effect:
                 self._progress.note(f"{entry.name}: {entry.effect.sentence}")
                 if entry.effect.act:
-                    self._progress.note(f"{entry.name}: {entry.effect.act(self._acting)}")
+                    self._progress.note(f"{entry.name}: {entry.effect.act(self._effects)}")
 
-    def _judge(self, plan: Plan) -> None:
+    def _judge_gates(self, plan: Plan) -> None:
         for line in outcomes.passed(plan):
             self._progress.note(line)
         if failed := outcomes.failed(plan):
@@ -186,25 +186,25 @@ class Scheduler:
             if entry.beginning:
                 sources |= {f"{entry.name}, the stage it continues": entry.beginning}
             with self._store.reading(sources.values(), waiting=self._lock_wait(entry)):
-                if not self._are_intact(sources) or not plan.still_holds(entry):
+                if not self._verify(sources) or not plan.still_holds(entry):
                     return False
                 seconds = self._make(entry, plan, log)
         self._progress.finished(entry, f"done in {duration(seconds)}")
         record = self._store.record(stage, key)
         if record is not None:
             with self._store.reading([record], waiting=self._lock_wait(entry)):
-                self._offer(entry.name, record)
+                self._upload(entry.name, record)
         return True
 
-    def _offer(self, name: str, record: Record) -> None:
+    def _upload(self, name: str, record: Record) -> None:
         """Uploads an artifact, whose lock is held, to the remote if there is one."""
         if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
             self._progress.note(f"{name}: uploaded to the remote")
 
-    def _offer_inputs(self, entry: Entry, plan: Plan) -> None:
+    def _upload_inputs(self, entry: Entry, plan: Plan) -> None:
         """Uploads the inputs of a stage if the machines that train it have separate caches."""
         for source in [] if self._peers is None or self._peers.shares_cache else plan.inputs(entry.name):
-            self._offer(source, plan.record(source))
+            self._upload(source, plan.record(source))
 
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
         """Makes the artifact of a stage, whose locks are held; returns the seconds it took."""
@@ -219,7 +219,7 @@ class Scheduler:
             log,
             layout=self._peers.layout if self._peers else ALONE,
             peers=self._peers,
-            offer=functools.partial(self._offer_inputs, entry, plan),
+            offer=functools.partial(self._upload_inputs, entry, plan),
             fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
         result = stage_run.run(self._progress, self._stop, self._tracker, self._notifier)
@@ -245,8 +245,8 @@ class Scheduler:
         )
         return seconds
 
-    def _are_intact(self, records: Mapping[str, Record]) -> bool:
-        """Rehashes artifacts before their use; a damaged one is set aside, and the next plan rebuilds it."""
+    def _verify(self, records: Mapping[str, Record]) -> bool:
+        """Rehashes artifacts before their use; false if one is damaged: it is set aside, and the next plan rebuilds it."""
         for name, record in records.items():
             if not self._store.has_artifact(record, reread=True):
                 place = self._store.set_aside(record.kind, record.key)

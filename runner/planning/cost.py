@@ -65,7 +65,7 @@ class Cost:
     memory: float | None = None  # bytes at the peak
     seconds: float | None = None
     low: float | None = None  # seconds, at the speed of the fastest record
-    high: float | None = None  # likewise, of the slowest
+    high: float | None = None  # of the slowest
     runs: int = 0  # records that the time comes from
 
 

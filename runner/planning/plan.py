@@ -16,7 +16,7 @@ from runner.recipe.branches import Attempts, Branches, Sweep, predecessors
 from runner.recipe.recipe import Recipe
 from runner.stage import Effect, Lineage, Stage, Verdict
 
-State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "failed", "paused"]
+State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "paused"]
 RUNNABLE: frozenset[State] = frozenset({"run", "resume", "paused"})
 
 
@@ -55,8 +55,10 @@ class Plan:
     def __init__(self, recipe: Recipe, store: Store, *, until: str | None = None) -> None:
         self._store = store
         self.recipe = recipe
-        self.selected = dict.fromkeys(recipe.families, 0)  # by family: the branch that later stages read, for now
-        self.decided: dict[str, int | None] = dict.fromkeys(recipe.families)  # likewise, once it is final
+        self.selected = dict.fromkeys(
+            recipe.families, 0
+        )  # by family: the branch that later stages read until one is decided on
+        self.decided: dict[str, int | None] = dict.fromkeys(recipe.families)  # by family: the branch that was decided on
         self._read(until)
         for family in recipe.families.values():  # each before the families that read from it
             self._select(family, until)

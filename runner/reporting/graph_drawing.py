@@ -5,13 +5,12 @@ from xml.sax.saxutils import escape
 from runner.planning.plan import Entry, Plan
 from runner.reporting.graph_layout import Layers, columns, layered
 
-MARKS = {"cached": "✓", "run": "▶", "resume": "↻", "waiting": "·", "push": "↑", "skipped": "–", "failed": "✗", "paused": "‖"}
+MARKS = {"cached": "✓", "run": "▶", "resume": "↻", "waiting": "·", "push": "↑", "skipped": "–", "paused": "‖"}
 COLOURS = {  # fill and border by state, from the colour-blind safe palette of Okabe and Ito
     "cached": ("#e3f2ec", "#009e73"),
     "run": ("#e0eef8", "#0072b2"),
     "resume": ("#e0eef8", "#56b4e9"),
     "push": ("#fdf3d8", "#e69f00"),
-    "failed": ("#fbe6da", "#d55e00"),
     "paused": ("#fdf3d8", "#e69f00"),
 }
 OTHER = ("#f3f3f3", "#8a8a8a")

@@ -161,7 +161,7 @@ class LlamaDecoding:
         return batch.graph_logits.clone()
 
     def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), which are read and then forgotten; in fp32."""
+        """Logits (B, T, V) after each of `tokens` (B, T), which do not stay in the cache; in fp32."""
         batch = self._batch
         positions = batch.positions + torch.arange(tokens.shape[1], device=tokens.device)
         batch.filled += tokens.shape[1]

@@ -20,7 +20,7 @@ from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import is_supported
 from llm.layers.ops import compute_dtype, rms_norm, rotate, swiglu
-from llm.models.interface import LanguageModel, numbers_in
+from llm.models.interface import LanguageModel, element_count
 from llm.models.llama.config import LinearScaling, Llama3Scaling, LlamaConfig, attention_flops
 
 
@@ -209,7 +209,7 @@ class Llama(LanguageModel):
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of a forward and backward pass per position, as in `config.py`, and those of adapters."""
-        products = sum(numbers_in(weight) for weight in self.model.layers.parameters() if weight.dim() == 2)
+        products = sum(element_count(weight) for weight in self.model.layers.parameters() if weight.dim() == 2)
         products += self.lm_head.weight.numel()
         return 6.0 * products + attention_flops(self.config, context=context)
 
