@@ -109,6 +109,20 @@ def _lora(found: Result) -> Iterator[Titled]:
         yield "Weights of the base", _table(["nf4", "bf16", "nf4 of bf16"], [row])
 
 
+def _head(found: Result) -> Iterator[Titled]:
+    rows = [
+        [
+            f"{int(name):,}",
+            f"{one['seconds']:.2f} s",
+            f"{one['seconds_per_gflop'] * 1e3:.2f} ms",
+            f"{one['time_of_at_once']:.2f}",
+        ]
+        for name, one in found["vocabularies"].items()
+    ]
+    title = f"Head and loss of {found['positions']} positions of {found['hidden_size']} channels, {found['precision']}"
+    yield title, _table(["vocabulary", "with gradients", "per GFLOP", "of all logits at once"], rows)
+
+
 def _learning(found: Result) -> Iterator[Titled]:
     rows = [
         [LEARNING[name], f"{one['steps']:,}", f"{one['seconds']:,.0f}", f"{one['bits_per_byte']:.3f}"]
@@ -128,6 +142,7 @@ TABLES = {
     "machinery": _overhead,
     "processes": _processes,
     "lora": _lora,
+    "head": _head,
     "learning": _learning,
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.diagnostics.bench import JOB, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
+from runner.diagnostics.bench import HEAD, JOB, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
@@ -50,7 +50,7 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """Runs the measurements of the job, in the order of this function."""
     import torch
 
-    from llm.bench import data_parallel, lora, memory, train_step
+    from llm.bench import data_parallel, head, lora, memory, train_step
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
     from llm.models.interface import count_parameters
@@ -87,6 +87,9 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     if LORA in job.only:
         _say("fine-tuning with LoRA and QLoRA, compared with all weights")
         result[LORA] = lora.measure_lora(workload, seconds=job.seconds, group=group)
+    if HEAD in job.only:
+        _say("heads of large vocabularies")
+        result[HEAD] = head.measure_head(workload.architecture.hidden_size, seconds=job.seconds, device=group.device)
     if LEARNING in job.only:
         _say(f"learning, twice for {job.seconds:.0f} s")
         result[LEARNING] = _learning(job, workload, folder)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm.bench import decode, learning, matmul, overhead, train_step
+from llm.bench import decode, head, learning, matmul, overhead, train_step
 from llm.bench.implementations import (
     CountingRows,
     StockpotTraining,
@@ -152,6 +152,14 @@ def test_a_taught_model_decodes_as_transformers_does() -> None:
         assert min(one["ours"], one["transformers"], one["ours_times_as_fast"]) > 0
     assert found["batch"]["1"]["ours_compiled_same_prompts"] == 1
     assert found["batch"]["1"]["ours_compiled_times_as_fast"] > 0 and "ours_compiled" not in found["batch"]["8"]
+
+
+def test_the_head_is_timed_for_each_vocabulary() -> None:
+    found = head.measure_head(4, seconds=0.0, device=CPU, vocabularies=(50, 20_000))
+    assert [one["chunk_rows"] for one in found["vocabularies"].values()] == [1024, 512]
+    for vocabulary, one in found["vocabularies"].items():
+        assert one["seconds_per_gflop"] == pytest.approx(one["seconds"] / (6e-9 * 1024 * 4 * int(vocabulary)))
+        assert min(one["time_of_at_once"], one["seconds_at_once"]) > 0
 
 
 class Clockwork:
