@@ -165,8 +165,8 @@ class Loop:
             batch = parts[index - late] if index >= late else parts[0].split(1)[0]
             counts = float(index >= late)
             set_counters(self.model, seed=self.seed, step=progress.step, rows=batch.rows)
-            # Gradients add up in each process alone until the wrapper, in the last round, sums them over all. Before that DDP
-            # is not called at all, if possible: it communicates even where it is told not to sum.
+            # Gradients add up in each process alone until DDP, in the last round, sums them over all. Before that it is not
+            # called at all, if possible: it communicates even where it is told not to sum. Under "fsdp" each round sums.
             last = index == rounds - 1
             with self.group.gradient_sync(self.wrapped, last):
                 total, *_ = (self.wrapped if last or self.together else self.learner)(batch)

@@ -1,5 +1,6 @@
 """A training of seconds on made-up rows: run by tests in their own process, or by `accelerate launch` in several."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from llm.bench.implementations import StockpotTraining
 from llm.bench.workload import Workload
-from llm.data.batch import IGNORE, Batch, PackedRow
+from llm.data.batch import IGNORE, Batch, PackedRow, collate
 from llm.data.packing import PackedRows, StreamWriter
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS
@@ -25,9 +26,10 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
+from llm.training.distributed.fsdp import shard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.dpo import PreferenceLoss, write_reference
-from llm.training.loss import next_token_loss
+from llm.training.loss import Learner, next_token_loss
 from llm.training.task import CHECKPOINTS, CheckpointConfig, ComputeConfig, TrainingTask
 from llm.training.trainer import train
 from llm.training.validation import Validation
@@ -153,7 +155,7 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     scratch = folder / case.get("scratch", "unnamed")
     model = tiny_model(dropout=case.get("dropout", 0.1), **case.get("model", {}))
     changes: dict[str, Any] = {"micro_batch": 1, "budget": Budget(steps=case["steps"])}
-    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "every") if name in case}
+    changes |= {name: case[name] for name in ("strategy", "find_unused_parameters", "every", "precision") if name in case}
     changes["optimizer"] = Optimizer.model_validate({"kind": case.get("optimizer", "adamw")})
     changes |= {name: folder / case[name] for name in ("start_from", "leave_in") if name in case}
     if "schedule" in case:
@@ -196,6 +198,45 @@ def shares(kind: str) -> dict[str, float]:
     return {name: _held(tensors) / sum(tensor.numel() for tensor in tensors) for name, tensors in found.items()} | {
         "shell": sum(weight.numel() for weight in model.parameters())
     }
+
+
+def held() -> dict[str, float]:
+    """Bytes for each weight of a model that learns in bf16 under "fsdp", of what this process allocates beside its shards of
+    the weights: after a forward pass, and the most in the backward passes of a step of three."""
+    model = tiny_model(layers=8, hidden_size=256, kv_heads=4, tied=False, context=12)
+    numbers = sum(weight.numel() for weight in model.parameters())
+    group = ProcessGroup()
+    learner = shard(Learner(model, next_token_loss, precision="bf16"), "fsdp", device=group.device, processes=group.size)
+    wrapped = group.wrap(learner, "fsdp")
+    batch = collate([MadeUpRows(context=12).row(0)], range(1))
+    after: list[int] = []
+    during: list[int] = []
+    for layer in learner.model.layers:
+        layer.register_full_backward_hook(lambda *_: during.append(_allocated()))
+    for _ in range(2):  # the first step makes what stays
+        wrapped.zero_grad()
+        after.clear()
+        during.clear()
+        before = _allocated()
+        for index in range(3):
+            with group.gradient_sync(wrapped, index == 2):
+                loss, _ = wrapped(batch)
+                after.append(_allocated())
+                loss.backward()
+    return {"forward": (after[0] - before) / numbers, "step": (max(during) - before) / numbers}
+
+
+class _Malloc(ctypes.Structure):  # mallinfo2(3)
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def _allocated() -> int:
+    """Bytes that this process has allocated and not freed, by glibc."""
+    measure = ctypes.CDLL(None).mallinfo2
+    measure.restype = _Malloc
+    found = measure()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _held(tensors: list[Tensor]) -> int:
@@ -252,7 +293,8 @@ def main() -> None:
             _, metrics = tiny_preferences(folder / f"{name}-pairs-{rank}", folder / name, strategy=case["strategy"])
             found: dict[str, Any] = {"metrics": metrics}
         else:
-            found = shares(case["shares"]) if "shares" in case else run_case(folder, {"scratch": name} | case)
+            measured = held() if "held" in case else shares(case["shares"]) if "shares" in case else None
+            found = measured or run_case(folder, {"scratch": name} | case)
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 
 

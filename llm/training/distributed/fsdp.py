@@ -1,8 +1,11 @@
 """FSDP2: weights, gradients and optimizer state sharded over the processes of a training, and gathered at its end.
 
 It is torch's own `fully_shard`, because accelerate 1.15 silently ignores its FSDP plugin on CPU. Each layer gathers its
-weights before it computes, in both directions, and frees them afterwards. What is in no layer (embedding, final norm, head)
-belongs to the outermost module and stays gathered from a forward pass to the end of its backward pass.
+weights before it computes, in both directions, and frees them afterwards; so does an embedding that is not the head. The rest
+(final norm, head) belongs to the outermost module and stays gathered from a forward pass to the end of its backward pass.
+
+A training in bf16 gathers weights in bf16 and adds gradients up in fp32; shards are in fp32. Autocast would keep a copy in
+bf16 of every weight that was gathered, until the forward pass ends and, for the backward pass, after it.
 
 All processes have to compute equally often: computing gathers weights, and gathering takes all processes.
 """
@@ -13,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm.errors import InputError
@@ -36,20 +39,32 @@ def shard(learner: Learner, strategy: Strategy, *, device: torch.device, process
                 f'parallel.strategy: expected "ddp" where a base is held in four bits, got "fsdp", and {name} of '
                 f"{str(weight.dtype).removeprefix('torch.')}, which cannot be sharded over processes"
             )
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does that
+    if learner.precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     same: dict[int, Any] = {id(tensor): tensor for tensor in (*learner.model.parameters(), *learner.model.buffers())}
     sharded = Learner(copy.deepcopy(learner.model, same), learner.objective, precision=learner.precision)
     mesh = init_device_mesh(device.type, (processes,))
     for module in reversed(list(sharded.modules())):  # inner ones first
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                _fully_shard(layer, mesh)
-    _fully_shard(sharded, mesh)
+                _fully_shard(layer, mesh, policy)
+    embedding = sharded.model.embedding
+    if embedding.weight is not sharded.model.lm_head.weight:
+        _fully_shard(embedding, mesh, policy)
+    embedding.register_forward_hook(_in_fp32)
+    _fully_shard(sharded, mesh, policy)
     return sharded
 
 
-def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
+def _in_fp32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """What layers add to is in fp32, as under autocast, whatever the weights are gathered in."""
+    return output.float()
+
+
+def _fully_shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     unsharded = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     for weight in unsharded:  # the model that was passed still refers to them, and the shards are copies
         weight.data = weight.data.new_empty(0)
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llm.errors import Interrupted
@@ -57,9 +56,10 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def gradient_sync(self, wrapped: nn.Module, enabled: bool) -> Iterator[None]:
-        """Whether backward passes inside average gradients; if not, they add up in each process alone."""
-        if isinstance(wrapped, FSDPModule):
-            wrapped.set_requires_gradient_sync(enabled)
+        """Whether backward passes inside average gradients; if not, they add up in each process alone.
+
+        Under "fsdp" they always do: each process would hold the gradients of all weights until they are averaged.
+        """
         if isinstance(wrapped, DistributedDataParallel) and not enabled:
             with wrapped.no_sync():
                 yield
