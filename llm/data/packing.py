@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.batch import IGNORE, PackedRow
+from llm.data.permutation import RowOrder
 from llm.files import whole_file
 
 STATISTICS = "statistics.json"
@@ -133,8 +134,7 @@ class PackedRows:
         self._reference: NDArray[np.float32] | None = None
         if (folder / _REFERENCE).exists():
             self._reference = np.memmap(folder / _REFERENCE, dtype=np.float32, mode="r")
-        self._seed = seed
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # of the last epoch asked for
+        self._row_order = RowOrder(self.rows_per_epoch, seed=seed)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -143,8 +143,7 @@ class PackedRows:
 
     def row(self, index: int) -> PackedRow:
         """Row `index`, counted through all epochs."""
-        epoch, place = divmod(index, self.rows_per_epoch)
-        packed = int(self._order_of(epoch)[place])
+        packed = self._row_order(index).row
         tokens = np.full(self.context, self._padding, dtype=np.int64)
         targets = np.full(self.context, IGNORE, dtype=np.int64)
         documents = np.full(self.context, -1, dtype=np.int32)
@@ -178,13 +177,6 @@ class PackedRows:
         """Where each of the streams that share a row begins and ends, in their order."""
         for stream in self._members[self._rows[packed] : self._rows[packed + 1]]:
             yield int(self._starts[stream]), int(self._starts[stream + 1])
-
-    def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        if self._seed is None:
-            return np.arange(self.rows_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(self.rows_per_epoch))
-        return self._order[1]
 
 
 def has_reference(folder: Path) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.batch import IGNORE, PackedRow
+from llm.data.permutation import RowOrder
 from llm.files import whole_file, write_text
 
 META = "meta.json"
@@ -133,8 +134,9 @@ class TokenRows:
     """A `RowSource` of `context` tokens a row (by default the context of the folder) from a folder of shards.
 
     With a seed, epoch e has each document as often as its `passes`, in an order drawn from (seed, e), end to end and cut into
-    full rows; the tokens after the last full row are left out. Without a seed, as for validation, each document comes once, in
-    the order of the folder, and the last row is padded.
+    full rows; the tokens after the last full row are left out. The rows come in an order of their own: in that of the text, a
+    document longer than a step would fill whole steps alone. Without a seed, as for validation, each document comes once, in the
+    order of the folder, and the last row is padded.
     """
 
     def __init__(self, folder: Path, *, seed: int | None, context: int | None = None) -> None:
@@ -147,11 +149,12 @@ class TokenRows:
         else:
             self.tokens_per_epoch = int(self.shards.lengths @ self.shards.passes)
             self.rows_per_epoch = max(self.tokens_per_epoch // context, min(self.tokens_per_epoch, 1))
+        self._row_order = RowOrder(self.rows_per_epoch, seed=seed)
         self._order = lru_cache(maxsize=2)(self._draw_order)  # 2: a step may span the end of an epoch
 
     def row(self, index: int) -> PackedRow:
         """Row `index`, counted through all epochs."""
-        epoch, place = divmod(index, self.rows_per_epoch)
+        epoch, place = self._row_order(index)
         order, ends = self._order(0 if self._seed is None else epoch)
         first = place * self.context  # first token of the row, counted over the epoch
         last = min(first + self.context, self.tokens_per_epoch)

@@ -22,7 +22,7 @@ from runner.stages.fields.data_tables import PreferenceTable
 from runner.stages.fields.training import is_main_process
 
 
-class LearnPreferences(PackedTraining, kind="dpo", version=1, makes=Checkpoint):
+class LearnPreferences(PackedTraining, kind="dpo", version=2, makes=Checkpoint):
     """Trains a model on pairs of answers, one of them preferred; the model before the training is the reference."""
 
     model: Semantic[Ref[Checkpoint]]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llm.training.validation import Validation
 
 
-class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=2, makes=Adapter):
+class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=3, makes=Adapter):
     """Trains a LoRA adapter (Hu et al. 2021), which stock PEFT opens on the stock base."""
 
     imports = ("llm.training.trainer", "peft")

@@ -84,7 +84,7 @@ class Pretraining(TrainingStage):
 SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that must be equal in a training and its trunk
 
 
-class Pretrain(Pretraining, kind="pretrain", version=1, makes=Checkpoint):
+class Pretrain(Pretraining, kind="pretrain", version=2, makes=Checkpoint):
     """Trains a new model on packed text."""
 
     trunk: Semantic[Ref[TrainingState] | None] = None
@@ -150,7 +150,7 @@ def _shared(stage: Pretraining) -> dict[str, Any]:
     return {name: fields[name] for name in SHARED} | {"schedule": rate}
 
 
-class Trunk(Pretraining, kind="trunk", version=1, makes=TrainingState):
+class Trunk(Pretraining, kind="trunk", version=2, makes=TrainingState):
     """Trains a new model at a constant learning rate, and keeps the optimizer state for trainings that continue from it."""
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from runner.stages.fields.chat_training import RowTraining
 from runner.stages.fields.training import is_main_process
 
 
-class FineTune(RowTraining, kind="sft", version=2, makes=Checkpoint):
+class FineTune(RowTraining, kind="sft", version=3, makes=Checkpoint):
     """Fine-tunes all weights of a model on prompts and responses, or on chats of many turns."""
 
     model: Semantic[Ref[Checkpoint]]

@@ -101,6 +101,15 @@ def test_each_epoch_and_seed_has_its_own_order(tmp_path: Path) -> None:
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
 
+def test_the_rows_of_a_long_document_are_spread_over_the_epoch(tmp_path: Path) -> None:
+    long, *_ = write(tmp_path, [400] + [8] * 150, shard_tokens=10_000)
+    rows = TokenRows(tmp_path, context=8, seed=3)
+    steps = [[rows.row(step * 10 + place) for place in range(10)] for step in range(rows.rows_per_epoch // 10)]
+    of_long = [sum(bool(np.isin(row.tokens, long).any()) for row in step) for step in steps]
+    assert max(of_long) < 8  # in the order of the text, four steps of ten rows were of this document alone
+    assert sum(count > 0 for count in of_long) >= 16
+
+
 def test_validation_covers_every_document_once_in_source_order(tmp_path: Path) -> None:
     documents = write(tmp_path, [5, 9, 2, 14], passes=[1, 2, 1, 3])
     rows = TokenRows(tmp_path, context=7, seed=None)
