@@ -8,18 +8,29 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from importlib.metadata import version
 from types import ModuleType
 
 import runner.commands
 from runner import completion
 from runner.credentials import redact
-from runner.errors import RecipeError, StockpotError
+from runner.errors import EXIT_INTERRUPTED, RecipeError, StockpotError
 from runner.files import DISK_FULL
-from runner.recipe.validation import listed, nearest
+from runner.options import recipe_names, recipe_path
+from runner.recipe.validation import nearest
 
-EXIT_INTERRUPTED = 130
 WORD = re.compile("[a-z][a-z-]*")  # like a command, unlike the path of a recipe
+OVERVIEW = """\
+One TOML recipe in, a published language model out.
+
+  run RECIPE          makes the model of a recipe; finished stages come from the cache
+  run plan RECIPE     what would run, why, and how long it takes
+  run new FILE        writes a recipe for your own data
+  run chat RECIPE     talks to the model
+  run report RECIPE   a page with scores, curves and answers
+
+`run --help` lists all commands, `run COMMAND --help` their options. Recipes, as in `run quickstart`:
+"""
 COMMANDS = [module.name.replace("_", "-") for module in pkgutil.iter_modules(runner.commands.__path__)]
 
 
@@ -28,13 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if completion.is_asked():
         completion.propose(_parser(()), COMMANDS)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] not in (*COMMANDS, "-h", "--help"):
-        if WORD.fullmatch(words[0]) and not Path(words[0]).exists():
-            print(
-                f"run {words[0]}: no such command; expected a recipe or one of "
-                f"{listed(COMMANDS)}{nearest(words[0], COMMANDS)}",
-                file=sys.stderr,
-            )
+    if not words:
+        return _print_overview()
+    if words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        if WORD.fullmatch(words[0]) and not recipe_path(words[0]).exists():
+            print(_unknown(words[0]), file=sys.stderr)
             return RecipeError.exit_code
         words.insert(0, "run")
     options = _parser(words[:1]).parse_args(words)
@@ -60,6 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
 
 
+def _print_overview() -> int:
+    from runner.commands.list import description
+
+    print(OVERVIEW)
+    names = recipe_names()
+    for name, path in names.items():
+        print(f"  {name:<{max(map(len, names))}}   {description(path)}")
+    return 0
+
+
+def _unknown(word: str) -> str:
+    known = [*COMMANDS, *recipe_names()]
+    return (
+        f"run {word}: no such command or recipe; expected a path, a command ({', '.join(COMMANDS)}) or a recipe "
+        f"({', '.join(recipe_names())}){nearest(word, known)}"
+    )
+
+
 def _printable(error: UnicodeError) -> tuple[str | bytes, int]:
     """For characters that the terminal cannot show: the raw bytes of an undecodable file name, else an escape sequence."""
     assert isinstance(error, UnicodeEncodeError)
@@ -83,6 +110,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="run",
         description="One TOML recipe in, a published language model out. `run RECIPE` is short for `run run RECIPE`.",
     )
+    parser.add_argument("--version", action="version", version=f"stockpot {version('stockpot')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in [word for word in words if word in COMMANDS] or COMMANDS:
         module = _module(command)

@@ -14,6 +14,8 @@ A message has the form `PLACE: expected X, got Y`, with a cure where it is not o
 an `llm.errors.InputError`, which the worker reports as a StageError with the stage's name.
 """
 
+EXIT_INTERRUPTED = 130
+
 
 class StockpotError(Exception):
     """Root of all errors that end a run with a message instead of a traceback."""

@@ -84,7 +84,7 @@ class InputFile(Located):
                 if not cls.allows_hub:
                     raise ValueError(f"expected a local folder, got {value!r}")
                 HubFiles.parse(value)
-            return cls(value, getattr(value, "folder", Path.cwd()))
+            return cls(os.path.expanduser(value), getattr(value, "folder", Path.cwd()))  # noqa: PTH111  # Path fails at "~"
 
         return core_schema.no_info_plain_validator_function(
             keep_folder, serialization=core_schema.plain_serializer_function_ser_schema(str)

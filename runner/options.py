@@ -12,16 +12,19 @@ from runner.cache.store import Store, default_cache
 from runner.completion import stages
 from runner.errors import RecipeError
 from runner.recipe.recipe import Recipe, load_recipe
-from runner.recipe.validation import nearest
+from runner.recipe.validation import listed, nearest
 from runner.reporting.progress import JsonView, PlainView, RunView
 
 if TYPE_CHECKING:
     from runner.cache.remote import Remote
 
 
+SHIPPED = Path(__file__).parents[1] / "recipes"
+
+
 def add_recipe_argument(sub: argparse.ArgumentParser) -> None:
     """The recipe, with the options of every command that reads one and its cache."""
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file")
+    sub.add_argument("recipe", type=recipe_path, metavar="RECIPE", help="a TOML file, or the name of one in recipes/")
     add_recipe_options(sub)
     add_cache_option(sub)
 
@@ -82,8 +85,24 @@ def add_check_inputs_option(sub: argparse.ArgumentParser) -> None:
 def add_cache_arguments(sub: argparse.ArgumentParser) -> None:
     """The cache of a recipe or of the current folder, for commands that read no recipe."""
     help = "the recipe whose cache to use (default: the cache of the current folder)"
-    sub.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help=help)
+    sub.add_argument("recipe", type=recipe_path, nargs="?", metavar="RECIPE", help=help)
     add_cache_option(sub)
+
+
+def recipe_path(text: str) -> Path:
+    """The recipe that a command line names: a path (~ is the home folder), or the name of a recipe in this folder, in its
+    recipes/ or of those that come with Stockpot. A name that is nowhere is taken as a path.
+    """
+    path = Path(text).expanduser()
+    if path.name != text or path.suffix or path.exists():
+        return path
+    return recipe_names().get(text, path)
+
+
+def recipe_names() -> dict[str, Path]:
+    """The recipes that need no path, by name."""
+    folders = (SHIPPED, Path("recipes"), Path())  # the last one counts
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml")) if path.name != "pyproject.toml"}
 
 
 def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
@@ -93,7 +112,11 @@ def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: 
         overrides.append(f"parallel.processes={options.processes}")
     from_environment = [Path(part) for part in os.environ.get("STOCKPOT_ALLOW_PATH", "").split(os.pathsep) if part]
     allowed = [*options.allow_path, *from_environment]
-    recipe = load_recipe(path or options.recipe, overrides, allowed=allowed, absent=absent)
+    path = path or options.recipe
+    if path.name == str(path) and not path.suffix and not path.exists():
+        names = list(recipe_names())
+        raise RecipeError(f"{path}: no such recipe; expected a path, or one of {listed(names)}{nearest(path.name, names)}")
+    recipe = load_recipe(path, overrides, allowed=allowed, absent=absent)
     known = list(dict.fromkeys([*recipe.written, *recipe.stages]))
     named = [getattr(options, "stage", None), getattr(options, "until", None)]
     for name in filter(None, [*getattr(options, "force", ()), *named, *getattr(options, "stages", ())]):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,19 @@ def artifact(cache: Path) -> Callable[[str], Path]:
 
 def test_everything_is_cached_afterwards(cache: Path) -> None:
     assert states(cache) == dict.fromkeys(STAGES, "cached")
+
+
+def test_a_run_ends_with_its_scores_the_folder_of_the_model_and_the_next_commands(
+    cache: Path, artifact: Callable[[str], Path]
+) -> None:
+    done = run(cache, str(RECIPE), "--set", "description='with a space'")
+    assert done.returncode == 0, done.stderr
+    _, scores, ending = done.stderr.split("\n\n")
+    assert [line.split()[0] for line in scores.splitlines()][:3] == ["score", "section.accuracy", "section.macro_f1"]
+    place, *commands = ending.splitlines()
+    assert place == f"release: the model is in {artifact('release')}"
+    rest = shlex.join([str(RECIPE), "--set", "description='with a space'", "--cache", str(cache)])
+    assert commands == [f"  run {command} {rest}" for command in ("chat", "report", "serve")]
 
 
 def test_no_secret_of_the_environment_is_in_the_cache_the_logs_aim_or_the_release(cache: Path) -> None:

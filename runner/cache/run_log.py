@@ -26,10 +26,18 @@ class Run:
     path: str
     time: float  # seconds since 1970
     names: tuple[str, ...]  # <kind>-<key> of every stage with a known key
+    overrides: tuple[str, ...] = ()  # of --set
 
 
 def log_run(
-    cache: Path, recipe: Path, resolved: Mapping[str, Any], names: Iterable[str], *, until: str | None, complete: bool
+    cache: Path,
+    recipe: Path,
+    resolved: Mapping[str, Any],
+    names: Iterable[str],
+    *,
+    overrides: Iterable[str] = (),
+    until: str | None,
+    complete: bool,
 ) -> None:
     """Logs the keys that a run of `recipe` uses. A `complete` run replaces the entry of the run before; an incomplete one adds
     to it, so that a failing run makes no artifact of an earlier run collectable. A read-only cache is not an error.
@@ -39,7 +47,7 @@ def log_run(
     entry = cache / FOLDER / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     before = _read(entry)
     kept = set(before.names) if before and not complete else set()
-    run = Run(str(resolved["name"]), path, time.time(), tuple(sorted(kept.union(names))))
+    run = Run(str(resolved["name"]), path, time.time(), tuple(sorted(kept.union(names))), tuple(overrides))
     with contextlib.suppress(OSError):
         write_whole(entry, json.dumps(asdict(run), indent=2), durable=False)
 
@@ -47,7 +55,7 @@ def log_run(
 def _read(path: Path) -> Run | None:
     try:
         run = Run(**json.loads(path.read_text(encoding="utf-8")))
-        return Run(str(run.recipe), str(run.path), float(run.time), tuple(map(str, run.names)))
+        return Run(str(run.recipe), str(run.path), float(run.time), tuple(map(str, run.names)), tuple(map(str, run.overrides)))
     except (OSError, ValueError, TypeError):  # gone, or edited by hand
         return None
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import tomli
 
 from runner.errors import RecipeError
+from runner.options import SHIPPED
 
-SHIPPED = Path(__file__).parents[2] / "recipes"
 FACTS = ("Hardware", "Time", "Result")  # first words of the lines in a recipe's header
 
 
@@ -23,15 +23,19 @@ def main(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
         raise RecipeError(f"{options.folder}: expected a folder of recipes, but there is none")
     for path in sorted(options.folder.glob("*.toml")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            description = tomli.loads(text).get("description", "")
-        except tomli.TOMLDecodeError as error:
-            description = f"is not TOML: {error}"
-        print(f"{path.name}: {description}" if description else path.name)
-        for fact, value in header(text).items():
+        words = description(path)
+        print(f"{path.name}: {words}" if words else path.name)
+        for fact, value in header(path.read_text(encoding="utf-8", errors="replace")).items():
             print(f"  {fact.lower()}: {value}")
     return 0
+
+
+def description(path: Path) -> str:
+    """What a recipe says of itself, or why it cannot be read."""
+    try:
+        return str(tomli.loads(path.read_text(encoding="utf-8", errors="replace")).get("description", ""))
+    except tomli.TOMLDecodeError as error:
+        return f"is not TOML: {error}"
 
 
 def header(text: str) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cache.store import Store
-from runner.errors import RecipeError
+from runner.errors import GateError, RecipeError
 from runner.options import (
     add_cache_option,
     add_check_inputs_option,
@@ -16,6 +17,7 @@ from runner.options import (
     add_stage_argument,
     make_view,
     recipe_of,
+    recipe_path,
     remote_of,
     store_of,
 )
@@ -24,6 +26,7 @@ from runner.reporting.progress import RunView
 
 if TYPE_CHECKING:
     from runner.execution.node_layout import Layout
+    from runner.planning.plan import Plan
 
 HF = "hf://"
 NOT_RUN = 1  # exit code if the user is asked and declines
@@ -32,7 +35,10 @@ NOT_RUN = 1  # exit code if the user is asked and declines
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument(
-        "recipe", type=_recipe, metavar="RECIPE", help="a TOML file, or hf://OWNER/NAME[@REVISION] of a published model"
+        "recipe",
+        type=_recipe,
+        metavar="RECIPE",
+        help="a TOML file, the name of one in recipes/, or hf://OWNER/NAME[@REVISION] of a published model",
     )
     add_recipe_options(sub)
     add_cache_option(sub)
@@ -87,9 +93,14 @@ def main(options: argparse.Namespace) -> int:
     check_first_rows(recipe)
     view = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
-        _execute(options, recipe, store, view, layout=layout, remote=remote)
-    finally:
-        view.close()
+        with contextlib.closing(view):
+            last = _execute(options, recipe, store, view, layout=layout, remote=remote)
+    except GateError:
+        if not options.json:
+            _print_scores(Plan(recipe, store, until=options.until))
+        raise
+    if last and not options.json:
+        _print_ending(options, last)
     if published is not None:
         from runner.published.lockfile import results
 
@@ -99,8 +110,8 @@ def main(options: argparse.Namespace) -> int:
 
 def _execute(
     options: argparse.Namespace, recipe: Recipe, store: Store, view: RunView, *, layout: "Layout", remote: str | None
-) -> None:
-    """Runs the recipe on this machine, alone or in the part that its rank has."""
+) -> "Plan | None":
+    """Runs the recipe on this machine, alone or in the part that its rank has; the last plan, on the machine of rank 0."""
     from runner.execution.scheduler import Scheduler
     from runner.execution.stop import StopRequest
 
@@ -112,7 +123,7 @@ def _execute(
         Participant(recipe, store, view, stop, remote=remote, layout=layout).run(
             until=options.until, force=bool(options.force)
         )
-        return
+        return None
     with contextlib.ExitStack() as stack:
         peers = None
         if layout.machines > 1:
@@ -124,9 +135,32 @@ def _execute(
                 opened(Coordinator(layout, store.root, remote=source, note=view.note, stop=stop, rejoin_seconds=rejoin))
             )
         scheduler = Scheduler(recipe, store, view, stop, remote=remote, overwrite=options.overwrite, peers=peers)
-        scheduler.run(until=options.until, force=options.force)
+        return scheduler.run(until=options.until, force=options.force)
+
+
+def _print_scores(plan: "Plan") -> None:
+    from runner.planning.outcomes import score_table
+    from runner.planning.text_table import text_table
+
+    rows = score_table(entry for entry in plan if plan.is_in_use(entry.name))
+    if rows:
+        print("", *text_table(rows), sep="\n", file=sys.stderr)
+
+
+def _print_ending(options: argparse.Namespace, plan: "Plan") -> None:
+    """Prints the scores, the folder of the model, and the commands that use it."""
+    from runner.serving.models import finished_checkpoints
+
+    _print_scores(plan)
+    if not (checkpoints := finished_checkpoints(plan)):
+        return
+    words = [str(options.recipe), *(word for override in options.overrides for word in ("--set", override))]
+    words += ["--cache", str(options.cache)] if options.cache else []
+    print(f"\n{checkpoints[-1].name}: the model is in {checkpoints[-1].path}", file=sys.stderr)
+    for command in ("chat", "report", "serve"):
+        print(f"  {shlex.join(['run', command, *words])}", file=sys.stderr)
 
 
 def _recipe(text: str) -> Path | str:
     """The path of a recipe, or the address of a published model as text, since Path would merge its slashes."""
-    return text if text.startswith(HF) else Path(text)
+    return text if text.startswith(HF) else recipe_path(text)

@@ -58,9 +58,10 @@ class Scheduler:
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
         self._fork_server: ForkServer | None = None
 
-    def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> None:
-        """Runs the plan. Raises StageError, GateError, PausedError after an alert, or KeyboardInterrupt after a request to
-        stop."""
+    def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> Plan:
+        """Runs the plan, and returns the last one. StageError, GateError, PausedError after an alert, or KeyboardInterrupt after
+        a request to stop.
+        """
         forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
         plan = self._plan(until, forced)
         self._progress.planned(plan)
@@ -82,6 +83,7 @@ class Scheduler:
             if warning := self._tracker.close():
                 self._progress.note(warning)
         self._judge_gates(plan)
+        return plan
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
         """The fork server for the remaining single-process stages, if they import anything slow."""
@@ -146,7 +148,15 @@ class Scheduler:
         if complete or names - self._names:
             self._names |= names
             used = names if complete else self._names
-            log_run(self._store.root, self._recipe.path, self._recipe.resolved(), used, until=until, complete=complete)
+            log_run(
+                self._store.root,
+                self._recipe.path,
+                self._recipe.resolved(),
+                used,
+                overrides=self._recipe.overrides,
+                until=until,
+                complete=complete,
+            )
         return plan
 
     def _perform_effects(self, plan: Plan) -> None:

@@ -15,9 +15,10 @@ class StopRequest:
         self.requested = False
 
     def install(self) -> None:
-        """Handles SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        """Handles SIGINT, SIGTERM, and SIGHUP of a terminal that closes, unless it is ignored, as by nohup."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.raise_if_requested()

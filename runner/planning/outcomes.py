@@ -1,9 +1,9 @@
 """What a plan says about gates: a line for each verdict, a table of attempts, and a table of a sweep's settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runner.planning.plan import Plan
+from runner.planning.plan import Entry, Plan
 from runner.planning.text_table import text_table
 from runner.recipe.branches import Attempts, Sweep
 from runner.recipe.validation import shown
@@ -75,6 +75,15 @@ def sweep_rows(plan: Plan, sweep: Sweep) -> list[list[str]]:
         scores = [score_text(of_setting, name) for name in names]
         rows.append([sweep.judges_of(number)[0], *values, *scores, _setting_outcome(plan, sweep, number)])
     return rows
+
+
+def score_table(entries: Iterable[Entry]) -> list[list[str]]:
+    """A head, and a row per score with its value in each evaluation; nothing where there are no scores."""
+    found = {entry.name: entry.record.data["metrics"] for entry in entries if entry.record}
+    found = {name: metrics for name, metrics in found.items() if metrics.get("scores")}
+    names = dict.fromkeys(name for metrics in found.values() for name in metrics["scores"])
+    rows = [[name, *(score_text(metrics, name) for metrics in found.values())] for name in names]
+    return [["score", *found], *rows] if rows else []
 
 
 def score_text(metrics: Mapping[str, Any], name: str) -> str:

@@ -41,6 +41,7 @@ class Recipe:
     path: Path
     head: Head
     written: Mapping[str, Stage]
+    overrides: tuple[str, ...]  # of --set, applied already; without addresses of notices
     families: Mapping[str, Branches]  # attempts and sweep, by the stage that names them; each before those that read from it
 
     @cached_property
@@ -118,6 +119,7 @@ def load_recipe(
     folders = AllowedFolders(path.resolve().parent, tuple(allowed))
     table = read_with_parents(path, (), folders)
     for override in overrides:
+        _check_key(override, table)
         apply_override(table, override, path)
     faults = list(_place_remote(table, folders))
     tables = table.pop("stage", None)
@@ -157,7 +159,8 @@ def load_recipe(
         faults.extend(_parallel_faults(stages, families, head.parallel))
     if faults or head is None:
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in faults))
-    return Recipe(path, head, stages, _ordered(stages, families))
+    kept = tuple(override for override in overrides if not override.startswith("alerts.notify"))  # may hold a token
+    return Recipe(path, head, stages, kept, _ordered(stages, families))
 
 
 # Validating
@@ -298,6 +301,13 @@ def _file_faults(stages: Mapping[str, Stage], folders: AllowedFolders, absent: C
                 yield f"{place}: {folders.fault(outside[0].name, outside[0])}"
             elif closed := [match for match in matches if not os.access(match, os.R_OK)]:
                 yield f"{place}: expected a file that can be read, got {closed[0]} without the permission"
+
+
+def _check_key(override: str, table: Mapping[str, Any]) -> None:
+    """RecipeError where an override begins with the name of a stage."""
+    name, stages = override.split("=")[0].split(".")[0].strip(), table.get("stage")
+    if name not in Head.model_fields and isinstance(stages, dict) and name in stages:
+        raise RecipeError(f"--set {override}: {name} is a stage, expected stage.{name}; did you mean --set stage.{override}?")
 
 
 def _place_remote(table: dict[str, Any], folders: AllowedFolders) -> Iterator[str]:

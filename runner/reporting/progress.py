@@ -82,8 +82,8 @@ def describe(line: Mapping[str, Any], eta: Eta) -> str:
     elif done is not None:
         parts.append(f"{done:,}/{total:,} {line.get('unit', '')}" if total else f"{done:,} {line.get('unit', '')}")
     parts += [shown.format(line[name]) for name, shown in FORMATS.items() if line.get(name) is not None]
-    if eta.seconds is not None:
-        parts.append(f"{duration(eta.seconds)} left")
+    if eta.seconds is not None and done != total:
+        parts.append(f"{duration(max(1.0, eta.seconds))} left")
     return "  ".join(part.strip() for part in parts)
 
 

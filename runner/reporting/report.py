@@ -106,12 +106,8 @@ def _settings(plan: Plan) -> Table | None:
 
 
 def _scores(evaluations: Sequence[Entry]) -> Table | None:
-    found = {entry.name: entry.record.data["metrics"] for entry in evaluations if entry.record}
-    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics.get("scores", {})))
-    if not names:
-        return None
-    rows = [[name, *(outcomes.score_text(metrics, name) for metrics in found.values())] for name in names]
-    return Table("Scores", ["score", *found], rows)
+    rows = outcomes.score_table(evaluations)
+    return Table("Scores", rows[0], rows[1:]) if rows else None
 
 
 def _plots(finished: Sequence[Entry]) -> dict[str, list[str]]:

@@ -5,8 +5,10 @@ A stage is running while its key is locked. Its metrics are followed as the run 
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from runner.artifacts import METRICS
+from runner.cache.run_log import logged_runs
 from runner.cache.store import Store
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
@@ -15,6 +17,15 @@ from runner.tracking.metrics_file import MetricsReader
 
 METRICS_SECONDS = 0.5  # between two reads of the metrics
 PLAN_SECONDS = 2.0  # between two plans
+
+
+def running_overrides(store: Store, recipe: Path) -> list[str]:
+    """The `--set` of the run of `recipe` that holds a stage of the cache now; none if there is no such run."""
+    path = str(recipe.resolve())
+    for _, run in logged_runs(store.root):
+        if run.path == path and not all(store.is_free(*name.split("-", 1)) for name in run.names):
+            return list(run.overrides)
+    return []
 
 
 class RunWatcher:

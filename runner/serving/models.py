@@ -38,15 +38,20 @@ class ServableModel:
         return ChatSession(self.checkpoint, self.adapter, compiled=compiled is not None)
 
 
+def finished_checkpoints(plan: Plan) -> list[Entry]:
+    """The finished stages that make a checkpoint, but for branches that are not used."""
+    return [entry for entry in plan if entry.path and entry.stage.makes is Checkpoint and plan.is_in_use(entry.name)]
+
+
 def servable_models(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[ServableModel]:
     """The finished stages `names`, by default the last one that makes a checkpoint. RecipeError if there is none."""
     candidates = [entry for entry in plan if issubclass(entry.stage.makes, SERVABLE) and plan.is_in_use(entry.name)]
     finished = [entry.name for entry in candidates if entry.path is not None]
     if not names:
-        checkpoints = [entry.name for entry in candidates if entry.path is not None and entry.stage.makes is Checkpoint]
+        checkpoints = finished_checkpoints(plan)
         if not checkpoints:
             raise RecipeError(f"{recipe.path}: expected a finished model, got none; `run {recipe.path}` makes one")
-        names = checkpoints[-1:]
+        names = [checkpoints[-1].name]
     return [_servable_model(recipe, plan, name, finished) for name in names]
 
 

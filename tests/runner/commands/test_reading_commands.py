@@ -1,26 +1,79 @@
 """The commands that only read: diff, graph, list."""
 
 import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from runner.cli import main
 from runner.commands.list import header
+from runner.options import recipe_path
 
 SHIPPED = Path(__file__).parents[3] / "recipes"
 QUICKSTART = SHIPPED / "quickstart.toml"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.mark.parametrize(("word", "meant"), [("plann", "'plan'"), ("zzz", None)])
-def test_a_word_that_is_neither_a_command_nor_a_file_is_an_error(
+@pytest.mark.parametrize(("word", "meant"), [("plann", "'plan'"), ("quick-start", "'quickstart'"), ("zzz", None)])
+def test_a_word_that_is_neither_a_command_nor_a_recipe_is_an_error(
     word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word, str(QUICKSTART)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"run {word}: no such command; expected a recipe or one of bench, ")
-    assert error.endswith(f"; did you mean {meant}?\n" if meant else ", why\n")
+    assert error.startswith(f"run {word}: no such command or recipe; expected a path, a command (bench, ")
+    assert error.endswith(f"; did you mean {meant}?\n" if meant else "smollm-medical)\n")
+
+
+def test_run_alone_names_the_first_commands_and_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  run {command} " in printed for command in ("RECIPE", "plan", "new", "chat", "report"))
+    assert "\n  quickstart  " in printed
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"stockpot {version('stockpot')}\n")
+
+
+def test_a_recipe_is_found_by_its_name_here_then_in_recipes_then_among_the_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("quickstart") == QUICKSTART
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.toml").touch()
+    assert recipe_path("quickstart") == Path("recipes/quickstart.toml")
+    (tmp_path / "quickstart.toml").touch()
+    assert recipe_path("quickstart") == Path("quickstart.toml")
+    (tmp_path / "quickstart").touch()
+    assert recipe_path("quickstart") == Path("quickstart"), "a file of that name comes first"
+    assert recipe_path("~/mine.toml") == Path.home() / "mine.toml"
+    assert main(["plan", "medical-lor"]) == 2
+    assert "medical-lor: no such recipe; " in (error := capsys.readouterr().err)
+    assert error.endswith("did you mean 'medical-lora'?\n")
+
+
+def test_an_override_that_begins_with_a_stage_is_told_the_whole_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(QUICKSTART), "--set", "medical.r=4"]) == 2
+    assert capsys.readouterr().err == (
+        "--set medical.r=4: medical is a stage, expected stage.medical; did you mean --set stage.medical.r=4?\n"
+    )
+
+
+def test_a_path_in_a_recipe_may_begin_at_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("words", encoding="utf-8")
+    recipe = tmp_path / "work" / "recipe.toml"
+    recipe.parent.mkdir()
+    recipe.write_text('name = "x"\n[stage.a]\nkind = "corpus"\nsources = [{ files = "~/text.txt" }]\n', encoding="utf-8")
+    assert main(["plan", str(recipe), "--allow-path", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0
+    assert main(["plan", str(recipe), "--cache", str(tmp_path / "cache")]) == 2, "it is a folder like any other"
+    assert str(tmp_path / "text.txt") in capsys.readouterr().err
 
 
 def test_a_recipe_may_be_called_by_any_word(

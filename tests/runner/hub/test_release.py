@@ -48,7 +48,7 @@ class World:
         self.recipe.write_text(RECIPE.format(license=license, tag=tag))
 
     def call(self, *words: str | Path) -> int:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             return main([*map(str, words), "--cache", str(self.cache)])
         finally:

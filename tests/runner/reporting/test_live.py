@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runner.cache.store import Store
+from runner.cache.run_log import log_run
+from runner.cache.store import Store, Waiting
 from runner.planning.plan import Plan
 from runner.recipe.recipe import load_recipe
 from runner.reporting.live import LiveView, share_of_peak, sparkline
-from runner.reporting.progress import JsonView
+from runner.reporting.progress import Eta, JsonView, describe
+from runner.reporting.watch import running_overrides
 
 RECIPE = """
 name = "tiny"
@@ -180,10 +182,34 @@ def test_watching_ends_after_patience_if_nothing_runs(recipe: Path, run: Callabl
     assert not (recipe.parent / "cache" / "logs").exists(), "watching writes nothing"
 
 
-def test_watching_ends_at_ctrl_c(recipe: Path, run: Callable[..., "subprocess.Popen[str]"]) -> None:
+def test_watching_ends_at_ctrl_c_and_says_that_the_run_goes_on(
+    recipe: Path, run: Callable[..., "subprocess.Popen[str]"]
+) -> None:
     watching = run("watch", str(recipe), "--json")
     assert watching.stdout is not None
     watching.stdout.readline()
     watching.send_signal(signal.SIGINT)
-    watching.communicate(timeout=60)
+    output, _ = watching.communicate(timeout=60)
     assert watching.returncode == 130
+    assert events_of(output)[0] == {"event": "note", "text": "watching has ended; the run goes on"}
+
+
+def test_watching_finds_the_settings_of_the_run_that_is_going_on(recipe: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    overrides = ["stage.tokenizer.vocab_size=301", "alerts.notify=[]"]
+    changed = load_recipe(recipe, overrides)
+    tokenizer = next(iter(changed.stages.values()))
+    names = [f"{tokenizer.kind}-0123"]
+    log_run(store.root, recipe, changed.resolved(), names, overrides=changed.overrides, until=None, complete=False)
+    assert running_overrides(store, recipe) == [], "nothing is locked"
+    with store.lock(tokenizer, "0123", waiting=Waiting()):
+        assert running_overrides(store, recipe) == overrides[:1], "an address of notices may hold a token"
+        assert running_overrides(store, recipe.with_name("other.toml")) == []
+
+
+@pytest.mark.parametrize(("done", "words"), [(1, "1s left"), (9, "1s left"), (10, None)])
+def test_a_stage_that_is_not_done_is_never_said_to_have_no_time_left(done: int, words: str | None) -> None:
+    eta = Eta()
+    eta.seconds = 0.2
+    shown = describe({"done": done, "total": 10, "unit": "rows"}, eta)
+    assert shown == f"{done}/10 rows" + (f"  {words}" if words else "")
