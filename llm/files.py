@@ -1,9 +1,11 @@
 """Writes files and folders that are complete under their final name: under a temporary name first, then renamed."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def private_folder(path: Path) -> Path:
+    """`path`, made for its owner alone where it is missing. PermissionError if another user may have written to it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    kind = "a link" if stat.S_ISLNK(found.st_mode) else "one of another user" if found.st_uid != os.geteuid() else ""
+    if kind or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, kind or "one that others can write to", str(path))
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        path.chmod(0o700)
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

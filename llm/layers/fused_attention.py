@@ -1,7 +1,8 @@
 """Causal attention inside documents as one C++ kernel: for training in bf16 on CPUs with AVX512-BF16.
 
 `fused_attention.cpp` is built by the machine's own compiler when a training first needs it, and kept beside the output of
-torch.compile. On other machines, and without a compiler, `llm.layers.attention` multiplies blocks: equal up to rounding.
+torch.compile, in a folder that only its owner can enter. On other machines, and without a compiler, `llm.layers.attention`
+multiplies blocks: equal up to rounding.
 
 Letters: B rows, T positions, H query heads, K key and value heads, E head size.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from llm.device import find_compiler
+from llm.files import private_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-fopenmp"]
@@ -68,6 +70,7 @@ def is_cpu_supported() -> bool:
 
 
 def _load(program: str, place: Path) -> ctypes.CDLL:
+    private_folder(place.parent)  # what lies there is run
     if not place.exists():
         _build(program, place)
     try:
@@ -80,7 +83,6 @@ def _load(program: str, place: Path) -> ctypes.CDLL:
 
 
 def _build(program: str, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:  # other processes may build it at the same time
         partial = Path(scratch) / place.name
         command = [program, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(partial)]

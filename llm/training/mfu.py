@@ -1,7 +1,7 @@
 """The speed of the fastest matrix product here: training shows what share of the hardware it uses by comparing with it.
 
-The best that was ever measured is kept beside compiled code, in TORCHINDUCTOR_CACHE_DIR, which a run sets to a folder of its
-cache: a training that is too short to measure it shows its share all the same.
+The best that was ever measured is kept beside compiled code, in TORCHINDUCTOR_CACHE_DIR, which a run sets to a folder of the
+user: a training that is too short to measure it shows its share all the same.
 """
 
 import hashlib

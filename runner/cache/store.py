@@ -12,7 +12,6 @@ under `stages/`.
       runs/                   the keys that each of the last runs used
       receipts/               what was pushed where
       published/              recipes of published models and their data
-      compiled/               compiled code: of torch.compile and of attention
       digests.json            memo of file digests by path, size, times and inode
 
 The lock of a key is exclusive for making, fetching or removing its artifact, and shared for reading it. It has two parts: a
@@ -70,11 +69,6 @@ class Store:
     def is_work(self, folder: Path, name: str) -> bool:
         """Whether a folder in work/ is the current one of the artifact <kind>-<key>."""
         return folder.name == self._leases.work_name(name)
-
-    @property
-    def compiled(self) -> Path:
-        """The folder of compiled code."""
-        return self.root / "compiled"
 
     def log(self, stage: Stage | str, key: str) -> Path:
         """The output of the workers on this machine."""

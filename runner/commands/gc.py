@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from runner import compiled_code
 from runner.errors import RecipeError
 from runner.options import add_cache_option, add_recipe_options, recipe_of, store_of
 
@@ -45,6 +46,10 @@ def main(options: argparse.Namespace) -> int:
         print(f"{done}  {readable(size):>8}  {item.path.relative_to(store.root)}  ({item.reason})")
     for item in outcome.in_use:
         print(f"kept, in use:  {item.path.relative_to(store.root)}")
+    code, code_left = compiled_code.collect(dry_run=options.dry_run)
+    if code:
+        done = "would remove" if options.dry_run else "removed"
+        print(f"{done} {readable(code)} of compiled code; {readable(code_left)} left in {compiled_code.compiled_folder()}")
     done = "would free" if options.dry_run else "freed"
     print(f"{done} {readable(outcome.freed)}; {readable(outcome.left)} left in {store.root}")
     if options.keep_size is not None and outcome.left > options.keep_size:

@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        models = {model.name: model.open(compiled=store.compiled if options.compile else None) for model in found}
+        models = {model.name: model.open(compiled=options.compile) for model in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
     config = ServerConfig(

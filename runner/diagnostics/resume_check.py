@@ -70,7 +70,7 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         processes, cores = resources.process_count(recipe.head.parallel), available_cores()
         job = job_of(short, plan, recipe, store, work=folder, processes=processes, cores=cores)
         job = replace(job, parallel=plain(_as_it_trained(recipe.head.parallel, entry)))
-        training = _Training(name, job, folder, log, compiled=store.compiled)
+        training = _Training(name, job, folder, log)
         result = _kill_and_compare(training, entry.stage, range(first, end), tell)
     proof = {
         "kind": entry.stage.kind,
@@ -189,9 +189,9 @@ def _as_it_trained(parallel: Parallel, entry: Entry) -> Parallel:
 class _Training:
     """Runs the workers of one training in folders below `folder`."""
 
-    def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes], *, compiled: Path) -> None:
+    def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes]) -> None:
         self.name, self.folder = name, folder
-        self._job, self._log, self._compiled = job, log, compiled
+        self._job, self._log = job, log
 
     def begin(self, name: str, *, prepared: Path | None = None) -> TrainingOutput:
         """The folder for a training, empty or a copy of `prepared`."""
@@ -236,7 +236,7 @@ class _Training:
         self, output: TrainingOutput, command: list[str] | None = None
     ) -> contextlib.AbstractContextManager[launch.Process]:
         processes = 1 if command else self._job.processes
-        environment = launch.environment_of(max(1, self._job.cores // processes), compiled=self._compiled)
+        environment = launch.environment_of(max(1, self._job.cores // processes))
         command = command or launch.training_command(output.scratch / JOB, processes)
         return launch.started(command, log=self._log, environment=environment)
 

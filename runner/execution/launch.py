@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from runner.compiled_code import VARIABLE, compiled_folder
 from runner.execution.fork_server import ForkedWorker
 from runner.execution.node_layout import ALONE, Layout, without_launcher
 from runner.resources import gpu_count
@@ -74,11 +75,11 @@ def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[
     return [*PYTHON, "-m", LAUNCHER, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
 
 
-def environment_of(threads: int, *, compiled: Path) -> dict[str, str]:
-    """The environment of workers; `compiled` is the folder of compiled code."""
-    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, "TORCHINDUCTOR_CACHE_DIR": str(compiled), **MEMORY}
-    inherited = safe_environment(without_launcher(os.environ))
-    return defaults | inherited | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+def environment_of(threads: int, *, compiled: Path | None = None) -> dict[str, str]:
+    """The environment of workers; `compiled` is the folder of compiled code, by default the user's."""
+    defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, **MEMORY}
+    fixed = {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads), VARIABLE: str(compiled or compiled_folder())}
+    return defaults | safe_environment(without_launcher(os.environ)) | fixed
 
 
 @contextlib.contextmanager

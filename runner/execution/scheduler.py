@@ -94,7 +94,7 @@ class Scheduler:
         modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
         if not modules or not launch.can_fork():
             return None
-        environment = launch.environment_of(available_cores(), compiled=self._store.compiled)
+        environment = launch.environment_of(available_cores())
         return ForkServer(modules, place=self._store.root, environment=environment)
 
     def _lock_wait(self, entry: Entry) -> LockWait:

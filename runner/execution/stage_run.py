@@ -180,7 +180,7 @@ class StageRun:
         log_start = os.fstat(self._log.fileno()).st_size
         for name in (RESULT, ERROR) if self._owns_scratch else ():
             (self._scratch / name).unlink(missing_ok=True)
-        environment = launch.environment_of(threads, compiled=self._store.compiled)
+        environment = launch.environment_of(threads)
         peer_faults: list[tuple[float, StageError]] = []  # after one, the processes here end by themselves
 
         def check() -> None:

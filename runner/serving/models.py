@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.artifacts import Adapter, Checkpoint, Release
+from runner.compiled_code import VARIABLE, compiled_folder
 from runner.errors import RecipeError
 from runner.graph import edges
 from runner.planning.plan import Entry, Plan
@@ -28,14 +29,14 @@ class ServableModel:
     adapter: Path | None = None  # applied to the checkpoint
     made: str = ""  # time, from its record
 
-    def open(self, *, compiled: Path | None = None) -> "ChatSession":
-        """Loads the model; imports torch. `compiled` is the folder of compiled code, to generate with it."""
-        if compiled is not None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    def open(self, *, compiled: bool = False) -> "ChatSession":
+        """Loads the model; imports torch. `compiled` compiles the decoding step first."""
+        if compiled:
+            os.environ[VARIABLE] = str(compiled_folder())
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
         from llm.inference.chat_session import ChatSession
 
-        return ChatSession(self.checkpoint, self.adapter, compiled=compiled is not None)
+        return ChatSession(self.checkpoint, self.adapter, compiled=compiled)
 
 
 def finished_checkpoints(plan: Plan) -> list[Entry]:

@@ -89,11 +89,12 @@ def test_a_compiled_model_gives_the_same_answer_and_its_code_is_cached(
     ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it has compiled
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     words = ("chat", "recipe.toml", "--temperature", "0", "--max-new-tokens", "12", "--cache", str(tmp_path))
     ask("recipe.toml", "--until", "base", "--cache", str(tmp_path))
     plain, compiled = ask(*words, text="what is it?\n"), ask(*words, "--compile", text="what is it?\n")
     assert (compiled.returncode, compiled.stdout) == (0, plain.stdout), compiled.stderr
-    assert any((tmp_path / "compiled").rglob("*.so"))
+    assert any((tmp_path / "user" / "stockpot" / "compiled").rglob("*.so"))
 
 
 def test_only_finished_models_are_servable(ask: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
