@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from llm.errors import InputError
-from llm.evaluation.lm_eval_harness import local_task
+from llm.evaluation.lm_eval_tasks import local_task
 from llm.evaluation.multiple_choice import ChoiceTemplate
 from llm.inference.likelihood import label_likelihoods
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
@@ -168,7 +168,7 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
     assert set(scores) == {"o.acc", "o.acc_norm"}
     assert 0 <= scores["o.acc"] <= 1
     assert facts["rows"] == 6
-    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    escape = "{{ ''.__class__.__mro__ }}"
     (tasks / "organs.yaml").write_text(TASK.replace("{{question}}", escape))
     with pytest.raises(Exception, match="__class__"):  # jinja's SecurityError, through lm-eval
         score(lm_eval(tasks, name="again"))
@@ -179,15 +179,18 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
     [
         ("process_docs: !function evil.run", "expected YAML without tags such as !function"),
         ("other: !!python/object/apply:os.system [id]", "expected YAML without tags"),
-        ("process_docs: evil.run", "process_docs: expected one of .*, got another field"),
-        ("unsafe_code: true", "unsafe_code: expected one of .*, got another field"),
-        ("include: other.yaml", "include: expected one of .*, got another field"),
-        ("dataset_path: owner/name", "dataset_path: expected one of json, csv"),
+        ("process_docs: evil.run", "process_docs: expected a key that holds data"),
+        ("unsafe_code: true", "unsafe_code: expected a key that holds data"),
+        ("include: other.yaml", "include: expected a key that holds data"),
+        ("dataset_path: owner/name", "dataset_path: expected 'json', 'csv'"),
         ("dataset_kwargs: { data_files: ../secret.jsonl }", r"in the folder of the task file, got '\.\./secret\.jsonl'"),
         ("dataset_kwargs: { data_files: 'https://x/y.jsonl' }", "in the folder of the task file"),
         ("dataset_kwargs: { data_files: link.jsonl }", "got 'link.jsonl'"),
-        ("dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }", "expected only data_files"),
-        ("doc_to_text: [1]", "doc_to_text: expected a string"),
+        (
+            "dataset_kwargs: { data_files: organs.jsonl, trust_remote_code: true }",
+            "dataset_kwargs.trust_remote_code: expected a key that holds data",
+        ),
+        ("doc_to_text: [1]", "doc_to_text: expected a valid string"),
     ],
 )
 def test_a_task_file_holds_only_data(change: str, message: str, tasks: Path) -> None:
@@ -206,7 +209,7 @@ def test_a_metric_that_is_downloaded_as_code_is_refused(metrics: str, tasks: Pat
     (tasks / "organs.yaml").write_text(TASK[: TASK.index("metric_list")] + f"metric_list: {metrics}\n")
     with pytest.raises(
         InputError,
-        match=r"lm_eval:organs: (metric: expected one of lm-eval's own|expected no hf_evaluate, which fetches code)",
+        match=r"(lm_eval:organs: metric: expected one of lm-eval's own|metric_list\.0\.\w+: )",
     ):
         score(lm_eval(tasks))
 
