@@ -11,6 +11,7 @@ which would separate a tied head from its embedding.
 Importing peft takes 2.3 s after torch, so functions import it where they use it.
 """
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm.adapters import lora_linear
+from llm.adapters.frozen import freeze, hidden_weights
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
 from llm.layers.dropout import Dropout
@@ -130,6 +132,7 @@ def quantize(model: LanguageModel, *, double: bool, compute_dtype: torch.dtype |
     """Quantize the linear layers of the decoder to 4-bit NormalFloat; embedding, norms and head stay as they are.
 
     `double` quantizes the scales of the blocks as well. Products are computed in `compute_dtype`, by default in the input's.
+    One layer at a time is in fp32, so a model whose weights are pages of its file is never in memory as a whole.
     """
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -141,7 +144,7 @@ def quantize(model: LanguageModel, *, double: bool, compute_dtype: torch.dtype |
         # On processors that multiply bf16, bitsandbytes would repack the weight for good in the first validation, and a
         # repacked layer passes no gradient on to its input.
         quantized.support_avx512bf16_for_cpu = False
-        quantized.weight = Params4bit(linear.weight.detach(), requires_grad=False, module=quantized, **form)
+        quantized.weight = Params4bit(linear.weight.detach().float(), requires_grad=False, module=quantized, **form)
         model.set_submodule(name, quantized.to(linear.weight.device))  # moving to a device quantizes
 
 
@@ -183,7 +186,14 @@ def attach(model: LanguageModel, config: LoraConfig, *, seed: int) -> None:
         modules_to_save=full or None,
         ensure_weight_tying=model.config.tied and EMBEDDING in full,
     )
-    with torch.random.fork_rng():
+    freeze(model)
+    for module in full:
+        model.get_submodule(module).requires_grad_(True).float()  # its master weights
+    if config.dora:  # lengths of rows are those of the exact weights
+        for name, linear in _linear_layers(model):
+            if any(end in names for end in _suffixes(name)):
+                linear.float()
+    with torch.random.fork_rng(), contextlib.nullcontext() if config.dora else hidden_weights(model):
         torch.manual_seed(seed)
         _inject(model, peft_config)
     for _, layer in adapted_layers(model):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from llm.adapters.frozen import FrozenLinear
 from llm.layers.ops import compute_dtype
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ class LowRankLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:  # noqa: D102
         dtype = compute_dtype(x)
-        flat, weight, down = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype), down.to(dtype)
+        flat, down = x.reshape(-1, x.shape[-1]).to(dtype), down.to(dtype)
         up = (up * scale).to(dtype)
         narrow = flat @ down.t()  # (N, r)
-        out = (flat @ weight.t()).addmm_(narrow, up.t())
-        ctx.save_for_backward(flat, weight, down, up, narrow)
+        out = (flat @ weight.to(dtype).t()).addmm_(narrow, up.t())
+        ctx.save_for_backward(flat, weight, down, up, narrow)  # of the frozen weight no cast, which would be a second copy
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return out.view(*x.shape[:-1], -1)
 
@@ -38,7 +39,11 @@ class LowRankLinear(Function):
         flat, weight, down, up, narrow = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         dnarrow = grad @ up
-        dx = (grad @ weight).addmm_(dnarrow, down).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = (
+            (grad @ weight.to(grad.dtype)).addmm_(dnarrow, down).view(ctx.shape).to(ctx.dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         return dx, None, (dnarrow.t() @ flat).float(), (grad.t() @ narrow).float().mul_(ctx.scale), None
 
 
@@ -60,4 +65,4 @@ def fuse(layer: "LoraLayer", *, adapter: str) -> None:
 
 def can_fuse(base: nn.Module, *, dropout: float, dora: bool) -> bool:
     """Whether an adapter with these settings is exactly a matrix and its low-rank update."""
-    return type(base) is nn.Linear and base.bias is None and dropout == 0 and not dora
+    return type(base) in (nn.Linear, FrozenLinear) and base.bias is None and dropout == 0 and not dora

@@ -53,12 +53,14 @@ def write_model(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor]
 
 
 def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
 ) -> LanguageModel:
-    """Open a model folder. `dropout` is for further training: a checkpoint does not record it."""
+    """Open a model folder. `dtype` None keeps weights as they are stored: on a CPU they are then pages of the file, which all
+    processes of a machine share. `dropout` is for further training: a checkpoint does not record it.
+    """
     config, vocab_size = read_config(folder / CONFIG, dropout=dropout)
     stored = read_weights(folder, config, vocab_size=vocab_size, device=device)
-    weights = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in stored.items()}
     if config.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = _without_weights(config, vocab_size)

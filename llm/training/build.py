@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from llm.adapters.frozen import hold_once
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import shard
 from llm.training.distributed.process_group import ProcessGroup
@@ -33,6 +34,7 @@ def build(
     """
     context = task.rows.context
     flops, shape = model.flops_per_token(context), compiled_shape(model, context, runtime)
+    hold_once(model, runtime.precision)
     learner = Learner(model, task.objective, precision=runtime.precision)
     learner = shard(learner, runtime.strategy, device=group.device, processes=group.size)
     runtime = settle(learner, task.rows, runtime, auto=auto, group=group, report=report)

@@ -16,6 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from llm.adapters.frozen import FrozenLinear
 from llm.data.batch import IGNORE, Batch
 from llm.device import Precision, autocast
 from llm.layers.ops import compute_dtype
@@ -61,8 +62,8 @@ def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]
 
 def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log softmax(head(hidden))[target] over hidden (N, D), targets (N,); IGNORE counts nothing."""
-    if type(head) is nn.Linear and head.bias is None and not head._forward_hooks:
-        weight: Tensor = head.weight
+    if type(head) in (nn.Linear, FrozenLinear) and head.bias is None and not head._forward_hooks:
+        weight: Any = head.weight
         if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
             hidden, weight = hidden.detach(), weight.detach()
         total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))

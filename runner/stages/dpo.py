@@ -76,19 +76,23 @@ class LearnPreferences(PackedTraining, kind="dpo", version=2, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Train, and write the checkpoint."""
+        import torch
+
         from llm.adapters import lora
         from llm.adapters.merge import merge_attached
         from llm.models.checkpoint import load_checkpoint, save_checkpoint
         from llm.training.dpo import PreferenceLoss
 
         base = context.open(self.model)
-        model = load_checkpoint(base.folder)
+        model = load_checkpoint(base.folder, dtype=torch.float32 if self.lora is None else None)
         if self.lora is not None:
             lora.attach(model, self.lora.adapter, seed=self.seed)
         objective = PreferenceLoss(beta=self.beta, label_smoothing=self.label_smoothing)
         metrics = self.learn_rows(context, model, objective=objective, watched=objective.watched)
-        if self.lora is not None:
-            merge_attached(model)
         if is_main_process():
+            if self.lora is not None:  # into the exact weights, which a frozen base does not hold
+                adapted, model = model, load_checkpoint(base.folder)
+                lora.copy_adapter(adapted, model)
+                merge_attached(model)
             save_checkpoint(context.work, model, base.tokenizer.folder)
         return metrics

@@ -58,7 +58,7 @@ class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=3, makes=Ada
         from llm.models.checkpoint import load_checkpoint
 
         base = context.open(self.base)
-        model = load_checkpoint(base.folder)
+        model = load_checkpoint(base.folder, dtype=None)
         if self.quantize is not None:
             compute = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
             lora.quantize(model, double=self.double_quantize, compute_dtype=compute)
