@@ -20,6 +20,10 @@ from pydantic_core import CoreSchema, core_schema
 from runner.hub.files import SCHEME, HubFiles
 
 COMPRESSED = (".gz", ".zst")
+READABLE = (  # endings of the files that a folder stands for; those of `llm.text.readers`
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md"),
+    *(".xlsx", ".xls", ".ods", ".parquet", ".docx", ".pdf"),
+)
 
 
 class Located(str):
@@ -37,7 +41,7 @@ class Located(str):
 class InputFile(Located):
     """A path or glob of input files, relative to the recipe file that holds it. Its content is identity, its name is not.
 
-    The files may also be in a dataset on the Hub, at a commit.
+    A folder stands for all files in and below it that can be read. The files may also be in a dataset on the Hub, at a commit.
     """
 
     allows_hub: ClassVar[bool] = True  # whether it may be hf://datasets/...
@@ -60,7 +64,11 @@ class InputFile(Located):
         """The local files that match now, sorted by path; empty for files on the Hub."""
         if self.hub:
             return []
-        return sorted({path for path in glob_paths(self.pattern) if os.path.isfile(path)})  # noqa: PTH113
+        found = {path for path in glob_paths(self.pattern) if os.path.isfile(path)}  # noqa: PTH113
+        if not found and os.path.isdir(folder := self.folder / self):  # noqa: PTH112  # as above
+            inside = glob_paths(str(Path(glob.escape(str(folder)), "**", "*")))
+            found = {path for path in inside if os.path.isfile(path) and format_of(PurePosixPath(path)).startswith(READABLE)}  # noqa: PTH113
+        return sorted(found)
 
     def fetched(self) -> list[Path]:
         """The files for a running stage, sorted by path; those on the Hub are downloaded into its client's cache.

@@ -16,7 +16,7 @@ from llm.data.truncation import Encoded, Stream, fit_all
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
 from llm.text.attribution import Attribution, count_value
-from llm.text.readers import read_rows
+from llm.text.readers import encoding_notes, read_rows
 from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -73,7 +73,7 @@ class ChatsOfRow(NamedTuple):
 
 def read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[ChatsOfRow]:
     """The rows of `files` as chats, in order."""
-    for row in read_rows(files, template.fields):
+    for row in read_rows(files, template.fields, template.form):
         attribution = Attribution()
         chats: list[list[Turn]] | InputError
         try:
@@ -105,6 +105,8 @@ def write_rows(
     counts = [Counts() for _ in tables]
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
         for table, count in zip(tables, counts, strict=True):
+            for note in encoding_notes(table.files, table.template.form):
+                report(note=note)
             for batch in in_batches(_selected(table, count), _BATCH):
                 report(done=sum(count.rows for count in counts), unit="rows")
                 if should_stop():

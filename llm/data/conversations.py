@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.errors import InputError
+from llm.text.readers import AS_FOUND, FileFormat
 from llm.text.templates import split_template, split_text
 
 ROLES = ("system", "user", "assistant")
@@ -48,6 +49,7 @@ class Template:
     response: str = "{response}"
     messages: str | None = None
     words: tuple[tuple[str, str], ...] = ()  # (label, text): replaces a response that is a label
+    form: FileFormat = AS_FOUND  # of the files
 
     @property
     def fields(self) -> set[str]:
@@ -86,6 +88,7 @@ class PreferenceTemplate:
     chosen: str = "{chosen}"
     rejected: str = "{rejected}"
     messages: tuple[str, str] | None = None  # instead: the fields with the messages of both chats
+    form: FileFormat = AS_FOUND  # of the files
 
     @property
     def fields(self) -> set[str]:
@@ -115,6 +118,7 @@ class TextTemplate:
     """Makes a document from a row: one turn of the assistant."""
 
     text: str = "text"  # a field, or a template
+    form: FileFormat = AS_FOUND  # of the files
 
     @property
     def fields(self) -> set[str]:
@@ -143,7 +147,12 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"expected text or a number in {field!r}, got {_json_type(value)}")
-    return _encodable(str(value), repr(field))
+    if value != value:  # NaN, by which tables mean that there is nothing
+        raise InputError(f"expected text or a number in {field!r}, got no number (NaN)")
+    try:
+        return _encodable(str(value), repr(field))
+    except ValueError as error:  # of more digits than Python converts
+        raise InputError(f"expected text or a number in {field!r}, got a number that is too long: {error}") from error
 
 
 def _encodable(text: str, where: str) -> str:

@@ -19,7 +19,7 @@ from llm.evaluation.scoring import Outcome, answer_window, speeds
 from llm.inference.generate import GenerationTimer
 from llm.inference.likelihood import OnProgress, negative_log_likelihoods
 from llm.models.interface import LanguageModel
-from llm.text.readers import read_rows
+from llm.text.readers import AS_FOUND, FileFormat, read_rows
 from llm.text.templates import split_template
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -32,6 +32,7 @@ class ChoiceTemplate:
     choices: str | tuple[str, ...]  # the field that holds a list of texts, or a template for each
     answer: str  # the field that says which is right
     first: int = 0  # the number of the first choice, if `answer` is a number
+    form: FileFormat = AS_FOUND
 
     @property
     def fields(self) -> set[str]:
@@ -94,7 +95,7 @@ class ChoiceQuestion:
 def read_choices(files: Sequence[Path], template: ChoiceTemplate, *, skip_bad: bool) -> tuple[list[ChoiceQuestion], int]:
     """The usable rows of `files`, and the number of skipped ones."""
     found, skipped = [], 0
-    for row in read_rows(files, template.fields):
+    for row in read_rows(files, template.fields, template.form):
         try:
             found.append(ChoiceQuestion(row.at, *template.read(row.fields())))
         except InputError as error:

@@ -23,7 +23,7 @@ from llm.files import whole_folder
 from llm.text import minhash
 from llm.text.attribution import Attribution
 from llm.text.cleaning import Rules, clean, drop_reason
-from llm.text.readers import FileRow
+from llm.text.readers.rows import FileRow
 from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
 from llm.text.templates import split_text

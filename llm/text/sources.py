@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm.text.readers import FileRow, read_rows
+from llm.text.readers import AS_FOUND, FileFormat, read_rows
+from llm.text.readers.rows import FileRow
 from llm.text.templates import split_text
 
 
@@ -32,6 +33,7 @@ class Source:
     language: str | None = None  # of rows without a field `language`
     where: Mapping[str, str | int | bool] = field(default_factory=dict)  # keeps only rows whose fields equal these
     limit: int | None = None  # rows to read at most
+    form: FileFormat = AS_FOUND  # of the files
 
 
 def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Shard]:
@@ -60,7 +62,7 @@ def _all_rows(source: Source) -> Iterator[FileRow]:
     if source.rows is not None:
         for number, row in enumerate(source.rows(), start=1):
             yield FileRow(source.place, number, dict(row))
-    yield from read_rows(source.files, {*split_text(source.text)[1::2], *source.where})
+    yield from read_rows(source.files, {*split_text(source.text)[1::2], *source.where}, source.form)
 
 
 def _size(row: FileRow) -> int:

@@ -11,7 +11,8 @@ from string import Formatter
 def split_template(template: str) -> tuple[str, ...]:
     """Fixed text and names of fields in turn: `"a {b} c"` gives `("a ", "b", " c")`; literal braces are doubled.
 
-    ValueError if braces do not match or hold anything other than the name of a field.
+    A name is all that is between the braces, also "Review Text" or "Note: text". ValueError if braces do not match or are
+    empty.
     """
     parts = [""]
     try:
@@ -19,10 +20,10 @@ def split_template(template: str) -> tuple[str, ...]:
             parts[-1] += literal
             if field is None:
                 continue
-            if not field.isidentifier() or form or conversion:
-                shown = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-                raise ValueError(f"expected only the name of a field in braces, got {shown!r}")
-            parts += [field, ""]
+            name = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            if not name.strip() or "{" in name:
+                raise ValueError(f"expected the name of a field in braces, got {name!r}")
+            parts += [name, ""]
     except ValueError as error:
         raise ValueError(f"{template!r} is not a template: {error} (double a literal brace)") from None
     return tuple(parts)

@@ -16,6 +16,7 @@ from runner.files import write_whole
 from runner.input_files import InputFile
 from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
 from runner.stages.fields.data_tables import TextField
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.text.cleaning import Rules
@@ -26,7 +27,10 @@ class SourceSpec(Spec):
     """One source of text: local files or a dataset on the Hub."""
 
     files: Semantic[InputFile | None] = None
-    """A path or glob: *.jsonl, *.txt, *.csv, *.tsv (each also .gz or .zst) or *.parquet. A .txt file is one document."""
+    """A path, glob or folder: .jsonl, .json, .csv, .tsv, .txt, .md (each also .gz or .zst), .xlsx, .ods, .parquet, .docx or
+    .pdf. A file of .txt, .md, .docx or .pdf is one document."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     hub: Semantic[str | None] = None
     """A dataset on the Hub, "owner/name", read as a stream."""
     revision: Semantic[str] = "main"
@@ -53,6 +57,8 @@ class SourceSpec(Spec):
     def _one_place(self) -> "SourceSpec":
         if (self.files is None) == (self.hub is None):
             raise ValueError("expected either files or hub" + ("" if self.files is None else ", got both"))
+        if self.hub is not None and self.read is not None:
+            raise ValueError("read: expected none beside hub, since it tells how to read files")
         if self.hub is None:  # compared with the defaults, since a resolved recipe writes those out
             of_hub = {"revision": "main", "split": "train", "config": None}
             if given := [name for name, default in of_hub.items() if getattr(self, name) != default]:
@@ -114,11 +120,14 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
         """Build the corpus with all cores."""
         from llm.text.corpus import build_corpus
         from llm.text.executor import LocalProcesses
+        from llm.text.readers import encoding_notes
         from llm.text.shards import CorpusConfig
 
         corpus = Corpus(context.work)
         commits = _pin(self.sources, context.scratch / "commits.json")
         sources = [_source(spec, name, commits) for spec, name in zip(self.sources, self.names(), strict=True)]
+        for note in (note for source in sources for note in encoding_notes(source.files, source.form)):
+            context.report(note=note)
         metrics = build_corpus(
             sources,
             CorpusConfig(
@@ -161,6 +170,7 @@ def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source"
         language=spec.language,
         where=spec.where,
         limit=spec.limit,
+        form=(spec.read or AS_FOUND).form,
     )
 
 

@@ -17,6 +17,7 @@ from runner.artifacts import Checkpoint, Tokens
 from runner.input_files import InputFile
 from runner.stage import Context, Ref, Semantic, Spec
 from runner.stages.fields.data_tables import PromptTemplate, ResponseTemplate, RowTable, TextField, pack_tables
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.data.batch import RowSource
@@ -30,7 +31,9 @@ class MixTable(Spec):
     tokens: Semantic[Ref[Tokens] | None] = None
     """Tokens of a `pack` stage with the model's tokenizer. Loss is on all of them."""
     files: Semantic[InputFile | None] = None
-    """Instead of tokens: path or glob, .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Instead of tokens: files as in `data`; for plain text also .txt, .md, .docx and .pdf."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     text: Semantic[TextField | None] = None
     """For files of plain text: the field that holds it, or a template over fields. Loss is on all of it."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
@@ -58,7 +61,10 @@ class MixTable(Spec):
     @property
     def template(self) -> Template | TextTemplate:
         """How a row of `files` becomes a chat or a document."""
-        return Template(self.prompt, self.response, self.messages) if self.text is None else TextTemplate(self.text)
+        form = (self.read or AS_FOUND).form
+        if self.text is not None:
+            return TextTemplate(self.text, form)
+        return Template(self.prompt, self.response, self.messages, form=form)
 
     def prepare(self, context: Context, base: Checkpoint, name: str, *, positions: int, row_length: int) -> None:
         """Tokenize the files into the folder `name` of scratch, unless it exists."""
@@ -89,6 +95,7 @@ class MixTable(Spec):
             assert self.files is not None
             table = RowTable(
                 files=self.files,
+                read=self.read,
                 prompt=self.prompt,
                 response=self.response,
                 messages=self.messages,

@@ -12,6 +12,7 @@ from llm.data.conversations import PreferenceTemplate, Template
 from llm.text.templates import split_template, split_text, with_field
 from runner.input_files import InputFile
 from runner.stage import Context, Semantic, Spec
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
@@ -39,8 +40,10 @@ class RowTable(Spec):
     """Rows of files as prompts and responses, or as messages."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet. Like every file of rows or text, it may be in a
-    dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
+    """Path, glob or folder: .jsonl, .json, .csv, .tsv (also .gz, .zst), .xlsx, .ods or .parquet. Like every file of rows or
+    text, it may be in a dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, never the response."""
@@ -63,14 +66,16 @@ class RowTable(Spec):
     @property
     def template(self) -> Template:
         """How a row becomes the turns of a chat."""
-        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()))
+        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), (self.read or AS_FOUND).form)
 
 
 class PreferenceTable(Spec):
     """Rows of files as a prompt with a preferred answer and a rejected one."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Path, glob or folder: .jsonl, .json, .csv, .tsv (also .gz, .zst), .xlsx, .ods or .parquet."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, for both answers alike."""
@@ -96,7 +101,7 @@ class PreferenceTable(Spec):
     def template(self) -> PreferenceTemplate:
         """How a row becomes two chats."""
         fields = (self.messages[0], self.messages[1]) if self.messages is not None else None
-        return PreferenceTemplate(self.prompt, self.chosen, self.rejected, fields)
+        return PreferenceTemplate(self.prompt, self.chosen, self.rejected, fields, (self.read or AS_FOUND).form)
 
 
 class TrainingTable(RowTable):

@@ -14,6 +14,7 @@ from llm.text.selection import evenly_spaced
 from runner.input_files import InputFile
 from runner.stage import Semantic, Spec
 from runner.stages.fields.data_tables import RowTable, TextField
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
@@ -29,7 +30,9 @@ class TextTable(Spec):
     """Files of held-out text."""
 
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Files as in `sources` of a corpus."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
 
@@ -86,7 +89,7 @@ def read_sentences(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iter
     for documents in corpora:
         yield from sentences(document.text for document in sample_documents(documents, CORPUS_BYTES))
     for table in tables:
-        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text)), MAX_ROWS)
+        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text, (table.read or AS_FOUND).form)), MAX_ROWS)
         yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
 
 

@@ -10,7 +10,8 @@ import pytest
 import zstandard
 
 from llm.errors import InputError
-from llm.text.readers import FileRow, RowFault, read_rows
+from llm.text.readers import read_rows
+from llm.text.readers.rows import FileRow, RowFault
 from llm.text.sources import Source, cut_into_shards
 
 TEXTS = ["first document", "第二篇文档", 'third, with a comma, a "quote"\nand a second line']
@@ -99,7 +100,7 @@ def test_a_table_without_the_column_is_an_error_that_lists_its_columns(tmp_path:
         path.write_text("title,body\nx,y\n")
     else:
         pq.write_table(pa.table({"title": ["x"], "body": ["y"]}), path)
-    with pytest.raises(InputError, match=rf"{name}.*expected a column 'text'.*title, body"):
+    with pytest.raises(InputError, match=rf"{name}: expected one column 'text', got only 'title', 'body'"):
         rows(Source("s", files=(path,)))
 
 
@@ -108,13 +109,9 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(b"plain text, and a little more of it")
         with pytest.raises(InputError, match=name):
             rows(Source("s", files=(tmp_path / name,)))
-    (tmp_path / "d.docx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"d\.docx: expected a file named"):
-        rows(Source("s", files=(tmp_path / "d.docx",)))
-    (tmp_path / "e.txt").write_bytes(b"fine\nalso\nnot \xff\n")
-    (fault,) = rows(Source("s", files=(tmp_path / "e.txt",)))
-    assert fault.number == 3
-    assert isinstance(fault.content, RowFault)
+    (tmp_path / "d.html").write_bytes(b"")
+    with pytest.raises(InputError, match=r"d\.html: expected a file named"):
+        rows(Source("s", files=(tmp_path / "d.html",)))
 
 
 def test_shards_have_the_wanted_size_and_hold_one_source_each(tmp_path: Path) -> None:

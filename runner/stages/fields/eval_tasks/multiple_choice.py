@@ -11,6 +11,7 @@ from runner.input_files import InputFile
 from runner.stage import Semantic
 from runner.stages.fields.data_tables import OnBadRow
 from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
@@ -27,7 +28,9 @@ class MultipleChoiceTask(EvalTask):
     task: Semantic[Literal["multiple_choice"]]
     """Several answers, one of them right."""
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Path, glob or folder: .jsonl, .json, .csv, .tsv (also .gz, .zst), .xlsx, .ods or .parquet."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     prompt: Semantic[str] = "{question}"
     """What the user says; {name} stands for the field of a row."""
     choices: Semantic[str | Annotated[list[str], Field(min_length=2)]] = "choices"
@@ -54,7 +57,7 @@ class MultipleChoiceTask(EvalTask):
         from llm.evaluation.multiple_choice import ChoiceTemplate, read_choices, score_choices
 
         choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
-        template = ChoiceTemplate(self.prompt, choices, self.answer, self.first)
+        template = ChoiceTemplate(self.prompt, choices, self.answer, self.first, (self.read or AS_FOUND).form)
         questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
         used = self.limited(questions, self.files.pattern)
         found = score_choices(evaluated.model, evaluated.tokenizer, questions=used, progress=progress)

@@ -13,6 +13,7 @@ from runner.input_files import InputFile
 from runner.stage import Ref, Semantic
 from runner.stages.fields.data_tables import OnBadRow, RowTable, TextField
 from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
+from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
@@ -82,7 +83,9 @@ class TextTask(QuestionTask):
     task: Semantic[Literal["text"]]
     """Likelihood of text."""
     files: Semantic[InputFile]
-    """Path or glob: .jsonl, .txt, .csv or .tsv (also .gz, .zst), or .parquet."""
+    """Path, glob or folder: .jsonl, .json, .csv, .tsv, .txt, .md (also .gz, .zst), .xlsx, .ods, .parquet, .docx or .pdf."""
+    read: Semantic[Reading | None] = None
+    """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
     limit: Semantic[Limit] = None
@@ -93,7 +96,7 @@ class TextTask(QuestionTask):
     @property
     def template(self) -> TextTemplate:
         """How a row becomes a document."""
-        return TextTemplate(self.text)
+        return TextTemplate(self.text, (self.read or AS_FOUND).form)
 
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the likelihood of the documents."""

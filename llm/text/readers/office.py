@@ -1,0 +1,42 @@
+"""The text of .docx and .pdf files."""
+
+from pathlib import Path
+
+from llm.errors import InputError
+
+EXTRA = "pip install 'stockpot[office]'"
+
+
+def docx_text(path: Path) -> str:
+    """Paragraphs and cells of tables, in order, a line each."""
+    try:
+        import docx
+        from docx.text.paragraph import Paragraph
+    except ImportError as error:
+        raise InputError(f"{path}: expected the package python-docx, got none; {EXTRA}") from error
+    try:
+        blocks = list(docx.Document(str(path)).iter_inner_content())
+    except Exception as error:  # python-docx, lxml and zipfile each raise their own
+        raise InputError(f"{path}: is not a readable .docx file ({error})") from error
+    texts: list[str] = []
+    for block in blocks:
+        if isinstance(block, Paragraph):
+            texts.append(block.text)
+        else:
+            texts += ["\t".join(cell.text for cell in row.cells) for row in block.rows]
+    return "\n".join(texts)
+
+
+def pdf_text(path: Path) -> str:
+    """The text of all pages; InputError if there is none, as in scanned pages."""
+    try:
+        import pypdf
+    except ImportError as error:
+        raise InputError(f"{path}: expected the package pypdf, got none; {EXTRA}") from error
+    try:
+        text = "\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
+    except Exception as error:  # pypdf also raises those of Python
+        raise InputError(f"{path}: is not a readable PDF file ({error})") from error
+    if not text.strip():
+        raise InputError(f"{path}: expected text, got pages without any, as of a scan; run an OCR program over it first")
+    return text

@@ -1,0 +1,159 @@
+"""Tables: CSV with any separator, TSV, Parquet, and sheets of Excel and LibreOffice. The first row of a text or sheet names
+the fields.
+"""
+
+import csv
+import datetime
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llm.errors import InputError
+from llm.text import attribution
+from llm.text.readers.rows import FileRow, RowFault, not_utf8
+from llm.text.readers.streams import lines
+
+DELIMITERS = ",;\t|"
+SNIFFED_ROWS = 20
+WIDEST_FIELD = 2**31 - 1  # the default of 131,072 characters is less than a chapter
+
+
+def read_csv(path: Path, needed: set[str], *, encoding: str, delimiter: str | None) -> Iterator[FileRow]:
+    """The rows of a CSV file; without a `delimiter`, the one of `, ; tab |` that gives the first rows the most columns."""
+    first = next(_decoded(path, encoding), "")
+    told = first[4:5] if first.startswith("sep=") and len(first.strip()) == 5 else None  # a line that Excel writes
+    found = delimiter or told or _sniffed(islice(_decoded(path, encoding), SNIFFED_ROWS))
+    rows = _decoded(path, encoding)
+    if told:
+        next(rows)
+    yield from _table(path, csv.reader(rows, delimiter=found, strict=True), needed, name="CSV", skipped=int(bool(told)))
+
+
+def read_tsv(path: Path, needed: set[str], *, encoding: str) -> Iterator[FileRow]:
+    """The rows of a TSV file, in which a quotation mark is an ordinary character."""
+    table = csv.reader(_decoded(path, encoding), delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from _table(path, table, needed, name="TSV")
+
+
+def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[FileRow]:
+    """The rows of a sheet of an .xlsx, .xls or .ods file, by default the first one."""
+    try:
+        import python_calamine
+    except ImportError as error:
+        raise InputError(f"{path}: expected the package python-calamine, got none; pip install 'stockpot[office]'") from error
+    try:
+        with python_calamine.CalamineWorkbook.from_path(str(path)) as book:
+            names = book.sheet_names
+            if sheet is not None and sheet not in names:
+                raise InputError(f"{path}: expected a sheet {sheet!r}, got only {', '.join(map(repr, names))}")
+            rows = book.get_sheet_by_name(sheet or names[0]).to_python(skip_empty_area=False)
+    except (python_calamine.CalamineError, OSError) as error:
+        raise InputError(f"{path}: is not a readable workbook ({error})") from error
+    if not rows:
+        return
+    columns = _columns(path, [str(cell) for cell in rows[0]], needed)
+    for number, row in enumerate(rows[1:], start=2):
+        if any(cell != "" for cell in row):
+            yield FileRow(str(path), number, {name: _cell(value) for name, value in zip(columns, row, strict=True) if name})
+
+
+def read_parquet(path: Path, needed: set[str]) -> Iterator[FileRow]:
+    """The rows of a Parquet file; only the columns `needed` and those of `llm.text.attribution` are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _check_columns(path, names, needed)
+            columns = [name for name in names if name in {*needed, *attribution.FIELDS}]
+            number = 1
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for content in _contents(batch):
+                    yield FileRow(str(path), number, content)
+                    number += 1
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
+
+
+def _contents(batch: Any) -> Sequence[dict[str, Any] | RowFault]:
+    """The rows of a batch of Arrow; a row with a string that is not UTF-8, which some writers let pass, is a fault."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist()
+        return found
+    except UnicodeDecodeError:
+        return [_content(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _content(row: Any) -> dict[str, Any] | RowFault:
+    try:
+        (fields,) = row.to_pylist()
+        return dict(fields)
+    except UnicodeDecodeError as error:
+        return RowFault(not_utf8(error))
+
+
+def _decoded(path: Path, encoding: str) -> Iterator[str]:
+    for number, line in enumerate(lines(path, encoding), start=1):
+        try:
+            yield line.decode() + "\n"
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: {not_utf8(error)}") from error
+
+
+def _sniffed(sample: Iterator[str]) -> str:
+    """The delimiter by which the sample has the most columns in the row that has the fewest."""
+    rows = list(sample)
+    columns = {delimiter: _fewest_columns(rows, delimiter) for delimiter in DELIMITERS}
+    return max(columns, key=lambda delimiter: columns[delimiter])
+
+
+def _fewest_columns(rows: Sequence[str], delimiter: str) -> int:
+    try:
+        found = [len(row) for row in csv.reader(rows, delimiter=delimiter) if row]
+    except csv.Error:
+        return 0
+    return min(found[:-1] or found, default=0)  # the last one may go on behind the sample
+
+
+def _table(path: Path, table: Any, needed: set[str], *, name: str, skipped: int = 0) -> Iterator[FileRow]:
+    csv.field_size_limit(WIDEST_FIELD)
+    number = 1
+    try:
+        names: list[str] = next((row for row in table if row), [])
+        columns = _columns(path, names, needed)
+        number = skipped + table.line_num + 1
+        for row in table:
+            if row and len(row) == len(columns):
+                yield FileRow(str(path), number, {name: cell for name, cell in zip(columns, row, strict=True) if name})
+            elif row:
+                fault = f"expected the {len(columns)} columns of the first line, got {len(row)}"
+                yield FileRow(str(path), number, RowFault(fault))
+            number = skipped + table.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{number}: expected {name}: {error}") from error
+
+
+def _columns(path: Path, names: Sequence[str], needed: set[str]) -> list[str]:
+    """The names of columns without white space around them, checked."""
+    columns = [name.strip() for name in names]
+    _check_columns(path, columns, needed)
+    return columns
+
+
+def _check_columns(path: Path, columns: Sequence[str], needed: set[str]) -> None:
+    """InputError if a column that is needed is missing or there twice."""
+    for name in sorted(needed):
+        if columns.count(name) != 1:
+            got = f"{columns.count(name)} of that name" if name in columns else f"only {', '.join(map(repr, columns))}"
+            raise InputError(f"{path}: expected one column {name!r}, got {got}")
+
+
+def _cell(value: Any) -> Any:
+    """A cell as text would have it: whole numbers without a point, dates as in ISO 8601."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return str(value)
+    return value
