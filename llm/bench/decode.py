@@ -17,7 +17,8 @@ from llm.bench.implementations import CountingRows, StockpotTraining, build_tran
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload
 from llm.device import autocast, has_compiler, resolve_precision
-from llm.inference.generate import GenerationTimer, generate
+from llm.inference.generate import generate
+from llm.inference.timer import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel
 from llm.training.config import Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup

@@ -6,6 +6,7 @@
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from llm.data.conversations import Template, Turn
 from llm.data.truncation import Stream, fit_all
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, resample, rounded
-from llm.evaluation.scoring import Outcome, answer_window, speeds
-from llm.inference.generate import GenerationTimer
-from llm.inference.likelihood import OnProgress, negative_log_likelihoods
+from llm.evaluation.scoring import Outcome, speeds
+from llm.inference.batches import OnProgress
+from llm.inference.likelihood import Choice, continuation_likelihoods
+from llm.inference.processes import ALONE, Processes
+from llm.inference.timer import GenerationTimer
 from llm.models.interface import LanguageModel
 from llm.text.readers import AS_FOUND, FileFormat, read_rows
 from llm.text.templates import split_template
@@ -106,21 +109,28 @@ def read_choices(files: Sequence[Path], template: ChoiceTemplate, *, skip_bad: b
 
 
 def score_choices(
-    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[ChoiceQuestion], progress: OnProgress
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    *,
+    questions: Sequence[ChoiceQuestion],
+    progress: OnProgress,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """`accuracy` of the likeliest choice, and `accuracy_per_byte` with log-probabilities divided by the choices' bytes.
 
-    A prompt that does not fit the context with the longest choice is cut as in training.
+    The prompt is computed once for all choices. One that does not fit the context with the longest choice is cut as in
+    training.
     """
     streams = [_streams(question, tokenizer, model.context) for question in questions]
-    windows = [answer_window(stream) for of_row in streams for stream in of_row]
+    choices = [_choices(of_row) for of_row in streams]
     timer = GenerationTimer()
-    nats = iter(negative_log_likelihoods(model, windows, timer=timer, progress=progress))
+    whole = list(chain.from_iterable(choices))
+    found = iter(continuation_likelihoods(model, whole, timer=timer, processes=processes, progress=progress))
     hits: dict[str, list[float]] = {"accuracy": [], "accuracy_per_byte": []}
     wrong = []
-    for number, question in enumerate(questions, start=1):
+    for number, (question, of_row) in enumerate(zip(questions, choices, strict=True), start=1):
         texts = [chat[-1].content for chat in question.chats]
-        losses = [next(nats) for _ in texts]
+        losses = [-likelihood for _ in of_row for likelihood in next(found)]
         chosen = losses.index(min(losses))
         hits["accuracy"].append(float(chosen == question.right))
         per_byte = [loss / len(text.encode()) for loss, text in zip(losses, texts, strict=True)]
@@ -146,6 +156,16 @@ def score_choices(
         **speeds(timer),
     }
     return Outcome(rounded(score(np.ones(total))), total, wrong, facts, values=dict(hits), replicates=resample(total, score))
+
+
+def _choices(streams: Sequence[Stream]) -> list[Choice]:
+    """The chats of a row: one choice, unless the beginning of an answer has changed how its prompt splits into tokens."""
+    by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+    for stream in streams:
+        by_prompt.setdefault(tuple(stream.ids[: stream.answer_start]), []).append(stream.ids[stream.answer_start :])
+    if len(by_prompt) == 1:
+        return [Choice(prompt, answers) for prompt, answers in by_prompt.items()]
+    return [Choice(stream.ids[: stream.answer_start], [stream.ids[stream.answer_start :]]) for stream in streams]
 
 
 def _streams(question: ChoiceQuestion, tokenizer: TextTokenizer, context: int) -> list[Stream]:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.evaluation.scoring import Answers, Outcome, Question, answer_questions
-from llm.inference.likelihood import OnProgress
+from llm.inference.batches import OnProgress
+from llm.inference.processes import ALONE, Processes
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -29,6 +30,7 @@ def compare_models(
     questions: Sequence[Question],
     max_new_tokens: int,
     progress: OnProgress,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Win rates of the model against the other, and mean changes; a tie is half a win.
 
@@ -41,8 +43,9 @@ def compare_models(
     def half(done: int) -> OnProgress:
         return lambda part, of: progress(done * of + part, 2 * of)
 
-    other = answer_questions(*load_other(), questions=questions, max_new_tokens=max_new_tokens, progress=half(0))
-    own = answer_questions(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=half(1))
+    asked: dict[str, Any] = {"questions": questions, "max_new_tokens": max_new_tokens, "processes": processes}
+    other = answer_questions(*load_other(), progress=half(0), **asked)
+    own = answer_questions(model, tokenizer, progress=half(1), **asked)
     of_other, of_own = (_measures(answers, tokenizer) for answers in (other, own))  # both with the model's own tokenizer
     changes = {name: values - of_other[name] for name, values in of_own.items()}
     values = {

@@ -20,8 +20,11 @@ from llm.data.truncation import Stream, fit
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import ChrfBleu
-from llm.inference.generate import GenerationTimer, generate
-from llm.inference.likelihood import OnProgress, Window, label_likelihoods, negative_log_likelihoods, similar_lengths
+from llm.inference.batches import OnProgress
+from llm.inference.generate import generate
+from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
+from llm.inference.processes import ALONE, Processes
+from llm.inference.timer import GenerationTimer
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -87,7 +90,14 @@ class Likelihoods:
         return {"nats": round_all(self.nats), "tokens": self.tokens, "bytes": self.text_bytes}
 
 
-def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequence[str], progress: OnProgress) -> Outcome:
+def score_texts(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    *,
+    texts: Sequence[str],
+    progress: OnProgress,
+    processes: Processes = ALONE,
+) -> Outcome:
     """`perplexity` per token and `bits_per_byte` of whole documents, with the end token of each.
 
     A document longer than the model's context is split into windows without overlap; each token is scored once, given the
@@ -100,7 +110,7 @@ def score_texts(model: LanguageModel, tokenizer: TextTokenizer, *, texts: Sequen
     ]
     timer = GenerationTimer()
     windows = [window for document in documents for window in document]
-    nats = iter(negative_log_likelihoods(model, windows, timer=timer, progress=progress))
+    nats = iter(negative_log_likelihoods(model, windows, timer=timer, processes=processes, progress=progress))
     found = Likelihoods(
         nats=[sum(next(nats) for _ in document) for document in documents],
         tokens=[sum(len(window.targets) for window in document) for document in documents],
@@ -117,6 +127,7 @@ def classify(
     questions: Sequence[Question],
     labels: Sequence[str] | None = None,
     progress: OnProgress,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """`accuracy` and `macro_f1` of the likeliest label: the largest sum of the log-probabilities of the label's tokens, end
     token included, after the prompt. By default the labels are those that occur.
@@ -132,23 +143,18 @@ def classify(
     timer = GenerationTimer()
     number = {name: index for index, name in enumerate(names)}
     expected = [number[question.expected] for question in questions]
-    chosen = [0] * len(prompts)
-    margins = [0.0] * len(prompts)
-    done = 0
-    decoding = model.decoding()
-    for batch in similar_lengths([len(prompt) + len(spelled[longest]) for prompt in prompts]):
-        likelihoods = label_likelihoods(decoding, [prompts[index] for index in batch], spelled, timer=timer)  # (B, L)
-        for index, row in zip(batch, likelihoods, strict=True):
-            chosen[index] = number[names[int(row.argmax())]]
-            margins[index] = float(row.max() - row[expected[index]])
-        progress(done := done + len(batch), len(prompts))
+    choices = [Choice(prompt, spelled) for prompt in prompts]
+    found = continuation_likelihoods(model, choices, timer=timer, processes=processes, progress=progress)
+    likelihoods = np.array(found)  # (N, L)
+    chosen = [number[names[index]] for index in likelihoods.argmax(1)]
+    margins = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
     wrong = [
         {
             "row": row + 1,
             "prompt": "\n".join(message["content"] for message in streams[row].messages[:-1]),
             "wanted": names[expected[row]],
             "found": names[chosen[row]],
-            "nats_behind": round(margins[row], 3),
+            "nats_behind": round(float(margins[row]), 3),
         }
         for row in range(len(prompts))
         if expected[row] != chosen[row]
@@ -186,14 +192,22 @@ def _label_tokens(tokenizer: TextTokenizer, label: str) -> list[int]:
 
 
 def score_answers(
-    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    *,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    progress: OnProgress,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and `chrf` and `bleu` (0 to 100) of the
     model's greedy answers against them. With `max_new_tokens` 0 nothing is generated.
 
     An answer that does not fit the context is scored up to its end.
     """
-    answers = answer_questions(model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=progress)
+    answers = answer_questions(
+        model, tokenizer, questions=questions, max_new_tokens=max_new_tokens, progress=progress, processes=processes
+    )
     likelihoods, rows = answers.likelihoods, len(questions)
     scores, score = likelihoods.scores, likelihoods.score
     if not max_new_tokens:
@@ -220,7 +234,13 @@ class Answers:
 
 
 def answer_questions(
-    model: LanguageModel, tokenizer: TextTokenizer, *, questions: Sequence[Question], max_new_tokens: int, progress: OnProgress
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    *,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    progress: OnProgress,
+    processes: Processes = ALONE,
 ) -> Answers:
     """The likelihoods of the expected answers after their prompts, as far as they fit the context, and greedy answers of at
     most `max_new_tokens` tokens, or none if it is 0.
@@ -237,7 +257,9 @@ def answer_questions(
     total = len(questions) * (2 if max_new_tokens else 1)
     timer = GenerationTimer()
     likelihoods = Likelihoods(
-        nats=negative_log_likelihoods(model, windows, timer=timer, progress=lambda done, _: progress(done, total)),
+        nats=negative_log_likelihoods(
+            model, windows, timer=timer, processes=processes, progress=lambda done, _: progress(done, total)
+        ),
         tokens=[len(stream.ids) - start for stream, start in zip(streams, starts, strict=True)],
         text_bytes=[len(text.encode()) for text in scored],
     )
@@ -254,6 +276,7 @@ def answer_questions(
             max_new_tokens=max_new_tokens,
             end=tokenizer.ends,
             timer=timer,
+            processes=processes,
             progress=lambda done: progress(len(questions) + done, total),
         )
         generated = [tokenizer.decode(ids) for ids in written]

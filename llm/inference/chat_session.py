@@ -11,9 +11,9 @@ import torch
 
 from llm.adapters.merge import merge_adapters
 from llm.errors import InputError
-from llm.inference.generate import GenerationTimer
 from llm.inference.sampling import Sampling
 from llm.inference.streaming import stream
+from llm.inference.timer import GenerationTimer
 from llm.models.checkpoint import load_checkpoint
 from llm.models.interface import Decoding
 from llm.tokenizer.tokenizer import TextTokenizer

@@ -7,23 +7,21 @@ chooses them, and a model's `Decoding` computes the steps.
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from llm.errors import InputError
+from llm.inference.batches import Limits, memory_for_batch, similar_lengths, work_in_batches
+from llm.inference.processes import ALONE, Processes
 from llm.inference.sampling import RandomStream, Sampling, SeenTokens, sample_tokens
+from llm.inference.timer import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel, as_decoding
 
-
-@dataclass
-class GenerationTimer:
-    """Tokens and seconds of reading prompts and of decoding answers, end tokens included; filled in during generation."""
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    new_tokens: int = 0
-    new_seconds: float = 0.0
+MOST_ROWS = {"cpu": 32, "cuda": 256}  # prompts decoded together; not yet measured on a GPU
+# Bytes of a row for each token of the vocabulary: logits in their own dtype and in fp32, with a penalty; and if they are
+# sampled, the passes of `sampling.distribution` in fp64.
+GREEDY_BYTES, SAMPLED_BYTES = 16, 80
+KEPT = 1.5  # the rows that go on when others end are copied: half of the cache once more
 
 
 def generate(
@@ -33,34 +31,53 @@ def generate(
     max_new_tokens: int,
     end: Collection[int],
     sampling: Sampling | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    memory: float | None = None,
     timer: GenerationTimer | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without the first of `end`; fewer where the model's context is full.
 
-    Prompts of similar length share a batch, the longest first. `progress` gets the number of finished prompts after each
+    Prompts of similar length share a batch, the longest first: at most `batch_size`, and as many as their caches and logits
+    fit into `memory` bytes (by default a share of what is free). `progress` gets the number of finished prompts after each
     batch. InputError for a prompt without tokens, or longer than the context. To generate often, pass `model.decoding()`.
     """
     sampling, timer, decoding = sampling or Sampling(), timer or GenerationTimer(), as_decoding(model)
-    limits = [_limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted((index for index, limit in enumerate(limits) if limit), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    slots = [len(prompt) + _limit(decoding, prompt, max_new_tokens, place=place) for place, prompt in enumerate(prompts)]
+    unfinished = [index for index, prompt in enumerate(prompts) if slots[index] > len(prompt)]
+
+    def answers(chosen: list[int], timer: GenerationTimer) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in chosen]
         for new in decode_steps(
             decoding,
             [prompts[index] for index in chosen],
-            limits=[limits[index] for index in chosen],
+            limits=[slots[index] - len(prompts[index]) for index in chosen],
             end=end,
             sampling=sampling,
             streams=[RandomStream(sampling.seed, index) for index in chosen],
             timer=timer,
         ):
             for row, token in new:
-                answers[chosen[row]].append(token)
-        progress(len(prompts) - len(order) + start + len(chosen))
-    return answers
+                found[row].append(token)
+        return found
+
+    limits = Limits(
+        rows=batch_size or MOST_ROWS.get(decoding.device.type, MOST_ROWS["cpu"]),
+        memory=memory_for_batch(decoding.device, processes) if memory is None else memory,
+        bytes_per_token=KEPT * decoding.bytes_per_position,
+        bytes_per_row=decoding.vocab_size * (SAMPLED_BYTES if sampling.temperature else GREEDY_BYTES),
+    )
+    batches = similar_lengths({index: slots[index] for index in unfinished}, limits)
+    found = work_in_batches(
+        list(batches),
+        answers,
+        processes=processes,
+        timer=timer,
+        release=decoding.release,
+        progress=lambda done, _: progress(len(prompts) - len(unfinished) + done),
+    )
+    return [found.get(index, []) for index in range(len(prompts))]
 
 
 def generate_one(

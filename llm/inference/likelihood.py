@@ -1,24 +1,28 @@
-"""Log-likelihoods under a model: of windows of text, and of several labels after one prompt.
+"""Log-likelihoods under a model: of windows of text, and of several continuations of one prompt.
 
-Letters: B rows, T positions, D hidden size, L labels, N targets, V vocabulary.
+Letters: B rows, T positions, D hidden size, N targets.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from llm.data.batch import IGNORE
-from llm.inference.generate import GenerationTimer
-from llm.models.interface import Decoding, LanguageModel, as_decoding
+from llm.device import autocast
+from llm.inference.batches import Limits, OnProgress, memory_for_batch, similar_lengths, work_in_batches
+from llm.inference.processes import ALONE, Processes
+from llm.inference.timer import GenerationTimer
+from llm.layers.log_probabilities import log_probabilities
+from llm.models.interface import Decoding, LanguageModel, as_decoding, precision_of
 
 BATCH_TOKENS = 4096  # positions of one forward pass, padding included; larger is not faster on 2 cores
-LOGITS = 2**24  # numbers in one piece of logits: 64 MiB
-
-OnProgress = Callable[[int, int], None]  # rows done, rows in all; may raise to stop
+# Bytes of the activations of one position for each channel of the residual stream, in a layer of the usual proportions.
+ACTIVATION_BYTES = 128
+SCORES = 2**23  # scores of new positions with all that they may see, in one pass over continuations
 
 
 @dataclass(frozen=True)
@@ -29,81 +33,141 @@ class Window:
     targets: Sequence[int]
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Choice:
+    """A prompt, and the token lists that may follow it; none is empty."""
+
+    prompt: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that a model reads to score it."""
+        return len(self.prompt) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+
 def negative_log_likelihoods(
     model: LanguageModel,
     windows: Sequence[Window],
     *,
     timer: GenerationTimer | None = None,
+    processes: Processes = ALONE,
     progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
     """The sum of -log P over the targets of each window, in nats."""
-    timer = timer or GenerationTimer()
-    device = model.device
-    result = [0.0] * len(windows)
-    done = 0
-    for batch in similar_lengths([len(window.tokens) for window in windows]):
-        began = time.perf_counter()
-        tokens = torch.zeros(len(batch), len(windows[batch[0]].tokens), dtype=torch.int64)
-        targets = torch.full(tokens.shape, IGNORE)
-        for row, window in enumerate(windows[index] for index in batch):
-            tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
-            targets[row, : len(window.targets)] = torch.tensor(window.targets)
-        tokens, targets = tokens.to(device), targets.to(device)
-        where = targets != IGNORE
-        losses = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
-        losses[where] = _token_losses(model, model.hidden(tokens)[where], targets[where])
-        for index, loss in zip(batch, losses.sum(1).tolist(), strict=True):
-            result[index] = loss
-        timer.prompt_tokens += sum(len(windows[index].tokens) for index in batch)
-        timer.prompt_seconds += time.perf_counter() - began
-        progress(done := done + len(batch), len(windows))
-    return result
-
-
-def _token_losses(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each target (N,) from hidden states (N, D), in pieces: all logits at once are too large."""
-    piece = max(1, LOGITS // model.vocab_size)
-    losses = [
-        cross_entropy(model.lm_head(part).float(), wanted, reduction="none").double()
-        for part, wanted in zip(torch.split(hidden, piece), torch.split(targets, piece), strict=True)
-    ]
-    return torch.cat(losses)
+    memory = memory_for_batch(model.device, processes)
+    limits = Limits(BATCH_TOKENS, memory=memory, bytes_per_token=ACTIVATION_BYTES * model.config.hidden_size)
+    lengths = {index: len(window.tokens) for index, window in enumerate(windows)}
+    found = work_in_batches(
+        list(similar_lengths(lengths, limits)),
+        lambda batch, timer: _nats(model, [windows[index] for index in batch], timer),
+        processes=processes,
+        timer=timer or GenerationTimer(),
+        progress=progress,
+    )
+    return [found[index] for index in range(len(windows))]
 
 
 @torch.inference_mode()
-def label_likelihoods(
-    model: LanguageModel | Decoding,
-    prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    *,
-    timer: GenerationTimer | None = None,
-) -> Tensor:
-    """log P(label | prompt) as (B, L) in float64. Prompts are read into the cache once, and every label after them."""
-    timer = timer or GenerationTimer()
+def _nats(model: LanguageModel, windows: Sequence[Window], timer: GenerationTimer) -> list[float]:
+    """The sum of -log P of each window, in one forward pass."""
     began = time.perf_counter()
-    decoding = as_decoding(model)
-    logits = decoding.read(prompts, room=max(map(len, labels)))
-    first = logits.log_softmax(-1)  # (B, V)
-    sums = []
-    for label in labels:
-        total = first[:, label[0]].double()
-        if len(label) > 1:
-            tokens = torch.tensor(label, device=logits.device).expand(len(prompts), -1)
-            rest = decoding.look_ahead(tokens[:, :-1]).log_softmax(-1)  # (B, T, V)
-            total = total + rest.gather(-1, tokens[:, 1:, None]).double().sum((1, 2))
-        sums.append(total)
-    likelihoods = torch.stack(sums, 1)
-    timer.prompt_tokens += sum(len(prompt) for prompt in prompts) + len(prompts) * sum(len(label) - 1 for label in labels)
+    tokens = torch.zeros(len(windows), max(len(window.tokens) for window in windows), dtype=torch.int64)
+    targets = torch.full(tokens.shape, IGNORE)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
+        targets[row, : len(window.targets)] = torch.tensor(window.targets)
+    tokens, targets = tokens.to(model.device), targets.to(model.device)
+    where = targets != IGNORE
+    losses = torch.zeros(tokens.shape, dtype=torch.float64, device=model.device)
+    with autocast(precision_of(model), device=model.device):
+        hidden = model.hidden(tokens)[where]
+        losses[where] = -log_probabilities(model.lm_head, hidden, targets[where], vocab_size=model.vocab_size)
+    nats: list[float] = losses.sum(1).tolist()
+    timer.prompt_tokens += sum(len(window.tokens) for window in windows)
     timer.prompt_seconds += time.perf_counter() - began
-    return likelihoods
+    return nats
 
 
-def similar_lengths(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in groups of similar length, at most BATCH_TOKENS positions with padding; the longest first."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        size = max(1, BATCH_TOKENS // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
+def continuation_likelihoods(
+    model: LanguageModel | Decoding,
+    choices: Sequence[Choice],
+    *,
+    memory: float | None = None,
+    timer: GenerationTimer | None = None,
+    processes: Processes = ALONE,
+    progress: OnProgress = lambda done, total: None,
+) -> list[list[float]]:
+    """log P of each continuation of each choice, in nats. A prompt is read once, and all its continuations together after it.
+
+    `memory` are the bytes that the caches of a batch may take; by default a share of what is free.
+    """
+    decoding = as_decoding(model)
+    limits = Limits(
+        BATCH_TOKENS,
+        memory=memory_for_batch(decoding.device, processes) if memory is None else memory,
+        bytes_per_token=decoding.bytes_per_position,
+        bytes_per_row=16.0 * decoding.vocab_size,  # logits after the prompt and their logarithms
+    )
+    found = work_in_batches(
+        list(similar_lengths({index: choice.tokens for index, choice in enumerate(choices)}, limits)),
+        lambda batch, timer: _of_continuations(decoding, [choices[index] for index in batch], timer),
+        processes=processes,
+        timer=timer or GenerationTimer(),
+        release=decoding.release,
+        progress=progress,
+    )
+    return [found[index] for index in range(len(choices))]
+
+
+@torch.inference_mode()
+def _of_continuations(decoding: Decoding, choices: Sequence[Choice], timer: GenerationTimer) -> list[list[float]]:
+    """log P of the continuations of one batch."""
+    began = time.perf_counter()
+    passes = _passes(choices)
+    room = max((_width(choices, numbers) for numbers in passes), default=0)
+    first = decoding.read([choice.prompt for choice in choices], room=room).log_softmax(-1)  # (B, V)
+    sums = torch.zeros(len(choices), 1 + max(len(choice.continuations) for choice in choices), dtype=torch.float64)
+    for row, choice in enumerate(choices):
+        begins = torch.tensor([tokens[0] for tokens in choice.continuations], device=first.device)
+        sums[row, : len(begins)] = first[row, begins].double().cpu()
+    for numbers in passes:
+        tokens, targets, branches = table = torch.zeros(3, len(choices), _width(choices, numbers), dtype=torch.int64)
+        branches.fill_(-1)  # padding is a branch of its own, and is summed up in the last column
+        for row, choice in enumerate(choices):
+            place = 0
+            for number in numbers[: bisect_left(numbers, len(choice.continuations))]:
+                spelled = torch.tensor(choice.continuations[number])
+                stop = place + len(spelled) - 1
+                tokens[row, place:stop], targets[row, place:stop], branches[row, place:stop] = (
+                    spelled[:-1],
+                    spelled[1:],
+                    number,
+                )
+                place = stop
+        found = decoding.look_ahead(*table.to(decoding.device)).cpu()
+        sums.scatter_add_(1, branches % sums.shape[1], found)
+    timer.prompt_tokens += sum(choice.tokens for choice in choices)
+    timer.prompt_seconds += time.perf_counter() - began
+    return [row[: len(choice.continuations)] for row, choice in zip(sums.tolist(), choices, strict=True)]
+
+
+def _passes(choices: Sequence[Choice]) -> list[list[int]]:
+    """Numbers of the continuations that are read together, of all rows: BATCH_TOKENS positions and SCORES scores, or one."""
+    longest = max(len(choice.prompt) for choice in choices)
+    passes: list[list[int]] = [[]]
+    for number in range(max(len(choice.continuations) for choice in choices)):
+        width = _width(choices, [*passes[-1], number])
+        positions = len(choices) * width
+        if passes[-1] and (positions > BATCH_TOKENS or positions * (longest + width) > SCORES):
+            passes.append([])
+        passes[-1].append(number)
+    return [numbers for numbers in passes if _width(choices, numbers)]
+
+
+def _width(choices: Sequence[Choice], numbers: Sequence[int]) -> int:
+    """Positions that the longest row needs for its continuations of these numbers; their last tokens are not read."""
+    return max(
+        sum(len(choice.continuations[number]) - 1 for number in numbers if number < len(choice.continuations))
+        for choice in choices
+    )

@@ -7,8 +7,9 @@ decodes such an incomplete end as U+FFFD, byte-level or with byte fallback. The 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from llm.errors import InputError
-from llm.inference.generate import GenerationTimer, generate_one
+from llm.inference.generate import generate_one
 from llm.inference.sampling import Sampling
+from llm.inference.timer import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 

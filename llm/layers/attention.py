@@ -131,7 +131,8 @@ class BlockedAttention(Function):
             weights = torch.softmax(scores, -1).to(v.dtype)
             result = torch.bmm(weights, v[:, block.first : block.stop])
             out[:, :, :, block.start : block.stop] = result.view(rows, kv_heads, group, width, size)
-            kept.append(weights)
+            if any(ctx.needs_input_grad):  # else all of them together would be T x T for nothing
+                kept.append(weights)
         ctx.save_for_backward(q * scale, k, v, *kept)
         ctx.blocks = blocks  # type: ignore[attr-defined]  # a context takes any attribute
         return out.view(rows, -1, length, size)

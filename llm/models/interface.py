@@ -15,6 +15,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from llm.device import Precision
+
 
 class ModelConfig(Protocol):
     """The configuration of a model: a frozen Pydantic model, which is also the table `architecture` of a recipe."""
@@ -119,6 +121,18 @@ class Decoding(Protocol):
     def context(self) -> int:
         """Longest sequence: prompt and new tokens."""
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of the cache for one position of one row."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Numbers in the logits of one position."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+
     def compile(self) -> None:
         """Compile the step of a batch of one row, where that is faster; InputError without a C++ compiler."""
 
@@ -128,16 +142,28 @@ class Decoding(Protocol):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Logits (B, V) after one more token per row, in fp32."""
 
-    def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), which do not stay in the cache; in fp32."""
+    def look_ahead(self, tokens: Tensor, targets: Tensor, branches: Tensor) -> Tensor:
+        """log P (B, T), in fp64, of each of `targets` after the one of `tokens` beside it; they do not stay in the cache.
+
+        Positions with the same number in `branches` follow each other: they continue what their row has read, and see no other
+        branch. All three are (B, T), of at most the `room` that was asked for.
+        """
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row of the batch but these."""
+
+    def release(self) -> None:
+        """End the batch and give back the memory of its cache."""
 
 
 def as_decoding(model: LanguageModel | Decoding) -> Decoding:
     """The decoding form of `model`; itself if it is one."""
     return model.decoding() if isinstance(model, LanguageModel) else model
+
+
+def precision_of(model: LanguageModel) -> Precision:
+    """The precision of the products of a model whose weights are all of one dtype: that of its head."""
+    return "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

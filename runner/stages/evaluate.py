@@ -41,7 +41,7 @@ from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import OnProgress
+    from llm.inference.batches import OnProgress
 
 
 class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):

@@ -9,7 +9,8 @@ Letters: B rows, T new positions, S cache slots, D hidden size, H heads, K key a
 vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,10 +21,13 @@ from torch.nn.functional import linear, pad, silu
 from llm.device import has_compiler
 from llm.errors import InputError
 from llm.layers.attention import attend, attend_cached, attention_mask
+from llm.layers.log_probabilities import log_probabilities
 from llm.models.llama.compiled_decode import CompiledRow
 from llm.models.llama.model import Layer, Llama, rope_angles
 
 SPARE_SLOTS = 8  # beyond the context, for the compiled step, which must never see all slots
+ALIGNMENT = 8  # slots of a cache are a multiple: aligned rows of a mask are faster on GPUs
+READ_TOKENS = 4096  # positions of prompts that are read together, padding included; their activations are in memory at once
 Projection = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
 
 
@@ -92,26 +96,28 @@ class LlamaDecoding:
 
     Every row has its own positions, from 0 in its own slots of the cache, so prompts may differ in length. Reading another
     batch ends the one before. The model must not change meanwhile. Its matrices are held a second time, arranged for few rows,
-    and the cache of the largest batch is kept.
+    and the memory of the largest cache is kept.
     """
 
     def __init__(self, model: Llama) -> None:
         self.model = model
         self.context = model.context
-        self._device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.vocab_size = model.vocab_size
         self._final_norm = model.model.norm.weight.float()
         self._layers = [DecodingLayer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList of Layer
         self._head = _projection(model.lm_head)
         self._epsilon = torch.full((1, 1, 1), model.config.norm_eps)
-        self._on_cpu = self._device.type == "cpu"
+        self._on_cpu = self.device.type == "cpu"
         # On CPU, torch's attention of one query takes 6 times as long over a bf16 cache as over one in fp32.
         self._cache_dtype = torch.float32 if self._on_cpu else self._dtype
         # On a GPU every step runs over all slots: steps are then alike, and one graph serves all.
         self._over_all_slots = not self._on_cpu
-        self._cache = torch.empty(0, 0, 0, 0, 0)  # of no batch yet
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self.release()
         named = model.layers.named_modules()
         self._plain = all(_is_matrix(module) for name, module in named if name.endswith("_proj"))
-        self._use_graphs = self._plain and self._device.type == "cuda"
+        self._use_graphs = self._plain and self.device.type == "cuda"
         self._compiled: CompiledRow | None = None
 
     def compile(self) -> None:
@@ -128,19 +134,29 @@ class LlamaDecoding:
         self.read([[0]], room=1)
         self.step([0])
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of the cache for one position of one row."""
+        config = self.model.config
+        return config.layers * 2 * config.kv_heads * config.head_size * self._cache_dtype.itemsize
+
     def read(self, prompts: Sequence[Sequence[int]], *, room: int) -> Tensor:
         """Begin a batch with `prompts`; logits (B, V) after the last token of each, in fp32. Then `room` tokens fit."""
-        device = self._device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)  # padding at the end is never seen
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        self._batch = self._new_cache(len(prompts), -(-(longest + room) // 8) * 8)  # aligned rows of a mask are faster on GPUs
-        hidden = self._hidden(tokens.to(device), self._slots[None, :longest], fresh=True)
-        self._batch.positions += lengths[:, None].to(device)
-        self._batch.filled = longest
-        return self._logits(hidden[self._batch.rows[:, 0], lengths.to(device) - 1])
+        batch = self._batch = self._new_cache(len(prompts), -(-(longest + room) // ALIGNMENT) * ALIGNMENT)
+        last = []
+        for start, stop in _read_together([len(prompt) for prompt in prompts]):
+            lengths = torch.tensor([len(prompt) for prompt in prompts[start:stop]])
+            tokens = torch.zeros(stop - start, int(lengths.max()), dtype=torch.int64)  # padding at the end is never seen
+            for row, prompt in enumerate(prompts[start:stop]):
+                tokens[row, : len(prompt)] = torch.tensor(prompt)
+            slots = self._slots[None, : tokens.shape[1]]
+            hidden = self._hidden(tokens.to(self.device), slots, stored=batch.stored[:, start:stop])
+            lengths = lengths.to(self.device)
+            last.append(hidden[batch.rows[: stop - start, 0], lengths - 1])
+            batch.positions[start:stop] = lengths[:, None]
+        batch.filled = longest
+        return self._logits(torch.cat(last))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Logits (B, V) after one more token per row, in fp32."""
@@ -160,14 +176,27 @@ class LlamaDecoding:
         batch.graph.replay()
         return batch.graph_logits.clone()
 
-    def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of `tokens` (B, T), which do not stay in the cache; in fp32."""
-        batch = self._batch
-        positions = batch.positions + torch.arange(tokens.shape[1], device=tokens.device)
-        batch.filled += tokens.shape[1]
-        logits = self._logits(self._hidden(tokens, positions))
-        batch.filled -= tokens.shape[1]  # a row sees only the slots before its position
-        return logits
+    def look_ahead(self, tokens: Tensor, targets: Tensor, branches: Tensor) -> Tensor:
+        """log P (B, T), in fp64, of each of `targets` after the one of `tokens` beside it; they do not stay in the cache.
+
+        Positions with the same number in `branches` follow each other: they continue what their row has read, and see no other
+        branch. All three are (B, T).
+        """
+        batch, count = self._batch, tokens.shape[1]
+        places = torch.arange(count, device=tokens.device)
+        begins = torch.ones_like(branches, dtype=torch.bool)
+        begins[:, 1:] = branches[:, 1:] != branches[:, :-1]
+        offsets = places - torch.where(begins, places, 0).cummax(1).values  # (B, T): within each one's branch
+        slots = (batch.filled + places)[None]
+        # Of the prompt a row sees its own slots, and of the new ones those of its branch up to each position.
+        hidden_slots = self._slots[: batch.filled] >= batch.positions[:, None]  # (B, 1, S)
+        late = places > places[:, None]
+        others = (branches[:, None, :] != branches[:, :, None]) | late  # (B, T, T)
+        unseen = torch.cat([hidden_slots.expand(-1, count, -1), others], -1)[:, None]
+        stored = batch.stored[:, :, :, : batch.filled + count]
+        hidden = self._hidden(tokens, batch.positions + offsets, stored=stored, slots=slots, unseen=unseen)
+        found = log_probabilities(self._logits, hidden.flatten(0, 1), targets.flatten(), vocab_size=self.vocab_size)
+        return found.view(tokens.shape)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row of the batch but these."""
@@ -175,24 +204,33 @@ class LlamaDecoding:
         chosen = torch.tensor(rows, device=batch.positions.device)
         self._batch = KVCache(batch.stored[:, chosen], batch.positions[chosen], batch.filled)
 
+    def release(self) -> None:
+        """End the batch and give back the memory of its cache."""
+        self._cache = torch.empty(0)  # the memory of all caches, one after the other
+        self._batch = KVCache(self._cache, torch.zeros(0, 1, dtype=torch.int64, device=self.device))
+
     def _new_cache(self, rows: int, slots: int) -> KVCache:
         """An empty cache. Its memory is reused: what an earlier batch left gets weight 0, as zeros would."""
-        config, (_, most_rows, _, most_slots, _) = self.model.config, self._cache.shape
-        if rows > most_rows or slots > most_slots:
-            rows_of_cache, slots_of_cache = max(rows, most_rows), max(slots, most_slots)
-            shape = (config.layers, rows_of_cache, 2 * config.kv_heads, slots_of_cache, config.head_size)
-            self._cache = torch.zeros(shape, dtype=self._cache_dtype, device=self._device)
-            self._slots = torch.arange(slots_of_cache, device=self._device)
+        config = self.model.config
+        if slots > len(self._slots):
+            self._slots = torch.arange(slots, device=self.device)
             cosine, sine = (table[0, 0] for table in rope_angles(config, self._slots[None]))  # (S, E / 2)
             self._angles = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
-        positions = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
-        if rows == 1 and self._compiled is not None:
+        positions = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        if rows == 1 and self._compiled is not None and slots <= self._compiled.cache.shape[2]:
             return KVCache(self._compiled.cache[:, None], positions, compiled=self._compiled)
-        return KVCache(self._cache[:, :rows, :, :slots], positions)
+        shape = (config.layers, rows, 2 * config.kv_heads, slots, config.head_size)
+        if math.prod(shape) > len(self._cache):
+            self.release()
+            self._cache = torch.zeros(math.prod(shape), dtype=self._cache_dtype, device=self.device)
+        return KVCache(self._cache[: math.prod(shape)].view(shape), positions)
 
     def _eager_step(self) -> Tensor:
-        logits = self._logits(self._hidden(self._batch.tokens, self._batch.positions)[:, -1])
-        self._batch.positions += 1
+        batch = self._batch
+        stored = batch.stored if self._over_all_slots else batch.stored[:, :, :, : batch.filled]
+        unseen = (self._slots[: stored.shape[3]] > batch.positions)[:, None, None]
+        logits = self._logits(self._hidden(batch.tokens, batch.positions, stored=stored, unseen=unseen)[:, -1])
+        batch.positions += 1
         return logits
 
     def _compiled_step(self, row: CompiledRow, token: int) -> Tensor:
@@ -223,35 +261,35 @@ class LlamaDecoding:
         cosine, sine = (table[positions][:, :, None].expand(-1, -1, rotated, -1) for table in self._angles)
         return pad(cosine, (0, 0, 0, values), value=1.0), pad(sine, (0, 0, 0, values))
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, *, fresh: bool = False) -> Tensor:
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, *, stored: Tensor, slots: Tensor | None = None, unseen: Tensor | None = None
+    ) -> Tensor:
         """The residual stream (B, T, D) after all layers, in fp32, for tokens (B, T) at `positions` (B or 1, T).
 
-        Stores their keys and values there. Each position sees what its row has stored up to it; if `fresh`, only these tokens.
+        Their keys and values go to `slots` (1, T), by default those of their positions, of `stored` (layers, B, 2 K, S, E).
+        Each sees the slots where `unseen` (B, 1, T, S) is false; without it, these tokens up to itself.
         """
-        batch, config = self._batch, self.model.config
+        config = self.model.config
         heads, kv_heads, half = config.heads, config.kv_heads, config.head_size // 2
         shape = (*tokens.shape, heads + 2 * kv_heads, config.head_size)
         flat = (tokens.numel(), 1, heads * config.head_size)
         cosine, sine = self._rotation(positions)
-        seen = self._slots[: batch.stored.shape[3] if self._over_all_slots else batch.filled]
-        if fresh:
-            mask = attention_mask(tokens.shape[1], documents=None, dtype=self._dtype, device=self._device)
+        places, rows = positions if slots is None else slots, self._batch.rows[: len(tokens)]
+        if unseen is None:
+            mask = attention_mask(tokens.shape[1], documents=None, dtype=self._dtype, device=self.device)
         else:
-            late = (seen > positions[:, None, :, None]).repeat(1, 1, heads // kv_heads, 1)  # (B, 1, G T, S)
+            late = unseen.repeat(1, 1, heads // kv_heads, 1)  # (B, 1, G T, S)
             bias = torch.zeros_like(late, dtype=self._cache_dtype).masked_fill_(late, -torch.inf)
-        reached = batch.stored[:, :, :, : len(seen)]
-        caches = zip(
-            batch.stored.unbind(0), reached[:, :, :kv_heads].unbind(0), reached[:, :, kv_heads:].unbind(0), strict=True
-        )
+        caches = zip(stored.unbind(0), stored[:, :, :kv_heads].unbind(0), stored[:, :, kv_heads:].unbind(0), strict=True)
         x: Tensor = self.model.model.embed_tokens(tokens.reshape(-1, 1)).float()  # (B T, 1, D)
-        for layer, (stored, keys, values) in zip(self._layers, caches, strict=True):
+        for layer, (cache, keys, values) in zip(self._layers, caches, strict=True):
             joined = layer.queries_keys_values(self._rms_norm(x, layer.attention_norm)).view(shape).float()
             # Each channel is rotated with that half a head away (Transformers' `rotate_half`); the sine has the signs.
             joined = torch.addcmul(joined * cosine, joined.roll(half, -1), sine).to(self._cache_dtype)
             q, new = torch.split_with_sizes(joined, (heads, 2 * kv_heads), 2)  # (B, T, H, E), (B, T, 2 K, E)
-            stored[batch.rows, :, positions] = new
+            cache[rows, :, places] = new
             q = q.transpose(1, 2)
-            if fresh:
+            if unseen is None:
                 q, k, v = (part.to(self._dtype) for part in (q, *new.transpose(1, 2).chunk(2, 1)))
                 mixed = attend(q, k, v, mask=mask)
             else:
@@ -260,6 +298,17 @@ class LlamaDecoding:
             gate, up = layer.gate_up(self._rms_norm(x, layer.feed_forward_norm)).chunk(2, -1)
             x = x + layer.down(silu(gate).mul_(up))
         return x.view(*tokens.shape, -1)
+
+
+def _read_together(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of prompts that are read together: READ_TOKENS with padding, or one prompt."""
+    start = longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if index > start and longest * (index + 1 - start) > READ_TOKENS:
+            yield start, index
+            start, longest = index, length
+    yield start, len(lengths)
 
 
 build = LlamaDecoding  # the registry's entry

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import llm.inference.likelihood
+import llm.layers.log_probabilities
 from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
 from llm.errors import InputError, Interrupted
@@ -14,7 +15,7 @@ from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.evaluation.pairwise import compare_models, repetition
 from llm.evaluation.scoring import Question, classify, score_answers, score_texts
 from llm.inference.generate import generate
-from llm.inference.likelihood import Window, label_likelihoods, negative_log_likelihoods
+from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -77,7 +78,7 @@ def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Llama
         tokens = torch.randint(0, model.vocab_size, (length + 1,), generator=generator).tolist()
         windows.append(Window(tokens[:-1], [IGNORE, *tokens[2:]]))
     monkeypatch.setattr(llm.inference.likelihood, "BATCH_TOKENS", 64)  # several batches
-    monkeypatch.setattr(llm.inference.likelihood, "LOGITS", model.vocab_size * 7)  # several pieces each
+    monkeypatch.setattr(llm.layers.log_probabilities, "LOGITS", model.vocab_size * 7)  # several pieces each
     found = negative_log_likelihoods(model, windows)
     for window, nats in zip(windows, found, strict=True):
         logits = model(torch.tensor([window.tokens]))[0, 1:].log_softmax(-1)
@@ -85,15 +86,26 @@ def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Llama
         assert nats == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_labels_after_a_shared_prompt_have_the_likelihood_of_their_own_forward_pass(model: Llama) -> None:
-    prompts = [[0, 40, 41, 42, 43, 44], [0], [0, 99, 100]]
+@pytest.mark.parametrize("scores", [2**23, 400])  # all continuations in one pass, and in several
+def test_continuations_of_a_shared_prompt_have_the_likelihood_of_their_own_forward_pass(
+    model: Llama, monkeypatch: pytest.MonkeyPatch, scores: int
+) -> None:
+    monkeypatch.setattr(llm.inference.likelihood, "SCORES", scores)
     labels = [[7, 8, 9, 1], [7, 1], [200, 201, 1], [1]]
-    found = label_likelihoods(model, prompts, labels)
-    for row, prompt in enumerate(prompts):
-        for column, label in enumerate(labels):
-            logits = model(torch.tensor([prompt + label]))[0].log_softmax(-1)
-            wanted = sum(logits[len(prompt) - 1 + place, token] for place, token in enumerate(label))
-            assert float(found[row, column]) == pytest.approx(float(wanted), rel=1e-4)
+    choices = [
+        Choice([0, 40, 41, 42, 43, 44], labels),
+        Choice([0], labels),
+        Choice([0, 99, 100], [[5, 6, 7, 8, 9, 1]]),
+        Choice([0, 99], [[1], [9, 1]]),
+        Choice([0, 7], [*labels, [12, 13, 14], [7, 8, 9, 1]]),
+    ]
+    found = continuation_likelihoods(model, choices)
+    assert [len(of_row) for of_row in found] == [4, 4, 1, 2, 6]
+    for choice, of_row in zip(choices, found, strict=True):
+        for tokens, likelihood in zip(choice.continuations, of_row, strict=True):
+            logits = model(torch.tensor([[*choice.prompt, *tokens]]))[0].log_softmax(-1)
+            wanted = sum(logits[len(choice.prompt) - 1 + place, token] for place, token in enumerate(tokens))
+            assert likelihood == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Llama, tokenizer: TextTokenizer) -> None:
@@ -103,7 +115,8 @@ def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Llama,
     likeliest = []
     for prompt in prompts[:3]:
         ids = tokenizer.encode_prompt([{"role": "user", "content": f"Say: {prompt}"}])
-        likeliest.append(labels[int(label_likelihoods(model, [ids], spelled).argmax())])
+        (found,) = continuation_likelihoods(model, [Choice(ids, spelled)])
+        likeliest.append(labels[found.index(max(found))])
     wrong = next(label for label in labels if label != likeliest[1])
     wanted = [likeliest[0], wrong, likeliest[2], "blood"]
     questions = [question(prompt, label) for prompt, label in zip(prompts, wanted, strict=True)]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from llm.errors import InputError
-from llm.inference.generate import GenerationTimer, generate, generate_one
+from llm.inference.generate import generate, generate_one
 from llm.inference.sampling import Sampling
+from llm.inference.timer import GenerationTimer
 from llm.models.llama.config import LlamaConfig, to_transformers
 from llm.models.llama.model import Llama
 

@@ -78,15 +78,19 @@ def test_an_earlier_batch_in_the_cache_is_not_seen() -> None:
 @torch.inference_mode()
 def test_look_ahead_leaves_the_cache_unchanged() -> None:
     model = small(kv_heads=2)
-    rows, ahead = rows_of(LENGTHS, more=1), torch.tensor(texts([3, 3, 3, 3], seed=9))
+    rows, ahead = rows_of(LENGTHS, more=1), torch.tensor(texts([6] * len(LENGTHS), seed=9))
+    branches = torch.tensor([[0, 0, 0, 1, 1, 2]] * len(LENGTHS))
+    targets = ahead.roll(1, 1)
     decoding = model.decoding()
     prompts = [row[:-1] for row in rows]
-    decoding.read(prompts, room=5)
-    for beginning in (ahead, ahead.flip(0)):
-        found = decoding.look_ahead(beginning)
-        wanted = [
-            model(torch.tensor([[*prompt, *more]]))[0, -3:] for prompt, more in zip(prompts, beginning.tolist(), strict=True)
+    decoding.read(prompts, room=6)
+    found = decoding.look_ahead(ahead, targets, branches)
+    for prompt, tokens, wanted, likelihoods in zip(prompts, ahead.tolist(), targets.tolist(), found, strict=True):
+        parts = [
+            model(torch.tensor([[*prompt, *tokens[start:stop]]]))[0, start - stop :]
+            for start, stop in ((0, 3), (3, 5), (5, 6))
         ]
-        torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+        expected = torch.cat(parts).log_softmax(-1)[range(6), wanted].double()
+        torch.testing.assert_close(likelihoods, expected, atol=1e-5, rtol=1e-5)
     after = decoding.step([row[-1] for row in rows])
     torch.testing.assert_close(after, torch.stack([model(torch.tensor([row]))[0, -1] for row in rows]), atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from llm.errors import InputError
 from llm.evaluation.lm_eval_tasks import local_task
 from llm.evaluation.multiple_choice import ChoiceTemplate
-from llm.inference.likelihood import label_likelihoods
+from llm.inference.likelihood import Choice, continuation_likelihoods
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
@@ -78,7 +78,7 @@ def test_the_likeliest_choice_is_scored_in_total_and_per_byte(
         texts = choices["text"] if isinstance(choices, dict) else choices
         prompt = tokenizer.encode_prompt([{"role": "user", "content": str(row["question"])}])
         spelled = [[*tokenizer.encode(text), tokenizer.end] for text in texts]
-        found = label_likelihoods(model, [prompt], spelled)[0]
+        found = torch.tensor(continuation_likelihoods(model, [Choice(prompt, spelled)])[0])
         right["accuracy"] += int(found.argmax()) == answer
         right["accuracy_per_byte"] += int((found / torch.tensor([len(text) for text in texts])).argmax()) == answer
     assert scores == {f"exam.{name}": count / 4 for name, count in right.items()}

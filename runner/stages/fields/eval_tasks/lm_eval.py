@@ -12,7 +12,7 @@ from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import OnProgress
+    from llm.inference.batches import OnProgress
 
 
 class LmEvalTask(EvalTask):

@@ -15,7 +15,7 @@ from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import OnProgress
+    from llm.inference.batches import OnProgress
 
 
 class MultipleChoiceTask(EvalTask):

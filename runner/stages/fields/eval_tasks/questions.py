@@ -17,7 +17,7 @@ from runner.stages.fields.reading import AS_FOUND, Reading
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
-    from llm.inference.likelihood import OnProgress
+    from llm.inference.batches import OnProgress
     from llm.tokenizer.tokenizer import TextTokenizer
 
 

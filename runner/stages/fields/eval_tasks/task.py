@@ -12,7 +12,7 @@ from runner.stage import Spec
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
-    from llm.inference.likelihood import OnProgress
+    from llm.inference.batches import OnProgress
     from llm.models.interface import LanguageModel
     from llm.tokenizer.tokenizer import TextTokenizer
 

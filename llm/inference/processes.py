@@ -1,0 +1,62 @@
+"""The processes that share the work of one evaluation, started by `accelerate launch`; or this process alone.
+
+They exchange small Python values between main memories, over gloo, and each works on a part of the rows.
+"""
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+# A process waits while another scores what only one can (lm-eval), however long that is. If one dies, the launcher ends all.
+TIMEOUT = timedelta(days=30)
+
+
+class Processes:
+    """This process among those of its group."""
+
+    def __init__(self, *, size: int = 1, rank: int = 0, local: int = 1) -> None:
+        self.size, self.rank = size, rank
+        self.local = local  # processes of the group on this machine
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def exchange(self, value: T) -> list[T]:
+        """The value of each process, by rank; every process calls this equally often."""
+        if self.size == 1:
+            return [value]
+        found: list[T] = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_main(self, value: T) -> T:
+        """The value of the main process."""
+        return self.exchange(value)[0]
+
+
+ALONE = Processes()
+
+
+def join() -> tuple[Processes, torch.device]:
+    """Join the group that the environment describes; the processes, and the device of this one."""
+    size, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (
+            ("WORLD_SIZE", "1"),
+            ("RANK", "0"),
+            ("LOCAL_RANK", "0"),
+        )
+    )
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return Processes(size=size, rank=rank, local=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), device
