@@ -74,12 +74,16 @@ class EvaluationResult:
     scores: Mapping[str, float]
     replicates: Mapping[str, str] = field(default_factory=dict)  # by score, that of each resample: numbers between spaces
     examples: Mapping[str, str] = field(default_factory=dict)  # by task, the digest of its examples
+    precisions: Mapping[str, str] = field(default_factory=dict)  # by task, that of the products of the model
 
     @classmethod
     def of(cls, metrics: Metrics) -> Self:
         """From the metrics of an `evaluate` stage."""
-        examples = {task: facts["examples"] for task, facts in metrics.get("tasks", {}).items() if "examples" in facts}
-        return cls(metrics["scores"], metrics.get("replicates", {}), examples)
+        examples, precisions = (
+            {task: facts[fact] for task, facts in metrics.get("tasks", {}).items() if fact in facts}
+            for fact in ("examples", "precision")
+        )
+        return cls(metrics["scores"], metrics.get("replicates", {}), examples, precisions)
 
     def resampled(self, score: str) -> list[float]:
         """The score of each resample; empty if no examples were kept."""
@@ -165,6 +169,10 @@ def _judge(gate: Gate, found: EvaluationResult, others: Mapping[str, EvaluationR
             return GateVerdict(gate.score, gate.bound, value, passed=None)
         if gate.score not in other.scores or found.examples.get(task) != other.examples.get(task):
             return GateVerdict(gate.score, gate.bound, value, because=f"since {gate.above} scored other rows")
+        here, there = found.precisions.get(task), other.precisions.get(task)
+        if here != there:
+            because = f"since it was scored in {here}, and {gate.above} in {there}; run one of them again with --force"
+            return GateVerdict(gate.score, gate.bound, value, because=because)
         compared = value - other.scores[gate.score]
         difference = (compared, str(gate.above))
         base = other.resampled(gate.score)

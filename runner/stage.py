@@ -89,11 +89,11 @@ class Parallel(Spec):
     """Where and how to run; never part of any stage's identity."""
 
     processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Processes of a training on each machine; "auto" is one per GPU, or one without GPUs."""
+    """Processes of a training on each machine, and of an evaluation; "auto" is one per GPU, or one without GPUs."""
     machines: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
     """Machines that train together, each with its own `run`; "auto" takes the number from Slurm or torchrun, else one."""
     machine_rank: Execution[Annotated[int, Field(ge=0)] | Literal["auto"]] = "auto"
-    """Rank of this machine. Rank 0 also runs all stages that do not train, and writes the results."""
+    """Rank of this machine. Rank 0 also runs all stages that do not train, evaluations included, and writes the results."""
     main_address: Execution[str | None] = None
     """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the port after it are used there."""
     strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
@@ -103,7 +103,8 @@ class Parallel(Spec):
     find_unused_parameters: Execution[bool] = False
     """For "ddp": find weights without a gradient in each step. Costs time; needed only if the model has such weights."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
-    """Precision of matrix products while training; "auto" is bf16 where the hardware is fast at it, else fp32."""
+    """Precision of matrix products in training, evaluation, `run chat` and `run serve`; "auto" is bf16 where the hardware is
+    fast at it, else fp32. The record of an evaluation says which it was."""
     compile: Execution[bool | Literal["auto"]] = "auto"
     """Whether layers are compiled by torch.compile; "auto" compiles if the training is long enough to save time."""
     fused_attention: Execution[bool | Literal["auto"]] = "auto"
@@ -207,7 +208,10 @@ class Stage(Spec):
     version: ClassVar[int]  # raised when the same fields give another result
     makes: ClassVar[type[Artifact]]
     imports: ClassVar[tuple[str, ...]] = ()  # modules that it needs and that take seconds to import
-    trains: ClassVar[bool] = False  # whether it runs in as many processes as [parallel] says
+    trains: ClassVar[bool] = False  # whether it is a training: in the processes of [parallel], on all machines, with retries
+    in_processes: ClassVar[bool] = (
+        False  # of another stage, whether it runs in the processes that [parallel] says for a machine
+    )
 
     registry: ClassVar[dict[str, type["Stage"]]] = {}
 

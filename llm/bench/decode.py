@@ -19,7 +19,7 @@ from llm.bench.workload import Workload
 from llm.device import autocast, has_compiler, resolve_precision
 from llm.inference.generate import generate
 from llm.inference.timer import GenerationTimer
-from llm.models.interface import Decoding, LanguageModel
+from llm.models.interface import Decoding, LanguageModel, dtype_of
 from llm.training.config import Optimizer, Schedule
 from llm.training.distributed.process_group import ProcessGroup
 
@@ -45,7 +45,7 @@ def measure_decode(
     """
     device = group.device
     precision = resolve_precision(workload.precision, device=device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = dtype_of(precision)
     prompt_tokens = min(PROMPT_TOKENS, workload.context // 4)
     new_tokens = min(NEW_TOKENS, workload.context - prompt_tokens)
     margin = teach(workload, model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, group=group)

@@ -11,10 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm.device import Precision
 from llm.errors import InputError
 from llm.evaluation.bootstrap import DIGITS
 from llm.evaluation.lm_eval_tasks import SUFFIXES, check_names, local_task
 from llm.evaluation.scoring import Outcome
+from llm.inference.batches import Limits, memory_for_batch
+from llm.inference.likelihood import ACTIVATION_BYTES
+from llm.inference.processes import ALONE
+from llm.models.interface import dtype_of
+
+LM_EVAL_ROWS = 8  # rows of a batch at most
+LM_EVAL_LENGTH = 2048  # tokens of a row that memory is reckoned for; few benchmarks have longer ones
+LOGITS_BYTES = 10  # of one position and token of the vocabulary: lm-eval holds all logits of a batch, twice in fp32
 
 
 def evaluate_folder(
@@ -26,8 +35,13 @@ def evaluate_folder(
     chat: bool,
     limit: int | None,
     scratch: Path,
+    precision: Precision = "fp32",
+    device: str = "cpu",
 ) -> Outcome:
-    """lm-eval's scores of the model in `folder`, by its names: `acc`, `acc_norm`, `exact_match_strict-match`."""
+    """lm-eval's scores of the model in `folder`, by its names: `acc`, `acc_norm`, `exact_match_strict-match`.
+
+    The model is computed in `precision`, whatever its weights are stored in: a base and what was made of it have to be alike.
+    """
     config = None if tasks is None else local_task(tasks, benchmark)
     try:
         import evaluate  # type: ignore[import-untyped]  # has no types
@@ -38,7 +52,6 @@ def evaluate_folder(
         raise InputError(
             f"lm_eval:{benchmark}: expected the package lm-eval, got {error}; pip install 'stockpot[lm-eval]'"
         ) from error
-    import torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     plain = lm_eval.utils.env
@@ -47,10 +60,9 @@ def evaluate_folder(
     lm_eval.utils.env = sandbox
     load, evaluate.load = evaluate.load, partial(_refuse, benchmark)
     try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         tasks_by_name = _load_tasks(benchmark, config, shots=shots, scratch=scratch)
         found = evaluator.evaluate(
-            lm=HFLM(pretrained=str(folder), device=device, batch_size=8, trust_remote_code=False),
+            lm=_opened(HFLM, folder, precision=precision, device=device),
             task_dict=tasks_by_name,
             limit=limit,
             bootstrap_iters=0,
@@ -68,6 +80,26 @@ def evaluate_folder(
 def _refuse(benchmark: str, name: str, *others: Any, **options: Any) -> NoReturn:
     """In place of `evaluate.load`."""
     raise InputError(f"lm_eval:{benchmark}: expected a task that fetches no code, got one with the metric {name!r} of the Hub")
+
+
+def _opened(wrapper: Any, folder: Path, *, precision: Precision, device: str) -> Any:
+    """The model for lm-eval, whose batches are as large as memory holds.
+
+    It is opened here: left to itself, lm-eval takes the dtype of the weights, and joins the group of processes that this one
+    may belong to.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision), trust_remote_code=False)
+    model, config = model.to(device).eval(), model.config
+    limits = Limits(
+        rows=LM_EVAL_ROWS,
+        memory=memory_for_batch(torch.device(device), ALONE),
+        bytes_per_token=LOGITS_BYTES * config.vocab_size + ACTIVATION_BYTES * config.hidden_size,
+    )
+    rows = limits.rows_of(min(config.max_position_embeddings, LM_EVAL_LENGTH))
+    return wrapper(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), batch_size=rows)
 
 
 def _load_tasks(benchmark: str, config: dict[str, Any] | None, *, shots: int, scratch: Path) -> dict[str, Any]:

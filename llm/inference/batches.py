@@ -11,7 +11,6 @@ from typing import Generic, TypeVar
 import torch
 
 from llm.device import free_memory, is_out_of_memory
-from llm.errors import InputError, Interrupted
 from llm.inference.processes import Processes
 from llm.inference.timer import GenerationTimer
 
@@ -82,14 +81,9 @@ def work_in_batches(
             progress(len(results) + sum(map(len, together)), total)
         except Exception as caught:
             error = caught
-        parts = processes.exchange((found, spent, _told(error)))
-        if error is not None:
-            raise error
-        for rank, (_, _, told) in enumerate(parts):
-            if told is not None:
-                raise told[0](told[1] if told[0] is not RuntimeError else f"process {rank}: {told[1]}")
+        parts = processes.agreed((found, spent), error)
         timer.add([part[1] for part in parts])
-        for batch, (values, _, _) in zip(together, parts, strict=False):
+        for batch, (values, _) in zip(together, parts, strict=False):
             results |= zip(batch, values, strict=True)
     return results
 
@@ -122,13 +116,3 @@ class _Halving(Generic[T]):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return found
-
-
-def _told(error: Exception | None) -> tuple[type[Exception], str] | None:
-    """What the other processes raise for an error in this one."""
-    if error is None:
-        return None
-    for known in (InputError, Interrupted):
-        if isinstance(error, known):
-            return known, str(error)
-    return RuntimeError, f"{type(error).__name__}: {error}"

@@ -6,16 +6,18 @@ Terminals and servers use it; the model comes from a checkpoint folder, and from
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from llm.adapters.merge import merge_adapters
+from llm.device import resolve_precision
 from llm.errors import InputError
 from llm.inference.sampling import Sampling
 from llm.inference.streaming import stream
 from llm.inference.timer import GenerationTimer
 from llm.models.checkpoint import load_checkpoint
-from llm.models.interface import Decoding
+from llm.models.interface import Decoding, dtype_of
 from llm.tokenizer.tokenizer import TextTokenizer
 
 ROOM = 4  # old turns are dropped so that an answer has a quarter of the context
@@ -43,13 +45,22 @@ class Answer:
 
 
 class ChatSession:
-    """A checkpoint, with an adapter or without, ready to generate; `compiled` compiles the decoding step first."""
+    """A checkpoint, with an adapter or without, ready to generate in `precision`; `compiled` compiles the decoding step first."""
 
-    def __init__(self, checkpoint: Path, adapter: Path | None = None, *, compiled: bool = False) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_checkpoint(checkpoint, device=device)
+    def __init__(
+        self,
+        checkpoint: Path,
+        adapter: Path | None = None,
+        *,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        compiled: bool = False,
+    ) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype_of(resolve_precision(precision, device=device))
+        model = load_checkpoint(checkpoint, dtype=dtype if adapter is None else torch.float32, device=device)
         if adapter is not None:
-            merge_adapters(model, [adapter])
+            merge_adapters(model, [adapter])  # in fp32: what an adapter changes may be less than a step of bf16
+            model.to(dtype)
         self.context = model.context
         self.tokenizer = TextTokenizer.load(checkpoint)
         self._decoding: Decoding = model.eval().decoding()

@@ -4,11 +4,14 @@ They exchange small Python values between main memories, over gloo, and each wor
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from llm.errors import InputError, Interrupted
 
 T = TypeVar("T")
 # A process waits while another scores what only one can (lm-eval), however long that is. If one dies, the launcher ends all.
@@ -35,9 +38,35 @@ class Processes:
         dist.all_gather_object(found, value)
         return found
 
-    def from_main(self, value: T) -> T:
-        """The value of the main process."""
-        return self.exchange(value)[0]
+    def by_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the main process, the only one that does it; the others wait. Its error ends all."""
+        error: Exception | None = None
+        value: T | None = None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as caught:
+                error = caught
+        return self.agreed(value, error)[0]
+
+    def agreed(self, value: T | None, error: Exception | None) -> list[T]:
+        """`exchange`, unless a process passes an error instead of a value: then all of them raise it."""
+        found = self.exchange((value, None if error is None else _told(error)))
+        if error is not None:
+            raise error
+        for rank, (_, told) in enumerate(found):
+            if told is not None:
+                kind, message = told
+                raise kind(message if kind is not RuntimeError else f"process {rank}: {message}")
+        return [value for value, _ in found]  # type: ignore[misc]  # without an error, each has passed a value
+
+
+def _told(error: Exception) -> tuple[type[Exception], str]:
+    """What the other processes raise for an error in this one."""
+    for known in (InputError, Interrupted):
+        if isinstance(error, known):
+            return known, str(error)
+    return RuntimeError, f"{type(error).__name__}: {error}"
 
 
 ALONE = Processes()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function
 from torch.nn.functional import scaled_dot_product_attention
 
 from llm.layers import fused_attention
@@ -115,7 +115,7 @@ class BlockedAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:  # noqa: D102
         rows, kv_heads, length, size = k.shape
         group = q.shape[1] // kv_heads
         q, scale = q.view(rows, kv_heads, group, length, size), size**-0.5
@@ -134,7 +134,7 @@ class BlockedAttention(Function):
             if any(ctx.needs_input_grad):  # else all of them together would be T x T for nothing
                 kept.append(weights)
         ctx.save_for_backward(q * scale, k, v, *kept)
-        ctx.blocks = blocks  # type: ignore[attr-defined]  # a context takes any attribute
+        ctx.blocks = blocks
         return out.view(rows, -1, length, size)
 
     @staticmethod

@@ -166,6 +166,11 @@ def precision_of(model: LanguageModel) -> Precision:
     return "bf16" if model.lm_head.weight.dtype == torch.bfloat16 else "fp32"
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of weights whose products have this precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters learn, and how many there are."""
     learned = sum(element_count(weight) for weight in model.parameters() if weight.requires_grad)

@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
         print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        session = model.open(compiled=options.compile)
+        session = model.open(precision=recipe.head.parallel.precision, compiled=options.compile)
     except InputError as error:
         raise RecipeError(f"{model.name}: {error}") from error
     if sys.stdin.isatty():

@@ -50,7 +50,8 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
-        models = {model.name: model.open(compiled=options.compile) for model in found}
+        how = {"precision": recipe.head.parallel.precision, "compiled": options.compile}
+        models = {model.name: model.open(**how) for model in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
     config = ServerConfig(

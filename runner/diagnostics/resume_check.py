@@ -237,7 +237,7 @@ class _Training:
     ) -> contextlib.AbstractContextManager[launch.Process]:
         processes = 1 if command else self._job.processes
         environment = launch.environment_of(max(1, self._job.cores // processes))
-        command = command or launch.training_command(output.scratch / JOB, processes)
+        command = command or launch.group_command(output.scratch / JOB, processes)
         return launch.started(command, log=self._log, environment=environment)
 
     def _check(self, code: int, output: TrainingOutput) -> None:

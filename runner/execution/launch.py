@@ -54,7 +54,7 @@ def plain_command(job: Path, *arguments: str) -> list[str]:
     return [*WORKER, str(job), *arguments]
 
 
-def training_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
+def group_command(job: Path, processes: int, layout: Layout = ALONE) -> list[str]:
     """The command of `processes` workers per machine under `accelerate launch`.
 
     A config file beside the job replaces the user's own default configuration. A single process needs no launcher, which takes

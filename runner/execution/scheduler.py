@@ -30,7 +30,7 @@ from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
 from runner.resources import available_cores
-from runner.stage import EffectContext
+from runner.stage import EffectContext, Stage
 from runner.tracking.tracker_process import TrackerProcess
 
 
@@ -88,9 +88,9 @@ class Scheduler:
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
         """The fork server for the remaining single-process stages, if they import anything slow."""
         machines = self._peers.layout.machines if self._peers else 1
-        trains_alone = machines * resources.process_count(self._recipe.head.parallel) == 1
+        here = resources.process_count(self._recipe.head.parallel)
         pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
-        left = (stage for stage in pending if trains_alone or not stage.trains)
+        left = (stage for stage in pending if _process_count(stage, here=here, machines=machines) == 1)
         modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
         if not modules or not launch.can_fork():
             return None
@@ -264,6 +264,11 @@ class Scheduler:
                 self._progress.note(f"{name}: its artifact does not match its record{where}; it will be rebuilt")
                 return False
         return True
+
+
+def _process_count(stage: Stage, *, here: int, machines: int) -> int:
+    """How many processes run a stage, if a training has `here` on each machine."""
+    return here * machines if stage.trains else here if stage.in_processes else 1
 
 
 def _to_push(plan: Plan) -> dict[str, Record]:

@@ -79,8 +79,9 @@ class StageRun:
             tracker.follow(self._relay.reader, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         self._prepare(stop)
         if not stage.trains:
-            self._launch(launch.plain_command(self._job(1)), stop, threads=self._cores)
-            return {"processes": 1, **self._result()}
+            processes = self._local if stage.in_processes else 1
+            self._launch_group(processes, ALONE, stop)
+            return {"processes": processes, **self._result()}
         policy = RetryPolicy(self._scratch, parallel, processes=self._local * self._layout.machines)
         if self._peers and self._peers.is_broken:
             policy.processes = 1
@@ -91,7 +92,7 @@ class StageRun:
             try:
                 if peers:
                     self._begin_with(peers)
-                self._train(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
+                self._launch_group(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
             except MachineError as fault:
                 cause = "; ".join([*(peers.causes() if peers else []), fault.cause])
                 then = policy.after_fault(cause, step=self._relay.step)
@@ -117,7 +118,7 @@ class StageRun:
         if self._owns_scratch:
             self._prepare(stop)
         ready()
-        self._train(self._local * self._layout.machines, self._layout, stop, tick=tick)
+        self._launch_group(self._local * self._layout.machines, self._layout, stop, tick=tick)
 
     def _begin_with(self, peers: Peers) -> None:
         """Returns when all machines start the training."""
@@ -142,7 +143,7 @@ class StageRun:
             self._launch(launch.plain_command(self._job(1), "--prepare"), stop, threads=self._cores)
             (self._scratch / PREPARED).touch()
 
-    def _train(
+    def _launch_group(
         self,
         processes: int,  # of all machines
         layout: Layout,
@@ -152,7 +153,7 @@ class StageRun:
         tick: Callable[[], None] | None = None,
     ) -> None:
         local = processes // layout.machines
-        command = launch.training_command(self._job(processes, layout), local, layout)
+        command = launch.group_command(self._job(processes, layout), local, layout)
         self._launch(command, stop, threads=max(1, self._cores // local), watchdog=watchdog, tick=tick)
 
     def _announcement(self) -> dict[str, Any]:

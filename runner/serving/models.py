@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from runner.artifacts import Adapter, Checkpoint, Release
 from runner.compiled_code import VARIABLE, compiled_folder
@@ -29,14 +29,14 @@ class ServableModel:
     adapter: Path | None = None  # applied to the checkpoint
     made: str = ""  # time, from its record
 
-    def open(self, *, compiled: bool = False) -> "ChatSession":
+    def open(self, *, precision: Literal["auto", "fp32", "bf16"] = "auto", compiled: bool = False) -> "ChatSession":
         """Loads the model; imports torch. `compiled` compiles the decoding step first."""
         if compiled:
             os.environ[VARIABLE] = str(compiled_folder())
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
         from llm.inference.chat_session import ChatSession
 
-        return ChatSession(self.checkpoint, self.adapter, compiled=compiled)
+        return ChatSession(self.checkpoint, self.adapter, precision=precision, compiled=compiled)
 
 
 def finished_checkpoints(plan: Plan) -> list[Entry]:

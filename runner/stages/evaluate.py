@@ -14,6 +14,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -40,14 +41,18 @@ from runner.stages.fields.eval_tasks.task import EvaluatedModel
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
+    import torch
+
     from llm.evaluation.scoring import Outcome
     from llm.inference.batches import OnProgress
+    from llm.inference.processes import Processes
 
 
-class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
+class Evaluate(Stage, kind="evaluate", version=4, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, multiple choice, answers, benchmarks."""
 
     imports = ("llm.evaluation.scoring",)
+    in_processes = True
 
     model: Semantic[Ref[Checkpoint]]
     """The model to evaluate."""
@@ -99,8 +104,13 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
                         yield f"gates[{number}].score: expected held-out rows in stage {name!r}, got none; set `validation`"
 
     def run(self, context: Context) -> Metrics:
-        """Score every task; a restart keeps the tasks that were scored before."""
-        outcomes = self._outcomes(context)
+        """Score every task, the rows shared by all processes; a restart keeps the tasks that were scored before."""
+        from llm.inference.processes import join
+
+        processes, device = join()
+        outcomes = self._outcomes(context, processes, device)
+        if not processes.is_main:
+            return {}
         replicates = {f"{name}.{score}": values for name, one in outcomes.items() for score, values in one.replicates.items()}
         result: dict[str, dict[str, Any]] = {
             "scores": {f"{name}.{metric}": value for name, one in outcomes.items() for metric, value in one.scores.items()},
@@ -127,32 +137,36 @@ class Evaluate(Stage, kind="evaluate", version=3, makes=Scores):
             "replicates": {score: " ".join(map(str, values)) for score, values in replicates.items()},
         }
 
-    def _outcomes(self, context: Context) -> "dict[str, Outcome]":
+    def _outcomes(self, context: Context, processes: "Processes", device: "torch.device") -> "dict[str, Outcome]":
         """The outcome of each task by its name; each is kept in scratch once it is there."""
-        import torch
-
+        from llm.device import resolve_precision
         from llm.evaluation.scoring import Outcome
         from llm.models.checkpoint import load_checkpoint
+        from llm.models.interface import dtype_of
         from llm.tokenizer.tokenizer import TextTokenizer
 
         folder = context.open(self.model).folder
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = processes.exchange(resolve_precision(context.parallel.precision, device=device))[0]
         compared = [task.against for task in self.tasks if isinstance(task, ComparisonTask)]
         evaluated = EvaluatedModel(
-            load_checkpoint(folder, device=device),
+            load_checkpoint(folder, dtype=dtype_of(precision), device=device),
             TextTokenizer.load(folder),
             folder,
             context.scratch,
             {str(other): context.open(other).folder for other in compared},
-            device,
+            precision,
+            processes,
         )
         outcomes = {}
         for task in self.tasks:
             kept = context.scratch / "tasks" / f"{task.name}.json"
-            if not kept.exists():
+            if not processes.exchange(kept.exists())[0]:
                 outcome = task.outcome(evaluated, _progress(context, task.name))
-                write_whole(kept, json.dumps(vars(outcome), ensure_ascii=False))
-            outcomes[task.name] = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
+                outcome = replace(outcome, facts={**outcome.facts, "precision": precision})
+                if processes.is_main:
+                    write_whole(kept, json.dumps(vars(outcome), ensure_ascii=False))
+            text = processes.by_main(partial(kept.read_text, encoding="utf-8"))
+            outcomes[task.name] = Outcome(**json.loads(text))
         return outcomes
 
     def verdicts(self, metrics: Metrics, lineage: Lineage) -> Sequence[Verdict]:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llm.evaluation.bootstrap import resample
+from runner.artifacts import Scores
 from runner.errors import RecipeError
 from runner.gates import EvaluationResult, Gate, interval, judge, train_gap
-from runner.stage import Lineage
+from runner.stage import Lineage, Ref
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
 SPREAD = " ".join(f"{0.80 + step * 0.0002:.4f}" for step in range(1001))  # evenly from 0.8 to 1.0
@@ -93,6 +94,19 @@ def test_a_gate_with_above_waits_for_the_other_scores_and_refuses_those_of_other
     assert verdict.passed is None and str(verdict).endswith("wanted at most 0.05 above before: not judged yet")
     (verdict,) = judge([gate], found({"a.b": 1.0}), {"before": EvaluationResult({"a.b": 1.0}, {}, {"a": "others"})})
     assert verdict.passed is False and str(verdict).endswith("failed, since before scored other rows")
+
+
+def test_scores_of_different_precision_are_not_compared() -> None:
+    def scored(value: float, precision: str) -> EvaluationResult:
+        task = {"rows": 1, "examples": "rows", "precision": precision}
+        return EvaluationResult.of({"scores": {"a.b": value}, "tasks": {"a": task}})
+
+    gate = Gate(score="a.b", at_most=0.05, above=Ref.to(Scores, "before"))
+    (alike,) = judge([gate], scored(0.9, "bf16"), {"before": scored(0.9, "bf16")})
+    (other,) = judge([gate], scored(0.9, "bf16"), {"before": scored(0.9, "fp32")})
+    assert alike.passed
+    assert not other.passed
+    assert other.because == "since it was scored in bf16, and before in fp32; run one of them again with --force"
 
 
 def test_a_score_that_is_not_a_number_passes_no_gate() -> None:

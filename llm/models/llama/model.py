@@ -194,6 +194,8 @@ class Llama(LanguageModel):
         if positions is None:
             positions = torch.arange(length, device=tokens.device)[None]
         x: Tensor = self.model.embedding_dropout(self.model.embed_tokens(tokens))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # weights may be held in bf16; what the layers add up is not rounded to it
         angles = rope_angles(self.config, positions)
         dtype = compute_dtype(x)
         fused = self.fused_attention and is_supported(length, self.config.head_size, dtype)

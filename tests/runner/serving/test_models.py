@@ -60,7 +60,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
 def test_a_model_uses_the_cores_of_a_run_unless_the_environment_names_threads(
     text: str | None, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("llm.inference.chat_session.ChatSession", lambda *paths, compiled: None)
+    monkeypatch.setattr("llm.inference.chat_session.ChatSession", lambda *paths, **how: None)
     monkeypatch.setenv("STOCKPOT_CORES", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", text or "")
     if text is None:

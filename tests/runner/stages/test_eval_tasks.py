@@ -20,7 +20,7 @@ from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.graph import input_files
 from runner.input_files import InputFile, InputFolder
-from runner.stage import Context
+from runner.stage import Context, Parallel
 from runner.stages.evaluate import Evaluate
 
 CHOICES = [
@@ -172,6 +172,36 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
     (tasks / "organs.yaml").write_text(TASK.replace("{{question}}", escape))
     with pytest.raises(Exception, match="__class__"):  # jinja's SecurityError, through lm-eval
         score(lm_eval(tasks, name="again"))
+
+
+ROLLING = """
+task: organs
+dataset_path: json
+dataset_kwargs: { data_files: { test: organs.jsonl } }
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{ metric: bits_per_byte }]
+"""
+
+
+@pytest.mark.filterwarnings("default")  # lm-eval's own
+def test_lm_eval_computes_in_the_precision_of_the_evaluation_whatever_the_weights_are_stored_in(
+    checkpoint: Path, tasks: Path, tmp_path: Path, make_context: Callable[..., Context]
+) -> None:
+    (tasks / "organs.yaml").write_text(ROLLING)
+    stored = {dtype: tmp_path / dtype for dtype in ("bfloat16", "float32")}
+    for dtype, folder in stored.items():
+        model = load_checkpoint(checkpoint, dtype=torch.bfloat16).to(getattr(torch, dtype))
+        save_checkpoint(folder, model, checkpoint)
+    stage = Evaluate.model_validate({"model": "base", "tasks": [lm_eval(tasks)]})
+    found = {}
+    for dtype, precision in (("bfloat16", "fp32"), ("float32", "fp32"), ("float32", "bf16")):
+        parallel = Parallel.model_validate({"precision": precision})
+        context = make_context(dtype + precision, inputs={"base": stored[dtype]}, parallel=parallel)
+        found[dtype, precision] = stage.run(context)["scores"]["o.bits_per_byte"]
+    assert found["bfloat16", "fp32"] == found["float32", "fp32"] != found["float32", "bf16"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from small_recipe import Folder
 
 from llm.errors import InputError, Interrupted
 from llm.models.checkpoint import save_checkpoint
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
-from runner.stage import Context, Lineage
+from runner.stage import Context, Lineage, Parallel
 from runner.stages.evaluate import Evaluate
 
 ALONE = Lineage({}, {})
@@ -99,6 +101,52 @@ def test_the_same_evaluation_writes_the_same_bytes(rows: Path, checkpoint: Path,
     for name in ("scores.json", "errors.jsonl"):
         first, second = ((context.work / name).read_bytes() for context in contexts)
         assert first == second
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_of_the_scores_is_in_the_record(
+    rows: Path, checkpoint: Path, make_context: Callable[..., Context], precision: str
+) -> None:
+    tasks = [text(rows), classification(rows), answers(rows), answers(rows) | {"task": "compare", "against": "base"}]
+    tasks[-1]["name"] = "compared"
+    parallel = Parallel.model_validate({"precision": precision})
+    metrics = stage(*tasks).run(make_context(inputs={"base": checkpoint}, parallel=parallel))
+    assert {facts["precision"] for facts in metrics["tasks"].values()} == {precision}
+    assert metrics["scores"]["compared.bits_per_byte_change"] == 0.0  # both models in the same precision
+
+
+RECIPE = """
+name = "shared"
+[stage.base]
+kind = "checkpoint"
+folder = "base"
+[stage.scores]
+kind = "evaluate"
+model = "base"
+tasks = [
+  { name = "section", task = "classification", files = "rows.jsonl.gz", prompt = "Which? {text}", response = "{label}" },
+  { name = "general", task = "text", files = "rows.jsonl.gz" },
+  { name = "answers", task = "answers", files = "rows.jsonl.gz", prompt = "{label}?", response = "{text}", max_new_tokens = 4 },
+]
+"""
+
+
+def test_two_processes_score_to_the_same_bytes_as_one(
+    rows: Path, checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path)
+    folder.write(RECIPE)
+    shutil.copytree(checkpoint, tmp_path / "base")
+    done = folder.run("--processes", "2", "--set", "parallel.precision=fp32")
+    assert done.returncode == 0, done.stderr
+    shared = folder.artifact("scores")
+    record = json.loads((shared / "record.json").read_text())
+    assert record["processes"] == 2
+    assert record["metrics"]["tasks"]["answers"]["new_tokens"] > 0
+    alone = make_context(inputs={"base": checkpoint}, parallel=Parallel(precision="fp32"))
+    stage(classification(rows), text(rows), answers(rows)).run(alone)
+    for name in ("scores.json", "errors.jsonl", "values.json"):
+        assert (shared / name).read_bytes() == (alone.work / name).read_bytes(), name
 
 
 def test_speeds_are_in_the_record_but_not_in_the_scores(

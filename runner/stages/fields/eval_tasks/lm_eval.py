@@ -42,16 +42,21 @@ class LmEvalTask(EvalTask):
         """Run the benchmark."""
         from llm.evaluation.lm_eval_harness import evaluate_folder
 
+        def run() -> "Outcome":
+            return evaluate_folder(
+                evaluated.folder,
+                self.benchmark,
+                tasks=None if self.include_path is None else Path(self.include_path.pattern),
+                shots=self.shots,
+                chat=self.chat,
+                limit=self.limit,
+                scratch=evaluated.scratch,
+                precision=evaluated.precision,
+                device=str(evaluated.model.device),
+            )
+
         progress(0, 1)
-        return evaluate_folder(
-            evaluated.folder,
-            self.benchmark,
-            tasks=None if self.include_path is None else Path(self.include_path.pattern),
-            shots=self.shots,
-            chat=self.chat,
-            limit=self.limit,
-            scratch=evaluated.scratch,
-        )
+        return evaluated.processes.by_main(run)
 
 
 def table_from_text(text: Any) -> Any:

@@ -60,6 +60,8 @@ class MultipleChoiceTask(EvalTask):
         template = ChoiceTemplate(self.prompt, choices, self.answer, self.first, (self.read or AS_FOUND).form)
         questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
         used = self.limited(questions, self.files.pattern)
-        found = score_choices(evaluated.model, evaluated.tokenizer, questions=used, progress=progress)
+        found = score_choices(
+            evaluated.model, evaluated.tokenizer, questions=used, progress=progress, processes=evaluated.processes
+        )
         examples = fingerprint(json.dumps([turn.message for chat in one.chats for turn in chat]) for one in used)
         return replace(found, facts={**found.facts, "skipped_rows": skipped, "examples": examples})

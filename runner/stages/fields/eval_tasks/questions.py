@@ -103,7 +103,7 @@ class TextTask(QuestionTask):
         from llm.evaluation.scoring import score_texts
 
         texts = [question.turns[-1].content for question in questions]
-        return score_texts(evaluated.model, evaluated.tokenizer, texts=texts, progress=progress)
+        return score_texts(evaluated.model, evaluated.tokenizer, texts=texts, progress=progress, processes=evaluated.processes)
 
 
 class ChatTask(RowTable, QuestionTask):
@@ -141,7 +141,14 @@ class ClassificationTask(ChatTask):
         from llm.evaluation.scoring import classify
 
         labels = self.labels and [self.words.get(label, label) for label in self.labels]
-        return classify(evaluated.model, evaluated.tokenizer, questions=questions, labels=labels, progress=progress)
+        return classify(
+            evaluated.model,
+            evaluated.tokenizer,
+            questions=questions,
+            labels=labels,
+            progress=progress,
+            processes=evaluated.processes,
+        )
 
 
 class AnswersTask(ChatTask):
@@ -167,6 +174,7 @@ class AnswersTask(ChatTask):
             questions=questions,
             max_new_tokens=self.max_new_tokens,
             progress=progress,
+            processes=evaluated.processes,
         )
 
 
@@ -195,14 +203,17 @@ class ComparisonTask(ChatTask):
         """Score the answers of both models."""
         from llm.evaluation.pairwise import compare_models
         from llm.models.checkpoint import load_checkpoint
+        from llm.models.interface import dtype_of
         from llm.tokenizer.tokenizer import TextTokenizer
 
         other = evaluated.others[self.against]
+        dtype, device = dtype_of(evaluated.precision), evaluated.model.device
         return compare_models(
             evaluated.model,
             evaluated.tokenizer,
-            lambda: (load_checkpoint(other, device=evaluated.device), TextTokenizer.load(other)),
+            lambda: (load_checkpoint(other, dtype=dtype, device=device), TextTokenizer.load(other)),
             questions=questions,
             max_new_tokens=self.max_new_tokens,
             progress=progress,
+            processes=evaluated.processes,
         )

@@ -11,8 +11,10 @@ from llm.text.selection import evenly_spaced
 from runner.stage import Spec
 
 if TYPE_CHECKING:
+    from llm.device import Precision
     from llm.evaluation.scoring import Outcome
     from llm.inference.batches import OnProgress
+    from llm.inference.processes import Processes
     from llm.models.interface import LanguageModel
     from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -30,7 +32,8 @@ class EvaluatedModel:
     folder: Path  # the same model as stock Transformers opens it
     scratch: Path
     others: Mapping[str, Path]  # folders of the models that it is compared with, by stage
-    device: str
+    precision: "Precision"  # of the products of all of them
+    processes: "Processes"  # that score it together
 
 
 class EvalTask(Spec):
