@@ -45,7 +45,7 @@ class Answer:
 
 
 class ChatSession:
-    """A checkpoint, with an adapter or without, ready to generate in `precision`; `compiled` compiles the decoding step first."""
+    """A checkpoint, with an adapter or without, ready to generate; `compiled` compiles the decoding step first."""
 
     def __init__(
         self,

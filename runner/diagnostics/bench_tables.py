@@ -66,6 +66,14 @@ def _decode(found: Result) -> Iterator[Titled]:
     yield f"Decoding, tokens/s: greedy, {found['dtype']}, {lengths}", _table(headings, rows)
 
 
+def _labels(found: Result) -> Iterator[Titled]:
+    row = [f"{found['shared']:,.1f}", f"{found['full']:,.1f}", f"{found['shared_times_as_fast']:.2f}"]
+    headings = ["a prompt read once", "with each label", "once is x times", "largest difference"]
+    lengths = f"{found['labels']} labels after {found['prompt_tokens']} tokens"
+    title = f"Classification, prompts/s: {found['dtype']}, {lengths}"
+    yield title, _table(headings, [[*row, f"{found['largest_difference']:.0e}"]])
+
+
 def _memory(found: Result) -> Iterator[Titled]:
     headings = ["ours", "Transformers, fp32 eager", "share"]
     row = [_mebibytes(found["ours"]), _mebibytes(found["transformers_fp32"]), f"{found['share']:.0%}"]
@@ -138,6 +146,7 @@ TABLES = {
     "matmul": _matmul,
     "train": _train,
     "decode": _decode,
+    "labels": _labels,
     "memory": _memory,
     "machinery": _overhead,
     "processes": _processes,

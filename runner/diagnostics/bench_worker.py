@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.diagnostics.bench import HEAD, JOB, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
+from runner.diagnostics.bench import HEAD, JOB, LABELS, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
@@ -97,8 +97,8 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
 
 
 def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", group: "ProcessGroup") -> dict[str, Any]:
-    """Matrix products, training steps and decoding of one model."""
-    from llm.bench import decode, matmul, train_step
+    """Matrix products, training steps, decoding and classification of one model."""
+    from llm.bench import decode, labels, matmul, train_step
 
     found: dict[str, Any] = {}
     if "matmul" in job.only or "train" in job.only:
@@ -113,6 +113,9 @@ def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", g
     if "decode" in job.only:
         _say("decoding, after teaching the model to count")
         found["decode"] = decode.measure_decode(workload, model, seconds=job.seconds, compiled=job.compiled, group=group)
+    if LABELS in job.only:
+        _say("labels after a shared prompt")
+        found[LABELS] = labels.measure_labels(workload, model, seconds=job.seconds, device=group.device)
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm.bench import decode, head, learning, matmul, overhead, train_step
+from llm.bench import decode, head, labels, learning, matmul, overhead, train_step
 from llm.bench.implementations import (
     CountingRows,
     StockpotTraining,
@@ -160,6 +160,13 @@ def test_the_head_is_timed_for_each_vocabulary() -> None:
     for vocabulary, one in found["vocabularies"].items():
         assert one["seconds_per_gflop"] == pytest.approx(one["seconds"] / (6e-9 * 1024 * 4 * int(vocabulary)))
         assert min(one["time_of_at_once"], one["seconds_at_once"]) > 0
+
+
+def test_labels_after_a_shared_prompt_are_as_likely_as_in_a_pass_of_their_own() -> None:
+    workload = tiny()
+    found = labels.measure_labels(workload, build_stockpot_model(workload), seconds=0.0, device=CPU)
+    assert found["largest_difference"] < 1e-5
+    assert min(found["shared"], found["full"], found["shared_times_as_fast"]) > 0
 
 
 class Clockwork:
