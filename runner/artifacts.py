@@ -104,7 +104,7 @@ class Checkpoint(Artifact):
     config = InFolder("config.json")
     """The architecture, as Transformers' LlamaConfig."""
     weights = InFolder("model.safetensors")
-    """All weights, one safetensors file."""
+    """All weights; of a model of more than 5 GB there are shards instead, which model.safetensors.index.json names."""
 
     @property
     def tokenizer(self) -> Tokenizer:

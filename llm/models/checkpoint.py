@@ -24,32 +24,91 @@ from llm.models.interface import LanguageModel, ModelConfig
 from llm.tokenizer.tokenizer import TextTokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-{}-of-{}.safetensors"
+SHARD_BYTES = 5 * 10**9  # as in huggingface_hub: files of this size are downloaded in parallel, and read one after the other
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def save_checkpoint(folder: Path, model: LanguageModel, tokenizer_folder: Path) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer_folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
-    Where `tokenizer_folder` is a checkpoint, the tokens that end its answers are copied too.
+    Weights are stored in `dtype` (None: that of each), and in several files where they have more than `shard_bytes`. Where
+    `tokenizer_folder` is a checkpoint, the tokens that end its answers are copied too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         source = tokenizer_folder / name
         if source.exists() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    write_model(folder, model.config, weights, tokenizer=TextTokenizer.load(tokenizer_folder))
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tokenizer = TextTokenizer.load(tokenizer_folder)
+    write_model(folder, model.config, weights, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
 
 
-def write_model(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], *, tokenizer: TextTokenizer) -> None:
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: TextTokenizer,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write everything but the tokenizer's own files; of a tied head only the embedding."""
-    vocab_size = len(weights["model.embed_tokens.weight"])
-    dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    fields = architectures()[config.name].to_transformers(config) | {"vocab_size": vocab_size, "dtype": dtype}
+    embedding = weights["model.embed_tokens.weight"]
+    stored = str(dtype or embedding.dtype).removeprefix("torch.")
+    fields = architectures()[config.name].to_transformers(config) | {"vocab_size": len(embedding), "dtype": stored}
     write_json(folder / CONFIG, fields | tokenizer.special_ids)
     write_json(folder / "generation_config.json", tokenizer.special_ids | {"do_sample": False})
     kept = {name: tensor for name, tensor in weights.items() if not (config.tied and name == "lm_head.weight")}
-    write_tensors(folder / WEIGHTS, kept)
+    _write_weights(folder, kept, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def _write_weights(folder: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    """Write one file, or shards and then the index that names them: without it, shards are no model."""
+    for old in (folder / INDEX, folder / WEIGHTS, *folder.glob(SHARDS.format("*", "*"))):
+        old.unlink(missing_ok=True)
+    sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in weights.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [WEIGHTS] if len(shards) == 1 else [_shard_name(index, len(shards)) for index in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):  # one shard at a time is cast and in main memory
+        write_tensors(folder / file, {name: _stored(name, weights[name], dtype) for name in names})
+    if len(shards) > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+
+
+def _shard_name(index: int, count: int) -> str:
+    return SHARDS.format(f"{index + 1:05d}", f"{count:05d}")
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    found = tensor.to("cpu", dtype).contiguous()
+    if dtype == torch.float16 and found.isinf().any() and not tensor.isinf().any():
+        largest = float(tensor.abs().max())
+        raise InputError(f"{name}: expected weights within 65,504, the largest of fp16, got {largest:,.0f}; bf16 can store it")
+    return found
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a model folder that was written here holds its weights."""
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["dtype"]
+    dtype: torch.dtype = getattr(torch, found)
+    return dtype
 
 
 def load_checkpoint(
@@ -123,6 +182,8 @@ def read_weights(
     for path in weight_files(folder):
         try:
             weights |= load_file(path, device=str(device))
+        except FileNotFoundError:
+            raise InputError(f"{path}: expected a file, since {INDEX} names it, got none") from None
         except SafetensorError as error:
             raise InputError(f"{path}: expected a whole safetensors file, got one that cannot be read: {error}") from error
     for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:  # older Transformers wrote it

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm.files import TEMPORARY, whole_folder, write_json, write_tensors, write_text
-from llm.models.checkpoint import WEIGHTS as MODEL
+from llm.models.checkpoint import weight_files
 from llm.training.distributed.fsdp import full_tensor, sharded_like
 from llm.training.distributed.process_group import ProcessGroup
 
@@ -228,7 +228,8 @@ def import_state(folder: Path, model: Path) -> Path:
     """Write a checkpoint under `folder` from which a training continues the one that ended in the model folder `model`."""
     facts = json.loads((model / BESIDE_MODEL).read_text(encoding="utf-8"))
     facts["progress"] |= {"first_step": facts["step"], "first_tokens": facts["progress"]["tokens"]}
-    return write(folder, TrainingState(load_file(model / MODEL), load_file(model / OPTIMIZER), facts), kept=1)
+    weights = {name: tensor for path in weight_files(model) for name, tensor in load_file(path).items()}
+    return write(folder, TrainingState(weights, load_file(model / OPTIMIZER), facts), kept=1)
 
 
 # Checkpoints on machines that do not share a disk

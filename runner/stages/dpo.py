@@ -19,6 +19,7 @@ from runner.stage import Context, Metrics, Ref, Semantic
 from runner.stages.fields.adapter import AdapterFields
 from runner.stages.fields.chat_training import ROWS, VALIDATION_ROWS, PackedTraining
 from runner.stages.fields.data_tables import PreferenceTable
+from runner.stages.fields.stored_dtype import StoredDtype, resolve_dtype
 from runner.stages.fields.training import is_main_process
 
 
@@ -38,6 +39,8 @@ class LearnPreferences(PackedTraining, kind="dpo", version=2, makes=Checkpoint):
     """Share of the pairs whose labels are assumed to be swapped (Mitchell 2023)."""
     lora: Semantic[AdapterFields | None] = None
     """An adapter to train instead of all weights; it is merged into them at the end."""
+    dtype: Semantic[StoredDtype] = "base"
+    """Precision in which the weights are stored; "base" is that of `model`. They are trained in fp32."""
     schedule: Semantic[Schedule] = Schedule(learning_rate=1e-5)
     """The learning rate over the training: much lower than in other trainings, about ten times higher for an adapter."""
 
@@ -94,5 +97,6 @@ class LearnPreferences(PackedTraining, kind="dpo", version=2, makes=Checkpoint):
                 adapted, model = model, load_checkpoint(base.folder)
                 lora.copy_adapter(adapted, model)
                 merge_attached(model)
-            save_checkpoint(context.work, model, base.tokenizer.folder)
+            dtype = resolve_dtype(self.dtype, base.folder)
+            save_checkpoint(context.work, model, base.tokenizer.folder, dtype=dtype)
         return metrics

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from runner.artifacts import Adapter, Checkpoint
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
+from runner.stages.fields.stored_dtype import StoredDtype, resolve_dtype
 
 
 class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
@@ -24,6 +25,9 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
     weights: Semantic[list[float] | None] = None
     """One number per adapter: all are applied to the base at once, and its weights change by the weighted sum of the changes
     by each."""
+
+    dtype: Semantic[StoredDtype] = "base"
+    """Precision in which the weights are stored; "base" is that of `base`. They are merged in fp32."""
 
     @model_validator(mode="after")
     def _a_weight_each(self) -> Self:
@@ -48,7 +52,8 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
             merge_adapters(model, folders)
         else:
             mix_adapters(model, folders, self.weights)
-        save_checkpoint(context.work, model, base.tokenizer.folder)
+        dtype = resolve_dtype(self.dtype, base.folder)
+        save_checkpoint(context.work, model, base.tokenizer.folder, dtype=dtype)
         metrics = {name: context.records[name].get("metrics", {}) for name in self.adapters}
         losses = {name: found["merge_losses"] for name, found in metrics.items() if found.get("merge_losses")}
         return {"adapters": len(folders)} | ({"losses": losses} if losses else {})

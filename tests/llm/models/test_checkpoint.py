@@ -191,6 +191,50 @@ def test_shards_that_transformers_wrote_are_opened(tokenizer: Path, tmp_path: Pa
         assert torch.equal(weight, wanted), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_above_the_size_of_a_shard_is_saved_in_shards_that_transformers_opens(
+    tokenizer: Path, tmp_path: Path, tied: bool
+) -> None:
+    model = fresh(tokenizer, tied=tied).eval()
+    save_checkpoint(tmp_path, model, tokenizer, shard_bytes=20_000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    count = len(shards)
+    assert count > 2 and shards == [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    held = [load_file(tmp_path / name) for name in shards]
+    assert all(len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000 for tensors in held)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: shard for shard, tensors in zip(shards, held, strict=True) for name in tensors}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+    opened, stock = load_checkpoint(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(opened(TOKENS), model(TOKENS))
+        torch.testing.assert_close(stock(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=1e-5)
+
+
+def test_a_save_that_breaks_off_between_shards_leaves_no_model_not_even_the_one_before(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    model = fresh(tokenizer)
+    save_checkpoint(tmp_path, model, tokenizer, shard_bytes=20_000)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = 70_000  # more than fp16 can store, in one of the last shards
+    with pytest.raises(InputError, match=r"layers.1.mlp.down_proj.weight: expected weights within 65,504, .* got 70,000"):
+        save_checkpoint(tmp_path, model, tokenizer, dtype=torch.float16, shard_bytes=10_000)
+    assert list(tmp_path.glob("model-*.safetensors"))  # it was in the middle of it
+    with pytest.raises(InputError, match=r"expected weights in model\.safetensors, or in shards .* got no such file"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_missing_shard_is_refused_by_its_name(tokenizer: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, fresh(tokenizer), tokenizer, shard_bytes=20_000)
+    first = min(tmp_path.glob("model-*.safetensors"))
+    first.unlink()
+    with pytest.raises(InputError, match=rf"{first.name}: expected a file, since model.safetensors.index.json names it"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "weights.bin"])
 def test_an_index_that_points_elsewhere_is_refused(tokenizer: Path, tmp_path: Path, name: str) -> None:
     save_checkpoint(tmp_path, fresh(tokenizer), tokenizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm.adapters import lora
 from llm.errors import InputError
@@ -50,6 +51,37 @@ def test_the_merged_checkpoint_in_stock_transformers_equals_base_and_adapter(
     assert json.loads(merged.config.read_text()) == json.loads(base.config.read_text())
     assert merged.tokenizer.model.read_bytes() == base.tokenizer.model.read_bytes()
     assert merged.tokenizer.config.read_bytes() == base.tokenizer.config.read_bytes()
+
+
+@pytest.mark.parametrize(("wanted", "stored"), [("base", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")])
+def test_a_merged_checkpoint_keeps_the_precision_of_its_base_unless_another_is_asked_for(
+    tmp_path: Path, make_context: Callable[..., Context], wanted: str, stored: str
+) -> None:
+    train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True).save(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=4, context=32), vocab_size=300)
+    save_checkpoint(tmp_path / "base", model, tmp_path / "tokenizer", dtype=torch.bfloat16)
+    base = load_checkpoint(tmp_path / "base")
+    exact = base.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
+    lora.attach(base, lora.LoraConfig(r=2, alpha=4), seed=0)
+    change = torch.zeros(())
+    for name, weight in base.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    for name, layer in lora.adapted_layers(base):
+        if name.endswith("up_proj"):
+            change = layer.get_delta_weight("default").detach()
+    lora.save_adapter(tmp_path / "adapter", base)
+    context = make_context(
+        inputs={"base": tmp_path / "base", "tuned": tmp_path / "adapter"},
+        records={"base": {"digest": "01"}, "tuned": {"inputs": {"base": {"digest": "01"}}}},
+    )
+    Merge.model_validate({"base": "base", "adapters": ["tuned"], "dtype": wanted}).run(context)
+    weights = load_file(context.work / "model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{stored}"}
+    assert json.loads((context.work / "config.json").read_text())["dtype"] == stored
+    merged = (exact + change).to(getattr(torch, stored))  # added in fp32, rounded once
+    torch.testing.assert_close(weights["model.layers.0.mlp.up_proj.weight"], merged, atol=0, rtol=0)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, make_context: Callable[..., Context]) -> None:

@@ -55,6 +55,18 @@ def stage_of(rows: InputFile, **changes: Any) -> FineTune:
     return FineTune.model_validate(fields | changes)
 
 
+@pytest.mark.parametrize(("wanted", "stored"), [("base", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_fine_tuned_model_keeps_the_precision_of_its_base_unless_another_is_asked_for(
+    base: Path, rows: InputFile, make_context: Callable[..., Context], wanted: str, stored: torch.dtype
+) -> None:
+    save_checkpoint(base, load_checkpoint(base), base, dtype=torch.bfloat16)
+    context = make_context(inputs={"base": base})
+    stage = stage_of(rows, dtype=wanted, budget={"steps": 1})
+    stage.prepare(context)
+    stage.run(context)
+    assert {weight.dtype for weight in load_checkpoint(context.work, dtype=None).parameters()} == {stored}
+
+
 def test_it_learns_the_answers_and_to_stop_after_them(
     base: Path, rows: InputFile, make_context: Callable[..., Context]
 ) -> None:
