@@ -176,7 +176,8 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if "leave_in" in case and os.environ.get("RANK", "0") == "0":
         left = {name: weight.detach() for name, weight in model.named_parameters()}
         write_tensors(folder / case["leave_in"] / WEIGHTS, left)
-    digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in model.parameters())).hexdigest()
+    weights = [weight.detach().view(torch.uint8) for weight in model.parameters()]  # numpy has no bf16
+    digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()
     return {"metrics": metrics, "lines": lines, "digest": digest}
 
 
