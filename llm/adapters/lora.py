@@ -13,6 +13,7 @@ Importing peft takes 2.3 s after torch, so functions import it where they use it
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -245,6 +246,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     """
     import peft
 
+    check_config(folder)
     config = peft.LoraConfig.from_pretrained(str(folder))
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     plain = dict(model.named_parameters(remove_duplicate=False))
@@ -258,6 +260,24 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     peft.set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
     _copy_saved_modules(model, full)
     model.eval()
+
+
+def check_config(folder: Path) -> None:
+    """InputError if the adapter's configuration would have PEFT import a module that it names."""
+    path = folder / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected the configuration of a LoRA adapter, got another file: {error}") from error
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type: expected 'LORA', got another kind")
+    mapping = found.get("auto_mapping")
+    library = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping or "transformers")
+    if found.get("megatron_config") is not None or library.partition(".")[0] != "transformers":
+        raise InputError(
+            f"{path}: auto_mapping, megatron_config: expected a model of Transformers and none of Megatron, since PEFT imports the "
+            f"module that is named, got {library!r:.80} and {found.get('megatron_config')!r:.80}"
+        )
 
 
 def _check_tied(config: Any, weights: dict[str, Tensor], full: dict[str, Tensor], folder: Path) -> None:

@@ -31,7 +31,7 @@ def _steady(pattern: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"expected a regular expression: {error}") from error
     if _repeats(parsed) > 1:
-        raise ValueError("expected a regular expression without a repeat inside of a repeat")
+        raise ValueError(f"expected a regular expression without a repeat inside of a repeat, got {pattern!r:.80}")
     return pattern
 
 

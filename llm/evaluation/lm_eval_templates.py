@@ -34,15 +34,15 @@ def bounded_template(text: str) -> str:
         if not isinstance(node, ALLOWED) or (name is None and isinstance(node, nodes.Call)):
             raise ValueError(f"expected a template of plain expressions, if and one for, got {type(node).__name__}")
         if name is not None and name not in (FILTERS if isinstance(node, nodes.Filter) else METHODS):
-            raise ValueError(f"expected a template without {name!r}")
+            raise ValueError(f"expected a template of plain filters and methods, got {name!r}")
         if name == "replace" and not _shortens(arguments):
-            raise ValueError("expected a template whose replace(old, new) names two texts, the new one not longer")
+            raise ValueError("expected a replace(old, new) of two texts, the new one not longer, got another")
         if isinstance(node, nodes.Getattr | nodes.Name) and str(getattr(node, "attr", getattr(node, "name", ""))).startswith(
             "_"
         ):
-            raise ValueError("expected a template without names that begin with _")
+            raise ValueError("expected a template of plain names, got one that begins with _")
         if isinstance(node, nodes.For) and any(node.find_all(nodes.For)):
-            raise ValueError("expected a template without a for inside of a for")
+            raise ValueError("expected a template with one for, got another inside of it")
         joins += name == "join"
     if joins > MOST_JOINS:
         raise ValueError(f"expected a template with at most {MOST_JOINS} join, got {joins}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.adapters.lora import check_config
 from llm.tokenizer.tokenizer import ChatMessage
 
 BATCH = 16  # prompts answered at once
@@ -23,11 +24,12 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.name = "Transformers" if adapter is None else "PEFT"
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         if adapter is not None:
             from peft import PeftModel
 
+            check_config(adapter)
             model = PeftModel.from_pretrained(model, str(adapter))
         self._model = model.to(device).eval()
         self._ends, self._padding, self._device = frozenset(ends), padding, device

@@ -135,7 +135,7 @@ def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: expected a model folder as Transformers writes it, got no file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got a file that cannot be parsed: {error}") from error
     by_type = {architecture.model_type: architecture for architecture in architectures().values()}
     model_type = found.get("model_type")
@@ -159,9 +159,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: {no_weights(path.name for path in folder.iterdir())}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index}: expected a table weight_map of names of files, got something else") from error
-    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+    if outside := [
+        name for name in names if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")
+    ]:
         raise InputError(f"{index}: weight_map: expected names of *.safetensors files beside it, got {outside[0]!r}")
     return [folder / name for name in names]
 

@@ -6,9 +6,10 @@ tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models ope
 tokens and the template beside it.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Self
@@ -100,11 +101,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The text without special tokens."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        with _whole_words():
+            return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many, on all cores."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _whole_words():
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_document(self, text: str) -> list[int]:
         """The text as a whole document, between the begin and the end token."""
@@ -133,7 +136,9 @@ class TextTokenizer:
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The ids of a chat up to where the assistant answers."""
-        return self._marked.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
+        rendered = self.render(messages, add_generation_prompt=True)
+        with _whole_words():
+            return self._marked.encode(rendered, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[bool]]:
         """The ids of a chat and its loss mask, true for the assistant's text and the end of its turns."""
@@ -145,7 +150,8 @@ class TextTokenizer:
         for messages in chats:
             self._refuse_special_tokens(messages)
         rendered = render_with_spans(chats, self._chat_template, special_tokens=self._named, any_special=self._any_special)
-        encodings = self._marked.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        with _whole_words():
+            encodings = self._marked.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
             _without_suffix(messages, encoding.ids, loss_mask(encoding.offsets, spans))
             for messages, encoding, (_, spans) in zip(chats, encodings, rendered, strict=True)
@@ -180,6 +186,17 @@ class TextTokenizer:
         whole.post_processor = self._post_processor
         write_text(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _whole_words() -> Iterator[None]:
+    """InputError where an expression of the tokenizer takes too long for a text, which its library reports as a panic."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of pyo3, which has no other name for it
+            raise
+        raise InputError(f"the tokenizer cannot split a text into words: {error}") from error
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -233,7 +250,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")

@@ -4,6 +4,7 @@ It is written from the records of the stages and the scores alone. It does not n
 without a new release.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def _datasets(model: Model) -> set[str]:
 def _place(files: str) -> str:
     """Files as the recipe names them, with a link to those on the Hub."""
     if not files.startswith(SCHEME):
-        return files
+        return _plain(files)
     on_hub = HubFiles.parse(files)
     page = f"https://huggingface.co/datasets/{on_hub.repo}/tree/{on_hub.commit}"
     return f"[{on_hub.repo}]({page}): {on_hub.path}, commit `{on_hub.commit[:12]}`"
@@ -265,10 +266,15 @@ def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Itera
 def _listed(counts: Mapping[str, int]) -> str:
     """Names with counts, most frequent first; the tail of a long list as a number."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{name} ({count:,})" for name, count in ordered[:MANY]]
+    shown = [f"{_plain(name)} ({count:,})" for name, count in ordered[:MANY]]
     if ordered[MANY:]:
         shown.append(f"{len(ordered) - MANY} more ({sum(count for _, count in ordered[MANY:]):,})")
     return ", ".join(shown) or "not stated"
+
+
+def _plain(text: str) -> str:
+    """A text of rows in Markdown: no link, picture or HTML."""
+    return re.sub(r"([\\`\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _making(records: Mapping[str, Record]) -> str:

@@ -1,5 +1,6 @@
 """The section of a model card on use with Transformers, PEFT, llama.cpp and Ollama."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,4 +80,5 @@ def _prompts(recipe: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _code(language: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+    fence = "`" * max([3, *(len(run) + 1 for line in lines for run in re.findall("`+", line))])
+    return "\n".join([f"{fence}{language}", *lines, fence])

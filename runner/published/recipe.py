@@ -29,7 +29,7 @@ from runner.hub import download
 from runner.hub.files import COMMIT, SCHEME
 from runner.published.lockfile import Lock, read_lock
 
-ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
+ADDRESS = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\w-]*([./]\w[\w-]*)*))?/?")
 MAX_BYTES = 16 * 2**20  # of a recipe or a lock file
 USER_FIELDS = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
 PLAIN_NAME = re.compile(r"\w[\w.-]*")

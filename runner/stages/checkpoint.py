@@ -41,7 +41,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
 
     folder: Semantic[ModelFolder | None] = None
     """A folder as Transformers saves it: config.json, tokenizer.json and safetensors."""
-    repo: Semantic[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None] = None
+    repo: Semantic[Annotated[str, Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$")] | None] = None
     """Instead of a folder: a model on the Hub, "owner/name"."""
     revision: Semantic[str] = Field("main", min_length=1)
     """Branch, tag or commit of the model on the Hub; resolved to a commit, which the record has."""

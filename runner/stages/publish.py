@@ -54,7 +54,7 @@ class Publish(Stage, kind="publish", version=2, makes=Release):
     """Licence of the model, by its name on the Hub: "apache-2.0", "mit", "cc-by-4.0"."""
     languages: Semantic[list[str] | None] = None
     """ISO 639 codes for the card; by default the languages of the corpus."""
-    repo: Execution[Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")] | None] = None
+    repo: Execution[Annotated[str, Field(pattern=r"^(\w[\w.-]*/)?\w[\w.-]*$")] | None] = None
     """Repository to push to: "owner/name", or "name" for the owner of the token; by default nothing is pushed."""
     private: Execution[bool] = True
     """Whether the repository is private if it has to be created."""
