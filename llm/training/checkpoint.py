@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from llm.training.distributed.process_group import ProcessGroup
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 BESIDE_MODEL = "training.json"  # in a model folder, the facts
 CLOCKED = "throughput"  # the alert that depends on the clock
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
 CHUNK = 2**24  # bytes of a file that are sent to the other machines at a time
 
 
@@ -240,11 +242,11 @@ def copy_to_machines(path: Path, folder: Path, group: ProcessGroup) -> Path:
 
     A machine without one of the same digests gets a copy, written by its first process. All processes call this.
     """
-    name, state = group.from_main((path.name, (path / STATE).read_bytes() if group.is_main else b""))
-    own: Path = folder / name
+    own = folder / _plain(group.from_main(path.name))
+    state = group.bytes_from_main((path / STATE).read_bytes() if group.is_main else b"")
     if group.min(_has(own, state))[0] == 1:
         return own
-    files = group.from_main(sorted(file.name for file in path.iterdir()) if group.is_main else [])
+    files = [_plain(name) for name in group.from_main(sorted(file.name for file in path.iterdir()) if group.is_main else [])]
     writes = not _has(own, state) and os.environ.get("LOCAL_RANK", "0") == "0"
     with whole_folder(own) if writes else contextlib.nullcontext() as partial:
         for file in files:
@@ -253,6 +255,13 @@ def copy_to_machines(path: Path, folder: Path, group: ProcessGroup) -> Path:
             shutil.rmtree(own, ignore_errors=True)
     group.wait()  # no process reads it before it is written
     return own
+
+
+def _plain(name: str) -> str:
+    """The name of a file that another machine sent; ValueError if it could lead out of its folder."""
+    if PLAIN_NAME.fullmatch(name) is None:
+        raise ValueError(f"checkpoint of the main process: expected plain names of files, got {name!r}")
+    return name
 
 
 def _has(path: Path, state: bytes) -> bool:
@@ -269,6 +278,6 @@ def _send(source: Path, target: Path | None, group: ProcessGroup) -> None:
         read = files.enter_context(source.open("rb")) if group.is_main else None
         write = files.enter_context(target.open("wb")) if target else None
         for _ in range(0, size, CHUNK):
-            chunk: bytes = group.from_main(read.read(CHUNK) if read else b"")
+            chunk = group.bytes_from_main(read.read(CHUNK) if read else b"")
             if write:
                 write.write(chunk)

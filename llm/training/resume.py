@@ -40,8 +40,8 @@ def last_state(
             shutil.rmtree(broken)
         if path is None and start_from is not None:
             path = checkpoint.import_state(folder, start_from)
-    path = group.from_main(path)
-    state = None if path is None else checkpoint.read(checkpoint.copy_to_machines(path, folder, group))
+    found = group.from_main(None if path is None else str(path))
+    state = None if found is None else checkpoint.read(checkpoint.copy_to_machines(Path(found), folder, group))
     group.wait()  # until all have read it, since the main process may write that checkpoint again
     return state
 

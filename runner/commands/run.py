@@ -117,10 +117,15 @@ def _execute(
 
     stop = StopRequest()
     stop.install()
+    secret = b""
+    if layout.machines > 1:
+        from runner.multi_node.secret import shared_secret
+
+        secret = shared_secret()
     if not layout.is_main:
         from runner.multi_node.participant import Participant
 
-        Participant(recipe, store, view, stop, remote=remote, layout=layout).run(
+        Participant(recipe, store, view, stop, remote=remote, layout=layout, secret=secret).run(
             until=options.until, force=bool(options.force)
         )
         return None
@@ -131,9 +136,10 @@ def _execute(
 
             source = remote if recipe.head.cache.upload else None
             rejoin = 60 * recipe.head.parallel.rejoin_minutes
-            peers = stack.enter_context(
-                opened(Coordinator(layout, store.root, remote=source, note=view.note, stop=stop, rejoin_seconds=rejoin))
+            coordinator = Coordinator(
+                layout, store.root, remote=source, secret=secret, note=view.note, stop=stop, rejoin_seconds=rejoin
             )
+            peers = stack.enter_context(opened(coordinator))
         scheduler = Scheduler(recipe, store, view, stop, remote=remote, overwrite=options.overwrite, peers=peers)
         return scheduler.run(until=options.until, force=options.force)
 

@@ -18,12 +18,15 @@ from runner.cache.heartbeat import this_machine
 from runner.errors import MachineLostError, PeerFailedError, RecipeError, StageError, StockpotError
 from runner.execution.node_layout import Layout
 from runner.execution.stop import StopRequest
-from runner.multi_node.connection import Connection, ConnectionClosed, Message
+from runner.multi_node.connection import Connection, ConnectionClosed, ForeignError
+from runner.multi_node.messages import Message
 
 JOIN_SECONDS = 600.0  # for all machines to connect; a job queue may start them at different times
 REPLACE_SECONDS = 5.0  # without a heartbeat; then a new machine of the same rank replaces it
 REPORT_SECONDS = 5.0  # after a training failed here, for the others to report their cause
 INTERRUPTED = 130
+HELLO_SECONDS = 60.0  # for a machine that has connected to introduce itself
+GREETINGS = 32  # connections that may be doing so
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -52,12 +55,15 @@ class Coordinator:
         cache: Path,
         *,
         remote: str | None,  # from which the others can fetch artifacts
+        secret: bytes,  # that all machines of the run know
         note: Callable[[str], None],
         stop: StopRequest,
         rejoin_seconds: float,
     ) -> None:
         self.layout, self._remote, self._note, self._stop = layout, remote, note, stop
-        self._rejoin_seconds = rejoin_seconds
+        self._rejoin_seconds, self._secret = rejoin_seconds, secret
+        self._greeting = threading.BoundedSemaphore(GREETINGS)
+        self._told_of_strangers = False
         self._token = cache / "machines" / uuid.uuid4().hex
         self._peers: dict[int, Peer] = {}
         self._seen: set[int] = set()  # ranks that were connected before
@@ -215,18 +221,34 @@ class Coordinator:
     def _let_in(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, _ = listener.accept()
+                connected, (address, *_) = listener.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self._welcome, args=[Connection(connection)], daemon=True, name="welcome").start()
+            if self._greeting.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=[connected, address], daemon=True, name="welcome").start()
+            else:
+                connected.close()
+
+    def _greet(self, connected: socket.socket, address: str) -> None:
+        """Lets in a machine that knows the secret."""
+        try:
+            self._welcome(Connection(connected, self._secret, is_main=True))
+        except ForeignError:
+            if not self._told_of_strangers:
+                self._note(
+                    f"{address} connected to port {self.layout.port} with another secret and was turned away; machines of this "
+                    "run share one (see `Several machines` in the guide)"
+                )
+            self._told_of_strangers = True
+        except ConnectionClosed:
+            pass
+        finally:
+            self._greeting.release()
 
     def _welcome(self, connection: Connection) -> None:
         """Introduces this machine to a new one and registers or refuses it."""
         connection.send(do="welcome", who=str(this_machine()), token=self._token.name, machines=self.layout.machines)
-        try:
-            message = connection.receive(JOIN_SECONDS)
-        except ConnectionClosed:
-            message = None
+        message = connection.receive(HELLO_SECONDS)
         match message:
             case {
                 "do": "hello",
@@ -234,10 +256,9 @@ class Coordinator:
                 "machines": int(machines),
                 "who": str(who),
                 "shares": bool(shares),
-                **more,
+                "remote": remote,
             }:
-                remote = more.get("remote")
-                peer = Peer(rank, who, shares, str(remote) if remote else None, connection)
+                peer = Peer(rank, who, shares, remote or None, connection)
                 if refusal := self._refusal(peer, machines):
                     self._refused = refusal
                     connection.send(do="over", code=RecipeError.exit_code, message=refusal)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runner.cache.heartbeat import this_machine
+from runner.cache.integrity import ARTIFACT_NAME
 from runner.cache.record import Record
 from runner.cache.remote import Mirror
 from runner.cache.store import Store
@@ -17,12 +18,15 @@ from runner.execution.node_layout import Layout
 from runner.execution.stage_run import MachineError, StageRun
 from runner.execution.stop import LockWait, StopRequest
 from runner.graph import differences
-from runner.multi_node.connection import Connection, ConnectionClosed, Message
+from runner.multi_node.connection import Connection, ConnectionClosed, ForeignError
 from runner.multi_node.coordinator import INTERRUPTED, JOIN_SECONDS
+from runner.multi_node.messages import Message
+from runner.multi_node.secret import VARIABLE
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView
 from runner.resources import process_count
+from runner.stages import stage_kinds
 
 RETRY_SECONDS = 1.0  # between two attempts to connect
 SHARED_SECONDS = 3.0  # for a new file of one machine to appear on another that shares the folder
@@ -33,10 +37,18 @@ class Participant:
     """One run of one recipe on a machine other than machine 0."""
 
     def __init__(
-        self, recipe: Recipe, store: Store, progress: RunView, stop: StopRequest, *, remote: str | None, layout: Layout
+        self,
+        recipe: Recipe,
+        store: Store,
+        progress: RunView,
+        stop: StopRequest,
+        *,
+        remote: str | None,
+        layout: Layout,
+        secret: bytes,  # that all machines of the run know
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
-        self._remote, self._layout = remote, layout
+        self._remote, self._layout, self._secret = remote, layout, secret
         self._shares = False
 
     def run(self, *, until: str | None = None, force: bool = False) -> None:
@@ -58,8 +70,9 @@ class Participant:
         deadline, noted = time.monotonic() + seconds, False
         while not done():
             try:
-                return Connection(socket.create_connection((self._layout.host, self._layout.port), timeout=10))
-            except OSError as error:
+                connected = socket.create_connection((self._layout.host, self._layout.port), timeout=10)
+                return Connection(connected, self._secret, is_main=False)
+            except (OSError, ConnectionClosed) as error:
                 if time.monotonic() > deadline:
                     raise StageError(
                         f"machine 0 did not answer at {where} within {seconds:.0f} s ({error}); check that a run is active "
@@ -73,8 +86,14 @@ class Participant:
 
     def _introduce(self, connection: Connection) -> str:
         """Tells machine 0 who this machine is and whether it shares the cache; returns who machine 0 is."""
-        message = self._next(connection)
-        token = self._store.root / "machines" / Path(str(message.get("token"))).name
+        try:
+            message = self._next(connection)
+        except ForeignError:
+            raise StageError(
+                f"machine 0 at {self._layout.host}:{self._layout.port} has another secret than this machine; copy its file "
+                f"machines.secret to all machines, or set {VARIABLE} to the same value"
+            ) from None
+        token = self._store.root / "machines" / str(message["token"])
         deadline = time.monotonic() + SHARED_SECONDS
         while not (shares := _is_seen(token)) and time.monotonic() < deadline:
             self._stop.sleep(0.2)
@@ -87,7 +106,7 @@ class Participant:
         message = self._next(connection)
         while True:
             match message:
-                case {"do": "train", "stage": str(stage)}:
+                case {"do": "train", "stage": stage}:
                     message = self._train(connection, stage, message, until)
                     continue
                 case {"do": "note", "text": str(text)}:
@@ -174,7 +193,7 @@ class Participant:
     def _plan(self, message: Message, until: str | None) -> Plan:
         """The plan here, with the records of machine 0."""
         if not self._shares:
-            for record in (Record.unsealed(sealed.encode()) for sealed in message["records"]):
+            for record in map(_record, message["records"]):
                 if self._store.record(record.kind, record.key) is None:
                     self._store.remember(record)
         return Plan(self._recipe, self._store, until=until)
@@ -227,6 +246,17 @@ class Participant:
 
 class _EndedError(Exception):
     """Machine 0 ended an attempt, and the processes here still run."""
+
+
+def _record(sealed: str) -> Record:
+    """A record of machine 0, whose kind and key become names of files; StageError if they are none."""
+    try:
+        record = Record.unsealed(sealed.encode())
+        if ARTIFACT_NAME.fullmatch(record.name) and record.kind in stage_kinds():
+            return record
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise StageError("machine 0 sent a record that is damaged or of no known stage")
 
 
 def _is_seen(path: Path) -> bool:

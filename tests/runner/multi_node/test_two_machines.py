@@ -200,10 +200,10 @@ def test_when_one_machine_dies_for_good_the_other_ends_with_a_message_and_the_st
 def test_a_machine_lost_during_a_failed_training_is_reported_as_its_cause(tmp_path: Path) -> None:
     port = free_port()
     coordinator = Coordinator(
-        Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, note=print, stop=StopRequest(), rejoin_seconds=0.2
+        Layout(2, 0, "127.0.0.1", port), tmp_path, remote=None, secret=b"s", note=print, stop=StopRequest(), rejoin_seconds=0.2
     )
     with opened(coordinator):
-        other = Connection(socket.create_connection(("127.0.0.1", port)))
+        other = Connection(socket.create_connection(("127.0.0.1", port)), b"s", is_main=False)
         other.send(do="hello", rank=1, machines=2, who="process 7 on there", shares=True)
         coordinator.assemble()
         other.close()
