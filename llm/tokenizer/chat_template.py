@@ -3,9 +3,10 @@
     <|begin|><|user|>Q<|assistant|>A<|end|><|user|>Q2<|assistant|>A2<|end|>
 
 The template is stored once, in the tokenizer's configuration, and rendered by Transformers, so that training sees exactly
-what `apply_chat_template` gives at inference. The loss counts what is between `{% generation %}` and `{% endgeneration %}`:
-the assistant's text and the end token after it. A template of another model may lack these marks; the loss then counts what
-the template adds for each turn of the assistant, up to the first special token after its text.
+what `apply_chat_template` gives at inference; one of others is rendered in a process that can be ended. The loss counts what is
+between `{% generation %}` and `{% endgeneration %}`: the assistant's text and the end token after it. A template of another
+model may lack these marks; the loss then counts what the template adds for each turn of the assistant, up to the first special
+token after its text.
 """
 
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm.errors import InputError
+from llm.tokenizer.render_process import render_apart
 
 BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -109,6 +111,8 @@ def _unmarked(why: str) -> InputError:
 
 
 def _render(chats: Sequence[Chat], template: str, special_tokens: Mapping[str, str], **options: bool) -> Any:
+    if template not in (CHAT_TEMPLATE, PLAIN_TEMPLATE):
+        return render_apart(chats, template, special_tokens, **options)
     from jinja2 import TemplateError
     from transformers.utils import chat_template_utils  # takes half a second to import
 
