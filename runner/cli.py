@@ -18,6 +18,7 @@ from runner.errors import EXIT_INTERRUPTED, RecipeError, StockpotError
 from runner.files import DISK_FULL
 from runner.options import recipe_names, recipe_path
 from runner.recipe.validation import nearest
+from runner.terminal import printable_streams
 
 WORD = re.compile("[a-z][a-z-]*")  # like a command, unlike the path of a recipe
 OVERVIEW = """\
@@ -38,6 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code; the entry point of the console script `run`."""
     if completion.is_asked():
         completion.propose(_parser(()), COMMANDS)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PRINTABLE)
+    with printable_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         return _print_overview()
@@ -47,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return RecipeError.exit_code
         words.insert(0, "run")
     options = _parser(words[:1]).parse_args(words)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=PRINTABLE)
     try:
         return int(_module(options.command).main(options))
     except StockpotError as error:

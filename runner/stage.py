@@ -79,6 +79,9 @@ class Ref(str, Generic[A]):
         return {"type": "string", "format": "stage"}
 
 
+NAME = r"^\w[\w.-]{0,99}$"  # of a recipe or a stage: it becomes part of names of files, runs and branches
+
+
 class Spec(BaseModel):
     """A table of a recipe: strict types, no unknown keys, frozen; each field marked Semantic or Execution."""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from runner.stages.fields.chat_training import PackedTraining
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretraining
 from runner.stages.tokenizer import TrainTokenizer
+from runner.terminal import console
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
@@ -38,17 +40,15 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Shows rows before and after cleaning, tokens, packed rows, or chats with their loss mask."""
-    from rich.console import Console
-
     from llm.errors import InputError
 
     recipe = recipe_of(options)
     if options.count < 1:
         raise RecipeError(f"--count: expected at least 1, got {options.count}")
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(sys.stdout, soft_wrap=True)
     try:
         for line in inspect(Plan(recipe, store_of(options)), options.stage, count=options.count):
-            console.print(line)
+            out.print(line)
     except InputError as error:
         raise RecipeError(f"{options.stage}: {error}") from error
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from runner.errors import RecipeError
 from runner.options import add_recipe_argument, add_stage_argument, recipe_of, store_of
+from runner.terminal import console
 
 DIFFERENT = 3  # exit code
 STEPS = 16  # by default
@@ -44,7 +45,6 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _show(proof: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{proof['stage']} ({proof['kind']}), {proof['steps']} steps"
@@ -55,4 +55,4 @@ def _show(proof: Mapping[str, Any]) -> None:
         table.add_row(
             check["name"], check["what"], f"different: {', '.join(different[:SHOWN])}{more}" if different else "equal"
         )
-    Console(markup=False).print(table)
+    console(sys.stdout).print(table)

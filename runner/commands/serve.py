@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterator, Sequence
 
 from runner.errors import RecipeError
 from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, store_of
 from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
+SHORTEST_KEY = 16  # characters
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -23,15 +25,42 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="stages whose models to serve, side by side on the page (default: the last finished one)",
     )
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond loopback, other machines can connect")
+    sub.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name by which requests may call this machine",
+    )
     sub.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0 takes a free one)")
     sub.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
     add_sampling_options(sub)
+
+
+def _hosts(host: str, more: Sequence[str]) -> Iterator[str]:
+    """The names by which requests may call the server: a page of a stranger calls it by a name of the stranger."""
+    import socket
+
+    yield from ("127.0.0.1", "localhost", "[::1]", *more)
+    if host in LOOPBACK:
+        return
+    import psutil
+
+    addresses = [one.address.partition("%")[0] for found in psutil.net_if_addrs().values() for one in found]
+    for name in dict.fromkeys([host, socket.gethostname(), socket.getfqdn(), *addresses]):
+        yield f"[{name}]" if ":" in name else name
 
 
 def main(options: argparse.Namespace) -> int:
     """Serves finished models: a chat page, and /v1/chat/completions, /v1/completions, /v1/models."""
     recipe, store = recipe_of(options), store_of(options)
     found = servable_models(recipe, Plan(recipe, store), options.stages)
+    key = os.environ.get("STOCKPOT_API_KEY", "").strip()
+    if options.host not in LOOPBACK and len(key) < SHORTEST_KEY:
+        raise RecipeError(
+            f"--host {options.host}: expected STOCKPOT_API_KEY with at least {SHORTEST_KEY} characters, since other machines can "
+            f"connect, got {'one with ' + str(len(key)) if key else 'none'}; `openssl rand -hex 32` makes one"
+        )
     if options.queue < 0:
         raise RecipeError(f"--queue: expected at least 0, got {options.queue}")
     import socket
@@ -58,8 +87,8 @@ def main(options: argparse.Namespace) -> int:
         sampling=sampling,
         max_new_tokens=options.max_new_tokens,
         queue=options.queue,
-        api_key=os.environ.get("STOCKPOT_API_KEY") or None,
-        **({} if options.host in LOOPBACK else {"hosts": ("*",)}),
+        api_key=key or None,
+        hosts=tuple(_hosts(options.host, options.allow_host)),
     )
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(

@@ -1,10 +1,12 @@
 """The result of `run bench` as tables for people."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
+
+from runner.terminal import console
 
 Result = Mapping[str, Any]
 Titled = tuple[str, Table]
@@ -22,18 +24,17 @@ LEARNING = {"ours": "ours, as the recipe trains", "plain": "Transformers, AdamW 
 
 def show(result: Result) -> None:
     """Prints the result on standard output."""
-    console = Console(highlight=False)
+    out = console(sys.stdout)
     machine, model = result["machine"], result["model"]
-    console.print(
+    out.print(
         f"{model['parameters']:,} parameters, {model['rows']} x {model['context']} tokens a step, "
         f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
         f"transformers {machine['versions']['transformers']}",
-        markup=False,
     )
     for name, tables in TABLES.items():
         for title, table in tables(result[name]) if name in result else ():
-            console.print(f"\n{title}", style="bold", markup=False)
-            console.print(table)
+            out.print(f"\n{title}", style="bold")
+            out.print(table)
 
 
 def _matmul(found: Result) -> Iterator[Titled]:

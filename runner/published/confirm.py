@@ -62,5 +62,5 @@ def _missing(published: Published, plan: Plan) -> Iterator[str]:
 
 
 def _print(text: str) -> None:
-    """Prints untrusted text to the user, without control characters."""
-    print("".join(character if character.isprintable() or character == "\n" else "?" for character in text), file=sys.stderr)
+    """Prints to the user."""
+    print(text, file=sys.stderr)

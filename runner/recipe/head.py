@@ -8,25 +8,27 @@ from pydantic import Field, field_validator
 from llm.training.alerts.config import Alerts
 from runner.cache.remote import address_fault
 from runner.recipe.sweep import SweepTable
-from runner.stage import Execution, Parallel, Semantic, Spec
+from runner.stage import NAME, Execution, Parallel, Semantic, Spec
 from runner.tracking.trackers import TrackerName
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+# Services at an address of their own: a recipe chooses a topic or a channel there, never a host, a method or a header.
+ADDRESS = re.compile(r"ntfy://[\w-]{1,64}|(discord|slack|tgram|pover|pbul)://[\w:@/-]{1,300}", re.ASCII)
 
 
 class AlertsTable(Alerts):
     """The alerts of every training, unless its stage overrides them, and where notices go."""
 
     notify: list[str] = Field(default_factory=list)
-    """Where notices of alerts and faults go, as addresses of apprise ("ntfy://TOPIC"). An address with a password belongs in
-    STOCKPOT_NOTIFY instead."""
+    """Where notices of alerts and faults go: ntfy://TOPIC, or an address of discord, slack, tgram, pover or pbul as apprise has
+    it. Any other, and one with a password, belongs in STOCKPOT_NOTIFY."""
 
     @field_validator("notify", mode="before")
     @classmethod
     def _are_addresses(cls, notify: Any) -> Any:
         if not isinstance(notify, list) or not all(isinstance(one, str) and ADDRESS.fullmatch(one) for one in notify):
             raise ValueError(
-                'expected a list of apprise addresses, such as ["ntfy://TOPIC"] (not shown: it may hold a password)'
+                'expected a list of apprise addresses, such as ["ntfy://TOPIC"] (not shown: it may hold a password); '
+                "one that names a host, or has parameters, belongs in STOCKPOT_NOTIFY"
             )
         return notify
 
@@ -57,7 +59,7 @@ class TrackingTable(Spec):
 class Head(Spec):
     """The fields of a recipe outside of its stages."""
 
-    name: Execution[Annotated[str, Field(pattern=r"^[\w.-]+$")]]
+    name: Execution[Annotated[str, Field(pattern=NAME)]]
     """The name of the recipe."""
     description: Execution[str] = ""
     """One sentence on the result."""

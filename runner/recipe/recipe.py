@@ -5,6 +5,7 @@ Planning and running start from a Recipe, so nothing else checks fields again. `
 """
 
 import os
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from runner.recipe.head import Head
 from runner.recipe.sweep import Filled, read_sweep, resolved_sweep
 from runner.recipe.toml import apply_override, merged, read_with_parents
 from runner.recipe.validation import listed, nearest, shown, validated
-from runner.stage import Parallel, Stage
+from runner.stage import NAME, Parallel, Stage
 from runner.stages import stage_kinds
 
 
@@ -129,6 +130,11 @@ def load_recipe(
         tables = {}
     alerts = {key: value for key, value in table.get("alerts", {}).items() if key != "notify"} if head else {}
     filled = partial(_filled, head.seed if head else 0, alerts)
+    faults.extend(
+        f"stage.{shown(name)}: expected a name of at most 100 letters, digits and _.-, which begins with a letter or digit"
+        for name in tables
+        if re.fullmatch(NAME, name) is None
+    )
     found = {name: _validated_stage(name, tables, filled, faults) for name in tables}
     stages = {name: stage for name, stage in found.items() if stage is not None}
     broken = found.keys() - stages.keys()

@@ -3,6 +3,7 @@
 Only the line of the running stage moves, and notes stay until the end.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rich.text import Text
 from runner.planning.plan import Entry, Plan
 from runner.reporting.graph_drawing import MARKS
 from runner.reporting.progress import FORMATS, Eta, brief, describe, duration, position
+from runner.terminal import console as printable_console
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # losses in the curve
@@ -50,7 +52,9 @@ class LiveView:
         self._losses: deque[float] = deque(maxlen=CURVE)
         self._eta, self._began = Eta(), 0.0
         self._notes: deque[str] = deque(maxlen=NOTES)
-        self._live = Live(console=console or Console(stderr=True), refresh_per_second=REFRESHES, get_renderable=self.render)
+        self._live = Live(
+            console=console or printable_console(sys.stderr), refresh_per_second=REFRESHES, get_renderable=self.render
+        )
 
     def planned(self, plan: Plan) -> None:
         """Shows all stages; the cached ones are done."""

@@ -6,6 +6,7 @@ disconnects, its answer is aborted. Conversations are not stored.
 
 import asyncio
 import contextlib
+import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ class ServerConfig:
     sampling: "Sampling"
     max_new_tokens: int
     queue: int = 16  # requests that may wait
-    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # accepted Host headers; ("*",) for all
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # accepted Host headers
     api_key: str | None = None
 
 
@@ -204,7 +205,8 @@ class Server:
 
     def _check_key(self, request: HttpRequest) -> None:
         key = self._config.api_key
-        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+        given = request.headers.get("authorization", "").encode()
+        if key is not None and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             message = "Authorization: expected the API key that this server was started with, got another or none"
             raise RefusedError(401, message, code="invalid_api_key")
 
