@@ -133,7 +133,7 @@ def load_recipe(
     faults.extend(
         f"stage.{shown(name)}: expected a name of at most 100 letters, digits and _.-, which begins with a letter or digit"
         for name in tables
-        if re.fullmatch(NAME, name) is None
+        if re.fullmatch(NAME, re.sub(r"@\d{1,3}$", "", name)) is None  # the name of a branch is refused where it is taken
     )
     found = {name: _validated_stage(name, tables, filled, faults) for name in tables}
     stages = {name: stage for name, stage in found.items() if stage is not None}

@@ -104,7 +104,7 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
         ('stage = 3\nname = "x"', "stage: expected at least one"),
         (
             'name = "a b"\n[stage.c]\nkind = "corpus"\nsources = [{files = "text.jsonl"}]',
-            "name: expected a text like '^[\\w.-]+$', got 'a b'",
+            "name: expected a text like '^\\w[\\w.-]{0,99}$', got 'a b'",
         ),
         ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; expected one of"),
         (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
