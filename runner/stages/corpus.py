@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from llm.text.sources import Source
 
 
+FORMATS = ("json", "csv", "parquet", "arrow", "text")  # of datasets on the Hub; others open archives, sound and models
+
+
 class SourceSpec(Spec):
     """One source of text: local files or a dataset on the Hub."""
 
@@ -215,9 +218,13 @@ def hub_rows(hub: str, commit: str, *, config: str | None, split: str) -> Iterat
 
     try:
         builder = datasets.load_dataset_builder(hub, name=config, revision=commit)
+        form = type(builder).__module__.rpartition(".")[2]
+        if form not in FORMATS:
+            raise InputError(f"{hub}@{commit[:8]}: expected files of {', '.join(FORMATS)}, got {form}")
         for file in (file for files in (builder.config.data_files or {}).values() for file in files):
-            if "://" not in file.rpartition("::")[2]:  # a local folder of the same name
-                raise InputError(f"{hub}@{commit[:8]}: expected files on the Hub, got {file}")
+            # A local folder may have the same name, and the page of a dataset may name any file, also one of this machine.
+            if not file.rpartition("::")[2].startswith(f"hf://datasets/{hub}@"):
+                raise InputError(f"{hub}@{commit[:8]}: expected files of this dataset on the Hub, got {file}")
         yield from builder.as_streaming_dataset(split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         raise InputError(f"{hub}@{commit[:8]}: split {split!r} cannot be read: {error}") from error

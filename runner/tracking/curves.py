@@ -3,9 +3,10 @@
 matplotlib is imported only where something is drawn.
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,16 @@ def _thinned(points: Curve) -> Curve:
     return [(step, float(f"{value:.5g}")) for step, value in [*points[:-1:stride], points[-1]]]
 
 
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """Draws as matplotlib does by default: it reads a `matplotlibrc` in the current folder, which can have LaTeX run."""
+    import matplotlib
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        yield
+
+
+@_own_settings()
 def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
     """Draws one plot per training, side by side; the file ending of `picture` decides the format."""
     from matplotlib.figure import Figure
@@ -51,6 +62,7 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
     figure.savefig(picture, dpi=120)
 
 
+@_own_settings()
 def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False) -> str:
     """One plot of curves over the same steps, as an <svg> element; `logarithmic` where values span a factor of 10 or more."""
     from matplotlib import rc_context

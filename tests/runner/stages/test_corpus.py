@@ -239,7 +239,7 @@ def test_a_local_folder_with_the_name_of_a_hub_dataset_is_not_read(tmp_path: Pat
     private.write_text('{"title": "mine", "body": "private"}\n')
     done = run_against(hub[0], tmp_path, {"sources": [{"hub": "owner/tiny", "text": "{title}"}]}, cwd=tmp_path / "here")
     assert done.returncode != 0
-    assert f"owner/tiny@{COMMIT[:8]}: expected files on the Hub, got {private}" in done.stderr
+    assert f"owner/tiny@{COMMIT[:8]}: expected files of this dataset on the Hub, got {private}" in done.stderr
 
 
 @pytest.mark.parametrize(
