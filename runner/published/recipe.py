@@ -28,6 +28,7 @@ from runner.files import link_or_copy, write_whole
 from runner.hub import download
 from runner.hub.files import COMMIT, SCHEME
 from runner.published.lockfile import Lock, read_lock
+from runner.recipe.toml import DEPTH, is_too_deep
 
 ADDRESS = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\w-]*([./]\w[\w-]*)*))?/?")
 MAX_BYTES = 16 * 2**20  # of a recipe or a lock file
@@ -116,8 +117,10 @@ def _without_user_fields(text: str, place: str) -> dict[str, Any]:
     """The table of a recipe without its author's cache, trackers, notices and push target."""
     try:
         table = tomli.loads(text)
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{place}: is not TOML: {error}") from error
+    if is_too_deep(table):
+        raise RecipeError(f"{place}: expected tables and lists at most {DEPTH} deep, got deeper ones")
     stages = table.get("stage")
     if "extends" in table or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise RecipeError(f"{place}: expected a resolved recipe, as `run show` prints it, got something else")

@@ -14,6 +14,7 @@ from runner.errors import RecipeError
 from runner.input_files import AllowedFolders, Located
 from runner.recipe.validation import shown
 
+DEPTH = 50  # of tables and lists
 ALTERNATIVES = frozenset({"budget"})  # tables with one of several fields: a recipe's replaces that of the one it extends
 
 
@@ -33,8 +34,10 @@ def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFo
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
-    except (tomli.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, and of a number with too many digits
         raise RecipeError(f"{path}: is not TOML: {error}") from error
+    if is_too_deep(table):
+        raise RecipeError(f"{path}: expected tables and lists at most {DEPTH} deep, got deeper ones")
     located: dict[str, Any] = _nested_sweep(_locate(table, path.parent))
     parent = located.pop("extends", None)
     if parent is None:
@@ -44,6 +47,12 @@ def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFo
     if not folders.contain(parent.folder / parent):
         raise RecipeError(f"{path}: extends: {folders.fault(parent, parent.folder / parent)}")
     return merged(read_with_parents(parent.folder / parent, (*children, path), folders), located)
+
+
+def is_too_deep(value: Any, depth: int = 0) -> bool:
+    """Whether tables and lists are nested deeper than DEPTH, which only a file that is meant to do harm has."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > DEPTH or any(is_too_deep(item, depth + 1) for item in inner)
 
 
 def _locate(value: Any, folder: Path) -> Any:
@@ -102,7 +111,7 @@ def apply_override(table: dict[str, Any], override: str, path: Path) -> None:
         raise RecipeError(f"--set: expected KEY=VALUE with a dotted key, such as stage.base.seed=1, got {override!r}")
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except (tomli.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text.strip()
     for depth, part in enumerate(parts[:-1]):
         table = table.setdefault(part, {})
