@@ -45,7 +45,7 @@ class PrintableStream:
 def printable_streams() -> Iterator[None]:
     """Makes standard output and standard error such streams."""
     found = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = PrintableStream(found[0]), PrintableStream(found[1])  # type: ignore[assignment]  # is one in all
+    sys.stdout, sys.stderr = PrintableStream(found[0]), PrintableStream(found[1])
     try:
         yield
     finally:
