@@ -112,7 +112,8 @@ class Parallel(Spec):
     """Whether layers are compiled by torch.compile; "auto" compiles if the training is long enough to save time."""
     fused_attention: Execution[bool | Literal["auto"]] = "auto"
     """Whether attention uses Stockpot's own CPU kernel, built by the machine's C++ compiler; "auto" uses it on CPUs with
-    AVX512-BF16 if a training in bf16 is long enough to save time."""
+    AVX512-BF16 if a training in bf16 is long enough to save time. Rows of more than 1,024 positions do without it, because its
+    memory grows with the square of a row."""
     retries: Execution[int] = Field(2, ge=0)
     """How often a training restarts from its last checkpoint after a worker died, a process group failed, memory ran out or a
     step did not end. The count starts again after a fault at a later step than before. Faults of data or recipe are not

@@ -26,6 +26,9 @@ from llm.files import private_folder
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-std=c++17", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-fopenmp"]
 PANEL = 32  # positions and sizes come in multiples of it
+# Positions of a row, at most. What the kernel keeps for the backward pass grows with their square: at 1,024, T bytes for each
+# position, layer and head, less than all else that a layer keeps of a position (about 40 E bytes for each head).
+LONGEST = 1024
 
 
 class UnavailableError(Exception):
@@ -42,7 +45,7 @@ class _Heads(ctypes.Structure):
 
 def is_supported(length: int, size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel can compute attention of `length` positions with heads of `size`."""
-    return length % PANEL == 0 and size % PANEL == 0 and dtype == torch.bfloat16
+    return length <= LONGEST and length % PANEL == 0 and size % PANEL == 0 and dtype == torch.bfloat16
 
 
 @cache
@@ -107,7 +110,8 @@ class FusedAttention(Function):
     """Softmax attention by the kernel.
 
     For the backward pass it keeps the weights before they are divided by their sum, and the inverse of that sum. They take
-    half a matrix (T, T) for each head, also where documents are short; the part outside of documents is never touched.
+    half a matrix (T, T) for each head, also where documents are short; the part outside of documents is never touched. Hence
+    LONGEST.
     """
 
     @staticmethod

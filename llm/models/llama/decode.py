@@ -276,7 +276,7 @@ class LlamaDecoding:
         cosine, sine = self._rotation(positions)
         places, rows = positions if slots is None else slots, self._batch.rows[: len(tokens)]
         if unseen is None:
-            mask = attention_mask(tokens.shape[1], documents=None, dtype=self._dtype, device=self.device)
+            mask = attention_mask(tokens.shape[1], documents=None, device=self.device)
         else:
             late = unseen.repeat(1, 1, heads // kv_heads, 1)  # (B, 1, G T, S)
             bias = torch.zeros_like(late, dtype=self._cache_dtype).masked_fill_(late, -torch.inf)

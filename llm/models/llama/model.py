@@ -197,9 +197,8 @@ class Llama(LanguageModel):
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # weights may be held in bf16; what the layers add up is not rounded to it
         angles = rope_angles(self.config, positions)
-        dtype = compute_dtype(x)
-        fused = self.fused_attention and is_supported(length, self.config.head_size, dtype)
-        mask = attention_mask(length, documents=documents, dtype=dtype, device=tokens.device, fused=fused)
+        fused = self.fused_attention and is_supported(length, self.config.head_size, compute_dtype(x))
+        mask = attention_mask(length, documents=documents, device=tokens.device, fused=fused)
         compiled = self.compiled and self.training
         for layer in self.model.layers:
             if self.recompute and self.training:

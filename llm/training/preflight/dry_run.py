@@ -15,7 +15,7 @@ from llm.data.batch import Batch, RowSource
 from llm.device import free_memory, is_out_of_memory
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
-from llm.layers.fused_attention import PANEL, UnavailableError, is_supported, load_kernel
+from llm.layers.fused_attention import LONGEST, PANEL, UnavailableError, is_supported, load_kernel
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, local_part, reshard
 from llm.training.distributed.process_group import ProcessGroup
@@ -80,7 +80,10 @@ def _with_kernel(
             return f"expected a CPU, got {runtime.device}"
         heads, size = runtime.micro_batch * model.config.kv_heads, model.config.head_size
         if not is_supported(length, size, torch.bfloat16 if runtime.precision == "bf16" else torch.float32):
-            return f"expected bf16, and rows and heads in multiples of {PANEL}, got {runtime.precision}, {length}, {size}"
+            return (
+                f"expected bf16, rows of at most {LONGEST}, and rows and heads in multiples of {PANEL}, "
+                f"got {runtime.precision}, {length}, {size}"
+            )
         if heads < runtime.threads:
             return f"expected a head of keys for each of {runtime.threads} threads, got {heads} in a micro-batch"
         try:

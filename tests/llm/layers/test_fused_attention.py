@@ -53,7 +53,7 @@ def documents(rows: int, length: int) -> Tensor:
 def computed(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, among: Tensor | None, fused: bool) -> list[Tensor]:
     """The result and the gradients of q, k and v."""
     learned = [x.detach().requires_grad_() for x in (q, k, v)]
-    mask = attention_mask(q.shape[2], documents=among, dtype=q.dtype, device=q.device, fused=fused)
+    mask = attention_mask(q.shape[2], documents=among, device=q.device, fused=fused)
     out = attend(learned[0], learned[1], learned[2], mask=mask)
     return [out, *torch.autograd.grad(out, learned, grad)]
 
@@ -79,14 +79,14 @@ def test_nothing_reaches_a_position_from_the_future_or_another_document() -> Non
     among = documents(2, 128)
     same = (among[:, :, None] == among[:, None, :]).tril()
     k, v = (x.requires_grad_() for x in (k, v))
-    out = attend(q, k, v, mask=attention_mask(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
+    out = attend(q, k, v, mask=attention_mask(128, documents=among, device=q.device, fused=True))
     for position in (0, 1, 7, 8, 31, 32, 63, 64, 100, 127):
         reached = torch.autograd.grad(out[:, :, position].float().square().sum(), (k, v), retain_graph=True)
         assert torch.equal((reached[1] != 0).any(3).any(1), same[:, position])
         assert not ((reached[0] != 0).any(3).any(1) & ~same[:, position]).any()
     first = among == among[:, :1]
     changed = (torch.where(first[:, None, :, None], x, 1e4) for x in (k, v))
-    again = attend(q, *changed, mask=attention_mask(128, documents=among, dtype=q.dtype, device=q.device, fused=True))
+    again = attend(q, *changed, mask=attention_mask(128, documents=among, device=q.device, fused=True))
     assert torch.equal(again.transpose(1, 2)[first], out.transpose(1, 2)[first])
 
 
