@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
 
 STEPS = 3
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)  # positions of a row
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # see proc_pid_clear_refs(5)
@@ -51,14 +53,23 @@ def measure_memory(workload: Workload) -> dict[str, Any]:
     }
 
 
-def peak_in_process(name: str, workload: Workload) -> tuple[int, int]:
+def measure_contexts(workload: Workload, contexts: Sequence[int] = CONTEXTS) -> dict[int, int]:
+    """Peak bytes of our step on one row of each length, uncompiled: the dry run before it, and one step."""
+    found = {}
+    for context in contexts:
+        sizes = {"context": context, "rows": 1, "micro_batch": 1, "compiled": False}
+        found[context], _ = peak_in_process("ours", workload.model_copy(update=sizes), steps=1)
+    return found
+
+
+def peak_in_process(name: str, workload: Workload, *, steps: int = STEPS) -> tuple[int, int]:
     """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32" or one of the ways of
     `llm.bench.lora`."""
     environment = dict(os.environ)
     if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "llm.bench.memory", name],
+        [sys.executable, "-P", "-m", "llm.bench.memory", name, str(steps)],
         input=workload.model_dump_json(),
         env=environment,
         stdout=subprocess.PIPE,
@@ -71,12 +82,12 @@ def peak_in_process(name: str, workload: Workload) -> tuple[int, int]:
 
 def main() -> None:
     """Take the steps of the training named on the command line: workload on standard input, result on standard output."""
-    (name,) = sys.argv[1:]
+    name, steps = sys.argv[1], int(sys.argv[2])
     workload = Workload.model_validate_json(sys.stdin.read())
-    print(json.dumps(_theirs(workload) if name == "transformers_fp32" else _ours(workload, name)))
+    print(json.dumps(_theirs(workload, steps) if name == "transformers_fp32" else _ours(workload, name, steps)))
 
 
-def _ours(workload: Workload, name: str) -> tuple[int, int]:
+def _ours(workload: Workload, name: str, steps: int) -> tuple[int, int]:
     group = ProcessGroup()
     if name == "ours" and workload.compiled is not False and has_compiler(group.device.type):
         torch.compile(torch.relu)(torch.ones(8, device=group.device))  # the compiler's imports do not count either
@@ -87,12 +98,12 @@ def _ours(workload: Workload, name: str) -> tuple[int, int]:
         training = StockpotTraining(workload, build_stockpot_model(workload), group=group)
     else:
         training = build_stockpot_training(workload, name, group=group)
-    for _ in range(STEPS):
+    for _ in range(steps):
         training.step()
     return _peak() - before, training.loop.runtime.micro_batch
 
 
-def _theirs(workload: Workload) -> tuple[int, int]:
+def _theirs(workload: Workload, steps: int) -> tuple[int, int]:
     micro_batch = int(workload.micro_batch)  # that of ours
     model_type = architectures()[workload.architecture.name].model_type
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")  # imports are not measured
@@ -102,7 +113,7 @@ def _theirs(workload: Workload) -> tuple[int, int]:
     rows = CountingRows(workload.context, workload.vocab_size)
     parts = [batch.to(group.device) for batch in batches(rows, range(workload.rows), micro_batch)]
     training = TransformersTraining(workload, None, steps=[parts], device=group.device)
-    for _ in range(STEPS):
+    for _ in range(steps):
         training.step("fp32")
     return _peak() - before, micro_batch
 

@@ -26,9 +26,9 @@ from runner.stages.pretrain import Pretrain
 from runner.stages.tokenizer import TrainTokenizer
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
-# Only by --only: classification; three trainings in memory at once; fine-tuning; large heads; two trainings on a recipe's
-# tokens for the whole time.
-LABELS, PROCESSES, LORA, HEAD, LEARNING = "labels", "processes", "lora", "head", "learning"
+# Only by --only: classification; three trainings in memory at once; fine-tuning; large heads; rows of up to 16,384 positions;
+# two trainings on a recipe's tokens for the whole time.
+LABELS, PROCESSES, LORA, HEAD, CONTEXT, LEARNING = "labels", "processes", "lora", "head", "context", "learning"
 PACE = "pace"  # our steps alone, for `run plan --measure`
 PACE_SECONDS = 5.0
 JOB, RESULT = "job.json", "result.json"
@@ -44,7 +44,7 @@ class BenchJob:
     checkpoint_minutes: float | None
     seconds: float  # per measurement
     compiled: bool  # whether anything is compiled, Transformers included
-    only: list[str]  # of MEASUREMENTS, LABELS, PROCESSES, LORA, HEAD and LEARNING
+    only: list[str]  # of MEASUREMENTS, LABELS, PROCESSES, LORA, HEAD, CONTEXT and LEARNING
     checkpoint_every: int | None = None  # steps
     tokens: str | None = None  # folder of packed tokens; without it, rows are made up
     schedule: Mapping[str, Any] | None = None  # of the recipe's training
@@ -115,7 +115,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
 
 def chosen(only: str | None) -> list[str]:
     """The measurements that `--only` names, in the order in which they run; without it, MEASUREMENTS."""
-    possible = (*MEASUREMENTS, LABELS, PROCESSES, LORA, HEAD, LEARNING)
+    possible = (*MEASUREMENTS, LABELS, PROCESSES, LORA, HEAD, CONTEXT, LEARNING)
     names = MEASUREMENTS if only is None else only.split(",")
     if unknown := [name for name in names if name not in possible]:
         raise RecipeError(f"--only: expected some of {','.join(possible)}, got {unknown[0]!r}")

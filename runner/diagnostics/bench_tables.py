@@ -132,6 +132,17 @@ def _head(found: Result) -> Iterator[Titled]:
     yield title, _table(["vocabulary", "with gradients", "per GFLOP", "of all logits at once"], rows)
 
 
+def _context(found: Result) -> Iterator[Titled]:
+    lengths = sorted(map(int, found))  # names in JSON
+    rows, before = [], None
+    for length in lengths:
+        peak = found[str(length)]
+        slope = "" if before is None else f"{(peak - found[str(before)]) / (length - before) / 1024:,.0f} KiB"
+        rows.append([f"{length:,}", _mebibytes(peak), slope])
+        before = length
+    yield "Peak memory of a step on one row", _table(["positions", "peak", "each position more"], rows)
+
+
 def _learning(found: Result) -> Iterator[Titled]:
     rows = [
         [LEARNING[name], f"{one['steps']:,}", f"{one['seconds']:,.0f}", f"{one['bits_per_byte']:.3f}"]
@@ -153,6 +164,7 @@ TABLES = {
     "processes": _processes,
     "lora": _lora,
     "head": _head,
+    "context": _context,
     "learning": _learning,
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.diagnostics.bench import HEAD, JOB, LABELS, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
+from runner.diagnostics.bench import CONTEXT, HEAD, JOB, LABELS, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
@@ -90,6 +90,9 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     if HEAD in job.only:
         _say("heads of large vocabularies")
         result[HEAD] = head.measure_head(workload.architecture.hidden_size, seconds=job.seconds, device=group.device)
+    if CONTEXT in job.only:
+        _say("peak memory of rows of 512 to 16,384 positions")
+        result[CONTEXT] = memory.measure_contexts(workload)
     if LEARNING in job.only:
         _say(f"learning, twice for {job.seconds:.0f} s")
         result[LEARNING] = _learning(job, workload, folder)

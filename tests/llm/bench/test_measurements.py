@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm.bench import decode, head, labels, learning, matmul, overhead, train_step
+from llm.bench import decode, head, labels, learning, matmul, memory, overhead, train_step
 from llm.bench.implementations import (
     CountingRows,
     StockpotTraining,
@@ -240,3 +240,10 @@ def test_learning_gives_both_the_same_time_text_and_measure(tmp_path: Path) -> N
         assert any(line.startswith(f"{name}: ") for line in said)
     assert found["ours"]["optimizer"] == "muon" and found["plain"]["optimizer"] == "adamw"
     assert found["bits_per_byte_below"] == pytest.approx(found["plain"]["bits_per_byte"] - found["ours"]["bits_per_byte"])
+
+
+@pytest.mark.long
+def test_peak_memory_of_a_step_does_not_grow_with_the_square_of_a_row() -> None:
+    found = memory.measure_contexts(tiny(), (1024, 3072, 5120))  # scores of the last are 400 MiB a layer
+    first, second = (found[longer] - found[longer - 2048] for longer in (3072, 5120))
+    assert second < 1.5 * first
