@@ -95,10 +95,10 @@ class Reference:
         return cls(model, tokenizer, prompts, answers, max_new_tokens)
 
     @torch.inference_mode()
-    def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits (T, V)."""
-        device = self.model.device
-        logits: Tensor = self.model(torch.tensor([list(tokens)], device=device))[0]
+    def logits(self, tokens: Sequence[int], *, last: int) -> Tensor:
+        """Logits (P, V) after the `last` P tokens; those of the others are never computed."""
+        hidden = self.model.hidden(torch.tensor([list(tokens)], device=self.model.device))[0, -last:]
+        logits: Tensor = self.model.lm_head(hidden)
         return logits.cpu()
 
 
@@ -168,7 +168,7 @@ def check_likelihoods(
     worst, largest, moved = 0.0, 1.0, 0.0
     for tokens in texts:
         theirs = other.log_probabilities(tokens)
-        ours = reference.logits(tokens)[-len(theirs) :].log_softmax(-1)
+        ours = reference.logits(tokens, last=len(theirs)).log_softmax(-1)
         reported = ~theirs.isnan()
         difference = (ours - theirs)[reported].abs()
         if not reported.any(-1).all() or not torch.isfinite(difference).all():
@@ -211,6 +211,6 @@ def _gap(reference: Reference, prompt: Sequence[int], ours: Sequence[int], their
     place = next((place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
         place = min(len(ours), len(theirs))
-    logits = reference.logits([*prompt, *ours[:place]])[-1]
+    logits = reference.logits([*prompt, *ours[:place]], last=1)[0]
     chosen = theirs[place : place + 1] or reference.tokenizer.ends
     return float(logits.max() - logits[list(chosen)].max())

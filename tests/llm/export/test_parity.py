@@ -43,6 +43,18 @@ def reference(checkpoint: Path) -> Reference:
     return Reference.of(load_checkpoint(checkpoint), tokenizer, prompts, max_new_tokens=24)
 
 
+def test_only_the_logits_that_are_compared_are_computed(reference: Reference) -> None:
+    tokens, seen = list(reference.prompts[0]), list[int]()
+    hook = reference.model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(len(logits)))
+    try:
+        found = reference.logits(tokens, last=2)
+    finally:
+        hook.remove()
+    assert seen == [2]
+    with torch.inference_mode():
+        torch.testing.assert_close(found, reference.model(torch.tensor([tokens]))[0, -2:])
+
+
 def faults(reference: Reference, written: Path, checkpoint: Path, *, precision: str = "f32") -> list[str]:
     """The comparisons that fail for a GGUF file."""
     try:
