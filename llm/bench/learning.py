@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 from llm.bench.implementations import build_stockpot_model, build_transformers_model, compute_of
 from llm.bench.workload import Workload
 from llm.data.batch import IGNORE
-from llm.data.token_shards import TokenRows, TokenShards
+from llm.data.token_rows import TokenRows
+from llm.data.token_shards import TokenShards
 from llm.device import autocast, resolve_precision
 from llm.training.config import Budget, Schedule
 from llm.training.distributed.process_group import ProcessGroup

@@ -27,7 +27,8 @@ from llm.bench.implementations import MANY, StockpotTraining, build_stockpot_mod
 from llm.bench.timing import LEAST_ROUNDS
 from llm.bench.workload import Workload
 from llm.data.batch import Batch, RowSource
-from llm.data.token_shards import TokenRows, TokenWriter
+from llm.data.token_rows import TokenRows
+from llm.data.token_shards import TokenWriter
 from llm.device import synchronize
 from llm.training import checkpoint
 from llm.training.distributed.process_group import ProcessGroup

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm.data.token_shards import TokenRows, TokenWriter
+from llm.data.token_rows import TokenRows
+from llm.data.token_shards import TokenWriter
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.training.config import Budget, Optimizer, Schedule

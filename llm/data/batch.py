@@ -1,4 +1,4 @@
-"""Rows of packed documents, and batches of them. `llm.data.token_shards` and `llm.data.packing` are sources of rows.
+"""Rows of packed documents, and batches of them. `llm.data.token_rows` and `llm.data.packing` are sources of rows.
 
 A source of rows is a pure function of the row's index, so the order of data depends only on the seed and the step; a restart
 or another number of processes does not change it. Rows are numpy and batches are torch, which is imported only when a batch is
@@ -8,7 +8,7 @@ Letters: B rows in a batch, T tokens in a row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +29,8 @@ class PackedRow:
     targets: NDArray[np.int64]  # (T,) the next token of the same document, or IGNORE
     documents: NDArray[np.int32]  # (T,) number of the document in this row, from 0; -1 on padding
     reference: NDArray[np.float32] | None = None  # (T,) a reference model's log-probability of each target
+    sources: NDArray[np.int32] | None = None  # (T,) for held-out rows: the number of the source that each target counts for
+    text_bytes: NDArray[np.float32] | None = None  # (T,) for held-out rows of text: the bytes that each token stands for
 
 
 class RowSource(Protocol):
@@ -56,6 +58,8 @@ class Batch:
     positions: "Tensor"  # (B, T) int64, from 0 in each document
     rows: "Tensor"  # (B,) int64, index of the row within its optimizer step; the key of dropout
     reference: "Tensor | None" = None  # (B, T), for preferences: documents 2i and 2i + 1 are the two answers of pair i
+    sources: "Tensor | None" = None  # (B, T) int32, of held-out rows
+    text_bytes: "Tensor | None" = None  # (B, T) float32, of held-out rows of text
 
     @property
     def loss_count(self) -> int:
@@ -73,7 +77,7 @@ class Batch:
         return [self._each(itemgetter(slice(start, start + most))) for start in range(0, len(self.rows), most)]
 
     def _each(self, change: "Callable[[Tensor], Tensor]") -> "Batch":
-        values = (self.tokens, self.targets, self.documents, self.positions, self.rows, self.reference)
+        values = (getattr(self, field.name) for field in fields(self))
         return Batch(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]  # the last may be
 
 
@@ -82,14 +86,17 @@ def collate(rows: Sequence[PackedRow], indices: Sequence[int]) -> Batch:
     import torch
 
     documents = np.stack([row.documents for row in rows])
-    references = [row.reference for row in rows if row.reference is not None]
+    optional = {}
+    for name in ("reference", "sources", "text_bytes"):
+        if all(getattr(row, name) is not None for row in rows):
+            optional[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
     return Batch(
         tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
         targets=torch.from_numpy(np.stack([row.targets for row in rows])),
         documents=torch.from_numpy(documents),
         positions=torch.from_numpy(positions_within(documents)),
         rows=torch.tensor(indices, dtype=torch.int64),
-        reference=torch.from_numpy(np.stack(references)) if references else None,
+        **optional,
     )
 
 

@@ -104,7 +104,7 @@ def write_rows(
     """
     counts = [Counts() for _ in tables]
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
-        for table, count in zip(tables, counts, strict=True):
+        for number, (table, count) in enumerate(zip(tables, counts, strict=True)):
             for note in encoding_notes(table.files, table.template.form):
                 report(note=note)
             for batch in in_batches(_selected(table, count), _BATCH):
@@ -114,7 +114,7 @@ def write_rows(
                 for streams, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
                     for stream in streams:
                         writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
-                    writer.end_group(passes)
+                    writer.end_group(passes, source=number)
         numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
         totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
         if not len(writer):

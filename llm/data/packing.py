@@ -7,7 +7,7 @@ reference model gives each target.
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,7 +61,7 @@ class StreamWriter:
         self._loss_mask = (folder / _LOSS_MASK).open("wb")
         self._lengths = array("i")  # in tokens
         self._full_lengths = array("i")  # before anything was cut
-        self._passes = array("i")  # of each group
+        self._passes, self._sources = array("i"), array("i")  # of each group
 
     def append(self, ids: Sequence[int], loss_mask: Sequence[bool], *, full_length: int) -> None:
         """Add one stream."""
@@ -70,9 +70,10 @@ class StreamWriter:
         self._lengths.append(len(ids))
         self._full_lengths.append(full_length)
 
-    def end_group(self, passes: int) -> None:
+    def end_group(self, passes: int, *, source: int = 0) -> None:
         """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times."""
         self._passes.append(passes)
+        self._sources.append(source)
 
     def __len__(self) -> int:
         """Number of streams."""
@@ -107,6 +108,7 @@ class StreamWriter:
             starts=np.concatenate([[0], np.cumsum(lengths)]),
             members=members.ravel(),
             rows=np.concatenate([[0], np.cumsum([len(row) for row in rows])]) * size,
+            sources=np.repeat(np.array(self._sources, dtype=np.int32), size),
             row_length=row_length,
             padding=padding,
         )
@@ -121,7 +123,10 @@ class StreamWriter:
 
 
 class PackedRows:
-    """Packed streams as a `RowSource`: rows in an order drawn from (seed, epoch), or as packed if `seed` is None."""
+    """Packed streams as a `RowSource`: rows in an order drawn from (seed, epoch), or as packed if `seed` is None.
+
+    As packed, the longest streams come first, and rows say which source, or table, each target is of.
+    """
 
     def __init__(self, folder: Path, *, seed: int | None) -> None:
         index = np.load(folder / _INDEX)
@@ -129,6 +134,7 @@ class PackedRows:
         self._folder = folder
         self._padding = int(index["padding"])
         self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
+        self._sources: NDArray[np.int32] | None = index["sources"] if seed is None else None  # of each stream
         self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")
         self._loss_mask: NDArray[np.bool_] = np.memmap(folder / _LOSS_MASK, dtype=np.bool_, mode="r")
         self._reference: NDArray[np.float32] | None = None
@@ -148,8 +154,10 @@ class PackedRows:
         targets = np.full(self.context, IGNORE, dtype=np.int64)
         documents = np.full(self.context, -1, dtype=np.int32)
         reference = None if self._reference is None else np.zeros(self.context, dtype=np.float32)
+        sources = None if self._sources is None else np.zeros(self.context, dtype=np.int32)
         filled = 0
-        for document, (start, stop) in enumerate(self._streams(packed)):
+        for document, stream in enumerate(self._streams(packed)):
+            start, stop = self._span(stream)
             end = filled + stop - start - 1
             ids, loss_mask = self._ids[start:stop], self._loss_mask[start + 1 : stop]
             tokens[filled:end] = ids[:-1]
@@ -157,8 +165,10 @@ class PackedRows:
             documents[filled:end] = document
             if reference is not None and self._reference is not None:
                 reference[filled:end] = np.where(loss_mask, self._reference[start + 1 : stop], 0)
+            if sources is not None and self._sources is not None:
+                sources[filled:end] = self._sources[stream]
             filled = end
-        return PackedRow(tokens, targets, documents, reference)
+        return PackedRow(tokens, targets, documents, reference, sources)
 
     def write_reference(self, log_probabilities: Callable[[range], NDArray[np.float32]], *, rows_at_a_time: int) -> None:
         """Write the reference model's log-probability of each target; `log_probabilities` maps rows as packed to (B, T)."""
@@ -168,15 +178,19 @@ class PackedRows:
                 indices = range(first, min(first + rows_at_a_time, self.rows_per_epoch))
                 for packed, found in zip(indices, log_probabilities(indices), strict=True):
                     filled = 0
-                    for start, stop in self._streams(packed):
+                    for start, stop in map(self._span, self._streams(packed)):
                         values[start + 1 : stop] = found[filled : filled + stop - start - 1]
                         filled += stop - start - 1
             values.flush()
 
-    def _streams(self, packed: int) -> Iterator[tuple[int, int]]:
-        """Where each of the streams that share a row begins and ends, in their order."""
-        for stream in self._members[self._rows[packed] : self._rows[packed + 1]]:
-            yield int(self._starts[stream]), int(self._starts[stream + 1])
+    def _streams(self, packed: int) -> Sequence[int]:
+        """The streams that share a row, in their order."""
+        streams: list[int] = self._members[self._rows[packed] : self._rows[packed + 1]].tolist()
+        return streams
+
+    def _span(self, stream: int) -> tuple[int, int]:
+        """Where a stream begins and ends."""
+        return int(self._starts[stream]), int(self._starts[stream + 1])
 
 
 def has_reference(folder: Path) -> bool:

@@ -5,12 +5,14 @@ whatever its rounds compute. Results that are not below the wanted size are sent
 Black and Rogaway 2002), which keeps it one to one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+Numbers = NDArray[np.uint64]
 
 ROUNDS = 6  # four are a pseudorandom permutation for a perfect round function; two more for one that is not
 BLOCK = 1024  # places computed at a time: one costs nearly as much as all of them, 0.2 ms
@@ -24,23 +26,36 @@ class Permutation:
         self.size = size
         self._half = np.uint64(max(1, -(-bits // 2)))
         self._mask = (np.uint64(1) << self._half) - np.uint64(1)
-        self._keys: NDArray[np.uint64] = np.random.SeedSequence(list(key)).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+        self._keys: Numbers = np.random.SeedSequence(list(key)).generate_state(ROUNDS, np.uint64).astype(np.uint64)
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each of `numbers`, (N,), goes."""
-        found = self._once(numbers.astype(np.uint64))
+        return self._walk(self._once, numbers)
+
+    def inverse(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What goes to each of `numbers`, (N,)."""
+        return self._walk(self._once_back, numbers)
+
+    def _walk(self, once: Callable[[Numbers], Numbers], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = once(numbers.astype(np.uint64))
         while len(outside := np.flatnonzero(found >= self.size)):
-            found[outside] = self._once(found[outside])
+            found[outside] = once(found[outside])
         return found.astype(np.int64)
 
-    def _once(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _once(self, numbers: Numbers) -> Numbers:
         left, right = numbers >> self._half, numbers & self._mask
         for key in self._keys:
             left, right = right, left ^ (_mixed(right + key) & self._mask)
         return (left << self._half) | right
 
+    def _once_back(self, numbers: Numbers) -> Numbers:
+        left, right = numbers >> self._half, numbers & self._mask
+        for key in self._keys[::-1]:
+            left, right = right ^ (_mixed(left + key) & self._mask), left
+        return (left << self._half) | right
 
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+
+def _mixed(numbers: Numbers) -> Numbers:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a change of any bit changes about half of all bits."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -39,6 +39,7 @@ class Document:
     passes: int  # how often an epoch of training sees it
     told_language: str | None  # the language that its source gives
     line_bytes: int  # length of its line in the file, for progress
+    source: str = ""
 
     @cached_property
     def language(self) -> str:
@@ -56,7 +57,7 @@ def read_documents(path: Path) -> Iterator[Document]:
     with path.open("rb") as lines:
         for line in lines:
             row = json.loads(line)
-            yield Document(row["text"], row["passes"], row.get("language"), len(line))
+            yield Document(row["text"], row["passes"], row.get("language"), len(line), row.get("source", ""))
 
 
 def sample_documents(path: Path, size: int) -> Iterator[Document]:

@@ -152,7 +152,7 @@ def _tokenizer(folder: Path, corpus: Path, count: int) -> Iterator[Text]:
 
 
 def _packed(folder: Path, count: int, *, seed: int) -> Iterator[Text]:
-    from llm.data.token_shards import TokenRows
+    from llm.data.token_rows import TokenRows
     from llm.tokenizer.tokenizer import TextTokenizer
 
     tokens = Tokens(folder)

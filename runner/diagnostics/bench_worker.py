@@ -125,7 +125,7 @@ def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", g
 def _overhead(job: BenchJob, workload: "Workload", group: "ProcessGroup", folder: Path) -> dict[str, Any]:
     """What data, tracking and checkpoints add to a step."""
     from llm.bench import overhead
-    from llm.data.token_shards import TokenRows
+    from llm.data.token_rows import TokenRows
 
     rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", workload)
     with _tracking(folder / "run") as tracking:

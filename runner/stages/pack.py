@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BATCH_BYTES = 4 * 2**20  # of lines that are tokenized at once: enough for many cores; takes about 30 times as much memory
 
 
-class Pack(Stage, kind="pack", version=1, makes=Tokens):
+class Pack(Stage, kind="pack", version=2, makes=Tokens):
     """Tokenizes the training and the validation documents of a corpus. Every document ends with the end token."""
 
     corpus: Semantic[Ref[Corpus]]
@@ -68,7 +68,7 @@ class Pack(Stage, kind="pack", version=1, makes=Tokens):
                 for document, ids in zip(
                     batch, tokenizer.encode_documents([document.text for document in batch]), strict=True
                 ):
-                    writer.append(ids, passes=document.passes, text_bytes=document.bytes)
+                    writer.append(ids, passes=document.passes, text_bytes=document.bytes, source=document.source)
                     done += document.line_bytes
                 context.report(done=done, total=size, unit="bytes")
             written = writer.finish()

@@ -47,7 +47,8 @@ class Pretraining(TrainingStage):
         """Train new weights, or continue from `start_from`, and write the checkpoint; returns the metrics."""
         import torch
 
-        from llm.data.token_shards import TokenRows, TokenShards
+        from llm.data.token_rows import TokenRows
+        from llm.data.token_shards import TokenShards
         from llm.errors import InputError
         from llm.models.checkpoint import save_checkpoint
         from llm.tokenizer.tokenizer import TextTokenizer

@@ -117,7 +117,7 @@ class MixTable(Spec):
         """The rows that `prepare` wrote, of `row_length`; no document has more than `positions`."""
         from llm.data.mixture import JoinedRows
         from llm.data.packing import PackedRows
-        from llm.data.token_shards import TokenRows
+        from llm.data.token_rows import TokenRows
 
         if self.tokens is None and self.text is None:
             return PackedRows(context.scratch / name, seed=seed)

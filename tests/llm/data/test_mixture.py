@@ -9,7 +9,7 @@ import pytest
 from llm.data.batch import IGNORE, PackedRow
 from llm.data.conversations import TextTemplate
 from llm.data.mixture import JoinedRows, mixed, write_texts
-from llm.data.token_shards import TokenRows
+from llm.data.token_rows import TokenRows
 from llm.errors import InputError
 from llm.tokenizer.train_bpe import train_bpe
 

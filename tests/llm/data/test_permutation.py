@@ -15,6 +15,7 @@ from llm.data.permutation import BLOCK, Permutation, RowOrder
 def test_every_number_is_hit_once(size: int, seed: int, epoch: int) -> None:
     found = Permutation(size, (seed, epoch))(np.arange(size))
     assert np.array_equal(np.sort(found), np.arange(size))
+    assert np.array_equal(Permutation(size, (seed, epoch)).inverse(found), np.arange(size))
 
 
 def test_each_part_of_the_key_changes_the_order() -> None:

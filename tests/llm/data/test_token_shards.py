@@ -1,6 +1,8 @@
 """Shards of token ids, and rows of them."""
 
 import json
+import os
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,20 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.batch import IGNORE, PackedRow
-from llm.data.token_shards import META, TokenRows, TokenShards, TokenWriter
+from llm.data.token_rows import TokenRows
+from llm.data.token_shards import META, TokenShards, TokenWriter
 
 PADDING = 2
 
 
 def write(
-    folder: Path, lengths: list[int], *, passes: list[int] | None = None, shard_tokens: int = 20, vocab_size: int = 100_000
+    folder: Path,
+    lengths: list[int],
+    *,
+    passes: list[int] | None = None,
+    shard_tokens: int = 20,
+    vocab_size: int = 100_000,
+    sources: bool = False,  # whether the source is named after the length
 ) -> list[list[int]]:
     """Documents whose ids are all different, so that a token identifies its place."""
     ids = iter(range(10, vocab_size))
     documents = [[next(ids) for _ in range(length)] for length in lengths]
     with TokenWriter(folder, vocab_size=vocab_size, context=8, padding=PADDING, shard_tokens=shard_tokens) as writer:
         for number, document in enumerate(documents):
-            writer.append(document, passes=passes[number] if passes else 1, text_bytes=3 * len(document))
+            source = f"s{len(document)}" if sources else ""
+            writer.append(document, passes=passes[number] if passes else 1, text_bytes=3 * len(document), source=source)
         writer.finish()
     return documents
 
@@ -110,8 +120,9 @@ def test_the_rows_of_a_long_document_are_spread_over_the_epoch(tmp_path: Path) -
     assert sum(count > 0 for count in of_long) >= 16
 
 
-def test_validation_covers_every_document_once_in_source_order(tmp_path: Path) -> None:
+def test_validation_covers_every_document_once_sorted_by_length(tmp_path: Path) -> None:
     documents = write(tmp_path, [5, 9, 2, 14], passes=[1, 2, 1, 3])
+    documents.sort(key=len)
     rows = TokenRows(tmp_path, context=7, seed=None)
     found = [rows.row(index) for index in range(rows.rows_per_epoch)]
     tokens = [int(token) for row in found for token in row.tokens[row.documents >= 0]]
@@ -147,7 +158,46 @@ def test_documents_come_back_from_shards_that_end_between_documents(tmp_path: Pa
     assert [shards.document(index).tolist() for index in range(len(shards))] == documents
     assert [path.stat().st_size // 4 for path in sorted(tmp_path.glob("*.bin"))] == [16, 8, 50, 4]
     assert (shards.tokens, shards.bytes) == (78, 234)
-    assert shards.text_bytes.tolist() == [24, 24, 24, 150, 9, 3]
+    table, shard = shards.look_up(np.arange(6))
+    assert table["bytes"].tolist() == [24, 24, 24, 150, 9, 3]
+    assert shard.tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_held_out_rows_say_of_which_source_each_token_is_and_how_much_text_it_stands_for(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path, vocab_size=100, context=4, padding=PADDING, shard_tokens=9) as writer:
+        for source, token, length, text_bytes in (("zh", 20, 5, 15), ("en", 30, 3, 12), ("zh", 21, 2, 6), ("en", 31, 4, 16)):
+            writer.append([token] * length, passes=1, text_bytes=text_bytes, source=source)
+        writer.finish()
+    rows = TokenRows(tmp_path, seed=None)
+    assert rows.sources == ["zh", "en"]
+    found = [rows.row(index) for index in range(rows.rows_per_epoch)]
+    assert np.concatenate([row.tokens for row in found]).tolist() == [21] * 2 + [20] * 5 + [30] * 3 + [31] * 4 + [PADDING] * 2
+    sources, text_bytes = (np.concatenate([getattr(row, name) for row in found]) for name in ("sources", "text_bytes"))
+    assert sources[:14].tolist() == [0] * 7 + [1] * 7
+    assert text_bytes.tolist() == [3] * 7 + [4] * 7 + [0] * 2
+    assert TokenRows(tmp_path, seed=0).row(0).sources is None
+
+
+def test_rows_need_memory_for_no_list_of_all_documents(tmp_path: Path) -> None:
+    documents = 300_000
+    with TokenWriter(tmp_path, vocab_size=100, context=64, padding=PADDING, shard_tokens=500_000) as writer:
+        for number in range(documents):
+            writer.append([number % 90 + 3] * 7, passes=1 + (number > 250_000), text_bytes=7)
+        writer.finish()
+    tracemalloc.start()
+    rows = TokenRows(tmp_path, seed=1)
+    first = rows.row(0)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (first.documents >= 0).all()
+    assert kept < documents  # a byte for each
+
+
+def test_a_token_file_that_was_cut_short_is_told(tmp_path: Path) -> None:
+    write(tmp_path, [8, 8])
+    os.truncate(tmp_path / "shard-00000.bin", 10)
+    with pytest.raises(OSError, match="cut short"):
+        TokenRows(tmp_path, seed=None).row(1)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
@@ -160,18 +210,18 @@ def test_ids_take_two_bytes_where_the_vocabulary_fits(tmp_path: Path, vocab_size
 
 
 def test_a_writer_that_was_killed_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
-    documents = write(tmp_path / "whole", [8, 8, 8, 50, 3, 1, 19], shard_tokens=20)
+    documents = write(tmp_path / "whole", [8, 8, 8, 50, 3, 1, 19], shard_tokens=20, sources=True)
     options = {"vocab_size": 100_000, "context": 8, "padding": PADDING, "shard_tokens": 20}
     for killed_after in (0, 2, 4, 5, 7):
         folder = tmp_path / f"killed-{killed_after}"
         with TokenWriter(folder, **options) as killed:
             for document in documents[:killed_after]:
-                killed.append(document, passes=1, text_bytes=3 * len(document))
+                killed.append(document, passes=1, text_bytes=3 * len(document), source=f"s{len(document)}")
         assert not (folder / META).exists()
         with TokenWriter(folder, **options) as writer:
             assert writer.documents <= killed_after
             for document in documents[writer.documents :]:
-                writer.append(document, passes=1, text_bytes=3 * len(document))
+                writer.append(document, passes=1, text_bytes=3 * len(document), source=f"s{len(document)}")
             writer.finish()
         whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -390,7 +391,8 @@ from tests.support.tiny_training import MadeUpRows, tiny_model, tiny_training
 
 folder, room = Path(sys.argv[1]), int(sys.argv[2])
 model = tiny_model(hidden_size=64, layers=4, heads=4, context=256)
-tiny_training(tiny_model(), folder / "first", budget=Budget(steps=1))  # whatever torch takes once, it has taken
+# Whatever torch and threads take once, they have taken.
+tiny_training(tiny_model(), folder / "first", budget=Budget(steps=1), batch_tokens=64 * 24)
 if room:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
@@ -403,7 +405,10 @@ print(json.dumps({"micro_batch": metrics["choices"]["micro_batch"], "loss": metr
     found = []
     for room in (0, 48 * 2**20):
         command = [sys.executable, "-c", program, str(tmp_path / str(room)), str(room)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # Of the room, which is one of addresses, each thread would reserve 72 MiB for its heap and stack, and uses a few KiB.
+        command = ["prlimit", f"--stack={2**21}:", *command]
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found[1]["micro_batch"] < found[0]["micro_batch"]
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import runner.stages.pack
@@ -47,7 +48,9 @@ def test_documents_come_back_with_their_begin_and_end(make_context: MakeContext,
         assert [tokenizer.decode(ids) for ids in documents] == texts
         assert all(ids.count(tokenizer.end) == ids.count(tokenizer.begin) == 1 for ids in documents)
         assert all((ids[0], ids[-1]) == (tokenizer.begin, tokenizer.end) for ids in documents)
-        assert set(shards.passes.tolist()) == {passes}
+        table, _ = shards.look_up(np.arange(len(shards)))
+        assert set(table["passes"].tolist()) == {passes}
+        assert shards.sources == ["s"]
         assert shards.bytes == sum(len(text.encode()) for text in texts)
         assert (shards.context, shards.vocab_size) == (16, 290)
     train = TokenShards(tokens.train)
@@ -87,12 +90,14 @@ def test_known_text_gives_known_tokens(make_context: MakeContext, inputs: dict[s
     STAGE.run(context)
     digests = {name: digest[:16] for name, digest in Tokens(context.work).digests().items() if not name.startswith("tok")}
     assert digests == {
-        "train/meta.json": "89f31bec58b68643",
+        "train/meta.json": "b6ff044c2decb800",
         "train/shard-00000.bin": "88edeec9cb8c1bc7",
-        "train/shard-00000.npy": "639b920a45ac87ee",
-        "validation/meta.json": "0f4292728bd22a12",
+        "train/shard-00000.npy": "8f7708730b67a3c2",
+        "train/sources.json": "7e6b026bc2c2d31f",
+        "validation/meta.json": "b55e5eb3acd72126",
         "validation/shard-00000.bin": "4761b3194ef3f891",
-        "validation/shard-00000.npy": "ac323bf2be896881",
+        "validation/shard-00000.npy": "cafae64f4df86a67",
+        "validation/sources.json": "7e6b026bc2c2d31f",
     }
 
 
