@@ -20,7 +20,6 @@ from llm.bench.implementations import build_stockpot_model, build_transformers_m
 from llm.bench.workload import Workload
 from llm.data.batch import IGNORE
 from llm.data.token_rows import TokenRows
-from llm.data.token_shards import TokenShards
 from llm.device import autocast, resolve_precision
 from llm.training.config import Budget, Schedule
 from llm.training.distributed.process_group import ProcessGroup
@@ -49,9 +48,7 @@ class Text:
 
     def validation(self, context: int) -> Validation:
         """What is measured."""
-        shards = TokenShards(self.held_out)
-        rows = TokenRows(self.held_out, context=context, seed=None)
-        return Validation(rows, bytes_per_token=shards.bytes / shards.tokens)
+        return Validation(TokenRows(self.held_out, context=context, seed=None))
 
 
 def measure_learning(

@@ -49,11 +49,18 @@ class Learner(nn.Module):
             return self.objective(self.model, batch)
 
 
-def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors)."""
+def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, ...]:
+    """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors).
+
+    Where the batch says of which source each target is, the loss (B, T) of each position, too.
+    """
     hidden = model.hidden(batch.tokens, documents=batch.documents, positions=batch.positions).flatten(0, 1)
     targets = batch.targets.flatten()
     learned = targets != IGNORE
+    if batch.sources is not None:
+        losses = hidden.new_zeros(targets.shape, dtype=torch.float32)
+        losses[learned] = token_losses(model.lm_head, hidden[learned], targets[learned])
+        return losses.sum(dtype=torch.float64), learned.sum(), losses.view_as(batch.targets)
     # Boolean indexing asks the device how many there are. On a GPU that would stall the queue, so there all are computed.
     if hidden.device.type == "cpu" and not bool(learned.all()):
         hidden, targets = hidden[learned], targets[learned]

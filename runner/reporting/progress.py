@@ -82,6 +82,7 @@ def describe(line: Mapping[str, Any], eta: Eta) -> str:
     elif done is not None:
         parts.append(f"{done:,}/{total:,} {line.get('unit', '')}" if total else f"{done:,} {line.get('unit', '')}")
     parts += [shown.format(line[name]) for name, shown in FORMATS.items() if line.get(name) is not None]
+    parts += [f"{source} {value:.3f}" for name, value in line.items() if (source := name.partition("validation_loss/")[2])]
     if eta.seconds is not None and done != total:
         parts.append(f"{duration(max(1.0, eta.seconds))} left")
     return "  ".join(part.strip() for part in parts)

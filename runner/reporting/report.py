@@ -18,7 +18,7 @@ from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.graph_drawing import as_svg as graph_svg
 from runner.reporting.progress import duration
-from runner.tracking.curves import as_svg, read_curves
+from runner.tracking.curves import as_svg, read_curves, whole_of
 
 PAGES = Path(__file__).parents[1] / "pages"
 SAMPLES, WRONG = 8, 12  # of each task
@@ -119,7 +119,11 @@ def _plots(finished: Sequence[Entry]) -> dict[str, list[str]]:
             continue
         curves = read_curves(entry.path / METRICS, shown)
         found[entry.name] = [
-            as_svg({name: curves[name] for name in names if name in curves}, title=title, logarithmic=logarithmic)
+            as_svg(
+                {name: curve for name, curve in curves.items() if whole_of(name) in names},
+                title=title,
+                logarithmic=logarithmic,
+            )
             for title, names, logarithmic in PANELS
             if any(name in curves for name in names)
         ]

@@ -70,7 +70,7 @@ class Pretraining(TrainingStage):
         if held_out.tokens:
             validation = Validation(
                 TokenRows(tokens.validation, context=rows.context, seed=None),
-                bytes_per_token=held_out.bytes / held_out.tokens,
+                sources=held_out.sources,
                 tokens=self.validation_tokens,
                 every=self.validate_every,
             )

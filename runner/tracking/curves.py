@@ -21,17 +21,26 @@ Curve = list[tuple[int, float]]  # step and value
 
 
 def read_curves(metrics: Path, names: Iterable[str] = CURVES) -> dict[str, Curve]:
-    """The curves `names` in a `metrics.jsonl`, at most POINTS + 1 points each; of a repeated step the last value counts."""
+    """The curves `names` in a `metrics.jsonl`, and of their parts such as `validation_loss/en`; at most POINTS + 1 points each.
+
+    Of a repeated step the last value counts.
+    """
     found: dict[str, dict[int, float]] = {name: {} for name in names}
+    wanted = frozenset(found)
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except ValueError:  # a kill cut the line short
             continue
-        for name in found:
-            if isinstance(value := values.get(name), float) and "step" in values:
-                found[name][values["step"]] = value
+        for name, value in values.items():
+            if whole_of(name) in wanted and isinstance(value, float) and "step" in values:
+                found.setdefault(name, {})[values["step"]] = value
     return {name: _thinned(sorted(points.items())) for name, points in found.items() if points}
+
+
+def whole_of(name: str) -> str:
+    """The metric that `name` is a part of, as that of one source; itself otherwise."""
+    return name.partition("/")[0]
 
 
 def _thinned(points: Curve) -> Curve:
@@ -56,7 +65,7 @@ def draw(trainings: Mapping[str, Mapping[str, Curve]], picture: Path) -> None:
 
     figure = Figure(figsize=(INCHES[0] * len(trainings), INCHES[1]), layout="constrained")
     for axes, (name, curves) in zip(figure.subplots(1, len(trainings), squeeze=False)[0], trainings.items(), strict=True):
-        _plot(axes, {curve: curves[curve] for curve in CURVES if curves.get(curve)}, title=name)
+        _plot(axes, {curve: points for curve, points in curves.items() if whole_of(curve) in CURVES and points}, title=name)
         axes.legend(frameon=False)
     figure.axes[0].set_ylabel("loss, nats per token")
     figure.savefig(picture, dpi=120)

@@ -47,6 +47,7 @@ class MadeUpRows:
     context: int = 24
     rows_per_epoch: int = 64
     seed: int = 0
+    bytes_per_token: float | None = None
 
     def row(self, index: int) -> PackedRow:
         random = np.random.default_rng([self.seed, index])
@@ -57,7 +58,11 @@ class MadeUpRows:
         targets = np.append(tokens[1:], IGNORE)
         targets[border - 1] = IGNORE
         targets[: int(random.integers(self.context - 3))] = IGNORE  # as in a chat: the prompt is not learned
-        return PackedRow(tokens.astype(np.int64), targets.astype(np.int64), documents)
+        row = PackedRow(tokens.astype(np.int64), targets.astype(np.int64), documents)
+        if self.bytes_per_token is None:
+            return row
+        text_bytes = np.full(self.context, self.bytes_per_token, dtype=np.float32)
+        return replace(row, sources=documents, text_bytes=text_bytes)  # as held-out rows have them
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | 
     }
     compute = {"cores": 1, "precision": "fp32", "compiled": False, "fused_attention": False, "timeout_minutes": 1.0}
     arguments: dict[str, Any] = {
-        "validation": Validation(MadeUpRows(rows_per_epoch=6, seed=9), bytes_per_token=3.0),
+        "validation": Validation(MadeUpRows(rows_per_epoch=6, seed=9, bytes_per_token=3.0), sources=("first", "second")),
         "report": lambda **values: reported.append(values),
         "should_stop": lambda: False,
     }
@@ -126,7 +131,7 @@ def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
     """The loss of the next token, times `times` for marked rows."""
 
     def objective(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        total, count = next_token_loss(model, batch)
+        total, count, *_ = next_token_loss(model, batch)
         return total * (times if bool((batch.tokens[:, 0] == 39).all()) else 1.0), count
 
     return objective
@@ -134,7 +139,7 @@ def poisoned(times: float) -> Callable[[Any, Batch], tuple[Tensor, Tensor]]:
 
 def spare_weight(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss, to which a weight adds something only in the first row of a step."""
-    total, count = next_token_loss(model, batch)
+    total, count, *_ = next_token_loss(model, batch)
     return total + model.spare.square().sum() if 0 in batch.rows else total, count
 
 

@@ -65,7 +65,8 @@ class PackedTraining(TrainingStage):
         if not self.tables()[1]:
             return None
         rows = PackedRows(context.scratch / VALIDATION_ROWS, seed=None)
-        return Validation(rows, tokens=self.validation_tokens, every=self.validate_every, watched=watched)
+        names = [f"table-{number}" for number in range(1, len(self.tables()[1]) + 1)]
+        return Validation(rows, sources=names, tokens=self.validation_tokens, every=self.validate_every, watched=watched)
 
     def learn_rows(
         self,

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 TRAINING: dict[str, Any] = {
     "rows": MadeUpRows(context=32),
-    "validation": Validation(MadeUpRows(context=32, rows_per_epoch=4, seed=9), bytes_per_token=3.0),
+    "validation": Validation(MadeUpRows(context=32, rows_per_epoch=4, seed=9, bytes_per_token=3.0)),
     "batch_tokens": 4 * 32,
     "budget": Budget(steps=6),
     "precision": "bf16",

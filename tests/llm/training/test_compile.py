@@ -21,7 +21,7 @@ from llm.training.validation import Validation
 TWO_ROWS: dict[str, Any] = {
     "micro_batch": 2,
     "batch_tokens": 4 * 24,
-    "validation": Validation(MadeUpRows(rows_per_epoch=4, seed=9), bytes_per_token=3.0),
+    "validation": Validation(MadeUpRows(rows_per_epoch=4, seed=9, bytes_per_token=3.0)),
 }
 pytestmark = [
     pytest.mark.usefixtures("compiled_code"),

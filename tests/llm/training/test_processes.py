@@ -41,7 +41,7 @@ def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, di
 def assert_same_curve(first: list[dict[str, Any]], second: list[dict[str, Any]], *, within: float = ENOUGH) -> None:
     curves = [[line for line in lines if "note" not in line] for lines in (first, second)]
     for one, other in zip(*curves, strict=True):
-        for name in ("loss", "validation_loss", "gradient_norm"):
+        for name in ("loss", "validation_loss", "validation_loss/second", "gradient_norm"):
             assert one.get(name) == pytest.approx(other.get(name), abs=within), (name, one["step"])
 
 

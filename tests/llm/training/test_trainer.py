@@ -296,7 +296,7 @@ def test_muon_multiplies_in_what_the_machine_is_fast_at_and_keeps_to_it(
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_its_step(tmp_path: Path) -> None:
     def breaks(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        total, count = next_token_loss(model, batch)
+        total, count, *_ = next_token_loss(model, batch)
         breaks.calls += 1  # type: ignore[attr-defined]  # two before the first step, to see what fits, and one per step
         return total * (math.nan if breaks.calls == 16 else 1.0), count  # type: ignore[attr-defined]
 
@@ -355,7 +355,7 @@ def test_the_sanity_check_refuses_a_model_that_cannot_learn() -> None:
         sanity_check(model, next_token_loss, some_batch(), precision="fp32")
 
     def deaf(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        total, count = next_token_loss(model, batch)
+        total, count, *_ = next_token_loss(model, batch)
         return total.detach() * 0 + model.model.norm.weight.sum() * 0 + 5.5 * count, count
 
     large = tiny_model()
@@ -369,7 +369,7 @@ def test_the_sanity_check_learns_several_rows_with_the_backward_pass_outside_aut
     seen: list[tuple[int, bool, bool]] = []
 
     def watched(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        total, count = next_token_loss(model, batch)
+        total, count, *_ = next_token_loss(model, batch)
         forward = torch.is_autocast_enabled("cpu")
         total.register_hook(lambda grad: seen.append((len(batch.tokens), forward, torch.is_autocast_enabled("cpu"))))
         return total, count

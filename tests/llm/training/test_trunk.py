@@ -109,7 +109,7 @@ class MarkedRows(MadeUpRows):
 
 
 def broken_where_marked(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    total, count = next_token_loss(model, batch)
+    total, count, *_ = next_token_loss(model, batch)
     return total * torch.where((batch.tokens[:, 0] == VOCABULARY - 1).any(), torch.nan, 1.0), count
 
 
