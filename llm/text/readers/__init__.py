@@ -25,6 +25,8 @@ TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")  # may be c
 SUFFIXES = (*TEXT, ".xlsx", ".xls", ".ods", ".parquet", ".docx", ".pdf")
 GUESSED = (".csv", ".tsv", ".txt", ".md")  # the encoding is found; JSON is UTF-8 by its standard
 COMPRESSED = (".gz", ".zst")
+LONGEST_TEXT = 128 << 20  # bytes of a file that is one document
+MOST_EMPTY_LINES = 1_000_000  # one after the other
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,22 @@ def _rows(path: Path, needed: set[str], form: FileFormat) -> Iterator[FileRow]:
 
 
 def _json_lines(path: Path, encoding: str | None) -> Iterator[FileRow]:
-    place = str(path)
+    place, last = str(path), 0
     for number, line in enumerate(lines(path, encoding), start=1):
         if line and not line.isspace():
             yield FileRow(place, number, line)
+            last = number
+        elif number - last > MOST_EMPTY_LINES:
+            raise InputError(f"{path}:{number}: expected a row, got {MOST_EMPTY_LINES:,} empty lines")
 
 
 def _whole_text(path: Path, encoding: str) -> Iterator[FileRow]:
-    content = b"\n".join(lines(path, encoding))
+    content = bytearray()
+    for line in lines(path, encoding):
+        content += line + b"\n"
+        if len(content) > LONGEST_TEXT:
+            raise InputError(f"{path}: expected a text of at most {LONGEST_TEXT:,} bytes, got a longer one; split it")
+    content = content.removesuffix(b"\n")
     try:
         yield FileRow(str(path), 1, {"text": content.decode()})
     except UnicodeDecodeError as error:

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from llm.errors import InputError
 
-READ = 1 << 16  # bytes read at a time; a gzip block of this size decompresses to at most 64 MiB
+READ = {"": 1 << 16, ".gz": 1 << 16, ".zst": 1 << 11}  # bytes read at a time, of which no compression makes more than 64 MiB
+PIECE = 1 << 20  # bytes looked at at a time
+LONGEST_LINE = 32 << 20  # bytes; a long book has 5 MB
 SAMPLE = 1 << 18  # bytes at the beginning of a file that tell its encoding
 LARGEST_WINDOW = 2**31  # bytes, as `zstd --long=31` writes
 MARKS = {  # byte order marks; the longer ones first, since that of UTF-32 begins like that of UTF-16
@@ -29,15 +31,18 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[bytes]:
 
     encoding = encoding or marked_encoding(_beginning(path, 4)) or "utf-8"
     rest: list[bytes] = []  # pieces of a line that is longer than a block
-    number = 1
+    number, length = 1, 0
     try:
         for block in _in_utf8(_blocks(path), encoding):
             first, *others = block.split(b"\n")
             rest.append(first)
+            length += len(first)
+            if length > LONGEST_LINE:
+                raise InputError(f"{path}:{number}: expected a line of at most {LONGEST_LINE:,} bytes, got a longer one")
             if others:
                 yield _unmarked(b"".join(rest)) if number == 1 else b"".join(rest)
                 yield from others[:-1]
-                rest = [others[-1]]
+                rest, length = [others[-1]], len(others[-1])
                 number += len(others)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise InputError(
@@ -129,6 +134,12 @@ class _Decoder(Protocol):
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a file, in pieces that are small however well it is compressed."""
+    for block in _decompressed(path):
+        yield from [block] if len(block) <= PIECE else (block[place : place + PIECE] for place in range(0, len(block), PIECE))
+
+
+def _decompressed(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of a file; EOFError if it ends too early (`zstandard.open` would not notice)."""
     import zstandard
 
@@ -139,11 +150,11 @@ def _blocks(path: Path) -> Iterator[bytes]:
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         if suffix not in decoders:
-            while data := file.read(READ):
+            while data := file.read(READ[""]):
                 yield data
             return
         decoder = decoders[suffix]()
-        while data := file.read(READ):
+        while data := file.read(READ[suffix]):
             while data:
                 if decoder.eof:  # another member of the same file, or zeros that fill it up, as on tapes
                     if not (data := data.lstrip(b"\0")):
