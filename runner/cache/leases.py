@@ -3,7 +3,8 @@
     leases/<kind>-<key>/free              the key's token, while no process has exclusive use
     leases/<kind>-<key>/alone-<lease>     the same token, renamed by the process that has it
     leases/<kind>-<key>/reading-<lease>   one for each process that reads the artifact
-    leases/<kind>-<key>/work              the key's current folder in work/, once a lease was taken over
+    leases/<kind>-<key>/work              the key's current folder in work/, once a lease was taken over; during a takeover
+                                          the new one, and on the next line the one that is renamed to it
     holders/<holder>                      identity of a process, and a counter that it raises every second
 
 A key has one token, which only moves by rename, so exactly one of several processes gets it. A holder whose counter does not
@@ -21,12 +22,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from llm.files import TEMPORARY
 from runner.cache import heartbeat
 from runner.cache.heartbeat import Holder, Watch, this_machine
 from runner.errors import StageError
 from runner.files import write_whole
 
 FREE, ALONE, READING, WORK = "free", "alone-", "reading-", "work"
+WEIGHTS = ".safetensors"
 UNKNOWN = "another process"
 
 
@@ -53,11 +56,15 @@ class Lease:
         self._holder.add(self.name, self.look)
         return True
 
-    def read(self) -> None:
-        """Marks the key as read."""
+    def read(self) -> bool:
+        """Marks the key as read; false if its folder was removed meanwhile."""
         self._holder.add(self.name, lambda: None)
         self._place = self._folder / f"{READING}{self.name}"
-        self._place.touch()
+        try:
+            self._place.touch()
+        except FileNotFoundError:
+            return False
+        return True
 
     def look(self) -> None:
         """Checks whether the token was taken away; a network file system may show it some seconds late."""
@@ -131,6 +138,8 @@ class Leases:
             return UNKNOWN
         if token.name != FREE and dead == "elsewhere":
             self._leave_work_behind(name, lease)
+        else:
+            self._finish_takeover(name, lease)
         if reader := self._reader(folder):  # one that came between: each leaves its mark before it checks
             lease.release()
             return reader
@@ -151,9 +160,9 @@ class Leases:
         if token is None or token.name != FREE:
             return UNKNOWN if token is None else self._named(token)
         lease = Lease(folder, self._holder.new_lease(), self._holder)
-        lease.read()
+        marked = lease.read()
         token = _token(folder)
-        if token is not None and token.name == FREE:
+        if marked and token is not None and token.name == FREE:
             return lease
         lease.release()  # another process came between: each leaves its mark before it checks
         return UNKNOWN if token is None else self._named(token)
@@ -198,14 +207,28 @@ class Leases:
     def work_name(self, name: str) -> str:
         """The name of the key's current folder in work/."""
         try:
-            return (self._root / "leases" / name / WORK).read_text(encoding="utf-8")
+            new, _, old = (self._root / "leases" / name / WORK).read_text(encoding="utf-8").partition("\n")
         except (FileNotFoundError, NotADirectoryError):
             return name
+        return old if old and not (self._root / "work" / new).exists() else new or name
 
     def forget_work(self, name: str) -> None:
         """Lets the next folder in work/ have the plain name again."""
         with contextlib.suppress(OSError):
             (self._root / "leases" / name / WORK).unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Removes the folder of a key of which this process has exclusive use; `release` ends that."""
+        folder = self._root / "leases" / name
+        self.confirm(name)
+        if not self._has_work(name):
+            away = folder.with_name(f".{name}.{uuid.uuid4().hex}")
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+
+    def _has_work(self, name: str) -> bool:
+        return (self._root / "work" / self.work_name(name)).exists()
 
     def _made(self, name: str) -> Path:
         """The folder of a key with its one token, made if it is missing."""
@@ -221,18 +244,30 @@ class Leases:
         return folder
 
     def _leave_work_behind(self, name: str, lease: Lease) -> None:
-        """Copies the key's folder in work/ to a new one named by the lease: a holder that wakes up still writes to the old
-        name and to files that it has open.
+        """Renames the key's folder in work/: a holder that wakes up finds nothing under the old name. A kill at any step loses
+        nothing, since the note names both places until the rename is done.
+
+        What the holder may still have open is then replaced by copies, one file at a time, or removed if it was not complete.
+        Weights are not copied, however many gigabytes they have: they are complete under their names, so nobody writes to them.
         """
-        old = self._root / "work" / self.work_name(name)
-        new = old.with_name(f"{name}.{lease.name}")
-        left, copy = old.with_name(f".{new.name}.left"), old.with_name(f".{new.name}.copy")
+        note, work = self._root / "leases" / name / WORK, self._root / "work"
+        old, new = self.work_name(name), f"{name}.{lease.name}"
+        write_whole(note, f"{new}\n{old}")
         with contextlib.suppress(FileNotFoundError):
-            old.rename(left)
-            shutil.copytree(left, copy, symlinks=True)
-            copy.rename(new)
-        write_whole(self._root / "leases" / name / WORK, new.name, durable=False)
-        shutil.rmtree(left, ignore_errors=True)
+            (work / old).rename(work / new)
+        for place, _, files in os.walk(work / new):
+            for path in (Path(place, file) for file in files):
+                if TEMPORARY in (path.suffix, path.parent.suffix):
+                    path.unlink(missing_ok=True)
+                elif path.suffix != WEIGHTS and path.is_file() and not path.is_symlink():
+                    _replace_by_copy(path)
+        write_whole(note, new)
+
+    def _finish_takeover(self, name: str, lease: Lease) -> None:
+        """Repeats a takeover that was killed: the holder before it may still write to the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            if "\n" in (self._root / "leases" / name / WORK).read_text(encoding="utf-8"):
+                self._leave_work_behind(name, lease)
 
     def _is_dead(self, place: Path) -> Literal["", "here", "elsewhere"]:
         """Whether the holder of a token or mark is dead, and if so whether it ran on this machine; "" while it is alive."""
@@ -270,6 +305,14 @@ def _names(folder: Path) -> list[str]:
 def _holder(place: Path) -> str:
     """The holder of a token or mark: `alone-<holder>.<number>...`."""
     return place.name.partition("-")[2].partition(".")[0]
+
+
+def _replace_by_copy(path: Path) -> None:
+    """Puts a copy in the place of a file, so that who has it open writes to the old one."""
+    copy = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy2(path, copy)
+        copy.replace(path)
 
 
 def _renamed(place: Path, target: Path) -> bool:

@@ -163,7 +163,9 @@ def test_live_readers_of_another_machine_keep_an_artifact_and_dead_ones_do_not(t
             assert isinstance(Leases(tmp_path).try_reading(record.name), str)
 
 
-def test_a_taken_over_key_continues_in_a_copy_of_its_work_folder(tmp_path: Path, as_machine: Any) -> None:
+def test_a_taken_over_key_continues_in_its_renamed_work_folder_that_a_late_holder_cannot_change(
+    tmp_path: Path, as_machine: Any
+) -> None:
     as_machine("one")
     late = Store(tmp_path)
     key = key_for("leased")
@@ -188,6 +190,64 @@ def test_a_taken_over_key_continues_in_a_copy_of_its_work_folder(tmp_path: Path,
             with pytest.raises(LeaseLostError):
                 late_deed("merge", key)
     assert (new / "part").exists()
+
+
+def killed_after(steps: int, work: Callable[[], object]) -> bool:
+    """Whether a child of this process that does `work` is killed after so many steps on the disk, since it takes more."""
+    pid = os.fork()
+    if pid == 0:
+        left = steps
+        on_disk = ("os.rename", "os.remove", "os.mkdir", "open", "shutil.copyfile", "shutil.copystat")
+
+        def step(event: str, arguments: Any) -> None:
+            nonlocal left
+            left -= event in on_disk
+            if left < 0:
+                os._exit(9)
+
+        sys.addaudithook(step)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def work_of(root: Path) -> dict[str, tuple[bytes, int]]:
+    """The content and the inode of the weights in the current work folder, and of what grows there the content alone."""
+    folder = root / "work" / Leases(root).work_name(NAME)
+    files = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"
+    }
+    return {name: (path.read_bytes(), path.stat().st_ino * (path.suffix == ".safetensors")) for name, path in files.items()}
+
+
+def test_a_takeover_that_is_killed_at_any_step_loses_nothing(
+    tmp_path: Path, as_machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine after machine takes over from the one before, and is killed one step on the disk later than that."""
+    monkeypatch.setattr(heartbeat, "DEAD_SECONDS", 0.0)
+    scratch = tmp_path / "work" / NAME / SCRATCH / "step-10"
+    scratch.mkdir(parents=True)
+    (scratch / "model.safetensors").write_bytes(b"weights" * 1000)
+    (scratch / "optimizer.safetensors").write_bytes(b"moments" * 1000)
+    (scratch / "training.json").write_text("{}")
+    (tmp_path / "work" / NAME / "metrics.jsonl").write_text("{}\n")
+    before = work_of(tmp_path)
+    assert len(before) == 4
+    (tmp_path / "leases" / NAME).mkdir(parents=True)
+    (tmp_path / "leases" / NAME / "alone-gone.1").touch()
+
+    def take_over() -> None:
+        assert isinstance(Leases(tmp_path).try_alone(NAME), Lease)
+
+    steps = 0
+    while killed_after(steps, take_over):
+        assert work_of(tmp_path) == before, f"killed after {steps} steps"
+        steps += 1
+        as_machine(f"machine-{steps}")
+    assert work_of(tmp_path) == before
+    assert steps > 10
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    assert not list((tmp_path / "work").rglob("*.tmp"))
 
 
 def command(folder: Folder, seconds: float = 2.0) -> list[str]:
