@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,6 +25,17 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """The bytes of a file, one more than `largest` at most. OSError at once for something else, such as a pipe or a device, of
+    which reading may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        return file.read(largest + 1)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cache.remote import address_fault
+from runner.cache.origins import trust, trusted_remotes
+from runner.cache.remote import address_fault, full_address
 from runner.cache.store import Store, default_cache
 from runner.completion import stages
 from runner.errors import RecipeError
@@ -126,28 +127,65 @@ def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: 
 
 
 def add_remote_option(sub: argparse.ArgumentParser) -> None:
-    """The option of every command that may use a remote cache."""
+    """The options of every command that may use a remote cache."""
     sub.add_argument(
-        "--remote", metavar="ADDRESS", help="a remote cache instead of STOCKPOT_REMOTE or the recipe's; '' for none"
+        "--remote",
+        metavar="ADDRESS",
+        help="a remote cache instead of STOCKPOT_REMOTE or the recipe's; its results count from now on. '' for none",
+    )
+    sub.add_argument(
+        "--trust-remote", action="store_true", help="use the remote that the recipe names, without asking, now and later"
     )
 
 
 def remote_of(options: argparse.Namespace, recipe: Recipe) -> str | None:
-    """The address of the remote that the options, the environment or the recipe name."""
+    """The address of the remote that the options or the environment name, or of the recipe's if the user agreed to it."""
     asked = options.remote if options.remote is not None else os.environ.get("STOCKPOT_REMOTE")
     address = asked if asked is not None else recipe.head.cache.remote
-    if address and (fault := address_fault(address)):
+    if not address:
+        return None
+    if fault := address_fault(address):
         raise RecipeError(f"remote: {fault}")
-    return address or None
+    if asked is None and not options.trust_remote and not _agreed(recipe, address):
+        return None
+    if options.remote is not None or asked is None:
+        _trust(address)
+    return address
+
+
+def _agreed(recipe: Recipe, address: str) -> bool:
+    """Whether the user agreed to the remote that a recipe names, now or before."""
+    if full_address(address) in trusted_remotes():
+        return True
+    what = f"{recipe.path}: names the remote cache {address!r}"
+    if not sys.stdin.isatty() or not sys.stderr.isatty():
+        print(f"{what}, which is not used until you agree: pass --trust-remote once", file=sys.stderr)
+        return False
+    print(
+        f"{what}. Whoever writes to it decides what its results hold, and what you make is sent there. Use it, now and later? "
+        "[y/N] ",
+        end="",
+        flush=True,
+        file=sys.stderr,
+    )
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _trust(address: str) -> None:
+    if file := trust(full_address(address)):
+        print(f"results of {full_address(address)!r} count from now on ({file})", file=sys.stderr)
 
 
 def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
-    """The remote that the options, the environment or the recipe name; RecipeError if none does."""
+    """The remote that the options, the environment or the recipe name; RecipeError if none does, or the user did not agree."""
     from runner.cache.remote import open_remote
 
     address = remote_of(options, recipe)
     if address is None:
-        raise RecipeError(f"{recipe.path}: expected a [cache] remote there, in STOCKPOT_REMOTE, or with --remote, got none")
+        raise RecipeError(
+            f"{recipe.path}: expected a [cache] remote there that you agree to (--trust-remote), or one in STOCKPOT_REMOTE or "
+            "--remote, got none"
+        )
     return open_remote(address)
 
 
@@ -156,6 +194,8 @@ def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
     folder."""
     store = Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
     store.digests.rereads = getattr(options, "check_inputs", False)
+    if named := os.environ.get("STOCKPOT_REMOTE"):
+        store.origins.named.add(full_address(named))
     return store
 
 

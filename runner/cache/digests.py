@@ -14,10 +14,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from runner.artifacts import digest_file
-from runner.files import write_whole
+from runner.files import read_bounded, write_whole
 from runner.input_files import InputFile, format_of
 
 FRESH_SECONDS = 0.1  # a file changed this recently may change again within one tick of the clock, so it is not remembered
+LARGEST = 64 * 2**20  # bytes of the memo
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -55,7 +56,7 @@ class DigestMemo:
 
     def _saved(self) -> dict[str, list[Any]]:
         try:
-            saved = json.loads(self._path.read_text(encoding="utf-8"))
+            saved = json.loads(read_bounded(self._path, LARGEST))
         except (OSError, ValueError, RecursionError):
             return {}
         return {path: entry for path, entry in saved.items() if _is_entry(entry)} if isinstance(saved, dict) else {}

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.artifacts import RECORD, SCRATCH
+from runner.artifacts import SCRATCH
 from runner.cache.integrity import ARTIFACT_NAME
 from runner.cache.run_log import Run, logged_runs, recent
 from runner.cache.store import Store
@@ -177,9 +177,9 @@ def _remove(store: Store, item: Item) -> bool:
         if not free:
             return False
         if item.path.parent == store.root / "stages":
-            record = store.record(match["kind"], match["key"])
-            if record is not None and (item.path / RECORD).exists():
-                store.remember(record)
+            record = store.stored_record(match["kind"], match["key"])
+            if record is not None and not store.record_path(record.key).exists():
+                store.remember(record, origin=store.origins.of(record))
             _delete(store.move_aside(item.path))
         else:
             store.confirm(match["kind"], match["key"])

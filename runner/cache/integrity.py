@@ -80,7 +80,7 @@ def _digest(path: Path) -> str:
 
 def _record_mismatch(folder: Path, record: Record) -> Iterator[Mismatch]:
     try:
-        found = Record.unsealed((folder / RECORD).read_bytes())
+        found = Record.read(folder / RECORD)
     except DamagedRecordError as error:
         yield Mismatch(record.name, RECORD, error.expected, error.got)
     except OSError as error:

@@ -3,22 +3,24 @@
     <remote>/<kind>-<key>/<seal of the record>/<files>
     <remote>/records/<key>.json                          written last: only with it the artifact is complete
 
-Downloads are verified before they enter the cache. Planning never asks a remote, and a run continues without one that does not
-answer. fsspec is imported where a remote is first used.
+Only a remote that the user named is asked (`runner.cache.origins`). Downloads are verified before they enter the cache, and what
+is known here by its digest is never replaced by something else. Planning never asks a remote, and a run continues without one
+that does not answer. fsspec is imported where a remote is first used.
 """
 
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
-from runner.artifacts import METRICS, RECORD, digest_file
-from runner.cache.record import DamagedRecordError, Record, digest_of
+from runner.artifacts import METRICS, digest_file
+from runner.cache.record import LARGEST, DamagedRecordError, Record
 from runner.cache.store import Store
 from runner.credentials import redact
 from runner.errors import RemoteError
@@ -34,7 +36,7 @@ SLOWEST = 200_000  # bytes per second; a slower remote counts as unreachable
 
 
 class DamagedRemoteError(RemoteError):
-    """An artifact in a remote differs from its record; its other artifacts may be intact."""
+    """A record in a remote, or an artifact that differs from it, is damaged; its other artifacts may be intact."""
 
 
 def is_local(address: str) -> bool:
@@ -45,6 +47,11 @@ def is_local(address: str) -> bool:
 def local_folder(address: str) -> Path:
     """The folder of a local address."""
     return Path(address.removeprefix("file://"))
+
+
+def full_address(address: str) -> str:
+    """An address as it is noted in a cache: folders with their whole path."""
+    return f"file://{local_folder(address).resolve()}" if is_local(address) else address.rstrip("/")
 
 
 def address_fault(address: str) -> str | None:
@@ -63,8 +70,7 @@ def open_remote(address: str, *, tick: Callable[[], None] = lambda: None) -> "Re
     """The remote at an address; RemoteError if the address is invalid or its package is not installed."""
     if fault := address_fault(address):
         raise RemoteError(f"remote: {fault}")
-    if is_local(address):
-        address = f"file://{local_folder(address).resolve()}"
+    address = full_address(address)
     scheme, _, root = address.partition("://")
     package = PACKAGES[scheme]
     if find_spec(package) is None:
@@ -90,48 +96,97 @@ class Remote:
         self._files, self._root, self.name, self._seconds, self._tick = files, root, name, seconds, tick
 
     def record(self, kind: str, key: str) -> Record | None:
-        """The record of a complete artifact; None if there is none or it is invalid."""
+        """The record of a complete artifact; None if there is none. DamagedRemoteError if it is not the record of this key."""
         sealed = self._bounded(lambda: self._read(self._record_path(key)))
         if sealed is None:
             return None
+        place = f"{self.name}: records/{key}.json"
         try:
             record = Record.unsealed(sealed)
-            valid = record.name == f"{kind}-{key}" and key_of(record.data["identity"]) == key
-            valid = valid and digest_of(record.files) == record.digest
-            return record if valid and all(map(_is_inside, record.files | record.attachments)) else None
-        except (DamagedRecordError, KeyError, TypeError, ValueError, AttributeError):
-            return None
+        except DamagedRecordError as error:
+            raise DamagedRemoteError(f"{place}: {error}") from error
+        if record.name != f"{kind}-{key}" or key_of(record.data["identity"]) != key:
+            raise DamagedRemoteError(f"{place}: expected the record of this key, got that of another")
+        return record
 
-    def fetch(self, record: Record, store: Store) -> None:
-        """Downloads an artifact, verifies it and moves it into the cache. The key's lock is held.
+    def fetch(self, record: Record, store: Store, *, known: Record | None = None) -> None:
+        """Downloads the artifact of this remote's `record`, verifies it and moves it into the cache. The key's lock is held.
+        If the artifact is `known` here by another record, that one stays and decides.
 
-        DamagedRemoteError if a file differs from its record.
+        DamagedRemoteError if a file differs from the record.
         """
+        wanted = record if known is None else known
+        if record.digest != wanted.digest:
+            raise DamagedRemoteError(
+                f"{self.name}: {record.name}: expected the content that is known here, {wanted.digest[:12]}, got "
+                f"{record.digest[:12]}"
+            )
+        files = wanted.files | wanted.attachments
+        origin = self.name if known is None else store.origins.of(known)
         arriving = store.root / "arriving" / f"{record.name}-{os.getpid()}"
         shutil.rmtree(arriving, ignore_errors=True)
         try:
-            for name, expected in (record.files | record.attachments).items():
-                (arriving / name).parent.mkdir(parents=True, exist_ok=True)
-                self._get(self._path(record, name), arriving / name, optional=name == METRICS)
-                if name == METRICS and not (arriving / name).exists():
-                    continue
-                if (digest := digest_file(arriving / name)) != expected:
-                    raise DamagedRemoteError(
-                        f"{self.name}: {record.name}: {name}: expected sha256 {expected}, got sha256 {digest}"
-                    )
-            store.adopt(arriving, record)
+            sizes = self._sizes(record, files)
+            arriving.mkdir(parents=True)
+            if sum(sizes.values()) > (free := shutil.disk_usage(arriving).free):
+                raise RemoteError(f"{self.name}: {record.name}: needs {sum(sizes.values()):,} bytes, and {free:,} are free")
+            for name, size in sizes.items():
+                self._download(self._path(record, name), arriving / name, size, files[name])
+            store.adopt(arriving, wanted, origin=origin)
         finally:
             shutil.rmtree(arriving, ignore_errors=True)
 
-    def offer(self, record: Record, folder: Path) -> bool:
-        """Uploads an artifact and then its record; false if the remote already has the key."""
-        if self.record(record.kind, record.key) is not None:
-            return False
+    def _sizes(self, record: Record, names: Iterable[str]) -> dict[str, int]:
+        """The bytes of each file of an artifact that the remote has; DamagedRemoteError if one is missing."""
+        recorded, found = record.data.get("sizes") or {}, dict[str, int]()
+        for name in names:
+            place = self._path(record, name)
+            about = self._bounded(partial(self._about, place))
+            if about is None and name == METRICS:
+                continue
+            if about is None:
+                raise DamagedRemoteError(f"{self.name}: {place}: expected a file, got none")
+            if about != recorded.get(name, about):
+                raise DamagedRemoteError(f"{self.name}: {place}: expected {recorded[name]:,} bytes, got {about:,}")
+            found[name] = about
+        return found
+
+    def _download(self, place: str, path: Path, size: int, expected: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._bounded(lambda: self._files.get_file(place, str(path)), seconds=self._seconds + size / SLOWEST)
+        except RemoteError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise DamagedRemoteError(f"{self.name}: {place}: expected a file, got none") from error
+        if (digest := digest_file(path)) != expected:
+            raise DamagedRemoteError(f"{self.name}: {place}: expected sha256 {expected}, got sha256 {digest}")
+
+    def offer(self, record: Record, folder: Path, *, replace: bool = False) -> bool:
+        """Uploads an artifact and then its record; false if the remote already has the key. What is damaged there is replaced,
+        and with `replace` whatever is there.
+        """
         present = {name: folder / name for name in record.files | record.attachments if (folder / name).exists()}
-        size = sum(path.stat().st_size for path in present.values())
+        sizes = {name: path.stat().st_size for name, path in present.items()}
+        if not replace and self._has(record, sizes):
+            return False
         uploads = {self._path(record, name): path for name, path in present.items()}
-        self._bounded(lambda: self._upload(uploads, record), seconds=self._seconds + size / SLOWEST)
+        seconds = self._seconds + sum(sizes.values()) / SLOWEST
+        self._bounded(lambda: self._upload(uploads, record), seconds=seconds)
         return True
+
+    def _has(self, record: Record, sizes: Mapping[str, int]) -> bool:
+        """Whether the remote has a complete artifact of a key, as far as sizes tell."""
+        try:
+            there = self.record(record.kind, record.key)
+            if there is None:
+                return False
+            found = self._sizes(there, there.files | there.attachments)
+        except DamagedRemoteError:
+            return False
+        own = record.files | record.attachments
+        same = [name for name, digest in there.files.items() if own.get(name) == digest and name in sizes]
+        return all(found.get(name) == sizes[name] for name in same)
 
     def _upload(self, uploads: dict[str, Path], record: Record) -> None:
         if self.name.startswith("hf://") and self._commit(uploads, record):
@@ -161,20 +216,21 @@ class Remote:
         return True
 
     def _read(self, place: str) -> bytes | None:
+        """The bytes of a record, of which no more is read than a record may have."""
         self._files.invalidate_cache()
+        if self._about(place) is None:
+            return None
         with suppress(FileNotFoundError, NotADirectoryError):
-            return bytes(self._files.cat_file(place))
+            return bytes(self._files.cat_file(place, start=0, end=LARGEST + 1))
         return None
 
-    def _get(self, place: str, path: Path, *, optional: bool) -> None:
+    def _about(self, place: str) -> int | None:
+        """The bytes of a file; None if there is none, or something else, such as a device, which might have no end."""
         try:
-            size = self._bounded(lambda: self._files.info(place)["size"]) or 0
-            self._bounded(lambda: self._files.get_file(place, str(path)), seconds=self._seconds + size / SLOWEST)
-        except RemoteError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            if not optional:
-                raise DamagedRemoteError(f"{self.name}: {place}: expected a file, got none") from error
+            about = self._files.info(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return int(about["size"] or 0) if about["type"] == "file" else None
 
     def _path(self, record: Record, name: str) -> str:
         return f"{self._root}/{record.name}/{record.seal}/{name}"
@@ -211,26 +267,30 @@ class Remote:
 
 
 class Mirror:
-    """A remote as a run uses it: asked once per key, and dropped after the first failure."""
+    """A remote that the user named, as a run uses it: asked once per key, and dropped after the first failure."""
 
     def __init__(self, address: str | None, *, note: Callable[[str], None], tick: Callable[[], None], upload: bool) -> None:
         self._address, self._note, self._tick, self._upload = address, note, tick, upload
         self._remote: Remote | None = None
         self._asked: set[str] = set()
         self._fetched: set[str] = set()
+        self._damaged: set[str] = set()  # keys, which are replaced by what is made here
 
     def without(self, key: str) -> None:
         """Ignores the remote for this key."""
         self._asked.add(key)
         self._fetched.add(key)
 
-    def record(self, kind: str, key: str) -> Record | None:
-        """The remote's record of a key; None on every later call."""
+    def look_up(self, store: Store, kind: str, key: str) -> Record | None:
+        """The remote's record of a key, which the cache then has too; None on every later call."""
         if key in self._asked:
             return None
         self._asked.add(key)
-        with self._tolerantly() as remote:
-            return remote.record(kind, key) if remote else None
+        with self._tolerantly(key) as remote:
+            if remote and (record := remote.record(kind, key)):
+                store.origins.named.add(remote.name)
+                store.remember(record, origin=remote.name)
+                return record
         return None
 
     def has(self, record: Record) -> bool:
@@ -238,36 +298,31 @@ class Mirror:
         return self._address is not None and record.key not in self._fetched
 
     def fetch(self, store: Store, record: Record) -> bool:
-        """Downloads the artifact of a record's key, whose lock is held; returns whether that succeeded."""
+        """Downloads the artifact of a record of the cache, whose key's lock is held; returns whether that succeeded."""
         self._fetched.add(record.key)
-        with self._tolerantly() as remote:
+        with self._tolerantly(record.key) as remote:
             remote_record = remote.record(record.kind, record.key) if remote else None
             if remote and remote_record:
-                remote.fetch(remote_record, store)
+                store.origins.named.add(remote.name)
+                remote.fetch(remote_record, store, known=record)
                 return True
         return False
 
     def offer(self, record: Record, folder: Path) -> bool:
         """Uploads an artifact if uploads are on; returns whether it did."""
-        with self._tolerantly() as remote:
-            return bool(remote and self._upload and remote.offer(record, folder))
+        with self._tolerantly(record.key) as remote:
+            return bool(remote and self._upload and remote.offer(record, folder, replace=record.key in self._damaged))
         return False
 
     @contextmanager
-    def _tolerantly(self) -> Iterator[Remote | None]:
+    def _tolerantly(self, key: str) -> Iterator[Remote | None]:
         if self._address and self._remote is None:
             self._remote = open_remote(self._address, tick=self._tick)
         try:
             yield self._remote
         except DamagedRemoteError as error:
-            self._note(f"warning: {error}; it is made here instead")
+            self._damaged.add(key)
+            self._note(f"warning: {error}; it is made here instead" + (", and replaced there" if self._upload else ""))
         except RemoteError as error:
             self._note(f"warning: {error}; continuing without this remote")
             self._address = self._remote = None
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name of a remote record is a content file inside the artifact's folder."""
-    parts = name.split("/")
-    plain = not any(part == "" or part.startswith(".") for part in parts) and "\\" not in name and "\0" not in name
-    return plain and name != RECORD and not PurePosixPath(name).is_absolute()

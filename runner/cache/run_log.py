@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.files import write_whole
+from runner.files import read_bounded, write_whole
 
 RECENT_RUNS, RECENT_DAYS = 20, 30
 FOLDER = "runs"
+LARGEST = 64 * 2**20  # bytes of an entry
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def log_run(
 
 def _read(path: Path) -> Run | None:
     try:
-        run = Run(**json.loads(path.read_text(encoding="utf-8")))
+        run = Run(**json.loads(read_bounded(path, LARGEST)))
         return Run(str(run.recipe), str(run.path), float(run.time), tuple(map(str, run.names)), tuple(map(str, run.overrides)))
-    except (OSError, ValueError, TypeError):  # gone, or edited by hand
+    except (OSError, ValueError, TypeError, RecursionError):  # gone, or edited by hand
         return None
 
 

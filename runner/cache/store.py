@@ -5,6 +5,8 @@ under `stages/`.
       stages/<kind>-<key>/    finished artifacts, each with its record.json
       work/<kind>-<key>/      an unfinished artifact; after a crash the same key resumes in it
       records/<key>.json      a copy of each record, kept when the artifact is removed
+      records.index           what planning compares new stages with, from all records
+      origins/<key>.json      where a record came from that was not made here
       logs/<kind>-<key>.<machine>.log    output of the workers; the file is also the key's lock on that machine
       leases/<kind>-<key>/    which machine holds the key; holders/ has the heartbeats
       arriving/               downloads from a remote
@@ -20,12 +22,11 @@ The lock of a key is exclusive for making, fetching or removing its artifact, an
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -35,14 +36,18 @@ from runner.cache.digests import DigestMemo
 from runner.cache.heartbeat import this_machine
 from runner.cache.integrity import mismatches
 from runner.cache.leases import UNKNOWN, Lease, Leases
+from runner.cache.origins import Origins
 from runner.cache.record import DamagedRecordError, Record, digest_of
+from runner.cache.record_index import indexed_facts
 from runner.errors import StageError
+from runner.file_locks import EXCLUSIVE, SHARED, is_locked, open_lock, take_lock
 from runner.files import fsync, write_whole
 from runner.stage import Stage
 
 T = TypeVar("T")
 
 UNKNOWN_LOOKS = 5  # at a lock whose holder is not known yet, before the wait is reported
+LARGEST_LOG = 16 * 2**20  # bytes of a log, which begins anew when a stage begins with a longer one
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -56,6 +61,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.digests = DigestMemo(self.root / "digests.json")
+        self.origins = Origins(self.root)
         self._leases = Leases(self.root)
 
     def folder(self, stage: Stage | str, key: str) -> Path:
@@ -72,27 +78,48 @@ class Store:
 
     def log(self, stage: Stage | str, key: str) -> Path:
         """The output of the workers on this machine."""
-        return self.root / "logs" / f"{_name(stage, key)}.{re.sub(r'[^A-Za-z0-9_.-]', '_', this_machine().host)}.log"
+        return self.root / "logs" / f"{_name(stage, key)}{_log_ending()}"
+
+    def is_own_log(self, path: Path) -> bool:
+        """Whether a file in logs/ is of this machine."""
+        return path.name.endswith(_log_ending())
+
+    def remove_lease(self, stage: Stage | str, key: str) -> None:
+        """Removes what is kept for leases of a key, whose exclusive lock is held."""
+        self._leases.remove(_name(stage, key))
 
     def record(self, stage: Stage | str, key: str) -> Record | None:
-        """The record of a key, whether or not its artifact is here; None if it is missing or damaged."""
+        """The record of a key, whether or not its artifact is here; None if it is missing or damaged, or came from a place that
+        the user did not name.
+        """
+        record = self.stored_record(stage, key)
+        return record if record and self.origins.counts(self.origins.of(record)) else None
+
+    def stored_record(self, stage: Stage | str, key: str) -> Record | None:
+        """The record of a key from wherever it came; None if it is missing or damaged."""
         for path in (self.folder(stage, key) / RECORD, self.record_path(key)):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, DamagedRecordError):
-                record = Record.unsealed(path.read_bytes())
+            with contextlib.suppress(OSError, DamagedRecordError):
+                record = Record.read(path)
                 if record.name == _name(stage, key):
                     return record
         return None
 
     def has_damaged_record(self, stage: Stage | str, key: str) -> bool:
         """Whether a key without a valid record has a record file."""
+        if self.stored_record(stage, key) is not None:
+            return False
         return self.record_path(key).exists() or (self.folder(stage, key) / RECORD).exists()
 
-    def records(self) -> list[Record]:
-        """All records, newest first."""
-        found = []
-        for path in (self.root / "records").glob("*.json"):
-            with contextlib.suppress(FileNotFoundError, DamagedRecordError):
-                found.append(Record.unsealed(path.read_bytes()))
+    def records(self, kinds: Collection[str]) -> list[Record]:
+        """The records of some kinds that count, newest first, with what planning compares and estimates from alone
+        (`runner.cache.record_index`).
+        """
+        foreign = self.origins.noted()
+        found = [
+            Record(facts)
+            for facts in indexed_facts(self.root, kinds)
+            if facts["key"] not in foreign or self.record(facts["kind"], facts["key"])
+        ]
         return sorted(found, key=lambda record: str(record.data["finished"]), reverse=True)
 
     def has_artifact(self, record: Record, *, reread: bool = False) -> bool:
@@ -130,8 +157,11 @@ class Store:
         """Removes a record, so that its stage runs again."""
         self.record_path(key).unlink(missing_ok=True)
 
-    def remember(self, record: Record) -> None:
-        """Keeps the record of an artifact that is not here."""
+    def remember(self, record: Record, *, origin: str | None) -> None:
+        """Keeps the record of an artifact that may not be here; `origin` is the remote that it came from, None if it was made
+        here.
+        """
+        self.origins.note(record, origin)
         write_whole(self.record_path(record.key), record.sealed)
 
     def finish(self, stage: Stage, key: str, facts: Mapping[str, Any]) -> Record:
@@ -139,12 +169,14 @@ class Store:
         made = stage.makes(self.work(stage, key))
         files, attachments = made.digests(), made.digests_of(made.attachments())
         known = {"kind": stage.kind, "key": key, "digest": digest_of(files), "files": files, "attachments": attachments}
-        record = Record({**known, **facts})
-        self.adopt(made.folder, record)
+        sizes = {name: (made.folder / name).stat().st_size for name in files | attachments}
+        record = Record({**known, "sizes": sizes, **facts})
+        self.adopt(made.folder, record, origin=None)
         return record
 
-    def adopt(self, made: Path, record: Record) -> None:
+    def adopt(self, made: Path, record: Record, *, origin: str | None) -> None:
         """Makes the folder `made`, whose files are those of `record`, the finished artifact."""
+        self.origins.note(record, origin)
         folder = self.folder(record.kind, record.key)
         (made / RECORD).write_bytes(record.sealed)
         named = [*record.files, *record.attachments, RECORD]
@@ -157,7 +189,7 @@ class Store:
         made.rename(folder)
         fsync(folder.parent)
         self._leases.forget_work(record.name)
-        self.remember(record)
+        self.remember(record, origin=origin)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
     def record_path(self, key: str) -> Path:
@@ -172,9 +204,10 @@ class Store:
         LeaseLostError, instead of any other error inside, if another machine took the key over meanwhile.
         """
         name = _name(stage, key)
-        with self.open_log(stage, key) as file:
-            self._wait(lambda: self._flock(file, name, fcntl.LOCK_EX), waiting)
+        with self._wait(lambda: self._locked_log(stage, key, EXCLUSIVE), waiting) as file:
             self._wait(lambda: self._leases.try_alone(name), waiting)
+            if os.fstat(file.fileno()).st_size > LARGEST_LOG:
+                file.truncate(0)
             try:
                 yield file
             except (StageError, OSError):
@@ -197,9 +230,8 @@ class Store:
         """Holds the shared locks of artifacts, so that they are not removed meanwhile."""
         with contextlib.ExitStack() as held:
             for record in records:
-                file, name = held.enter_context(self.open_log(record.kind, record.key)), record.name
-                self._wait(partial(self._flock, file, name, fcntl.LOCK_SH), waiting)
-                lease = self._wait(partial(self._leases.try_reading, name), waiting)
+                held.enter_context(self._wait(partial(self._locked_log, record.kind, record.key, SHARED), waiting))
+                lease = self._wait(partial(self._leases.try_reading, record.name), waiting)
                 held.callback(lease.release)
             yield
 
@@ -207,9 +239,10 @@ class Store:
     def lock_if_free(self, kind: str, key: str) -> Iterator[bool]:
         """Holds the key's exclusive lock if it is free; yields whether it was."""
         name = _name(kind, key)
-        with self.open_log(kind, key) as file:
-            free = _locked(file, fcntl.LOCK_EX) and self._leases.is_free(name)
-            if not (free and isinstance(self._leases.try_alone(name), Lease)):
+        with contextlib.ExitStack() as held:
+            if (log := self._writable(lambda: take_lock(self.log(kind, key), EXCLUSIVE))) is not None:
+                held.enter_context(log)
+            if not (log and self._leases.is_free(name) and isinstance(self._leases.try_alone(name), Lease)):
                 yield False
                 return
             try:
@@ -223,13 +256,12 @@ class Store:
 
     def is_held_here(self, kind: str, key: str) -> bool:
         """Whether a process of this machine holds the key's lock. Writes nothing."""
-        with contextlib.suppress(OSError), self.log(kind, key).open("rb") as file:
-            return not _locked(file, fcntl.LOCK_EX)
-        return False
+        return is_locked(self.log(kind, key))
 
-    def _flock(self, file: IO[bytes], name: str, mode: int) -> bool | str:
-        """Takes the key's lock on this machine; else returns who holds it."""
-        return _locked(file, mode) or self._leases.holder_of(name) or UNKNOWN
+    def _locked_log(self, stage: Stage | str, key: str, mode: int) -> IO[bytes] | str:
+        """The log of a key with its lock on this machine; else who holds it."""
+        file = take_lock(self.log(stage, key), mode)
+        return file or self._leases.holder_of(_name(stage, key)) or UNKNOWN
 
     def _wait(self, attempt: Callable[[], T | str], waiting: "Waiting") -> T:
         """The first result of `attempt` that is not the name of a holder."""
@@ -245,13 +277,7 @@ class Store:
 
     def open_log(self, stage: Stage | str, key: str) -> IO[bytes]:
         """The log of a key on this machine, opened for appending, without its lock."""
-
-        def opened() -> IO[bytes]:
-            path = self.log(stage, key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("ab")
-
-        return self._writable(opened)
+        return self._writable(lambda: open_lock(self.log(stage, key)))
 
     def _writable(self, work: Callable[[], T]) -> T:
         try:
@@ -275,14 +301,6 @@ class Waiting:
         """Called several times a second while waiting; raise to give up."""
 
 
-def _locked(file: IO[bytes], mode: int) -> bool:
-    try:
-        fcntl.flock(file, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def default_cache(recipe: Path, option: Path | None) -> Path:
     """`--cache`, else STOCKPOT_CACHE, else cache/ beside the nearest pyproject.toml above the recipe, else ./cache."""
     if option:
@@ -293,6 +311,10 @@ def default_cache(recipe: Path, option: Path | None) -> Path:
         if (folder / "pyproject.toml").exists():
             return folder / "cache"
     return Path("cache")
+
+
+def _log_ending() -> str:
+    return f".{re.sub(r'[^A-Za-z0-9_.-]', '_', this_machine().host)}.log"
 
 
 def _name(stage: Stage | str, key: str) -> str:

@@ -4,6 +4,8 @@ A damaged artifact is set aside, and the next run makes it again. A damaged reco
 a damaged metrics.jsonl, which no stage reads, is set aside alone.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ class Findings:
     artifacts: int = 0
     records: int = 0  # copies in records/
     faults: list[str] = field(default_factory=list)  # one line each, with what was done about it
+    origins: Counter[str | None] = field(default_factory=Counter)  # of the records: remotes, or None if made here
 
 
 def verify(store: Store) -> Findings:
@@ -39,6 +42,8 @@ def verify(store: Store) -> Findings:
     for path in sorted((store.root / "records").glob("*.json")):
         findings.records += 1
         findings.faults += _verify_copy(store, path)
+        with contextlib.suppress(OSError, DamagedRecordError):
+            findings.origins[store.origins.of(Record.read(path))] += 1
     return findings
 
 
@@ -62,7 +67,7 @@ def _verify_artifact(store: Store, folder: Path, *, digests: MapDigests) -> list
 
 def _faults(store: Store, folder: Path, *, digests: MapDigests) -> list[Mismatch]:
     kind, key = folder.name.rsplit("-", 1)
-    record = store.record(kind, key)
+    record = store.stored_record(kind, key)
     if not folder.exists():
         return []  # removed meanwhile
     if record is None:
@@ -72,7 +77,7 @@ def _faults(store: Store, folder: Path, *, digests: MapDigests) -> list[Mismatch
 
 def _record_state(folder: Path) -> str:
     try:
-        Record.unsealed((folder / RECORD).read_bytes())
+        Record.read(folder / RECORD)
     except DamagedRecordError as error:
         return error.got
     except OSError as error:
@@ -83,7 +88,7 @@ def _record_state(folder: Path) -> str:
 def _repair(store: Store, folder: Path, faults: list[Mismatch]) -> str:
     """Restores the record or sets the damaged files aside; returns what was done."""
     kind, key = folder.name.rsplit("-", 1)
-    record = store.record(kind, key)
+    record = store.stored_record(kind, key)
     if record is None or any(fault.invalidates for fault in faults):
         return f"the artifact is set aside in {store.move_aside(folder)}: the next run that needs it makes it again"
     done = []
@@ -98,7 +103,7 @@ def _repair(store: Store, folder: Path, faults: list[Mismatch]) -> str:
 def _verify_copy(store: Store, path: Path) -> Iterator[str]:
     """Checks the seal and name of a copy in records/; a wrong one is replaced by the artifact's own record."""
     try:
-        copy = Record.unsealed(path.read_bytes())
+        copy = Record.read(path)
         if copy.key == path.stem:
             return
         fault = f"records/{path.name}: expected the record of this key, got that of {copy.key}"
@@ -112,7 +117,7 @@ def _verify_copy(store: Store, path: Path) -> Iterator[str]:
         yield f"{fault}; left in place ({error.strerror})"
         return
     for own in (store.root / "stages").glob(f"*-{path.stem}"):
-        record = store.record(own.name.rsplit("-", 1)[0], path.stem)
+        record = store.stored_record(own.name.rsplit("-", 1)[0], path.stem)
         if record is not None:
             write_whole(path, record.sealed)
             yield f"{fault}; set aside in {place}, and rewritten from the artifact's own record"

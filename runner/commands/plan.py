@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from runner.options import add_check_inputs_option, add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning import outcomes
-from runner.planning.cost import Cost, costs, spare_stages, total
+from runner.planning.cost import Cost, costs, kinds_ahead, spare_stages, total
 from runner.planning.plan import Plan, as_json
 from runner.planning.text_table import text_table
 from runner.recipe.first_rows import check_first_rows
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
 
         print("measuring ...", file=sys.stderr)
         measured = measured_speed(recipe, store)
-    found = costs(plan, store.records(), measured=measured)
+    found = costs(plan, store.records(kinds_ahead(plan)), measured=measured)
     if options.json:
         shown = as_json(plan)
         for stage in shown["stages"]:

@@ -19,6 +19,9 @@ def main(options: argparse.Namespace) -> int:
         raise RecipeError(f"{options.recipe}: expected a recipe, but there is no such file")
     store = store_of(options)
     findings = verify_store(store)
+    for origin, count in sorted(findings.origins.items(), key=str):
+        used = "" if store.origins.counts(origin) else ", which are not used, since you did not name it: see --remote"
+        print(f"{count} records {'made here' if origin is None else f'from {origin}{used}'}")
     counted = f"{store.root}: {findings.artifacts} artifacts and {findings.records} records"
     if findings.faults:
         raise IntegrityError("\n".join([*findings.faults, f"{counted}; {len(findings.faults)} files are damaged"]))

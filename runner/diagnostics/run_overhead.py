@@ -156,7 +156,9 @@ def many_stages(folder: Path) -> Path:
         work = store.work(stage, key_of(what))
         work.mkdir(parents=True)
         (work / "content").write_text(name)
-        facts = {"identity": what, "metrics": {}, "finished": "2026-01-01T00:00:00+00:00", "inputs": {}}
+        metrics = {"tokens": 1, "steps": 1, "train": {"tokens": 1}}
+        finished = {"finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0}
+        facts = {"identity": what, "metrics": metrics, "inputs": {}, **finished}
         digests[name] = store.finish(stage, key_of(what), facts).digest
     return path
 

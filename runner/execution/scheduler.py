@@ -127,10 +127,8 @@ class Scheduler:
     def _fetch_records(self, plan: Plan) -> bool:
         """Takes the records of stages that would run from the remote; whether it had any."""
         missing = [entry for entry in plan if entry.state in RUNNABLE and entry.record is None]
-        records = [self._mirror.record(entry.stage.kind, str(entry.key)) for entry in missing]
-        for record in filter(None, records):
-            self._store.remember(record)
-        return any(records)
+        found = [self._mirror.look_up(self._store, entry.stage.kind, str(entry.key)) for entry in missing]  # all of them
+        return any(found)
 
     def _fetch_artifact(self, plan: Plan) -> bool:
         """Takes one missing artifact from the remote; whether it had one. Later stages come first: they may suffice."""

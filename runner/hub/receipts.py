@@ -4,7 +4,6 @@ receipts/<hash of the target>.json    a journal; the last receipt is the newest
 receipts/<hash of the target>.lock    held during a push to the target
 """
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,8 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from runner.files import write_whole
+from runner.file_locks import EXCLUSIVE, open_lock, try_lock
+from runner.files import read_bounded, write_whole
 from runner.hub.target import Target
+
+LARGEST = 64 * 2**20  # bytes of a journal
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Journal:
     def read(cls, folder: Path, target: Target) -> Self:
         """The journal of a target; an empty one if nothing was pushed there."""
         try:
-            journal = json.loads(_path(folder, target).read_text(encoding="utf-8"))
+            journal = json.loads(read_bounded(_path(folder, target), LARGEST))
             receipts = [Receipt(**{**receipt, "files": tuple(receipt["files"])}) for receipt in journal["receipts"]]
             return cls(target, tuple(receipts), tuple(journal["bases"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return cls(target)
 
     def write(self, folder: Path) -> None:
@@ -85,7 +87,7 @@ def known_commits(folder: Path) -> set[str]:
     known: set[str] = set()
     for path in folder.glob("*.json"):
         try:
-            journal = json.loads(path.read_text(encoding="utf-8"))
+            journal = json.loads(read_bounded(path, LARGEST))
             known.update(journal["bases"], (receipt["commit"] for receipt in journal["receipts"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -95,9 +97,8 @@ def known_commits(folder: Path) -> set[str]:
 @contextmanager
 def target_lock(folder: Path, target: Target) -> Iterator[None]:
     """Allows one process at a time to push to a target."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _path(folder, target).with_suffix(".lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open_lock(_path(folder, target).with_suffix(".lock")) as file:
+        try_lock(file, EXCLUSIVE, wait=True)
         yield
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runner.cache.heartbeat import this_machine
 from runner.cache.integrity import ARTIFACT_NAME
+from runner.cache.origins import MACHINE
 from runner.cache.record import Record
 from runner.cache.remote import Mirror
 from runner.cache.store import Store
@@ -195,7 +196,7 @@ class Participant:
         if not self._shares:
             for record in map(_record, message["records"]):
                 if self._store.record(record.kind, record.key) is None:
-                    self._store.remember(record)
+                    self._store.remember(record, origin=f"{MACHINE}{self._layout.host}")
         return Plan(self._recipe, self._store, until=until)
 
     def _fetch(self, plan: Plan, source: str, mirror: Mirror) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from llm.models.interface import ModelConfig
 
 AHEAD = (*RUNNABLE, "waiting")  # states of the stages that will run
-SAMPLE = 1 << 18  # bytes of a file
+PRETRAININGS = ("pretrain", "trunk")  # kinds that compute alike
+SAMPLE, LARGEST_SAMPLE = 1 << 18, 1 << 24  # bytes of a file, and of what is decompressed of them
 UNPACKED = 3.0  # bytes of text per byte of a .zst or .parquet file
 BYTES_PER_TOKEN = 4.0  # of text
 PROCESS_BYTES = 480 * 2**20  # of a worker on a CPU without a model: libraries, and memory that compiling leaves in use
@@ -80,10 +81,16 @@ def costs(plan: Plan, records: Sequence[Record], *, measured: float | None = Non
     return {entry.name: _cost(plan, entry, here, shapes, measured) for entry in plan if entry.state in AHEAD}
 
 
+def kinds_ahead(plan: Plan) -> set[str]:
+    """The kinds whose records tell what the stages that will run cost."""
+    ahead = {entry.stage.kind for entry in plan if entry.state in AHEAD}
+    return ahead | set(PRETRAININGS) if ahead & set(PRETRAININGS) else ahead
+
+
 def expected_seconds(recipe: Recipe, store: Store) -> dict[str, float]:
     """Estimated seconds of each stage that will run, as far as they are known; 0 for spare attempts."""
     plan = Plan(recipe, store)
-    found = costs(plan, store.records())
+    found = costs(plan, store.records(kinds_ahead(plan)))
     known = {name: cost.seconds for name, cost in found.items() if cost.seconds is not None}
     return known | dict.fromkeys(spare_stages(plan), 0.0)
 
@@ -113,7 +120,7 @@ def total(found: Mapping[str, Cost]) -> Cost:
 def _cost(
     plan: Plan, entry: Entry, records: Sequence[Record], shapes: dict[str, Shape | None], measured: float | None
 ) -> Cost:
-    kinds = ("pretrain", "trunk") if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
+    kinds = PRETRAININGS if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
     alike = [record for record in records if record.kind in kinds]
     if not isinstance(entry.stage, TrainingStage):
         times = [float(record.data["seconds"]) for record in alike]
@@ -219,7 +226,7 @@ def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> fl
         float(record.data["metrics"]["peak_memory_bytes"])
         for record in records
         if record.data["metrics"].get("peak_memory_bytes")
-        and 1 <= record.data["metrics"]["parameters"] / shape.parameters < 1.1  # those of adapters are included
+        and 1 <= record.data["metrics"].get("parameters", 0) / shape.parameters < 1.1  # those of adapters are included
     ]
     return max(measured) if measured else float(estimate)
 
@@ -242,7 +249,7 @@ def _pace(record: Record) -> Pace | None:
     metrics, total_seconds = record.data["metrics"], float(record.data["seconds"])
     if not metrics.get("flops"):
         return None
-    stepping = min(total_seconds, float(metrics["seconds"]))
+    stepping = min(total_seconds, float(metrics.get("seconds", 0)))
     own = metrics["steps"] - metrics.get("first_step", 0)  # without those of the training that it continues
     tokens = metrics["tokens"] * own / metrics["steps"]
     return Pace(total_seconds - stepping, stepping / _work(metrics["flops"], tokens, steps=own))
@@ -267,4 +274,9 @@ def text_bytes(path: Path) -> float:
         return float(size)
     with path.open("rb") as file:
         head = file.read(SAMPLE)
-    return len(zlib.decompressobj(wbits=31).decompress(head)) * size / len(head)
+    decoder = zlib.decompressobj(wbits=31)
+    try:
+        text = len(decoder.decompress(head, LARGEST_SAMPLE))
+    except zlib.error:  # its stage will report it
+        return size * UNPACKED
+    return text * size / (len(head) - len(decoder.unconsumed_tail))

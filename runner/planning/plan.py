@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +58,7 @@ class Plan:
             recipe.families, 0
         )  # by family: the branch that later stages read until one is decided on
         self.decided: dict[str, int | None] = dict.fromkeys(recipe.families)  # by family: the branch that was decided on
+        self._by_kind: dict[str, list[Record]] = {}
         self._read(until)
         for family in recipe.families.values():  # each before the families that read from it
             self._select(family, until)
@@ -206,7 +206,7 @@ class Plan:
             else:
                 reason = "continues where it was interrupted"
             if beginning and not resumable:
-                reason = f"continues from {beginning.data['recipe']}'s {beginning.data['stage']}; {reason}"
+                reason = f"continues from {beginning.made_as}; {reason}"
             state: State = "resume" if resumable or beginning else "run"
             return Entry(name, stage, state, reason, key, what, None, None, beginning=beginning)
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None
@@ -281,28 +281,35 @@ class Plan:
 
     def _beginning(self, stage: Stage, what: Mapping[str, Any]) -> Record | None:
         """The finished result that the stage can continue from and that has most of its work done."""
-        records = [record for record in self._all_records if record.kind == stage.kind]
-        done = [(stage.reusable_work(what, record.data["identity"]), record) for record in records]
-        usable = [(amount, record) for amount, record in done if amount and self._store.has_artifact(record)]
-        return max(usable, key=lambda pair: pair[0], default=(0, None))[1]
+        if type(stage).reusable_work is Stage.reusable_work:
+            return None
+        done = [(stage.reusable_work(what, record.data["identity"]), record.key) for record in self._alike(stage.kind)]
+        for _, key in sorted(((amount, key) for amount, key in done if amount), reverse=True):
+            record = self._store.record(stage, key)
+            if record is not None and self._store.has_artifact(record):
+                return record
+        return None
 
     def _why_new(self, name: str, stage: Stage, what: Mapping[str, Any], key: str) -> str:
         """The fields and inputs that differ from the closest result of this stage, else of another stage of its kind."""
         if self._store.has_damaged_record(stage, key):
             return "its record is damaged"
-        candidates = [record for record in self._all_records if record.kind == stage.kind]
+        candidates = self._alike(stage.kind)
         if not candidates:
             return "never run"
         here = (self.recipe.head.name, name)
         own = [record for record in candidates if (record.data.get("recipe"), record.data.get("stage")) == here]
-        changes = [(differences(record.data["identity"], what), record.data) for record in own or candidates]
+        changes = [(differences(record.data["identity"], what), record) for record in own or candidates]
         fewest, other = min(changes, key=lambda change: len(change[0]))
         reason = "; ".join(fewest)
-        return reason if own else f"never run; unlike {other.get('recipe')}'s {other.get('stage')}: {reason}"
+        return reason if own else f"never run; unlike {other.made_as}: {reason}"
 
-    @cached_property
-    def _all_records(self) -> list[Record]:
-        return self._store.records()
+    def _alike(self, kind: str) -> list[Record]:
+        """The records of a kind whose identity is one of a stage, newest first."""
+        if kind not in self._by_kind:
+            known = [(record, record.data["identity"]) for record in self._store.records([kind])]
+            self._by_kind[kind] = [record for record, one in known if isinstance(one.get("fields"), dict) and "version" in one]
+        return self._by_kind[kind]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -59,9 +59,8 @@ def finish(store: Store, kind: str, key: str, *, finished: str = "2026-01-01T00:
     for name in [*FILES[stage.makes], METRICS]:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(json.dumps({"kind": kind, "file": name}) * size)
-    return store.finish(
-        stage, key, {"identity": {}, "metrics": {"loss": 1e-05, "名": "值"}, "finished": finished, "inputs": {}}
-    )
+    metrics = {"loss": 1e-05, "名": "值", "scores": {}, "train": {"tokens": 1}, "tokens": 1, "steps": 1}
+    return store.finish(stage, key, {"identity": {}, "metrics": metrics, "finished": finished, "seconds": 1.0, "inputs": {}})
 
 
 def flip(path: Path, bit: int) -> None:

@@ -88,7 +88,7 @@ def test_the_recipe_names_the_remote_and_whether_finished_stages_are_uploaded(fi
     keys = [record.key for record in records(finished)]
     table = '\n[cache]\nremote = "mirror"\nupload = false\n'
     here.write(here.recipe.read_text() + table)
-    assert here.run("--until", "corpus").returncode == 0
+    assert here.run("--until", "corpus", "--trust-remote").returncode == 0
     assert not (here.root / "mirror").exists()
     here.write(here.recipe.read_text().replace("upload = false", ""))
     done = here.run("--until", "tokenizer")
@@ -102,7 +102,7 @@ def test_the_command_line_overrides_the_environment_and_the_environment_the_reci
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.write(folder.recipe.read_text() + '\n[cache]\nremote = "of-recipe"\n')
-    assert call("push", folder) == 0
+    assert call("push", folder, "--trust-remote") == 0
     monkeypatch.setenv("STOCKPOT_REMOTE", str(tmp_path / "of-environment"))
     assert call("push", folder) == 0
     assert call("push", folder, "--remote", str(tmp_path / "of-option")) == 0
@@ -170,7 +170,7 @@ class _Hanging(fsspec.get_filesystem_class("file")):  # type: ignore[misc]
     cachable = False
     requests = 0
 
-    def cat_file(self, place: str, **more: Any) -> bytes:
+    def info(self, place: str, **more: Any) -> dict[str, Any]:
         type(self).requests += 1
         threading.Event().wait()
         raise AssertionError
@@ -224,16 +224,17 @@ def test_planning_and_a_cached_run_ask_no_remote(folder: Folder, capsys: pytest.
 @pytest.mark.parametrize(
     "name", ["../out", "/etc/out", "a/../../out", ".work/x", "a\\b", "record.json", "", "a//b", "./a", "nul\0"]
 )
-def test_a_remote_record_with_a_file_name_outside_its_folder_is_ignored(folder: Folder, tmp_path: Path, name: str) -> None:
+def test_a_remote_record_with_a_file_name_outside_its_folder_is_refused(folder: Folder, tmp_path: Path, name: str) -> None:
     honest = records(folder)[1]
     files = {**honest.files, name: "0" * 64}
     hostile = Record({**honest.data, "files": files, "digest": digest_of(files)})
     (tmp_path / "remote" / "records").mkdir(parents=True)
     (tmp_path / "remote" / "records" / f"{honest.key}.json").write_bytes(hostile.sealed)
-    assert open_remote(str(tmp_path / "remote")).record(honest.kind, honest.key) is None
+    with pytest.raises(DamagedRemoteError, match=r"records/.*expected the form of a record, got files\."):
+        open_remote(str(tmp_path / "remote")).record(honest.kind, honest.key)
 
 
-def test_a_remote_record_of_another_identity_or_key_is_ignored(folder: Folder, tmp_path: Path) -> None:
+def test_a_remote_record_of_another_identity_or_key_is_refused(folder: Folder, tmp_path: Path) -> None:
     honest = records(folder)[1]
     place = tmp_path / "remote" / "records" / f"{honest.key}.json"
     place.parent.mkdir(parents=True)
@@ -248,10 +249,12 @@ def test_a_remote_record_of_another_identity_or_key_is_ignored(folder: Folder, t
         {"kind": "x"},
     ):
         place.write_bytes(Record({**honest.data, **changed}).sealed)
-        assert remote.record(honest.kind, honest.key) is None
+        with pytest.raises(DamagedRemoteError, match="expected the"):
+            remote.record(honest.kind, honest.key)
     for content in (b"", b"{}", honest.sealed[:-1], b"\xff" * 400):
         place.write_bytes(content)
-        assert remote.record(honest.kind, honest.key) is None
+        with pytest.raises(DamagedRemoteError, match="expected"):
+            remote.record(honest.kind, honest.key)
 
 
 def test_an_artifact_without_metrics_is_accepted(folder: Folder, tmp_path: Path) -> None:
@@ -272,7 +275,7 @@ def test_a_missing_file_in_the_remote_is_damage_and_the_remote_stays_in_use(fold
     store = Store(tmp_path / "other")
     assert not mirror.fetch(store, record)
     assert "it is made here instead" in notes[0]
-    assert mirror.record(record.kind, record.key) == record
+    assert mirror.look_up(store, record.kind, record.key) == record
     with pytest.raises(DamagedRemoteError, match="expected a file, got none"):
         open_remote(str(tmp_path / "remote")).fetch(record, store)
 
@@ -323,7 +326,8 @@ def test_a_remote_folder_outside_the_recipe_folder_needs_the_users_permission(
     folder.write(folder.recipe.read_text() + f"\n[cache]\nremote = {json.dumps(str(tmp_path / 'team'))}\n")
     assert call("push", folder) == 2
     assert "cache.remote: expected a path in" in (output := capsys.readouterr().err) and f"--allow-path {tmp_path}" in output
-    assert call("push", folder, "--allow-path", str(tmp_path)) == 0
+    assert call("push", folder, "--allow-path", str(tmp_path)) == 2, "the user has to agree to it, too"
+    assert call("push", folder, "--allow-path", str(tmp_path), "--trust-remote") == 0
     assert (tmp_path / "team" / "records").is_dir()
 
 

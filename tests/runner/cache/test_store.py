@@ -17,7 +17,7 @@ from runner.cache.store import Store, Waiting, default_cache
 from runner.stages import stage_kinds
 
 KEY = "0" * 64
-FACTS = {"identity": {}, "finished": "2026-01-01T00:00:00+00:00"}
+FACTS = {"identity": {}, "inputs": {}, "metrics": {}, "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0}
 
 
 @pytest.fixture

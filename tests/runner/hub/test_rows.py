@@ -15,6 +15,7 @@ from hub_server import OTHER_TOKEN, OWNER, TOKEN, Fault, File, Hub, Repository
 
 from llm.data.chat_dataset import read_turns
 from llm.errors import InputError
+from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.graph import input_files
@@ -227,7 +228,7 @@ def test_a_run_downloads_its_rows_and_a_second_run_sends_no_request(dataset: Rep
     assert json.loads(run("plan", "--json"))["stages"][0]["state"] == "cached"
     run()
     assert len(hub.requests) == requests
-    (record,) = Store(tmp_path / "cache").records()
+    (record,) = map(Record.read, (tmp_path / "cache" / "records").iterdir())
     assert sum(record.data["metrics"]["sources"]["source-1"][part] for part in ("train", "validation")) == 30
     ((_, place, *_),) = learned_from("corpus", record.data, load_recipe(path).resolved()["stage"]["corpus"])
     assert f"[{REPO}](https://huggingface.co/datasets/{REPO}/tree/{dataset.branches['main']}): *.parquet" in place
