@@ -147,10 +147,18 @@ def find_cycle(sources: Mapping[str, Sequence[str]]) -> list[str]:
     return []
 
 
-def identity(stage: Stage, *, artifacts: Mapping[str, str], files: Callable[[InputFile], list[list[str]]]) -> dict[str, Any]:
-    """What decides the result of a stage: kind, version, semantic fields, and the content of its inputs.
+def identity(
+    stage: Stage,
+    *,
+    artifacts: Mapping[str, str],
+    files: Callable[[InputFile], list[list[str]]],
+    recipe: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Any]:
+    """What decides the result of a stage: kind, version, semantic fields, the content of its inputs, and the recipe if the
+    artifact holds it.
 
-    `artifacts` has the digest of each stage's artifact by name; `files` gives [format, digest] of each file.
+    `artifacts` has the digest of each stage's artifact by name; `files` gives [format, digest] of each file; `recipe` the recipe
+    as it is published.
     """
     fields = plain(
         stage,
@@ -159,6 +167,8 @@ def identity(stage: Stage, *, artifacts: Mapping[str, str], files: Callable[[Inp
         semantic_only=True,
     )
     fields |= stage.extra_identity()
+    if stage.holds_recipe:
+        fields["recipe"] = {"content": key_of(recipe())}
     return {"format": KEY_FORMAT, "kind": stage.kind, "version": stage.version, "fields": fields}
 
 

@@ -216,6 +216,8 @@ class Stage(Spec):
     in_processes: ClassVar[bool] = (
         False  # of another stage, whether it runs in the processes that [parallel] says for a machine
     )
+    holds_recipe: ClassVar[bool] = False  # whether its artifact holds the recipe, which then is part of its key
+    user_fields: ClassVar[tuple[str, ...]] = ()  # fields that whoever runs the recipe decides, so that no artifact holds them
 
     registry: ClassVar[dict[str, type["Stage"]]] = {}
 

@@ -37,9 +37,9 @@ from runner.stage import Stage
 from runner.tracking.metrics_file import MetricsReader
 from runner.tracking.tracker_process import TrackerProcess
 
-MACHINE_FIELDS = frozenset({"machines", "machine_rank", "main_address"})
 PEER_FAULT_SECONDS = 5.0  # for the processes here to end after those of another machine
 FULL_BYTES = 2**20  # with less free space, a worker may fail without an error message
+LOG_BYTES = 1 << 16  # at the end of a log, of which the last lines are shown
 LOG_LINES = 12  # shown of a worker that died without an error message
 
 
@@ -231,7 +231,7 @@ class StageRun:
         """Why the workers failed: their own error message, else how they died and the end of their log."""
         log, name = Path(self._log.name), self._entry.name
         with log.open("rb") as file:
-            file.seek(log_start)
+            file.seek(max(log_start, os.fstat(file.fileno()).st_size - LOG_BYTES))
             last = file.read().decode(errors="replace").splitlines()
         number = -code if code is not None and code < 0 else _signal_in("\n".join(last))
         if (self._scratch / ERROR).exists():
@@ -304,7 +304,7 @@ def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path
             for record in [plan.record(source)]
         },
         records={source: record.data for source, record in records.items()},
-        recipe=tomli_w.dumps(_published(recipe.resolved(plan.selected))),
+        recipe=tomli_w.dumps(recipe.published(plan.selected)),
         parallel=plain(recipe.head.parallel),
         processes=processes,
         cores=cores,
@@ -320,12 +320,6 @@ def _settings_behind(plan: Plan, name: str) -> list[list[str]]:
     if sweep is None or plan.decided[sweep.stage] is None or plan.family_of(name) is sweep:
         return []
     return sweep_rows(plan, sweep) if plan.above(name) & {*sweep.all_judges} else []
-
-
-def _published(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe for a release, without the cache and the machines of this run."""
-    parallel = {name: value for name, value in recipe["parallel"].items() if name not in MACHINE_FIELDS}
-    return {name: value for name, value in recipe.items() if name != "cache"} | {"parallel": parallel}
 
 
 def _signal_in(log: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,7 +179,7 @@ class Plan:
     def still_holds(self, entry: Entry) -> bool:
         """Whether the input files of a stage are unchanged since it was planned."""
         artifacts = {source: self.record(source).digest for source in self._inputs[entry.name]}
-        return identity(entry.stage, artifacts=artifacts, files=self._store.digests.of_inputs) == entry.identity
+        return self._identity(entry.stage, artifacts) == entry.identity
 
     def next(self) -> Entry | None:
         """The first stage that can run now."""
@@ -191,7 +192,7 @@ class Plan:
         if unknown:
             return Entry(name, stage, "waiting", f"for {', '.join(unknown)}", None, None, None, None)
         artifacts = {source: entry.record.digest for source in self._inputs[name] if (entry := self.entries[source]).record}
-        what = identity(stage, artifacts=artifacts, files=self._store.digests.of_inputs)
+        what = self._identity(stage, artifacts)
         key = key_of(what)
         record = self._store.record(stage, key)
         if record is None:
@@ -212,6 +213,10 @@ class Plan:
         path = self._store.folder(stage, key) if self._store.has_artifact(record) else None
         other_code = record.data.get("code") != code_digest(type(stage))
         return Entry(name, stage, "cached", "made by other code" if other_code else "", key, what, record, path)
+
+    def _identity(self, stage: Stage, artifacts: Mapping[str, str]) -> dict[str, Any]:
+        files, recipe = self._store.digests.of_inputs, partial(self.recipe.published, self.selected)
+        return identity(stage, artifacts=artifacts, files=files, recipe=recipe)
 
     def _rebuilt_if_needed(self, name: str) -> Entry:
         """Runs a stage whose artifact is gone if a stage that must run, or the user, reads the artifact."""

@@ -29,10 +29,10 @@ from runner.hub import download
 from runner.hub.files import COMMIT, SCHEME
 from runner.published.lockfile import Lock, read_lock
 from runner.recipe.toml import DEPTH, is_too_deep
+from runner.stages.publish import Publish
 
 ADDRESS = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\w-]*([./]\w[\w-]*)*))?/?")
 MAX_BYTES = 16 * 2**20  # of a recipe or a lock file
-USER_FIELDS = ("repo", "branch", "pull_request", "tag")  # of a `publish` stage
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 STEP = re.compile(r"(\w+)|\[(\d{1,6})\]")
 
@@ -131,7 +131,7 @@ def _without_user_fields(text: str, place: str) -> dict[str, Any]:
             alerts.pop("notify", None)
     for stage in stages.values():
         if stage.get("kind") == "publish":
-            for name in USER_FIELDS:
+            for name in Publish.user_fields:
                 stage.pop(name, None)
     return table
 

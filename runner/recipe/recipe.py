@@ -34,6 +34,8 @@ from runner.recipe.validation import listed, nearest, shown, validated
 from runner.stage import NAME, Parallel, Stage
 from runner.stages import stage_kinds
 
+USER_TABLES = ("cache", "parallel", "tracking")  # of those, a release has none
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -107,6 +109,17 @@ class Recipe:
             else:
                 del head["sweep"]
         return {**head, "stage": stages}
+
+    def published(self, selected: Mapping[str, int]) -> dict[str, Any]:
+        """The resolved recipe for a release, without what whoever runs it decides: the cache, the processes and machines, the
+        trackers, and where it is pushed.
+        """
+        recipe = self.resolved(selected)
+        stages = {
+            name: {field: value for field, value in table.items() if field not in self.written[name].user_fields}
+            for name, table in recipe["stage"].items()
+        }
+        return {name: value for name, value in recipe.items() if name not in USER_TABLES} | {"stage": stages}
 
 
 def load_recipe(

@@ -37,8 +37,11 @@ from runner.stages.parity import CheckParity
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
 
 
-class Publish(Stage, kind="publish", version=2, makes=Release):
+class Publish(Stage, kind="publish", version=3, makes=Release):
     """Assembles a release (weights, tokenizer, card, recipe, lock file, scores); pushes it to the Hub if `repo` is named."""
+
+    holds_recipe = True
+    user_fields = ("repo", "private", "branch", "pull_request", "tag")
 
     model: Semantic[Ref[Checkpoint]]
     """The model to release."""
