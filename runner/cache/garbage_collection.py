@@ -1,12 +1,15 @@
 """`run gc`: which artifacts of a cache to remove, in which order, and how many bytes that frees. Records stay: planning needs
 them, and a removed artifact is made again only if a stage must read it.
 
-Removing takes the key's lock, so nothing in use is removed.
+Removing takes the key's lock, so nothing in use is removed. Several collections may run at once: what one of them does not find
+any more, another has removed.
 """
 
 import contextlib
+import glob
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +17,11 @@ from pathlib import Path
 
 from runner.artifacts import SCRATCH
 from runner.cache.integrity import ARTIFACT_NAME
-from runner.cache.run_log import Run, logged_runs, recent
+from runner.cache.run_log import RECENT_DAYS, Run, logged_runs, recent
 from runner.cache.store import Store
+from runner.file_locks import is_locked
 
+DAY_SECONDS = 24 * 3600.0
 PLACES = ("stages", "work", "aside", "arriving")  # folders of a cache that grow
 
 
@@ -58,7 +63,7 @@ class DiskUsage:
     def remove(self, folder: Path) -> int:
         """Counts a folder as removed; returns how many bytes that frees."""
         freed = 0
-        for file in [*self._files.pop(folder), *self._files.pop(folder / SCRATCH, [])]:
+        for file in [*self._files.pop(folder, []), *self._files.pop(folder / SCRATCH, [])]:
             self._links[file] -= 1
             self._inside[file] -= 1
             freed += 0 if self._links[file] else self._sizes[file]
@@ -67,8 +72,9 @@ class DiskUsage:
 
 
 def _statuses(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    if path.is_symlink() or path.is_file():
-        yield path, path.lstat()
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or path.is_file():
+            yield path, path.lstat()
     for place, _, files in os.walk(path):
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # an active run may remove it
@@ -106,7 +112,7 @@ def collect(store: Store, *, named: Collection[str], forget_runs: bool, keep_siz
         else:
             outcome.in_use.append(item)
 
-    for item in leftovers(store, reached):
+    for item in [*leftovers(store, reached), *unused_files(store, kept, reached)]:
         take(item)
     if keep_size is None:
         for item in unreached(store, reached):
@@ -121,6 +127,8 @@ def collect(store: Store, *, named: Collection[str], forget_runs: bool, keep_siz
         for path, run in logged:
             if run not in kept:
                 path.unlink(missing_ok=True)
+        for name in sorted(_names_of_keys(store) - reached):
+            _forget(store, name)
     return replace(outcome, left=usage.total)
 
 
@@ -142,6 +150,50 @@ def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
     return found
 
 
+def unused_files(store: Store, kept: Collection[Run], reached: Collection[str]) -> list[Item]:
+    """What commands left beside the artifacts: downloads of published models that no recent run uses, proofs of stages that are
+    not `reached`, and tokens of machines that joined a training long ago.
+    """
+    used = [Path(run.path) for run in kept]
+    found = []
+    for folder in _inside(store.root / "published"):
+        unused = folder.name != "snapshots" and not any(path.is_relative_to(folder) for path in used)
+        if unused and _age(folder) > DAY_SECONDS:  # else it may be on its way
+            found.append(Item(folder, "a published model that no recent run uses"))
+    for path in _inside(store.root / "published" / "snapshots"):
+        if _age(path) > RECENT_DAYS * DAY_SECONDS:
+            found.append(Item(path, "the address of a published model, asked for long ago"))
+    keys = {name.rpartition("-")[2] for name in reached}
+    for path in _inside(store.root / "proofs"):
+        if path.name.partition(".")[0] not in keys and _age(path) > DAY_SECONDS and not is_locked(path.with_suffix(".log")):
+            found.append(Item(path, "a proof for a stage that no recent run reaches"))
+    for path in _inside(store.root / "machines"):
+        if _age(path) > DAY_SECONDS:
+            found.append(Item(path, "left by a training of several machines"))
+    return found
+
+
+def _names_of_keys(store: Store) -> set[str]:
+    """The keys of which there is a log of this machine, an old log of another one, or a lease, and nothing else."""
+    logs = [path for path in _inside(store.root / "logs") if store.is_own_log(path) or _age(path) > RECENT_DAYS * DAY_SECONDS]
+    names = {_key_of(path.name) for path in [*logs, *_inside(store.root / "leases")] if not path.name.startswith(".")}
+    there = {_key_of(path.name) for place in ("stages", "work") for path in _inside(store.root / place)}
+    return {name for name in names - there if name}
+
+
+def _forget(store: Store, name: str) -> None:
+    """Removes the logs and the lease of a key that is free."""
+    match = ARTIFACT_NAME.fullmatch(name)
+    if match is None:
+        return
+    with store.lock_if_free(match["kind"], match["key"]) as free:
+        if free:
+            store.remove_lease(match["kind"], match["key"])
+            for path in (store.root / "logs").glob(f"{glob.escape(name)}.*"):
+                if store.is_own_log(path) or _age(path) > RECENT_DAYS * DAY_SECONDS:
+                    path.unlink(missing_ok=True)  # the lock ends with it, so nothing is done after this
+
+
 def unreached(store: Store, reached: Collection[str]) -> list[Item]:
     """The artifacts that are not `reached`."""
     return [
@@ -157,7 +209,7 @@ def oldest_first(store: Store, runs: Iterable[Run]) -> list[Item]:
     for run in runs:
         for name in run.names:
             used[name] = max(run.time, used.get(name, run.time))
-    folders = sorted(_inside(store.root / "stages"), key=lambda folder: used.get(folder.name, folder.stat().st_mtime))
+    folders = sorted(_inside(store.root / "stages"), key=lambda folder: used.get(folder.name, time.time() - _age(folder)))
     return [Item(folder, "least recently used", folder.name) for folder in folders]
 
 
@@ -176,6 +228,8 @@ def _remove(store: Store, item: Item) -> bool:
     with store.lock_if_free(match["kind"], match["key"]) as free:
         if not free:
             return False
+        if not item.path.exists():
+            return True  # another collection was first
         if item.path.parent == store.root / "stages":
             record = store.stored_record(match["kind"], match["key"])
             if record is not None and not store.record_path(record.key).exists():
@@ -188,14 +242,28 @@ def _remove(store: Store, item: Item) -> bool:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file or folder, of which another collection may remove parts at the same time."""
+    while os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _inside(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last change of a file, by its disk's clock and this machine's; 0 if it is gone."""
+    try:
+        return max(0.0, time.time() - path.lstat().st_mtime)
+    except OSError:
+        return 0.0
 
 
 def _key_of(name: str) -> str | None:

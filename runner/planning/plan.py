@@ -17,6 +17,7 @@ from runner.recipe.recipe import Recipe
 from runner.stage import Effect, Lineage, Stage, Verdict
 
 State = Literal["cached", "run", "resume", "waiting", "push", "skipped", "paused"]
+COMPARED = 200  # results, the newest, of which the closest tells why a stage runs
 RUNNABLE: frozenset[State] = frozenset({"run", "resume", "paused"})
 
 
@@ -304,7 +305,7 @@ class Plan:
             return "never run"
         here = (self.recipe.head.name, name)
         own = [record for record in candidates if (record.data.get("recipe"), record.data.get("stage")) == here]
-        changes = [(differences(record.data["identity"], what), record) for record in own or candidates]
+        changes = [(differences(record.data["identity"], what), record) for record in (own or candidates)[:COMPARED]]
         fewest, other = min(changes, key=lambda change: len(change[0]))
         reason = "; ".join(fewest)
         return reason if own else f"never run; unlike {other.made_as}: {reason}"
