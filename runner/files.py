@@ -32,10 +32,16 @@ def read_bounded(path: Path, largest: int) -> bytes:
     which reading may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a file", str(path))
-        return file.read(largest + 1)
+        content, left = b"", largest + 1
+        while left > 0 and (piece := os.read(descriptor, min(left, max(status.st_size - len(content), 0) + 1))):
+            content, left = content + piece, left - len(piece)
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from it count no more.
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,11 @@ class Origins:
 
     def of(self, record: Record) -> str | None:
         """Where a record came from; None if it was made here."""
+        path = self._path(record.key)
+        if not os.path.lexists(path):  # no exception, since almost all are made here
+            return None
         try:
-            note = json.loads(read_bounded(self._path(record.key), LARGEST))
+            note = json.loads(read_bounded(Path(path), LARGEST))
             seal, origin = note["seal"], note["from"]
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -60,14 +64,14 @@ class Origins:
 
     def note(self, record: Record, origin: str | None) -> None:
         """Notes where a record came from, before it is written."""
-        path = self._path(record.key)
+        path = Path(self._path(record.key))
         if origin is not None:
             write_whole(path, json.dumps({"seal": record.seal, "from": origin}))
         elif path.exists():
             path.unlink(missing_ok=True)
 
-    def _path(self, key: str) -> Path:
-        return self.cache / FOLDER / f"{key}.json"
+    def _path(self, key: str) -> str:
+        return f"{self.cache}/{FOLDER}/{key}.json"
 
 
 def trusted_file() -> Path:

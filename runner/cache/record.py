@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.artifacts import METRICS
-from runner.cache.record_form import form_fault
+from runner.cache.record_form import form_fault, whole_number
 from runner.files import read_bounded
 
 _HEAD, _TAIL = b'{\n  "seal": "', b'",\n'
@@ -103,10 +103,10 @@ class Record:
             expected = f"seal {sealed[_SEAL].decode(errors='replace')}" if sealed.startswith(_HEAD) else "a seal"
             raise DamagedRecordError(expected=expected, got=f"seal {actual}")
         try:
-            data = json.loads(b"{" + body)
+            data = json.loads(b"{" + body, parse_int=whole_number)
         except (ValueError, RecursionError) as error:  # another program sealed it
             raise DamagedRecordError(expected="JSON", got=str(error)) from error
-        if fault := form_fault(data):
+        if fault := form_fault(data, body):
             raise DamagedRecordError(expected="the form of a record", got=fault)
         if (digest := digest_of(data["files"])) != data["digest"]:
             raise DamagedRecordError(expected=f"the digest of its files, {digest[:12]}", got=data["digest"][:12])

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from small_cache import unnoticed
 from small_recipe import ALL_CACHED, Folder
 
 from runner.artifacts import digest_file
@@ -75,13 +76,8 @@ def test_a_stage_runs_again_after_its_data_was_replaced_by_cp_with_the_times_of_
 def test_check_inputs_finds_an_edit_that_the_memo_cannot_see(folder: Folder) -> None:
     """As after a disk error, or by a file system that does not keep the time of a change: the memo is told the new times."""
     assert folder.states() == ALL_CACHED
-    data, memo = folder.root / "text.jsonl", folder.cache / "digests.json"
-    known = json.loads(memo.read_text())
-    known.setdefault(str(data), [0, 0, 0, 0, digest_file(data)])
-    data.write_text(data.read_text().replace("kidney", "lizard"))
-    status = data.stat()
-    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    memo.write_text(json.dumps(known | {str(data): [*stamp, known[str(data)][-1]]}))
+    data = folder.root / "text.jsonl"
+    unnoticed(folder.cache, data, lambda path: path.write_text(path.read_text().replace("kidney", "lizard")))
     assert folder.states() == ALL_CACHED
     assert folder.states("--check-inputs")["corpus"] == "run"
     assert folder.states()["corpus"] == "run", "what was found is remembered"

@@ -1,7 +1,11 @@
 """Where results came from: those of a remote count only if the user named it, and never replace what is known here."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +250,30 @@ def test_metrics_that_a_remote_lost_do_not_matter(tmp_path: Path) -> None:
     with other.lock("merge", record.key, waiting=Waiting()):
         assert mirror.fetch(other, record)
     assert not notes and json.loads((tmp_path / "other" / "origins" / f"{record.key}.json").read_text())["from"]
+
+
+def answered(folder: Folder, answer: str) -> tuple[int, str]:
+    """The exit code and the output of `run pull` on a terminal, where the user answers its question."""
+    child, screen = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [*folder.command("pull", str(folder.recipe)), "--cache", str(folder.cache)])
+    said = b""
+    with contextlib.suppress(OSError):  # raised by Linux when the other end is closed
+        while data := os.read(screen, 1 << 16):
+            said += data
+            if b"[y/N]" in said and answer:
+                os.write(screen, answer.encode())
+                answer = ""
+    os.close(screen)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.decode()
+
+
+def test_on_a_terminal_the_user_is_asked_once_about_the_remote_of_a_recipe(finished: Folder, tmp_path: Path) -> None:
+    strange = strangers(finished, tmp_path)
+    code, said = answered(strange, "n\n")
+    assert code == 2 and "Whoever writes to it decides what its results hold" in said
+    assert not (strange.cache / "records").exists() and not trusted_remotes()
+    code, said = answered(strange, "y\n")
+    assert code == 0 and said.count("fetched") == 2
+    code, said = answered(strange, "")
+    assert code == 0 and "[y/N]" not in said
