@@ -4,26 +4,22 @@ It leaves no gradient and draws no random number. What is found is part of the r
 training that goes on tries no more than what it was restored with.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from llm.data.batch import Batch, RowSource
-from llm.device import free_memory, is_out_of_memory
+from llm.device import is_out_of_memory
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
 from llm.layers.fused_attention import LONGEST, PANEL, UnavailableError, is_supported, load_kernel
 from llm.models.interface import LanguageModel
-from llm.training.distributed.fsdp import is_sharded, local_part, reshard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
 from llm.training.loss import Learner
+from llm.training.preflight.memory_estimate import fitting_micro_batch, optimizer_bytes
 from llm.training.runtime import Runtime
-
-SPARE = 0.8  # share of the free memory that activations may take, by the estimate
 
 
 def settle(
@@ -37,8 +33,8 @@ def settle(
     model = learner.model
     runtime = _with_kernel(runtime, model, rows.context, group=group, report=report)
     model.fused_attention = runtime.fused_attention
-    if auto and runtime.micro_batch > 1:
-        runtime = replace(runtime, micro_batch=_estimated(learner, rows, runtime.micro_batch, group=group))
+    fitting = fitting_micro_batch(learner, rows, runtime.micro_batch, auto=auto, group=group)
+    runtime = replace(runtime, micro_batch=fitting)
     while True:
         model.compiled = runtime.compiled
         batch = next(batches(rows, range(runtime.micro_batch), runtime.micro_batch)).to(group.device)
@@ -120,7 +116,7 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
 def _forward_and_backward(learner: Learner, batch: Batch) -> None:
     learner.train()
     set_counters(learner.model, seed=0, step=0, rows=batch.rows)
-    reserved = torch.empty(_optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for the optimizer
+    reserved = torch.empty(optimizer_bytes(learner), dtype=torch.uint8, device=batch.tokens.device)  # for the optimizer
     try:
         with torch.random.fork_rng(devices=[batch.tokens.device] if batch.tokens.is_cuda else []):
             loss, *_ = learner(batch)
@@ -128,46 +124,3 @@ def _forward_and_backward(learner: Learner, batch: Batch) -> None:
     finally:
         del reserved
         learner.zero_grad()
-
-
-def _optimizer_bytes(learner: Learner) -> int:
-    """The most that an optimizer keeps: two numbers for each weight that learns."""
-    return sum(2 * local_part(weight.detach()).nbytes for weight in learner.parameters() if weight.requires_grad)
-
-
-def _estimated(learner: Learner, rows: RowSource, micro_batch: int, *, group: ProcessGroup) -> int:
-    """At most `micro_batch` rows, and as many as fit in free memory by what one row keeps for its backward pass.
-
-    A GPU says when it is full. Main memory is promised first and missing later, when the system kills the process: there the
-    estimate comes before the try, and also under "fsdp", where there is only one try.
-    """
-    if group.device.type != "cpu" and not is_sharded(learner):
-        return micro_batch
-    try:
-        needed = float(_kept_for_backward(learner, next(batches(rows, range(1), 1)).to(group.device)))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        needed = math.inf  # the try that follows says what to do
-    sharing = group.size if group.device.type == "cpu" else 1
-    fitting = (SPARE * free_memory(group.device) / sharing - _optimizer_bytes(learner)) / max(1, needed)
-    (fewest,) = group.min(max(1.0, min(float(micro_batch), fitting)))
-    return int(fewest)
-
-
-def _kept_for_backward(learner: Learner, batch: Batch) -> int:
-    """Bytes that the forward pass of `batch` keeps."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    learner.train()
-    set_counters(learner.model, seed=0, step=0, rows=batch.rows)
-    devices = [batch.tokens.device] if batch.tokens.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        learner(batch)
-    found = sum(storage.nbytes() for storage in kept.values())  # gathered weights are freed by now: they count nothing
-    reshard(learner)
-    return found
