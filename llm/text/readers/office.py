@@ -1,10 +1,23 @@
 """The text of .docx and .pdf files."""
 
+import zipfile
 from pathlib import Path
 
 from llm.errors import InputError
 
+MOST_BYTES, MOST_TIMES = 2**26, 100  # of what is unpacked; more than both is refused, and usual files grow 3 to 30 times
 EXTRA = "pip install 'stockpot[office]'"
+
+
+def check_archive(path: Path) -> None:
+    """InputError if an archive, as .docx, .xlsx and .ods files are, grows beyond reason when it is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # no archive, which its own reader tells better
+    if size > MOST_BYTES and size > MOST_TIMES * path.stat().st_size:
+        raise InputError(f"{path}: expected contents of at most {MOST_TIMES} times the size of the file, got {size:,} bytes")
 
 
 def docx_text(path: Path) -> str:
@@ -14,6 +27,7 @@ def docx_text(path: Path) -> str:
         from docx.text.paragraph import Paragraph
     except ImportError as error:
         raise InputError(f"{path}: expected the package python-docx, got none; {EXTRA}") from error
+    check_archive(path)
     try:
         blocks = list(docx.Document(str(path)).iter_inner_content())
     except Exception as error:  # python-docx, lxml and zipfile each raise their own

@@ -11,6 +11,7 @@ from llm.errors import InputError
 READ = {"": 1 << 16, ".gz": 1 << 16, ".zst": 1 << 11}  # bytes read at a time, of which no compression makes more than 64 MiB
 PIECE = 1 << 20  # bytes looked at at a time
 LONGEST_LINE = 32 << 20  # bytes; a long book has 5 MB
+LEAST_TEXT, MOST_TIMES = 1 << 28, 200  # bytes, and times the size of a compressed file: more than both together is refused
 SAMPLE = 1 << 18  # bytes at the beginning of a file that tell its encoding
 LARGEST_WINDOW = 2**31  # bytes, as `zstd --long=31` writes
 MARKS = {  # byte order marks; the longer ones first, since that of UTF-32 begins like that of UTF-16
@@ -153,14 +154,16 @@ def _decompressed(path: Path) -> Iterator[bytes]:
             while data := file.read(READ[""]):
                 yield data
             return
-        decoder = decoders[suffix]()
+        decoder, size, most = decoders[suffix](), 0, LEAST_TEXT + MOST_TIMES * path.stat().st_size
         while data := file.read(READ[suffix]):
             while data:
                 if decoder.eof:  # another member of the same file, or zeros that fill it up, as on tapes
                     if not (data := data.lstrip(b"\0")):
                         break
                     decoder = decoders[suffix]()
-                yield decoder.decompress(data)
+                yield (block := decoder.decompress(data))
+                if (size := size + len(block)) > most:
+                    raise InputError(f"{path}: expected text of at most {MOST_TIMES} times the size of the file, got more")
                 data = decoder.unused_data
         if not decoder.eof:
             raise EOFError("it ends too early")

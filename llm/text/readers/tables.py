@@ -11,6 +11,7 @@ from typing import Any
 
 from llm.errors import InputError
 from llm.text import attribution
+from llm.text.readers.office import check_archive
 from llm.text.readers.rows import FileRow, RowFault, not_utf8
 from llm.text.readers.streams import lines
 
@@ -42,6 +43,7 @@ def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[F
         import python_calamine
     except ImportError as error:
         raise InputError(f"{path}: expected the package python-calamine, got none; pip install 'stockpot[office]'") from error
+    check_archive(path)
     try:
         with python_calamine.CalamineWorkbook.from_path(str(path)) as book:
             names = book.sheet_names
