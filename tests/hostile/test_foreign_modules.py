@@ -53,7 +53,7 @@ def test_the_processes_of_a_launcher_and_their_children_import_none(traps: Path)
     """The worker imports all it needs, then finds no job."""
     job = traps.parent / "job.json"
     environment = launch.environment_of(1, compiled=traps.parent) | {"ACCELERATE_USE_CPU": "true"}
-    command = launch.training_command(job, 2)
+    command = launch.group_command(job, 2)
     done = subprocess.run(command, cwd=traps, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert "job.json" in done.stderr and done.returncode != 0
     assert imported(traps) == []
