@@ -54,6 +54,7 @@ class Shape:
     layers: int
     hidden_size: int
     flops_per_token: float  # forward and backward
+    context: int  # longest sequence
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ def _shape_of(config: "ModelConfig", *, vocab_size: int, context: int) -> Shape:
         layers=config.layers,
         hidden_size=config.hidden_size,
         flops_per_token=architecture.flops_per_token(config, vocab_size=vocab_size, context=context),
+        context=context,
     )
 
 
@@ -216,7 +218,11 @@ def _behind(plan: Plan, entry: Entry) -> float:
 
 def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> float:
     """Bytes at the peak: measured by records of the same kind and size, else a rule of thumb."""
-    rows_tokens = MICRO_BATCH_TOKENS if stage.micro_batch == "auto" else stage.batch_tokens
+    row = shape.context if isinstance(stage, Pretraining) else None  # rows of chats are as long as the chats
+    if stage.micro_batch == "auto":
+        rows_tokens = max(MICRO_BATCH_TOKENS, row or 0)
+    else:
+        rows_tokens = stage.micro_batch * row if row else stage.batch_tokens
     estimate = (
         (0 if gpu_count() else PROCESS_BYTES)
         + shape.parameters * STATE_BYTES

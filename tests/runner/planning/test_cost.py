@@ -128,3 +128,16 @@ def test_measuring_gives_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", str(QUICKSTART), "--cache", str(tmp_path), "--measure", "--json"]) == 0
     base = next(stage for stage in json.loads(capsys.readouterr().out)["stages"] if stage["name"] == "base")
     assert 0.1 < base["cost"]["seconds"] < 600
+
+
+def test_memory_of_a_pretraining_grows_with_its_rows_and_the_rows_of_a_micro_batch(tmp_path: Path) -> None:
+    def memory(*overrides: str) -> float:
+        recipe = load_recipe(QUICKSTART.with_name("medical-lora.toml"), ["stage.base.batch_tokens=1048576", *overrides])
+        found = costs(Plan(recipe, Store(tmp_path)), [])["base"].memory
+        assert found is not None
+        return found
+
+    short = memory()
+    position = (memory("stage.tokens.context=131072") - short) / (131072 - 4096)  # "auto": one row, or 4,096 positions
+    assert position == 40 * 4 * 192  # bytes, layers, channels
+    assert memory("stage.base.micro_batch=4") - short == pytest.approx((4 * 256 - 4096) * position)
