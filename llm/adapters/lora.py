@@ -138,7 +138,8 @@ def quantize(model: LanguageModel, *, double: bool, compute_dtype: torch.dtype |
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     form: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": double}
-    for name, linear in list(_linear_layers(model)):
+    for name in [name for name, _ in _linear_layers(model)]:  # of the layers themselves no list, so that they go one by one
+        linear: Any = model.get_submodule(name)
         quantized = Linear4bit(  # type: ignore[no-untyped-call]  # bitsandbytes has no types
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, device="meta", **form
         )

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -183,7 +182,7 @@ def read_weights(
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            weights |= load_file(path, device=str(device))
+            weights |= _read_tensors(path, device=str(device))
         except FileNotFoundError:
             raise InputError(f"{path}: expected a file, since {INDEX} names it, got none") from None
         except SafetensorError as error:
@@ -208,6 +207,19 @@ def read_weights(
                 "those of its config.json"
             )
     return weights
+
+
+def _read_tensors(path: Path, *, device: str) -> dict[str, Tensor]:
+    """The tensors of a file; on a CPU each is a mapping of its own into it, whose pages go when the tensor does."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt", device=device) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    with safe_open(path, framework="pt", device=device) as file:
+        names = list(file.keys())
+    return {name: read(name) for name in names}
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

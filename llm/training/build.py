@@ -34,7 +34,9 @@ def build(
     """
     context = task.rows.context
     flops, shape = model.flops_per_token(context), compiled_shape(model, context, runtime)
-    hold_once(model, runtime.precision)
+    # Processes that have a base on CPU each share the pages of its file, as long as none of them casts its own.
+    if runtime.strategy != "ddp" or group.device.type != "cpu":
+        hold_once(model, runtime.precision)
     learner = Learner(model, task.objective, precision=runtime.precision)
     learner = shard(learner, runtime.strategy, device=group.device, processes=group.size)
     runtime = settle(learner, task.rows, runtime, auto=auto, group=group, report=report)

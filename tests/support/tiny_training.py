@@ -21,9 +21,10 @@ from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, PackedRow, collate
 from llm.data.packing import PackedRows, StreamWriter
 from llm.files import write_tensors
-from llm.models.checkpoint import WEIGHTS
+from llm.models.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
+from llm.tokenizer.train_bpe import train_bpe
 from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.distributed.fsdp import shard
@@ -290,6 +291,44 @@ def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama
     return model, tiny_training(model, scratch, **settings | changes)
 
 
+def save_tiny_base(folder: Path) -> None:
+    """Write an fp32 model as a checkpoint, with a tokenizer that nothing reads."""
+    tokenizer = folder.with_name("tokenizer")
+    train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True).save(tokenizer)
+    save_checkpoint(folder, tiny_model(tied=False), tokenizer)
+
+
+def shared_pages(base: Path) -> dict[str, int]:
+    """After a step of LoRA on the model in `base`: its frozen matrices, how many of them are pages of the file, and the KiB of
+    these pages that this process has for itself.
+    """
+    from llm.adapters import lora
+    from llm.adapters.frozen import FrozenLinear
+
+    model = load_checkpoint(base, dtype=None)
+    lora.attach(model, lora.LoraConfig(r=2, alpha=4), seed=3)
+    shape = {
+        "architecture": model.config,
+        "vocab_size": model.vocab_size,
+        "context": 24,
+        "rows": 4,
+        "compiled": False,
+        "cores": 1,
+    }
+    StockpotTraining(Workload.model_validate(shape | {"precision": "bf16"}), model, group=ProcessGroup()).step()
+    areas, own, inside = [], 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # the head of a mapping: its addresses, and at the end its file
+            inside = line.endswith(WEIGHTS)
+            areas += [range(*(int(end, 16) for end in words[0].split("-")))] if inside else []
+        elif inside and words[0] == "Private_Dirty:":
+            own += int(words[1])
+    frozen = [module.weight.data_ptr() for module in model.modules() if isinstance(module, FrozenLinear)]
+    shared = [address for address in frozen if any(address in area for area in areas)]
+    return {"matrices": len(frozen), "shared": len(shared), "own": own}
+
+
 def main() -> None:
     """Train in this group of processes, case after case; each process writes its results into the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -299,7 +338,15 @@ def main() -> None:
             _, metrics = tiny_preferences(folder / f"{name}-pairs-{rank}", folder / name, strategy=case["strategy"])
             found: dict[str, Any] = {"metrics": metrics}
         else:
-            measured = held() if "held" in case else shares(case["shares"]) if "shares" in case else None
+            measured = (
+                shared_pages(folder / case["base"])
+                if "base" in case
+                else held()
+                if "held" in case
+                else shares(case["shares"])
+                if "shares" in case
+                else None
+            )
             found = measured or run_case(folder, {"scratch": name} | case)
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
 

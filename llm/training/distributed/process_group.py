@@ -35,7 +35,8 @@ class ProcessGroup:
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
-        self.device: torch.device = self._accelerator.device
+        found = self._accelerator.device
+        self.device = torch.device("cpu") if found.type == "cpu" else found  # what is on "cpu" would be copied to "cpu:0"
         self.find_unused_parameters = find_unused_parameters
         self._host = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
 
@@ -49,7 +50,11 @@ class ProcessGroup:
 
         RuntimeError if that does not follow `strategy`: no other strategy is ever used in its place.
         """
-        wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner)
+        # Weights that do not learn are the same everywhere: DDP would copy those of the main process over them, and pages of a
+        # file that processes share would become copies.
+        frozen = [name for name, weight in learner.named_parameters() if not weight.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, frozen)  # type: ignore[no-untyped-call]
+        wrapped: nn.Module = learner if strategy == "fsdp" else self._accelerator.prepare(learner, device_placement=[False])
         found = "fsdp" if is_sharded(wrapped) else "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
         if found != strategy or (found == "single") != (self.size == 1):
             raise RuntimeError(f"strategy of {self.size} processes: expected {strategy!r}, got {found!r}")

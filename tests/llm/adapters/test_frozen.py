@@ -1,5 +1,7 @@
 """What does not learn is held once: the bytes that are in memory, and that results are those of autocast's copies."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from llm.adapters import lora
 from llm.adapters.frozen import FrozenLinear, hold_once
 from llm.data.batch import Batch, collate
 from llm.layers.dropout import set_counters
+from llm.models.checkpoint import save_checkpoint
 from llm.models.interface import LanguageModel
+from llm.tokenizer.train_bpe import train_bpe
 from llm.training.config import Budget
 from llm.training.loss import Learner, next_token_loss
 
@@ -138,3 +142,54 @@ def test_a_frozen_layer_equals_a_linear_layer_in_value_and_gradient() -> None:
         out.square().sum().backward()
         found.append({"out": out, "x": x.grad})
     equal(*found)
+
+
+LAYER_BY_LAYER = """
+import sys
+from pathlib import Path
+
+import bitsandbytes, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llm.adapters import lora
+from llm.models.checkpoint import load_checkpoint
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+class Watch(TorchDispatchMode):
+    most = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        Watch.most = max(Watch.most, held())
+        return result
+
+lora.quantize(load_checkpoint(Path(sys.argv[2])), double=True)  # what is loaded once does not count
+before = held()
+with Watch():
+    model = load_checkpoint(Path(sys.argv[1]), dtype=None)
+    lora.quantize(model, double=True)
+print((Watch.most - before) * 1024, sum(1 for _ in model.parameters()))
+"""
+
+
+def test_a_base_is_quantized_layer_by_layer_while_it_is_loaded(tmp_path: Path) -> None:
+    """Of a model of 16 bits no copy is ever in memory as a whole: its weights are pages of the file until they are quantized."""
+    train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True).save(tmp_path / "tokenizer")
+    sizes = {"hidden_size": 128, "layers": 96, "heads": 4}
+    numbers = {}
+    for name, changes in (("large", sizes), ("small", {})):
+        model = tiny_model(**changes)
+        save_checkpoint(tmp_path / name, model, tmp_path / "tokenizer", dtype=torch.bfloat16)
+        numbers[name] = sum(weight.numel() for weight in model.parameters())
+    done = subprocess.run(
+        [sys.executable, "-c", LAYER_BY_LAYER, str(tmp_path / "large"), str(tmp_path / "small")],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    most = int(done.stdout.split()[0])
+    assert (
+        most / numbers["large"] < 1.8
+    )  # bytes, of which 2 would be the whole; bitsandbytes takes 200 for each weight of a layer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import run_case, tiny_model, tiny_preferences, tiny_training
+from tiny_training import run_case, save_tiny_base, tiny_model, tiny_preferences, tiny_training
 
 from llm.adapters import lora
 from llm.errors import InputError
@@ -79,6 +79,8 @@ def two(folder: Path) -> dict[str, list[Any]]:
         cases[f"adapter-{strategy}"] = cases[f"bf16-{strategy}"] | {"adapter": True, "model": {"tied": False}}
     cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
     cases |= {f"{action}-{how}": case | {"strategy": how} for action, case in LEARNING.items() for how in ("ddp", "fsdp")}
+    cases |= {"pages": {"base": "base"}}
+    save_tiny_base(folder / "base")
     (folder / "trunk").mkdir()
     return launch(folder, 2, cases | {"stable": TRUNK, "rest": REST, "killed": KILLED}, dies=True)
 
@@ -151,6 +153,10 @@ def test_a_process_holds_gathered_weights_only_while_a_layer_computes(two: dict[
     for found in two["held"]:
         assert found["forward"] < 0.25
         assert found["step"] < 3.6
+
+
+def test_processes_share_the_pages_of_a_frozen_base(two: dict[str, list[Any]]) -> None:
+    assert two["pages"] == [{"matrices": 15, "shared": 15, "own": 0}] * 2
 
 
 @pytest.mark.parametrize("kind", ["bf16", "adapter"])
