@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 import torch
+from torch.utils import deterministic
 
 Precision = Literal["fp32", "bf16"]
 
@@ -49,6 +50,18 @@ def autocast(precision: Precision, *, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def ask_for_determinism(device: torch.device) -> None:
+    """Ask a GPU for the same bits each time, as far as it can: called before its first matrix product.
+
+    Operations without a deterministic form warn and run. A CPU computes the same bits anyway. For cuBLAS's workspace see
+    https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        setattr(deterministic, "fill_uninitialized_memory", False)  # noqa: B010  # it costs time; torch does not declare it
+
+
 def peak_memory(device: str) -> int:
     """Bytes: of the GPU's allocator on "cuda", else of the process since it started, pages shared with its parent included."""
     if device == "cuda":
@@ -71,13 +84,32 @@ def free_memory(device: torch.device) -> float:
     return max(0.0, min(limits))
 
 
+# What libraries say when memory runs out, in an error that has no type of its own: torch's allocator of main memory, oneDNN,
+# cuBLAS, cuDNN, cuSOLVER, cuSPARSE, CUDA itself, and NCCL,
+# which repeats the error of CUDA. https://docs.nvidia.com/cuda/cublas/#cublasstatus-t and the same tables of the others
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "HOST_ALLOCATION_FAILED",
+    "DEVICE_ALLOCATION_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
+    "out of memory",
+    "Failed to CUDA calloc",
+    "Failed to CUDA host alloc",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that memory ran out; torch has an exception type for that only on a GPU."""
+    """Whether `error` means that memory ran out; torch has an exception type for that only where its own allocator says so."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "not enough memory", "could not create a memory")
-    )
+    # AcceleratorError and torch.distributed's errors are RuntimeErrors.
+    return isinstance(error, RuntimeError) and any(words.lower() in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def seconds_per_call(call: Callable[[], object], *, device: torch.device, calls: int = 1) -> float:

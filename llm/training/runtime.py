@@ -64,7 +64,7 @@ def resolve_runtime(model: LanguageModel, task: TrainingTask, compute: ComputeCo
     context, device = task.rows.context, group.device.type
     wanted = max(1, AUTO_TOKENS.get(device, 4096) // context) if compute.micro_batch == "auto" else compute.micro_batch
     rows = min(wanted, -(-task.rows_per_step // group.size))
-    precision = resolve_precision(compute.precision, device=group.device)
+    precision = _resolved_precision(compute.precision, group=group)
     strategy: Strategy = compute.strategy if group.size > 1 else "single"
     compiled = compute.compiled
     if compiled == "auto" and (strategy == "fsdp" or not is_plain(model)):
@@ -74,13 +74,13 @@ def resolve_runtime(model: LanguageModel, task: TrainingTask, compute: ComputeCo
         precision=precision,
         micro_batch=rows,
         processes=group.size,
-        threads=max(1, compute.cores // group.size),
+        threads=_threads(compute, group=group),
         device=device,
         fused_attention=group.from_main(
             resolve_fused_attention(compute.fused_attention, device=device, precision=precision, flops=flops)
         ),
         strategy=strategy,
-        muon_precision=resolve_precision("auto", device=group.device),
+        muon_precision=_resolved_precision("auto", group=group),
     )
     shape = compiled_shape(model, context, runtime)
     return replace(runtime, compiled=group.from_main(resolve_compile(compiled, device=device, flops=flops, shape=shape)))
@@ -90,7 +90,7 @@ def restore_runtime(facts: dict[str, Any], compute: ComputeConfig, *, group: Pro
     """The runtime of a checkpoint. Processes, strategy and device are those of this run; the rest is kept."""
     kept = Runtime(**facts)
     if kept.processes != group.size:
-        kept = replace(kept, processes=group.size, threads=max(1, compute.cores // group.size))
+        kept = replace(kept, processes=group.size, threads=_threads(compute, group=group))
     device = group.device.type
     return replace(
         kept,
@@ -98,6 +98,17 @@ def restore_runtime(facts: dict[str, Any], compute: ComputeConfig, *, group: Pro
         fused_attention=kept.fused_attention and device == "cpu",
         strategy=compute.strategy if group.size > 1 else "single",
     )
+
+
+def _resolved_precision(wanted: Literal["auto", "fp32", "bf16"], *, group: ProcessGroup) -> Precision:
+    """The precision of all processes: "auto" is bf16 where each of them is fast at it."""
+    found = resolve_precision(wanted, device=group.device)
+    return "bf16" if group.min(found == "bf16") == [1.0] else "fp32"
+
+
+def _threads(compute: ComputeConfig, *, group: ProcessGroup) -> int:
+    """Threads of each process, as many as every machine has cores for: a checkpoint keeps one number for all."""
+    return int(group.min(max(1, compute.cores // group.size))[0])
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -153,10 +164,10 @@ def limit_memory(scratch: Path, micro_batch: int) -> None:
     write_json(scratch / MEMORY_LIMIT, micro_batch)
 
 
-def with_memory_limit(runtime: Runtime, scratch: Path) -> Runtime:
-    """`runtime` with at most as many rows as `limit_memory` allows."""
+def with_memory_limit(runtime: Runtime, scratch: Path, *, group: ProcessGroup) -> Runtime:
+    """`runtime` with at most as many rows as `limit_memory` allows in any process; machines need not share `scratch`."""
     try:
         most = int(json.loads((scratch / MEMORY_LIMIT).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return runtime
-    return replace(runtime, micro_batch=min(runtime.micro_batch, most))
+        most = runtime.micro_batch
+    return replace(runtime, micro_batch=int(min(group.min(most, runtime.micro_batch))))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm.data.batch import Batch
 from llm.device import is_out_of_memory
-from llm.errors import InputError, MemoryShortageError, Paused
+from llm.errors import InputError, Paused
 from llm.layers.dropout import set_counters
 from llm.training.alerts.monitor import AlertMonitor, AlertState, Finding, RollBack, most_severe
 from llm.training.distributed.fsdp import full_tensor
@@ -19,7 +19,7 @@ from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loss import Learner
 from llm.training.mfu import peak_flops
 from llm.training.optim.optimizer import build_optimizers, set_learning_rate
-from llm.training.preflight.dry_run import smaller
+from llm.training.preflight.dry_run import shortage, smaller
 from llm.training.runtime import Runtime
 from llm.training.task import TrainingTask
 from llm.training.validation import Validation, validation_losses
@@ -69,6 +69,7 @@ class Loop:
     ) -> None:
         self.learner, self.model, self.group = learner, learner.model, group
         self.runtime, self.auto = runtime, auto
+        self.loaded = runtime.micro_batch  # rows of the batches that come; the runtime's may become fewer
         self.report, self.should_stop = report, should_stop
         self.schedule, self.seed = task.schedule, task.seed
         self.monitor = AlertMonitor(task.alerts, warmup_steps=task.schedule.warmup_steps)
@@ -96,32 +97,42 @@ class Loop:
         which sums the gradients, together; before each round they may agree to stop.
         """
         self.wrapped.train()
-        if self.group.size == 1:
+        if self.runtime.micro_batch < self.loaded:
             parts = [piece for part in parts for piece in part.split(self.runtime.micro_batch)]
-            rounds = len(parts)
+            rounds = int(self.group.max(len(parts))[0])
+        context = parts[0].tokens.shape[1]
+        alone = False  # the others may be waiting for this process in the middle of a step
         try:
             loss = self._accumulate(progress, parts, targets=targets, rounds=rounds)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            loss = None
+            loss, alone = None, self.group.size > 1
         if loss is None:  # outside of the handler, nothing holds what the failed attempt computed
             self.learner.zero_grad()
-            micro_batch = smaller(self.runtime.micro_batch, auto=self.auto, context=parts[0].tokens.shape[1])
-            if self.group.size > 1:  # the others wait in the middle of a step: all have to start again
-                raise MemoryShortageError(
-                    f"memory ran out at step {progress.step} with micro_batch = {self.runtime.micro_batch} in process "
-                    f"{self.group.rank} of {self.group.size}; micro_batch = {micro_batch} is next",
-                    micro_batch=micro_batch,
-                )
-            self.runtime = replace(self.runtime, micro_batch=micro_batch)
-            self.report(note=f"memory ran out at step {progress.step}: goes on with micro_batch = {micro_batch}")
+            self._take_less(f"at step {progress.step}", context=context, alone=alone)
             self.step(progress, parts, targets=targets, rounds=rounds)
             return
+        try:
+            self._update(progress, loss / max(1.0, targets))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._take_less(f"in the update of step {progress.step}", context=context, alone=True)  # a part may be done
+        self._tokens += sum(part.tokens.numel() for part in parts)
+
+    def _take_less(self, when: str, *, context: int, alone: bool) -> None:
+        """Go on with a smaller micro-batch, in all processes; raise a MemoryShortageError where this one is `alone`."""
+        runtime = self.runtime
+        if alone:
+            raise shortage(when, runtime, auto=self.auto, group=self.group, context=context)
+        self.runtime = replace(runtime, micro_batch=smaller(runtime.micro_batch, auto=self.auto, context=context))
+        self.report(note=f"memory ran out {when}: goes on with micro_batch = {self.runtime.micro_batch}")
+
+    def _update(self, progress: Progress, loss: Tensor) -> None:
+        """Clip the gradients and take the step, unless an alert leaves it out; `loss` is this process's share of the mean."""
         norm = full_tensor(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
         nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
-        loss = loss / max(1.0, targets)
-        self._tokens += sum(part.tokens.numel() for part in parts)
         if not self.monitor.each_step:
             self._losses.append(loss)
             self._norms.append(norm)
@@ -148,17 +159,21 @@ class Loop:
             progress.recent.append(loss)
             self._norm = norm
 
-    def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor:
-        """Forward and backward passes of a step; returns this process's share of the sum of losses."""
+    def _accumulate(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> Tensor | None:
+        """Forward and backward passes of a step; returns this process's share of the sum of losses.
+
+        None, in every process, where memory ran out in one while no other waited for it; otherwise that error is raised.
+        """
         # Everything else that draws random numbers is seeded by the step, so no state of a generator has to be kept.
         torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
         loss = torch.zeros((), device=self.group.device)
         # DDP averages gradients over processes, and the loss needs their sum: hence the factor.
         scale = self.group.size / max(1.0, targets)
         late = rounds - len(parts)
+        full = False
         for index in range(rounds):
-            if index > 0:
-                self.group.stop_if(self.should_stop())
+            if index > 0 and self.group.any_full(full, stopping=self.should_stop()):
+                return None
             if index < late and not self.together:
                 continue
             # A process that has nothing left, but has to compute with the others, computes a row that counts nothing.
@@ -168,11 +183,28 @@ class Loop:
             # Gradients add up in each process alone until DDP, in the last round, sums them over all. Before that it is not
             # called at all, if possible: it communicates even where it is told not to sum. Under "fsdp" each round sums.
             last = index == rounds - 1
-            with self.group.gradient_sync(self.wrapped, last):
-                total, *_ = (self.wrapped if last or self.together else self.learner)(batch)
-                (total * (scale * counts)).backward()
-            loss += total.detach() * counts
+            try:
+                with self.group.gradient_sync(self.wrapped, last):
+                    total, *_ = (self.wrapped if last or self.together else self.learner)(batch)
+                    if not last or self.together:
+                        (total * (scale * counts)).backward()
+                loss += total.detach() * counts
+            except (RuntimeError, MemoryError) as error:
+                if self.together or not is_out_of_memory(error):
+                    raise
+                full, total = True, None
+        if not self.together:
+            if self.group.any_full(full, stopping=False):  # before the last backward pass, in which DDP waits for all
+                self._finish_nothing(parts[0].split(1)[0])
+                return None
+            (total * scale).backward()
         return loss
+
+    def _finish_nothing(self, batch: Batch) -> None:
+        """After a forward pass DDP sums at the next backward pass, whichever it is: one of a row that counts nothing."""
+        if self.group.size > 1:
+            set_counters(self.model, seed=self.seed, step=0, rows=batch.rows)
+            (self.wrapped(batch)[0] * 0.0).backward()
 
     def collect(self, progress: Progress) -> None:
         """Wait for the steps taken so far, record their losses and judge them; raises what an alert asks for."""
@@ -253,9 +285,9 @@ class Loop:
         """Measure the loss on held-out rows; this does not change what is learned."""
         began = time.monotonic()
         found: dict[str, float] = {"step": progress.step}
-        found |= validation_losses(
-            self.learner, validation, group=self.group, micro_batch=self.runtime.micro_batch, should_stop=self.should_stop
-        )
+        while (losses := self._validation_losses(progress, validation)) is None:
+            self._take_less(f"in the validation after step {progress.step}", context=validation.rows.context, alone=False)
+        found |= losses
         self.report(**found)
         progress.validation = found
         if not progress.best or found["validation_loss"] < progress.best["validation_loss"]:
@@ -263,3 +295,15 @@ class Loop:
         self._since += time.monotonic() - began  # the speed that is reported is that of training
         loss = found["validation_loss"]
         self.act(self.monitor.validation(progress.alerts, progress.step, found=loss, loss=progress.loss))
+
+    def _validation_losses(self, progress: Progress, validation: Validation) -> dict[str, float] | None:
+        micro_batch, context = self.runtime.micro_batch, validation.rows.context
+        try:
+            return validation_losses(
+                self.learner, validation, group=self.group, micro_batch=micro_batch, should_stop=self.should_stop
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._take_less(f"in the validation after step {progress.step}", context=context, alone=True)
+        return None

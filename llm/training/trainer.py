@@ -7,18 +7,20 @@ depends on the clock change when and where it is computed, and beyond rounding n
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from llm.device import peak_memory
-from llm.errors import Interrupted, MemoryShortageError, Paused
+from llm.device import ask_for_determinism, peak_memory
+from llm.errors import Interrupted, Paused
 from llm.models.interface import LanguageModel, count_parameters
 from llm.training import checkpoint
+from llm.training.alerts.config import Alerts
 from llm.training.alerts.monitor import RollBack
 from llm.training.build import build, check_if_long
+from llm.training.distributed.failure import failing_together
 from llm.training.distributed.fsdp import gather, is_sharded, reshard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import feed, most_batches
@@ -52,6 +54,62 @@ def train(
     and Interrupted, after a checkpoint, once `should_stop` is true in any process.
     """
     group = ProcessGroup(find_unused_parameters=compute.find_unused_parameters, timeout_minutes=compute.timeout_minutes)
+    ask_for_determinism(group.device)
+    task, compute, checkpoints, validation = _as_main(model, task, compute, checkpoints, validation, group=group)
+    # A rollback takes a checkpoint from before the steps that were bad, which may be noticed at the next report only.
+    reach = task.alerts.reach + LOG_EVERY if task.alerts.does("rollback") else None
+    with (
+        checkpoint.Writer(checkpoints.folder, kept=checkpoints.keep, reach=reach) as writer,
+        failing_together(group, limit_memory=partial(limit_memory, checkpoints.scratch), before_end=writer.wait),
+    ):
+        loop, progress = _begin(
+            model, task, compute, checkpoints, group=group, report=report, should_stop=should_stop, check=check
+        )
+        run = _Run(loop, progress, task, checkpoints, writer, validation, row_log)
+        run.finish()
+        gather(loop.learner, model)
+    model.eval()
+    run.progress.seconds = time.monotonic() - run.began
+    return _metrics(model, task, run.progress, loop.runtime)
+
+
+def _as_main(
+    model: LanguageModel,
+    task: TrainingTask,
+    compute: ComputeConfig,
+    checkpoints: CheckpointConfig,
+    validation: Validation | None,
+    *,
+    group: ProcessGroup,
+) -> tuple[TrainingTask, ComputeConfig, CheckpointConfig, Validation | None]:
+    """What the main process was told of when to do what and how to compute: machines may be started with other recipes.
+
+    Each process keeps its own data, folders and cores. The same data and the same result are for the caller to see to.
+    """
+    when = (checkpoints.every, checkpoints.minutes, checkpoints.keep)
+    looks = None if validation is None else (validation.tokens, validation.every)
+    alerts, main, (every, minutes, keep), looks, model.recompute = group.from_main(
+        (task.alerts.model_dump_json(), asdict(compute), when, looks, model.recompute)
+    )
+    if validation is not None:
+        validation = None if looks is None else replace(validation, tokens=looks[0], every=looks[1])
+    checkpoints = replace(checkpoints, every=every, minutes=minutes, keep=keep)
+    task = replace(task, alerts=Alerts.model_validate_json(alerts))
+    return task, replace(compute, **main | {"cores": compute.cores}), checkpoints, validation
+
+
+def _begin(
+    model: LanguageModel,
+    task: TrainingTask,
+    compute: ComputeConfig,
+    checkpoints: CheckpointConfig,
+    *,
+    group: ProcessGroup,
+    report: Callable[..., None],
+    should_stop: Callable[[], bool],
+    check: bool,
+) -> tuple[Loop, Progress]:
+    """The loop and where it begins: at the last checkpoint, if there is one."""
     task.check(processes=group.size)
     state = last_state(checkpoints.folder, group=group, report=report, start_from=checkpoints.start_from)
     if state is None:
@@ -61,7 +119,7 @@ def train(
         runtime, progress = resume(state.facts, task, compute, group=group, report=report)
     auto = compute.micro_batch == "auto"
     if auto:
-        runtime = with_memory_limit(runtime, checkpoints.scratch)
+        runtime = with_memory_limit(runtime, checkpoints.scratch, group=group)
     torch.set_num_threads(runtime.threads)
     if state is None and check:
         progress.self_check = check_if_long(model, task, runtime, group=group, report=report)
@@ -69,17 +127,7 @@ def train(
     if state is not None:
         checkpoint.restore(state, loop.model, loop.optimizers)
         report(note=f"continues from step {progress.step} of {task.steps}")
-    del state  # it holds a copy of all weights
-
-    # A rollback takes a checkpoint from before the steps that were bad, which may be noticed at the next report only.
-    reach = task.alerts.reach + LOG_EVERY if task.alerts.does("rollback") else None
-    with checkpoint.Writer(checkpoints.folder, kept=checkpoints.keep, reach=reach) as writer:
-        run = _Run(loop, progress, task, checkpoints, writer, validation, row_log)
-        run.finish()
-    gather(loop.learner, model)
-    model.eval()
-    run.progress.seconds = time.monotonic() - run.began
-    return _metrics(model, task, run.progress, loop.runtime)
+    return loop, progress
 
 
 def _note_repeated_rows(task: TrainingTask, report: Callable[..., None]) -> None:
@@ -107,7 +155,6 @@ class _Run:
         now = time.monotonic()
         self.began = now - self.progress.seconds  # as if the runs before it had been part of this one
         self.saved = now
-        self.micro_batch = self.loop.runtime.micro_batch  # of what is loaded; a step may split it
 
     def finish(self) -> None:
         """Take all steps that are left; Interrupted or Paused after a checkpoint."""
@@ -115,9 +162,6 @@ class _Run:
             try:
                 self._take_steps()
                 break
-            except MemoryShortageError as shortage:
-                limit_memory(self.checkpoints.scratch, shortage.micro_batch)
-                raise
             except RollBack as cause:
                 self.progress = roll_back(cause, self.loop, self.progress, writer=self.writer)
             except (Interrupted, Paused) as reason:
@@ -127,13 +171,13 @@ class _Run:
 
     def _take_steps(self) -> None:
         loop, group, task, progress = self.loop, self.loop.group, self.task, self.progress
-        rounds = most_batches(task.rows_per_step, group, self.micro_batch)
+        rounds = most_batches(task.rows_per_step, group, loop.loaded)
         if progress.step:
             self._validate_if_due()  # the run before this one was stopped in it
         elif self.writer.reach is not None:
             self._save()  # the beginning, to roll back to
         ahead = range(progress.step, task.steps)
-        with closing(feed(task.rows, group, self.micro_batch, task.rows_per_step, ahead, progress.alerts.place)) as fed:
+        with closing(feed(task.rows, group, loop.loaded, task.rows_per_step, ahead, progress.alerts.place)) as fed:
             for parts, targets in fed:
                 overdue = self._minutes_are_over() and group.is_main
                 total, stopping, saving = group.sum(targets, loop.should_stop(), overdue)

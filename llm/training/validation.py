@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from llm.data.batch import IGNORE, Batch, RowSource
+from llm.device import is_out_of_memory
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, reshard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches, most_batches
 from llm.training.loss import Learner, next_token_loss
+from llm.training.preflight.dry_run import smaller
 from llm.training.runtime import Runtime
 
 LOSS, BITS_PER_BYTE = "validation_loss", "validation_bits_per_byte"
@@ -33,24 +35,36 @@ class Validation:
 @torch.no_grad()
 def validation_losses(
     learner: nn.Module, validation: Validation, *, group: ProcessGroup, micro_batch: int, should_stop: Callable[[], bool]
-) -> dict[str, float]:
-    """Mean loss per target, shared by the processes; Interrupted once `should_stop` is true in one of them."""
+) -> dict[str, float] | None:
+    """Mean loss per target, shared by the processes; Interrupted once `should_stop` is true in one of them.
+
+    None, in every process, where memory ran out in one while no other waited for it; otherwise that error is raised.
+    """
     source = validation.rows
     chosen = even_sample(source.rows_per_epoch, validation.tokens // source.context)
     mine = batches(source, chosen[group.rank :: group.size], micro_batch)
     learner.eval()
     together = is_sharded(learner)
     sums = _Sums(validation, group.device)
+    full = False
     for _ in range(most_batches(len(chosen), group, micro_batch)):
-        group.stop_if(should_stop())
+        if group.any_full(full, stopping=should_stop()):
+            return None
         batch = next(mine, None)
         if batch is None:  # another process has one row more
             if together:
                 learner(next(batches(source, range(1), 1)).to(group.device))  # that one needs all to gather weights
             continue
         batch = batch.to(group.device)
-        sums.add(batch, *learner(batch))
+        try:
+            sums.add(batch, *learner(batch))
+        except (RuntimeError, MemoryError) as error:
+            if together or not is_out_of_memory(error):
+                raise
+            full = True
     reshard(learner)
+    if group.any_full(full, stopping=False):
+        return None
     return sums.over_all(group)
 
 
@@ -117,4 +131,9 @@ def validate_model(
     group = ProcessGroup()
     model.fused_attention = runtime.fused_attention
     learner = Learner(model.to(group.device), next_token_loss, precision=runtime.precision)
-    return validation_losses(learner, validation, group=group, micro_batch=runtime.micro_batch, should_stop=should_stop)
+    micro_batch = runtime.micro_batch
+    while True:
+        found = validation_losses(learner, validation, group=group, micro_batch=micro_batch, should_stop=should_stop)
+        if found is not None:
+            return found
+        micro_batch = smaller(micro_batch, auto=True, context=validation.rows.context)

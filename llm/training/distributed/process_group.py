@@ -14,9 +14,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch does not list them
 from torch.nn.parallel import DistributedDataParallel
 
-from llm.errors import Interrupted
+from llm.errors import InputError, Interrupted
 from llm.training.distributed.fsdp import Strategy, is_sharded
 from llm.training.loss import Learner
 
@@ -37,13 +38,26 @@ class ProcessGroup:
         self.rank: int = self._accelerator.process_index
         found = self._accelerator.device
         self.device = torch.device("cpu") if found.type == "cpu" else found  # what is on "cpu" would be copied to "cpu:0"
-        self.find_unused_parameters = find_unused_parameters
         self._host = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        options.find_unused_parameters = self.find_unused_parameters = bool(self.from_main(find_unused_parameters))
+        expected = self.from_main(self.device.type)
+        if self.sum(self.device.type != expected)[0]:
+            raise InputError(
+                f"processes: expected the kind of device of process 0, {expected}, in all {self.size} of them; "
+                f"got {self.device.type} in process {self.rank}"
+            )
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and reports."""
         return self.rank == 0
+
+    @property
+    def store(self) -> Store | None:
+        """What all processes read and write without waiting for each other, of this group alone; None without others."""
+        if self._host is None:
+            return None
+        return PrefixStore(self._host.group_name, dist.distributed_c10d._get_default_store())
 
     def wrap(self, learner: Learner, strategy: Strategy) -> nn.Module:
         """`learner`, as `llm.training.distributed.fsdp.shard` returns it, such that a backward pass averages gradients.
@@ -80,6 +94,10 @@ class ProcessGroup:
         """The smallest of each value over the group."""
         return self._reduce(values, dist.ReduceOp.MIN)
 
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over the group."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self._host is None:
             return list(values)
@@ -91,10 +109,15 @@ class ProcessGroup:
         """Return once all processes have called this."""
         self.sum(0)
 
-    def stop_if(self, asked: bool) -> None:
-        """Raise Interrupted in every process if one of them is `asked` to stop; all call this equally often."""
-        if any(self.sum(asked)):
+    def any_full(self, full: bool, *, stopping: bool) -> bool:
+        """Whether memory is `full` in one of the processes; Interrupted in all where one is asked to stop.
+
+        All of them call this equally often.
+        """
+        asked, found = self.sum(stopping, full)
+        if asked:
             raise Interrupted("asked to stop")
+        return found > 0
 
     def from_main(self, value: Any) -> Any:
         """What the main process passed, which JSON can hold: torch's own functions for objects would unpickle it."""

@@ -11,7 +11,7 @@ import torch
 
 from llm.data.batch import Batch, RowSource
 from llm.device import is_out_of_memory
-from llm.errors import InputError
+from llm.errors import InputError, MemoryShortageError
 from llm.layers.dropout import set_counters
 from llm.layers.fused_attention import LONGEST, PANEL, UnavailableError, is_supported, load_kernel
 from llm.models.interface import LanguageModel
@@ -28,7 +28,8 @@ def settle(
     """`runtime` with a micro-batch that fits, the same in every process, and compiled only if compiling works.
 
     The micro-batch is changed only where it is `auto`; InputError where not even one row fits, or not as many as the recipe
-    asks for. Under "fsdp" there is no second try: the others wait for a process that failed.
+    asks for. Under "fsdp" there is no second try, since the others wait for a process that failed: a MemoryShortageError has
+    to end them all.
     """
     model = learner.model
     runtime = _with_kernel(runtime, model, rows.context, group=group, report=report)
@@ -44,7 +45,7 @@ def settle(
         except Exception as error:
             if runtime.strategy == "fsdp":
                 if is_out_of_memory(error):
-                    smaller(runtime.micro_batch, auto=False, context=rows.context)
+                    raise shortage("before the first step", runtime, auto=auto, group=group, context=rows.context) from error
                 raise
             if is_out_of_memory(error):
                 full = error
@@ -111,6 +112,16 @@ def smaller(micro_batch: int, *, auto: bool, context: int) -> int:
             "architecture needs less"
         )
     return micro_batch // 2
+
+
+def shortage(when: str, runtime: Runtime, *, auto: bool, group: ProcessGroup, context: int) -> MemoryShortageError:
+    """The error of a process that cannot go on with a smaller micro-batch by itself; InputError where there is none."""
+    micro_batch = smaller(runtime.micro_batch, auto=auto, context=context)
+    process = f" in process {group.rank} of {group.size}" if group.size > 1 else ""
+    return MemoryShortageError(
+        f"memory ran out {when} with micro_batch = {runtime.micro_batch}{process}; micro_batch = {micro_batch} is next",
+        micro_batch=micro_batch,
+    )
 
 
 def _forward_and_backward(learner: Learner, batch: Batch) -> None:

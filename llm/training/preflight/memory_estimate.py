@@ -37,7 +37,7 @@ def fitting_micro_batch(learner: Learner, rows: RowSource, micro_batch: int, *, 
     try:
         needed = _row_bytes(learner, rows, group=group)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or is_sharded(learner):  # then the others wait for this process
             raise
         needed = math.inf  # the try that follows says what to do
     sharing = group.size if group.device.type == "cpu" else 1

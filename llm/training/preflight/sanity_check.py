@@ -31,6 +31,7 @@ def sanity_check(
     *,
     precision: Precision,
     placed: Callable[[Learner], Learner] = lambda learner: learner,  # on its device, and sharded as in training
+    agreed: Callable[[float], float] = lambda value: value,  # of all processes that compute together
 ) -> dict[str, float]:
     """What was found on the first rows and positions of `batch`; InputError says what is wrong."""
     learner = placed(Learner(copy.deepcopy(model), objective, precision=precision)).eval()  # without dropout
@@ -51,7 +52,7 @@ def sanity_check(
     for step in range(TRIES + 1):
         total, count = learner(batch)
         mean = total / count
-        loss = mean.item()
+        loss = agreed(mean.item())
         if step == 0:
             first = loss
             if not abs(first - chance) <= NEAR:

@@ -1,10 +1,6 @@
 """Alerts on real trainings of seconds: what raises each, and that interruptions do not change what an action does."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,43 +250,3 @@ def test_a_memory_limit_bounds_the_micro_batch_only_where_it_is_auto(tmp_path: P
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weight, weights(found)[name], atol=1e-6, rtol=0)
     assert tiny_training(tiny_model(), tmp_path / "asked", micro_batch=3, **settings)["choices"]["micro_batch"] == 3
-
-
-@pytest.mark.long
-def test_a_group_in_which_one_process_runs_out_of_memory_starts_again_with_less(tmp_path: Path) -> None:
-    """A real group of two: in the second process the allocator refuses more than one row at a time, from step 3 on."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import json, os, sys
-from pathlib import Path
-import torch
-from llm.training.loss import next_token_loss
-from llm.training.config import Budget
-from tests.support.tiny_training import tiny_model, tiny_training
-
-folder, steps = Path(sys.argv[1]), []
-
-def takes(model, batch):
-    steps.append(1)
-    if os.environ["RANK"] == "1" and batch.rows.numel() > 1 and len(steps) > 6:
-        torch.empty(2**60, dtype=torch.uint8)
-    return next_token_loss(model, batch)
-
-metrics = tiny_training(
-    tiny_model(), folder, objective=takes, validation=None, every=2, budget=Budget(steps=10), micro_batch="auto"
-)
-if os.environ["RANK"] == "0":
-    (folder / "result.json").write_text(json.dumps(metrics))
-"""
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    first = subprocess.run([*launch, str(program), str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert first.returncode != 0 and "in process 1 of 2; micro_batch = 1 is next" in first.stderr
-    assert list((tmp_path / CHECKPOINTS).iterdir())
-    subprocess.run([*launch, str(program), str(tmp_path)], env=environment, check=True, capture_output=True)
-    metrics = json.loads((tmp_path / "result.json").read_text())
-    expected = tiny_training(tiny_model(), tmp_path / "alone", validation=None, budget=Budget(steps=10))
-    assert metrics["choices"]["micro_batch"] == 1 and metrics["loss"] == pytest.approx(expected["loss"], abs=1e-4)
