@@ -63,7 +63,7 @@ def work_in_batches(
     release: Callable[[], None] = lambda: None,
     progress: OnProgress = lambda done, total: None,
 ) -> dict[int, T]:
-    """The result of `work` for each index of the batches, the same in every process.
+    """The result of `work` for each index of the batches, the same in every process; results are values of JSON.
 
     Each round, every process works on one batch. A batch that is out of memory, after `release`, is halved until it fits;
     later ones are cut to the size that did. An error in one process, also of `progress`, ends all of them with its message.
@@ -81,8 +81,8 @@ def work_in_batches(
             progress(len(results) + sum(map(len, together)), total)
         except Exception as caught:
             error = caught
-        parts = processes.agreed((found, spent), error)
-        timer.add([part[1] for part in parts])
+        parts = processes.agreed((found, vars(spent)), error)
+        timer.add([GenerationTimer(**part[1]) for part in parts])
         for batch, (values, _) in zip(together, parts, strict=False):
             results |= zip(batch, values, strict=True)
     return results

@@ -3,6 +3,7 @@
 They exchange small Python values between main memories, over gloo, and each works on a part of the rows.
 """
 
+import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +17,7 @@ from llm.errors import InputError, Interrupted
 T = TypeVar("T")
 # A process waits while another scores what only one can (lm-eval), however long that is. If one dies, the launcher ends all.
 TIMEOUT = timedelta(days=30)
+KINDS: dict[str, type[Exception]] = {"InputError": InputError, "Interrupted": Interrupted}  # which all processes raise alike
 
 
 class Processes:
@@ -31,12 +33,20 @@ class Processes:
         return self.rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """The value of each process, by rank; every process calls this equally often."""
+        """The value of each process, by rank; every process calls this equally often.
+
+        Values are those that JSON can hold: torch's own functions for objects would unpickle what the others send.
+        """
         if self.size == 1:
             return [value]
-        found: list[T] = [value] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        sent = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        sent[: len(own)] = own
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(found, sent)
+        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
 
     def by_main(self, work: Callable[[], T]) -> T:
         """What `work` returns in the main process, the only one that does it; the others wait. Its error ends all."""
@@ -57,16 +67,14 @@ class Processes:
         for rank, (_, told) in enumerate(found):
             if told is not None:
                 kind, message = told
-                raise kind(message if kind is not RuntimeError else f"process {rank}: {message}")
+                raise KINDS[kind](message) if kind in KINDS else RuntimeError(f"process {rank}: {kind}: {message}")
         return [value for value, _ in found]  # type: ignore[misc]  # without an error, each has passed a value
 
 
-def _told(error: Exception) -> tuple[type[Exception], str]:
-    """What the other processes raise for an error in this one."""
-    for known in (InputError, Interrupted):
-        if isinstance(error, known):
-            return known, str(error)
-    return RuntimeError, f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> tuple[str, str]:
+    """The kind and the message of an error, for the other processes."""
+    kind = next((name for name, known in KINDS.items() if isinstance(error, known)), type(error).__name__)
+    return kind, str(error)
 
 
 ALONE = Processes()
