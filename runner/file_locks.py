@@ -38,8 +38,8 @@ def try_lock(file: IO[bytes], mode: int, *, wait: bool = False) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         raise NoLocksError(
-            f"{file.name}: expected a file system with locks, got {error.strerror!r} for a lock; mount it with its lock service "
-            "(NFS: without `nolock`), or choose another place with --cache or STOCKPOT_CACHE"
+            f"{file.name}: expected a file system with locks, got {error.strerror!r} for a lock; mount it with its "
+            "lock service (NFS: without `nolock`), or choose another place with --cache or STOCKPOT_CACHE"
         ) from error
     return True
 

@@ -157,8 +157,8 @@ def identity(
     """What decides the result of a stage: kind, version, semantic fields, the content of its inputs, and the recipe if the
     artifact holds it.
 
-    `artifacts` has the digest of each stage's artifact by name; `files` gives [format, digest] of each file; `recipe` the recipe
-    as it is published.
+    `artifacts` has the digest of each stage's artifact by name; `files` gives [format, digest] of each file; `recipe` the
+    recipe as it is published.
     """
     fields = plain(
         stage,

@@ -86,8 +86,8 @@ def _as(made: nn.Module, module: nn.Module) -> nn.Module:
 def hold_once(model: LanguageModel, precision: Precision) -> None:
     """Hold each frozen matrix that only bf16 products read in bf16, which is what autocast would multiply with.
 
-    A layer whose weights are read otherwise keeps its dtype: the rows' lengths (DoRA) are those of the exact weight, and so are
-    the embedding's channels.
+    A layer whose weights are read otherwise keeps its dtype: the rows' lengths (DoRA) are those of the exact weight, and so
+    are the embedding's channels.
     """
     if precision != "bf16":
         return

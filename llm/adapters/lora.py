@@ -276,8 +276,8 @@ def check_config(folder: Path) -> None:
     library = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping or "transformers")
     if found.get("megatron_config") is not None or library.partition(".")[0] != "transformers":
         raise InputError(
-            f"{path}: auto_mapping, megatron_config: expected a model of Transformers and none of Megatron, since PEFT imports the "
-            f"module that is named, got {library!r:.80} and {found.get('megatron_config')!r:.80}"
+            f"{path}: auto_mapping, megatron_config: expected a model of Transformers and none of Megatron, since PEFT "
+            f"imports the module that is named, got {library!r:.80} and {found.get('megatron_config')!r:.80}"
         )
 
 

@@ -2,8 +2,8 @@
 
     python -m llm.bench.row_order
 
-The text is made up: a Markov chain per document, with the transitions of one of a few topics, and documents that are longer than
-a step. Both trainings see every row once, with equal settings and documents in equal order, and are measured on held-out
+The text is made up: a Markov chain per document, with the transitions of one of a few topics, and documents that are longer
+than a step. Both trainings see every row once, with equal settings and documents in equal order, and are measured on held-out
 documents of all topics.
 """
 

@@ -35,7 +35,8 @@ class DocumentOrder(Protocol):
     """The documents of one epoch, in order."""
 
     def covering(self, first: int, last: int) -> Stretch:
-        """The documents that have the tokens from `first` until `last`, counted over the epoch; a few more may surround them."""
+        """The documents that have the tokens from `first` until `last`, counted over the epoch; a few more may surround
+        them."""
 
 
 class SortedDocuments:
@@ -62,8 +63,8 @@ class SortedDocuments:
 class ShuffledDocuments:
     """Every document as often as its passes, in an order drawn by a key.
 
-    A shard whose most frequent document has m passes has m places for each of its documents, of which those beyond a document's
-    own passes are empty: so a place is found without a list of all.
+    A shard whose most frequent document has m passes has m places for each of its documents, of which those beyond a
+    document's own passes are empty: so a place is found without a list of all.
     """
 
     def __init__(self, shards: TokenShards, key: tuple[int, int]) -> None:

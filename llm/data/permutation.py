@@ -1,8 +1,8 @@
 """Pseudorandom orders in constant memory: each place is computed when it is asked for, so no list of a whole epoch is kept.
 
 A `Permutation` is a Feistel network (Luby and Rackoff 1988), which maps the numbers below a power of four onto themselves
-whatever its rounds compute. Results that are not below the wanted size are sent through it again until they are (cycle walking,
-Black and Rogaway 2002), which keeps it one to one.
+whatever its rounds compute. Results that are not below the wanted size are sent through it again until they are (cycle
+walking, Black and Rogaway 2002), which keeps it one to one.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,8 @@ class Place(NamedTuple):
 
 
 class RowOrder:
-    """The order of rows: each epoch has every row once, in an order drawn from (seed, epoch), or as they lie without a seed."""
+    """The order of rows: each epoch has every row once, in an order drawn from (seed, epoch), or as they lie without a
+    seed."""
 
     def __init__(self, rows: int, *, seed: int | None) -> None:
         self._rows, self._seed = rows, seed

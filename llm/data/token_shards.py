@@ -2,11 +2,12 @@
 
 A folder holds `shard-00000.bin` and so on, the ids of whole documents end to end, and beside each a `.npy` table with one
 DOCUMENT per document. A shard with a table is complete, so after a kill the writer continues after the last one;
-`sources.json` has the names of the sources that the tables number, and `meta.json` is written last, when all shards are complete.
-`llm.data.token_rows` makes rows of a model's context from such a folder. Ids are uint16 if the vocabulary fits, else uint32.
+`sources.json` has the names of the sources that the tables number, and `meta.json` is written last, when all shards are
+complete. `llm.data.token_rows` makes rows of a model's context from such a folder. Ids are uint16 if the vocabulary fits, else
+uint32.
 
-A reader keeps a few numbers per shard in memory and none per document: 100 GB of text may have 250 million. It maps the tables and
-reads the tokens by `pread`, which lets other threads run while a disk is slow.
+A reader keeps a few numbers per shard in memory and none per document: 100 GB of text may have 250 million. It maps the tables
+and reads the tokens by `pread`, which lets other threads run while a disk is slow.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Import of a model folder from elsewhere: checked, and written again in the one form that everything here reads.
 
-Nothing in it is executed or unpickled. Weights keep their precision; shards are cut as `llm.models.checkpoint` cuts them. The tokenizer stays as it is;
-training and generation need two additions: a chat template, if there is none, and the token that ends an answer among those
-that end generation.
+Nothing in it is executed or unpickled. Weights keep their precision; shards are cut as `llm.models.checkpoint` cuts them. The
+tokenizer stays as it is; training and generation need two additions: a chat template, if there is none, and the token that
+ends an answer among those that end generation.
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
     <|begin|><|user|>Q<|assistant|>A<|end|><|user|>Q2<|assistant|>A2<|end|>
 
 The template is stored once, in the tokenizer's configuration, and rendered by Transformers, so that training sees exactly
-what `apply_chat_template` gives at inference; one of others is rendered in a process that can be ended. The loss counts what is
-between `{% generation %}` and `{% endgeneration %}`: the assistant's text and the end token after it. A template of another
+what `apply_chat_template` gives at inference; one of others is rendered in a process that can be ended. The loss counts what
+is between `{% generation %}` and `{% endgeneration %}`: the assistant's text and the end token after it. A template of another
 model may lack these marks; the loss then counts what the template adds for each turn of the assistant, up to the first special
 token after its text.
 """

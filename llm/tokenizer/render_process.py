@@ -1,7 +1,7 @@
 """A process that renders the chat templates of others, with bounded time and memory.
 
-Jinja's sandbox keeps a template from reaching Python's internals, but not from looping for ever or filling the memory. A process
-can be ended. It reads a JSON object a line from standard input, writes one a line, and ends with its input.
+Jinja's sandbox keeps a template from reaching Python's internals, but not from looping for ever or filling the memory. A
+process can be ended. It reads a JSON object a line from standard input, writes one a line, and ends with its input.
 """
 
 import atexit

@@ -69,7 +69,8 @@ def validation_losses(
 
 
 def even_sample(rows: int, count: int) -> list[int]:
-    """`count` of the numbers below `rows`, one drawn from each of as many equal parts, always the same; all if there are fewer.
+    """`count` of the numbers below `rows`, one drawn from each of as many equal parts, always the same; all if there are
+    fewer.
 
     Evenly spaced ones would miss what repeats at the same distance.
     """

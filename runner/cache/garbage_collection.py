@@ -1,8 +1,8 @@
 """`run gc`: which artifacts of a cache to remove, in which order, and how many bytes that frees. Records stay: planning needs
 them, and a removed artifact is made again only if a stage must read it.
 
-Removing takes the key's lock, so nothing in use is removed. Several collections may run at once: what one of them does not find
-any more, another has removed.
+Removing takes the key's lock, so nothing in use is removed. Several collections may run at once: what one of them does not
+find any more, another has removed.
 """
 
 import contextlib
@@ -151,8 +151,8 @@ def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
 
 
 def unused_files(store: Store, kept: Collection[Run], reached: Collection[str]) -> list[Item]:
-    """What commands left beside the artifacts: downloads of published models that no recent run uses, proofs of stages that are
-    not `reached`, and tokens of machines that joined a training long ago.
+    """What commands left beside the artifacts: downloads of published models that no recent run uses, proofs of stages that
+    are not `reached`, and tokens of machines that joined a training long ago.
     """
     used = [Path(run.path) for run in kept]
     found = []

@@ -248,7 +248,8 @@ class Leases:
         nothing, since the note names both places until the rename is done.
 
         What the holder may still have open is then replaced by copies, one file at a time, or removed if it was not complete.
-        Weights are not copied, however many gigabytes they have: they are complete under their names, so nobody writes to them.
+        Weights are not copied, however many gigabytes they have: they are complete under their names, so nobody writes to
+        them.
         """
         note, work = self._root / "leases" / name / WORK, self._root / "work"
         old, new = self.work_name(name), f"{name}.{lease.name}"

@@ -128,7 +128,8 @@ def whole_number(text: str) -> int:
 
 
 def form_fault(data: Any, text: bytes) -> str | None:
-    """What is wrong with the form of a record, in a few words; None for a good one. `text` is the JSON that it was read from."""
+    """What is wrong with the form of a record, in a few words; None for a good one. `text` is the JSON that it was read
+    from."""
     plain = text.count(b"{") + text.count(b"[") <= DEEPEST and b"\\u" not in text  # so that a plan is fast
     if not plain and (fault := _plain_fault(data)):
         return fault

@@ -1,9 +1,9 @@
 """The index of the records of a cache: what planning compares new stages with, in one file, so that no record is read for it.
 
-Each line has the name and the inode of a record's file, the kind, a check and the facts. A line counts while that file has that
-inode. It is only a memo: what is missing, torn or damaged is read from the records again, lines are added by one write at the
-end of the file, and whoever finds more old lines than new ones writes the file anew. So any number of processes may use it at
-once, and none waits.
+Each line has the name and the inode of a record's file, the kind, a check and the facts. A line counts while that file has
+that inode. It is only a memo: what is missing, torn or damaged is read from the records again, lines are added by one write at
+the end of the file, and whoever finds more old lines than new ones writes the file anew. So any number of processes may use it
+at once, and none waits.
 """
 
 import contextlib

@@ -3,9 +3,9 @@
     <remote>/<kind>-<key>/<seal of the record>/<files>
     <remote>/records/<key>.json                          written last: only with it the artifact is complete
 
-Only a remote that the user named is asked (`runner.cache.origins`). Downloads are verified before they enter the cache, and what
-is known here by its digest is never replaced by something else. Planning never asks a remote, and a run continues without one
-that does not answer. fsspec is imported where a remote is first used.
+Only a remote that the user named is asked (`runner.cache.origins`). Downloads are verified before they enter the cache, and
+what is known here by its digest is never replaced by something else. Planning never asks a remote, and a run continues without
+one that does not answer. fsspec is imported where a remote is first used.
 """
 
 import os

@@ -89,8 +89,8 @@ class Store:
         self._leases.remove(_name(stage, key))
 
     def record(self, stage: Stage | str, key: str) -> Record | None:
-        """The record of a key, whether or not its artifact is here; None if it is missing or damaged, or came from a place that
-        the user did not name.
+        """The record of a key, whether or not its artifact is here; None if it is missing or damaged, or came from a place
+        that the user did not name.
         """
         record = self.stored_record(stage, key)
         return record if record and self.origins.counts(self.origins.of(record)) else None

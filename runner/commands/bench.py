@@ -19,7 +19,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--only",
         metavar="WHAT",
-        help="some of matmul,train,decode,memory,machinery,labels,processes,lora,head,context, or learning, which trains twice",
+        help="some of matmul,train,decode,memory,machinery,labels,processes,lora,head,context, or learning (trains twice)",
     )
     sub.add_argument("--no-compile", action="store_true", help="compile neither our code nor Transformers")
     add_recipe_options(sub)

@@ -58,8 +58,8 @@ def main(options: argparse.Namespace) -> int:
     key = os.environ.get("STOCKPOT_API_KEY", "").strip()
     if options.host not in LOOPBACK and len(key) < SHORTEST_KEY:
         raise RecipeError(
-            f"--host {options.host}: expected STOCKPOT_API_KEY with at least {SHORTEST_KEY} characters, since other machines can "
-            f"connect, got {'one with ' + str(len(key)) if key else 'none'}; `openssl rand -hex 32` makes one"
+            f"--host {options.host}: expected STOCKPOT_API_KEY with at least {SHORTEST_KEY} characters, since other machines "
+            f"can connect, got {'one with ' + str(len(key)) if key else 'none'}; `openssl rand -hex 32` makes one"
         )
     if options.queue < 0:
         raise RecipeError(f"--queue: expected at least 0, got {options.queue}")

@@ -59,8 +59,8 @@ class Scheduler:
         self._fork_server: ForkServer | None = None
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> Plan:
-        """Runs the plan, and returns the last one. StageError, GateError, PausedError after an alert, or KeyboardInterrupt after
-        a request to stop.
+        """Runs the plan, and returns the last one. StageError, GateError, PausedError after an alert, or KeyboardInterrupt
+        after a request to stop.
         """
         forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
         plan = self._plan(until, forced)

@@ -236,8 +236,8 @@ class Coordinator:
         except ForeignError:
             if not self._told_of_strangers:
                 self._note(
-                    f"{address} connected to port {self.layout.port} with another secret and was turned away; machines of this "
-                    "run share one (see `Several machines` in the guide)"
+                    f"{address} connected to port {self.layout.port} with another secret and was turned away; machines of "
+                    "this run share one (see `Several machines` in the guide)"
                 )
             self._told_of_strangers = True
         except ConnectionClosed:

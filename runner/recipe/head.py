@@ -19,8 +19,8 @@ class AlertsTable(Alerts):
     """The alerts of every training, unless its stage overrides them, and where notices go."""
 
     notify: list[str] = Field(default_factory=list)
-    """Where notices of alerts and faults go: ntfy://TOPIC, or an address of discord, slack, tgram, pover or pbul as apprise has
-    it. Any other, and one with a password, belongs in STOCKPOT_NOTIFY."""
+    """Where notices of alerts and faults go: ntfy://TOPIC, or an address of discord, slack, tgram, pover or pbul as apprise
+    has it. Any other, and one with a password, belongs in STOCKPOT_NOTIFY."""
 
     @field_validator("notify", mode="before")
     @classmethod

@@ -21,7 +21,8 @@ Curve = list[tuple[int, float]]  # step and value
 
 
 def read_curves(metrics: Path, names: Iterable[str] = CURVES) -> dict[str, Curve]:
-    """The curves `names` in a `metrics.jsonl`, and of their parts such as `validation_loss/en`; at most POINTS + 1 points each.
+    """The curves `names` in a `metrics.jsonl`, and of their parts such as `validation_loss/en`; at most POINTS + 1 points
+    each.
 
     Of a repeated step the last value counts.
     """

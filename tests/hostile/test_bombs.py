@@ -58,7 +58,14 @@ def archive(name: str, inner: str) -> Callable[[Path], Path]:
     return make
 
 
-BOMBS = [zst_line, zst_text, gz_line, archive("a.docx", "word/document.xml"), archive("a.xlsx", "xl/worksheets/sheet1.xml"), archive("a.ods", "content.xml")]  # fmt: skip
+BOMBS = [
+    zst_line,
+    zst_text,
+    gz_line,
+    archive("a.docx", "word/document.xml"),
+    archive("a.xlsx", "xl/worksheets/sheet1.xml"),
+    archive("a.ods", "content.xml"),
+]
 
 
 @pytest.mark.parametrize("make", BOMBS, ids=lambda make: make.__name__)

@@ -15,8 +15,28 @@ from runner.safe_path import PYTHON, safe_environment
 
 SHADOWED = {*sys.stdlib_module_names, *packages_distributions(), "sitecustomize", "usercustomize", "chat_template"}
 # What Python itself imports under `-m` before a line of ours runs; `run`, the console script, does not look in the folder.
-BEFORE_US = {"contextlib", "collections", "functools", "warnings", "types", "pkgutil", "importlib", "runner", "operator",
-             "keyword", "reprlib", "heapq", "itertools", "typing", "re", "enum", "copyreg", "linecache", "tokenize", "token"}  # fmt: skip
+BEFORE_US = {
+    "contextlib",
+    "collections",
+    "functools",
+    "warnings",
+    "types",
+    "pkgutil",
+    "importlib",
+    "runner",
+    "operator",
+    "keyword",
+    "reprlib",
+    "heapq",
+    "itertools",
+    "typing",
+    "re",
+    "enum",
+    "copyreg",
+    "linecache",
+    "tokenize",
+    "token",
+}
 
 
 @pytest.fixture

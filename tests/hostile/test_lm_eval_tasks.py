@@ -23,9 +23,22 @@ GOOD = {
     "metric_list": "[{ metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true }]",
     "metadata": "{ version: 1.0 }",
 }
-GENERATION = ["custom_generate: owner/evil", "trust_remote_code: true", "assistant_model: owner/evil", "prompt_lookup_num_tokens: 3",
-              "generation_config: x", "logits_processor: x", "cache_implementation: static", "compile_config: {}", "max_length: 1",
-              "max_gen_toks: 1000000000", "num_beams: 100000", "until: 3", "temperature: .nan", "top_k: -1"]  # fmt: skip
+GENERATION = [
+    "custom_generate: owner/evil",
+    "trust_remote_code: true",
+    "assistant_model: owner/evil",
+    "prompt_lookup_num_tokens: 3",
+    "generation_config: x",
+    "logits_processor: x",
+    "cache_implementation: static",
+    "compile_config: {}",
+    "max_length: 1",
+    "max_gen_toks: 1000000000",
+    "num_beams: 100000",
+    "until: 3",
+    "temperature: .nan",
+    "top_k: -1",
+]
 HOSTILE = [
     *(("generation_kwargs", f"{{ {one} }}") for one in GENERATION),
     ("metric_list", "[{ metric: acc, hf_evaluate: true }]"),
@@ -106,7 +119,9 @@ def test_a_key_that_reaches_code_or_runs_away_is_refused(key: str, value: str, w
     assert time.process_time() - begun < 1
 
 
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))  # fmt: skip
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(

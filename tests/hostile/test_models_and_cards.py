@@ -138,7 +138,23 @@ def test_an_expression_that_backtracks_is_told_as_an_error_of_the_tokenizer() ->
 
 # Addresses
 
-PLACES = ["..", "../..", "../x", ".git/x", "-x/y", "a/..", "a/.x", "a/b/c", "a//b", "a/b?x=1", "a/b#x", "a/b\n", "", "a/b\x00", "a b/c"]  # fmt: skip
+PLACES = [
+    "..",
+    "../..",
+    "../x",
+    ".git/x",
+    "-x/y",
+    "a/..",
+    "a/.x",
+    "a/b/c",
+    "a//b",
+    "a/b?x=1",
+    "a/b#x",
+    "a/b\n",
+    "",
+    "a/b\x00",
+    "a b/c",
+]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=range(len(PLACES)))
@@ -166,7 +182,16 @@ def test_usual_revisions_are_taken(revision: str) -> None:
 # Cards
 
 
-MARKS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[click](javascript:alert(1))", "![x](http://evil/x.png)", "`code`", "a|b", "a\nb\n# head", "&lt;script>"]  # fmt: skip
+MARKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![x](http://evil/x.png)",
+    "`code`",
+    "a|b",
+    "a\nb\n# head",
+    "&lt;script>",
+]
 
 
 @pytest.mark.parametrize("text", MARKS)

@@ -1,5 +1,5 @@
-"""Compressed data that is small on disk and huge in memory: the first row is looked at before anything runs, and the bounds hold
-there and in every stage that reads rows.
+"""Compressed data that is small on disk and huge in memory: the first row is looked at before anything runs, and the bounds
+hold there and in every stage that reads rows.
 """
 
 import gzip

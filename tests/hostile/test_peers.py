@@ -1,4 +1,5 @@
-"""Strangers at the port of machine 0, and machines that are not what they say: none ends a run, writes a file or is unpickled."""
+"""Strangers at the port of machine 0, and machines that are not what they say: none ends a run, writes a file or is
+unpickled."""
 
 import contextlib
 import hmac

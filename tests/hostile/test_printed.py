@@ -71,7 +71,8 @@ def test_errors_names_and_files_are_printed_without_control_characters(
     assert main(["plan", str(tmp_path / "no\x1b[31mne.toml")]) == 2
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     evil.write_text(
-        'name = "x"\ndescription = "\\u001b[2J\\u009b31m\\u202e"\n[stage.a]\nkind = "corpus"\nsources = [{ files = "text.jsonl" }]\n'
+        'name = "x"\ndescription = "\\u001b[2J\\u009b31m\\u202e"\n'
+        '[stage.a]\nkind = "corpus"\nsources = [{ files = "text.jsonl" }]\n'
     )
     assert main(["show", str(evil)]) == 0
     assert main(["plan", str(evil), "--json", "--cache", str(tmp_path / "cache")]) == 0
@@ -89,7 +90,24 @@ def test_the_streams_are_those_of_before_after_a_command() -> None:
 # Names
 
 
-NAMES = ["../../x", "..", ".", ".hidden", "-rf", "a/b", "a\\\\b", "", "a b", "a\\u001b[2J", "a\\nb", "a\\u0000", "x" * 101, "<script>", "a@b", "[bold]"]  # fmt: skip
+NAMES = [
+    "../../x",
+    "..",
+    ".",
+    ".hidden",
+    "-rf",
+    "a/b",
+    "a\\\\b",
+    "",
+    "a b",
+    "a\\u001b[2J",
+    "a\\nb",
+    "a\\u0000",
+    "x" * 101,
+    "<script>",
+    "a@b",
+    "[bold]",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,8 @@ CUDNN = "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"
 CUDNN_9 = "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
 CUDA = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
 NCCL = (
-    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.3\nncclUnhandledCudaError: Call to CUDA "
-    "function failed.\nLast error:\n"
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.3\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
 )
 ALLOCATION = "Failed to CUDA calloc 6291456 bytes"
 MISUSE = "CUDA error: an illegal memory access was encountered"

@@ -1,4 +1,5 @@
-"""A training of seconds in one of two processes on machines that share no disk: in the second, the allocator refuses memory."""
+"""A training of seconds in one of two processes on machines that share no disk: in the second, the allocator refuses
+memory."""
 
 import json
 import os

@@ -51,8 +51,8 @@ def fitting_micro_batch(learner: Learner, rows: RowSource, micro_batch: int, *, 
         fewer = "" if wanted == 1 else 'micro_batch = "auto", '
         raise InputError(
             f"{wanted} row{'s' if wanted > 1 else ''} of {rows.context} positions: expected a training step within the "
-            f"{free / 2**30:.1f} GiB of memory that are free, got a need of about {total / 2**30:.1f} GiB; {less}{fewer}a shorter context or a smaller "
-            "architecture needs less"
+            f"{free / 2**30:.1f} GiB of memory that are free, got a need of about {total / 2**30:.1f} GiB; {less}{fewer}"
+            "a shorter context or a smaller architecture needs less"
         )
     return int(max(1.0, min(float(micro_batch), comfortable))) if auto else micro_batch
 

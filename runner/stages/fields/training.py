@@ -44,7 +44,8 @@ class TrainingStage(Stage):
     validate_every: Execution[int | None] = Field(None, gt=0)
     """Steps between two validations on held-out rows; the last step is always followed by one."""
     validation_tokens: Execution[int] = Field(262_144, gt=0)
-    """Most held-out positions to validate on: an even sample of the held-out rows over sources and lengths, always the same."""
+    """Most held-out positions to validate on: an even sample of the held-out rows over sources and lengths, always the
+    same."""
     checkpoint_every: Execution[int | None] = Field(None, gt=0)
     """Steps between two training checkpoints."""
     checkpoint_minutes: Execution[float | None] = Field(5.0, gt=0)

@@ -175,7 +175,8 @@ print((Watch.most - before) * 1024, sum(1 for _ in model.parameters()))
 
 
 def test_a_base_is_quantized_layer_by_layer_while_it_is_loaded(tmp_path: Path) -> None:
-    """Of a model of 16 bits no copy is ever in memory as a whole: its weights are pages of the file until they are quantized."""
+    """Of a model of 16 bits no copy is ever in memory as a whole: its weights are pages of the file until they are
+    quantized."""
     train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True).save(tmp_path / "tokenizer")
     sizes = {"hidden_size": 128, "layers": 96, "heads": 4}
     numbers = {}

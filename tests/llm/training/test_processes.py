@@ -147,8 +147,9 @@ def test_a_process_holds_its_share_of_weights_gradients_and_optimizer(two: dict[
 
 
 def test_a_process_holds_gathered_weights_only_while_a_layer_computes(two: dict[str, list[Any]]) -> None:
-    """In bf16, of 8 layers: after a forward pass, the activations of a few tokens and the head; in a backward pass, half of the
-    gradients, and of one layer weights and gradients in bf16, and in fp32 what is sent and received: 2 + (2 + 2 + 4 + 2) / 8.
+    """In bf16, of 8 layers: after a forward pass, the activations of a few tokens and the head; in a backward pass, half of
+    the gradients, and of one layer weights and gradients in bf16, and in fp32 what is sent and received: 2 + (2 + 2 + 4 + 2) /
+    8.
     """
     for found in two["held"]:
         assert found["forward"] < 0.25

@@ -1,5 +1,5 @@
-"""Nothing in a cache grows without bound: logs, leases, downloads and proofs go with what they belong to, and several collections
-may run at once."""
+"""Nothing in a cache grows without bound: logs, leases, downloads and proofs go with what they belong to, and several
+collections may run at once."""
 
 import json
 import os

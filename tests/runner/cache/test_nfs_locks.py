@@ -1,8 +1,8 @@
-"""A shared cache on NFSv4, by its rules for locks: a shared lock wants a file that is open for reading, an exclusive one a file
-that is open for writing, and a server without a lock service answers ENOLCK.
+"""A shared cache on NFSv4, by its rules for locks: a shared lock wants a file that is open for reading, an exclusive one a
+file that is open for writing, and a server without a lock service answers ENOLCK.
 
-A real mount wants a kernel with NFS; where there is none, the rules are enforced on `flock` itself, in the processes that a run
-starts as well.
+A real mount wants a kernel with NFS; where there is none, the rules are enforced on `flock` itself, in the processes that a
+run starts as well.
 """
 
 import errno
@@ -143,7 +143,8 @@ def test_reading_is_enough_to_see_a_lock(tmp_path: Path) -> None:
     with open_lock(path) as held:
         assert try_lock(held, EXCLUSIVE)
         path.chmod(0o444)
-        code = f"import os, sys; from pathlib import Path; from runner.file_locks import is_locked; sys.exit(7 * is_locked(Path({str(path)!r})))"
+        code = "import sys; from pathlib import Path; from runner.file_locks import is_locked; "
+        code += f"sys.exit(7 * is_locked(Path({str(path)!r})))"
         drop = "import ctypes; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)\n"  # root's right to write what is read-only
         done = subprocess.run([sys.executable, "-c", drop + code])
     assert done.returncode == 7

@@ -126,8 +126,8 @@ model = "base"
 tasks = [
   { name = "section", task = "classification", files = "rows.jsonl.gz", prompt = "Which? {text}", response = "{label}" },
   { name = "general", task = "text", files = "rows.jsonl.gz" },
-  { name = "answers", task = "answers", files = "rows.jsonl.gz", prompt = "{label}?", response = "{text}", max_new_tokens = 4 },
-]
+  { name = "answers", task = "answers", files = "rows.jsonl.gz", prompt = "{label}?", response = "{text}", max_new_tokens = 4
+  }, ]
 """
 
 
