@@ -79,6 +79,7 @@ def render_apart(
 
 def main() -> None:
     """Answers requests until the input ends."""
+    from jinja2 import TemplateError
     from transformers.utils import chat_template_utils
 
     signal.signal(signal.SIGPROF, _stop)
@@ -99,6 +100,8 @@ def main() -> None:
             answer = _answer(chat_template_utils.render_jinja_template, request)
         except MemoryError:
             answer = {"refused": "it takes too much memory"}
+        except TemplateError as error:  # its own words, by raise_exception or of its syntax
+            answer = {"refused": str(error)[:1000]}
         except Exception as error:  # whatever a template makes of Python's values
             answer = {"refused": f"{type(error).__name__}: {str(error)[:1000]}"}
         finally:

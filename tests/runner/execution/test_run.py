@@ -14,6 +14,7 @@ from small_cache import unnoticed
 from small_recipe import ALL_CACHED, RECIPE, WORDS, Folder
 from watched_processes import wait_for, workers_of
 
+from runner.cache import digests
 from runner.cache.heartbeat import this_machine
 from runner.cache.store import Store
 
@@ -144,9 +145,11 @@ def test_until_runs_a_stage_and_its_ancestors(tmp_path: Path) -> None:
     assert folder.states() == {"corpus": "cached", "tokenizer": "run", "tokens": "waiting"}
 
 
-def test_planning_writes_nothing(tmp_path: Path) -> None:
+def test_planning_writes_only_the_digests_of_files_that_are_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(tmp_path / "plan")
-    os.utime(folder.root / "text.jsonl", (1, 1))
+    assert folder.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
+    assert not folder.cache.exists()
+    monkeypatch.setattr(digests, "FRESH_SECONDS", -1.0)
     assert folder.states() == {"corpus": "run", "tokenizer": "waiting", "tokens": "waiting"}
     assert [path.name for path in folder.cache.rglob("*")] == ["digests.json"]
 

@@ -77,12 +77,18 @@ def run(recipe: Recipe, store: Store, scores: dict[str, float], *, until: str | 
         (work / SCRATCH).mkdir(parents=True)
         for file in FILES.get(entry.stage.makes, ["parity.json"]):
             (work / file).write_text("" if file == "errors.jsonl" else str(entry.key))
-        metrics: dict[str, Any] = {"loss": 1.0, "checks": []}
+        metrics: dict[str, Any] = {"loss": 1.0, "checks": [], "tokens": 1, "steps": 1, "train": {"tokens": 1}}
         if entry.stage.kind == "evaluate":
             score = scores.get(entry.name, 0.0)
             metrics = {"scores": {"general.accuracy": score, "text.bits_per_byte": score / 2}, "tasks": {}}
         inputs = {source: plan.record(source).summary() for source in plan.inputs(entry.name)}
-        facts = {"identity": entry.identity, "metrics": metrics, "finished": "now", "seconds": 1.0, "inputs": inputs}
+        facts = {
+            "identity": entry.identity,
+            "metrics": metrics,
+            "finished": "2026-01-01T00:00:00+00:00",
+            "seconds": 1.0,
+            "inputs": inputs,
+        }
         store.finish(entry.stage, str(entry.key), facts)
         names.append(entry.name)
     return names
@@ -115,7 +121,8 @@ def test_all_settings_run_and_stages_behind_read_the_best(tmp_path: Path, store:
 
 def test_a_setting_has_the_key_of_the_same_stage_written_by_hand(tmp_path: Path, store: Store) -> None:
     run(load_recipe(write(tmp_path)), store, SECOND)
-    by_hand = load_recipe(write(tmp_path, RECIPE.replace(FIELD, "").replace("[sweep]", "").replace("highest", "description")))
+    sweep = '[sweep]\nhighest = "after.general.accuracy"\n'
+    by_hand = load_recipe(write(tmp_path, RECIPE.replace(f"{sweep}{FIELD}\n", "")))
     assert not by_hand.families
     plan = Plan(load_recipe(write(tmp_path, by_hand.path.read_text()), ["stage.medical.r=8"]), store)
     assert {entry.state for entry in plan} == {"cached"}
