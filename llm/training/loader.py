@@ -4,8 +4,10 @@ A row from a disk that has not been read takes 20 to 40 ms, nearly all of it wai
 threads at once. Their order is that of their indices, whichever comes first.
 """
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 from llm.data.batch import Batch, RowSource, collate
 from llm.training.distributed.process_group import ProcessGroup
@@ -23,11 +25,8 @@ def feed(
 ) -> Generator[tuple[list[Batch], int], None, None]:
     """This process's micro-batches of each step, and how many targets they have."""
     mine = range(group.rank, rows_per_step, group.size)
-
-    with (
-        ThreadPoolExecutor(READERS, thread_name_prefix="rows") as readers,
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool,
-    ):
+    readers = _readers()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
 
         def load(step: int) -> tuple[list[Batch], int]:
             first = place(step) * rows_per_step
@@ -45,6 +44,17 @@ def feed(
             if step + 1 < steps.stop:
                 ahead = pool.submit(load, step + 1)
             yield loaded
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads of this process that read rows, all of them started: a thread that starts when memory is short may die
+    before it says that it runs, and its starter would wait for ever.
+    """
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="rows")
+    together = threading.Barrier(READERS)
+    list(pool.map(lambda _: together.wait(), range(READERS)))
+    return pool
 
 
 def most_batches(count: int, group: ProcessGroup, micro_batch: int) -> int:
