@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 
 import runner.commands
@@ -50,6 +49,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         return _print_overview()
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"stockpot {version('stockpot')}")
+        return 0
     if words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         if WORD.fullmatch(words[0]) and not recipe_path(words[0]).exists():
             print(_unknown(words[0]), file=sys.stderr)
@@ -116,7 +120,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="run",
         description="One TOML recipe in, a published language model out. `run RECIPE` is short for `run run RECIPE`.",
     )
-    parser.add_argument("--version", action="version", version=f"stockpot {version('stockpot')}")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in [word for word in words if word in COMMANDS] or COMMANDS:
         module = _module(command)

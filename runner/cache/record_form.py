@@ -41,7 +41,7 @@ Pair = Annotated[list[int | float], Field(min_length=2, max_length=2)]
 class _Table(BaseModel):
     """A table with fields of known types; others are kept as they are."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
 
 class _Input(_Table):
