@@ -3,6 +3,7 @@
 They exchange small Python values between main memories, over gloo, and each works on a part of the rows.
 """
 
+import atexit
 import json
 import os
 from collections.abc import Callable
@@ -77,6 +78,12 @@ def _told(error: Exception) -> tuple[str, str]:
     return kind, str(error)
 
 
+def _leave() -> None:
+    """Leave the group while Python still runs: gloo's threads would abort a process that ends around them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 ALONE = Processes()
 
 
@@ -92,6 +99,7 @@ def join() -> tuple[Processes, torch.device]:
     )
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=TIMEOUT)
+        atexit.register(_leave)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
