@@ -101,10 +101,14 @@ def _rows(path: Path, needed: set[str], form: FileFormat) -> Iterator[FileRow]:
         case ".txt" | ".md":
             return _whole_text(path, form.encoding or text_encoding(path))
         case ".docx":
-            return iter([FileRow(str(path), 1, {"text": docx_text(path)})])
+            return iter([_document(path, docx_text(path))])
         case ".pdf":
-            return iter([FileRow(str(path), 1, {"text": pdf_text(path)})])
+            return iter([_document(path, pdf_text(path))])
     return read_sheet(path, needed, sheet=form.sheet)
+
+
+def _document(path: Path, text: str | RowFault) -> FileRow:
+    return FileRow(str(path), 1, text if isinstance(text, RowFault) else {"text": text})
 
 
 def _json_lines(path: Path, encoding: str | None) -> Iterator[FileRow]:

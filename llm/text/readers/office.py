@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 from llm.errors import InputError
+from llm.text.readers.rows import RowFault
 
 MOST_BYTES, MOST_TIMES = 2**26, 100  # of what is unpacked; more than both is refused, and usual files grow 3 to 30 times
 EXTRA = "pip install 'stockpot[office]'"
@@ -20,8 +21,8 @@ def check_archive(path: Path) -> None:
         raise InputError(f"{path}: expected contents of at most {MOST_TIMES} times the size of the file, got {size:,} bytes")
 
 
-def docx_text(path: Path) -> str:
-    """Paragraphs and cells of tables, in order, a line each."""
+def docx_text(path: Path) -> str | RowFault:
+    """Paragraphs and cells of tables, in order, a line each, or why there are none."""
     try:
         import docx
         from docx.text.paragraph import Paragraph
@@ -31,7 +32,7 @@ def docx_text(path: Path) -> str:
     try:
         blocks = list(docx.Document(str(path)).iter_inner_content())
     except Exception as error:  # python-docx, lxml and zipfile each raise their own
-        raise InputError(f"{path}: is not a readable .docx file ({error})") from error
+        return RowFault(f"is not a readable .docx file ({error})")
     texts: list[str] = []
     for block in blocks:
         if isinstance(block, Paragraph):
@@ -41,8 +42,8 @@ def docx_text(path: Path) -> str:
     return "\n".join(texts)
 
 
-def pdf_text(path: Path) -> str:
-    """The text of all pages; InputError if there is none, as in scanned pages."""
+def pdf_text(path: Path) -> str | RowFault:
+    """The text of all pages, or why there is none, as in scanned pages."""
     try:
         import pypdf
     except ImportError as error:
@@ -50,7 +51,7 @@ def pdf_text(path: Path) -> str:
     try:
         text = "\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
     except Exception as error:  # pypdf also raises those of Python
-        raise InputError(f"{path}: is not a readable PDF file ({error})") from error
+        return RowFault(f"is not a readable PDF file ({error})")
     if not text.strip():
-        raise InputError(f"{path}: expected text, got pages without any, as of a scan; run an OCR program over it first")
+        return RowFault("expected text, got pages without any, as of a scan; run an OCR program over it first")
     return text

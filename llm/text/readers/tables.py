@@ -4,7 +4,7 @@ the fields.
 
 import csv
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,22 @@ WIDEST_FIELD = 2**31 - 1  # the default of 131,072 characters is less than a cha
 
 def read_csv(path: Path, needed: set[str], *, encoding: str, delimiter: str | None) -> Iterator[FileRow]:
     """The rows of a CSV file; without a `delimiter`, the one of `, ; tab |` that gives the first rows the most columns."""
-    first = next(_decoded(path, encoding), "")
+    first = next(_decoded(path, encoding, {}), "")
     told = first[4:5] if first.startswith("sep=") and len(first.strip()) == 5 else None  # a line that Excel writes
-    found = delimiter or told or _sniffed(islice(_decoded(path, encoding), SNIFFED_ROWS))
-    rows = _decoded(path, encoding)
+    found = delimiter or told or _sniffed(islice(_decoded(path, encoding, {}), SNIFFED_ROWS))
+    faults: dict[int, RowFault] = {}
+    rows = _decoded(path, encoding, faults)
     if told:
         next(rows)
-    yield from _table(path, csv.reader(rows, delimiter=found, strict=True), needed, name="CSV", skipped=int(bool(told)))
+    table = csv.reader(rows, delimiter=found, strict=True)
+    yield from _table(path, table, needed, faults, name="CSV", skipped=int(bool(told)))
 
 
 def read_tsv(path: Path, needed: set[str], *, encoding: str) -> Iterator[FileRow]:
     """The rows of a TSV file, in which a quotation mark is an ordinary character."""
-    table = csv.reader(_decoded(path, encoding), delimiter="\t", quoting=csv.QUOTE_NONE)
-    yield from _table(path, table, needed, name="TSV")
+    faults: dict[int, RowFault] = {}
+    table = csv.reader(_decoded(path, encoding, faults), delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from _table(path, table, needed, faults, name="TSV")
 
 
 def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[FileRow]:
@@ -96,12 +99,14 @@ def _content(row: Any) -> dict[str, Any] | RowFault:
         return RowFault(not_utf8(error))
 
 
-def _decoded(path: Path, encoding: str) -> Iterator[str]:
+def _decoded(path: Path, encoding: str, faults: dict[int, RowFault]) -> Iterator[str]:
+    """The lines as text; those that are not UTF-8 are added to `faults` by their number."""
     for number, line in enumerate(lines(path, encoding), start=1):
         try:
             yield line.decode() + "\n"
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: {not_utf8(error)}") from error
+            faults[number] = RowFault(not_utf8(error))
+            yield line.decode(errors="replace") + "\n"
 
 
 def _sniffed(sample: Iterator[str]) -> str:
@@ -119,22 +124,34 @@ def _fewest_columns(rows: Sequence[str], delimiter: str) -> int:
     return min(found[:-1] or found, default=0)  # the last one may go on behind the sample
 
 
-def _table(path: Path, table: Any, needed: set[str], *, name: str, skipped: int = 0) -> Iterator[FileRow]:
+def _table(
+    path: Path, table: Any, needed: set[str], faults: Mapping[int, RowFault], *, name: str, skipped: int = 0
+) -> Iterator[FileRow]:
+    """The rows below the one that names the columns. What is wrong in a row, bytes and quotation marks too, is its own fault."""
     csv.field_size_limit(WIDEST_FIELD)
-    number = 1
     try:
         names: list[str] = next((row for row in table if row), [])
-        columns = _columns(path, names, needed)
-        number = skipped + table.line_num + 1
-        for row in table:
-            if row and len(row) == len(columns):
-                yield FileRow(str(path), number, {name: cell for name, cell in zip(columns, row, strict=True) if name})
-            elif row:
-                fault = f"expected the {len(columns)} columns of the first line, got {len(row)}"
-                yield FileRow(str(path), number, RowFault(fault))
-            number = skipped + table.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: expected {name}: {error}") from error
+        raise InputError(f"{path}:{skipped + table.line_num}: expected {name}: {error}") from error
+    columns = _columns(path, names, needed)
+    while True:
+        number = skipped + table.line_num + 1
+        try:
+            row = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield FileRow(str(path), number, RowFault(f"expected {name}: {error}"))
+            continue
+        broken = [faults[line] for line in range(number, skipped + table.line_num + 1) if line in faults] if faults else []
+        if broken:
+            yield FileRow(str(path), number, broken[0])
+        elif row and len(row) == len(columns):
+            yield FileRow(str(path), number, {name: cell for name, cell in zip(columns, row, strict=True) if name})
+        elif row:
+            yield FileRow(
+                str(path), number, RowFault(f"expected the {len(columns)} columns of the first line, got {len(row)}")
+            )
 
 
 def _columns(path: Path, names: Sequence[str], needed: set[str]) -> list[str]:
