@@ -9,7 +9,7 @@ import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from llm.text.cleaning import Rules, clean, drop_reason
 from llm.text.readers.rows import FileRow
 from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
-from llm.text.templates import split_text
+from llm.text.templates import split_text, text_of
 
 BATCH = 1 << 18  # characters signed together: enough to hide Python's overhead, few enough for the CPU's cache
 EXAMPLES = 5  # bad rows quoted in the record
@@ -164,20 +164,6 @@ def _write_hashes(folder: Path, texts: list[str], digests: list[bytes], *, simil
         bands, rows_per_band = minhash.banding(similarity)
         np.save(folder / "bands.npy", minhash.band_hashes(signed, bands=bands, rows=rows_per_band))
         np.save(folder / "signatures.npy", minhash.low_bytes(signed))
-
-
-def text_of(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
-    """Fixed text and values of fields, joined; `parts` are those of `split_text`."""
-    return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
-
-
-def _value(fields: Mapping[str, Any], name: str) -> str:
-    if name not in fields:
-        raise InputError(f"expected the field {name!r}, got only {', '.join(map(repr, fields)) or 'no field'}")
-    if not isinstance(value := fields[name], str):
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-        raise InputError(f"field {name!r}: expected a string, got {shown[:80]}")
-    return value
 
 
 def _line(text: str, source: str, passes: int, language: str | None) -> bytes:

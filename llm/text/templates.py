@@ -3,8 +3,13 @@
 This module is imported while planning, so it imports nothing that is slow.
 """
 
+import json
+from collections.abc import Mapping
 from functools import cache
 from string import Formatter
+from typing import Any
+
+from llm.errors import InputError
 
 
 @cache
@@ -43,3 +48,17 @@ def with_field(template: str) -> tuple[str, ...]:
             f"{template!r}: expected the name of a field in braces, such as {{text}}, got the same text for every row"
         )
     return parts
+
+
+def text_of(fields: Mapping[str, Any], parts: tuple[str, ...]) -> str:
+    """Fixed text and values of fields, joined; `parts` are those of `split_text`."""
+    return "".join(_value(fields, part) if place % 2 else part for place, part in enumerate(parts))
+
+
+def _value(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
+        raise InputError(f"expected the field {name!r}, got only {', '.join(map(repr, fields)) or 'no field'}")
+    if not isinstance(value := fields[name], str):
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        raise InputError(f"field {name!r}: expected a string, got {shown[:80]}")
+    return value

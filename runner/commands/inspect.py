@@ -99,9 +99,8 @@ def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
 def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
     from llm.errors import InputError
     from llm.text.cleaning import clean, drop_reason
-    from llm.text.shards import text_of
     from llm.text.sources import rows_of
-    from llm.text.templates import split_text
+    from llm.text.templates import split_text, text_of
 
     for source in stage.local_sources():
         yield Text(f"{source.name}: the first {count} rows", style=HEADING)

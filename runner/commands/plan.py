@@ -9,9 +9,9 @@ from dataclasses import asdict
 from runner.options import add_check_inputs_option, add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, kinds_ahead, spare_stages, total
+from runner.planning.data_look import check_data
 from runner.planning.plan import Plan, as_json
 from runner.planning.text_table import text_table
-from runner.recipe.first_rows import check_first_rows
 from runner.reporting.progress import duration
 
 COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
@@ -31,8 +31,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Shows the state of each stage, the reason, and the estimated cost."""
     recipe, store = recipe_of(options), store_of(options)
-    check_first_rows(recipe)
     plan = Plan(recipe, store, until=options.until)
+    check_data(plan, lambda sentence: print(sentence, file=sys.stderr))
     measured = None
     if options.measure:
         from runner.diagnostics.bench import measured_speed

@@ -64,7 +64,6 @@ def main(options: argparse.Namespace) -> int:
     from runner.execution.node_layout import LayoutOptions, layout_of
     from runner.planning.cost import expected_seconds
     from runner.planning.plan import Plan
-    from runner.recipe.first_rows import check_first_rows
 
     store = store_of(options, Path("recipe.toml") if isinstance(options.recipe, str) else options.recipe)
     published = None
@@ -90,7 +89,6 @@ def main(options: argparse.Namespace) -> int:
             confirm.refuse_if_stuck(published, plan)
         if not confirm.agreed(published, yes=options.yes):
             return NOT_RUN
-    check_first_rows(recipe)
     view = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
         with contextlib.closing(view):

@@ -26,6 +26,7 @@ from runner.execution.stop import LockWait, StopRequest
 from runner.graph import input_files
 from runner.planning import outcomes
 from runner.planning.code_digest import code_digest
+from runner.planning.data_look import check_data
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
@@ -64,6 +65,7 @@ class Scheduler:
         """
         forced, made = {stage for name in force for stage in self._recipe.names_of(name)}, set[str]()
         plan = self._plan(until, forced)
+        check_data(plan, self._progress.note)
         self._progress.planned(plan)
         try:
             self._fork_server = self._fork_server_for(plan)

@@ -8,7 +8,6 @@ import tomli_w
 
 from runner.errors import RecipeError
 from runner.graph import input_files
-from runner.recipe.first_rows import check_first_rows
 from runner.recipe.recipe import load_recipe
 from runner.recipe.schema import docstrings, recipe_schema
 from runner.stage import Identity, Spec
@@ -117,46 +116,6 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
 )
 def test_malformed_recipes_get_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
     assert message in "\n".join(faults(tmp_path, text))
-
-
-TAUGHT = (
-    GOOD
-    + """
-[stage.tokens]
-kind = "pack"
-corpus = "corpus"
-tokenizer = "tokenizer"
-context = 32
-[stage.base]
-kind = "pretrain"
-tokens = "tokens"
-architecture = { preset = "2m" }
-[stage.chat]
-kind = "sft"
-model = "base"
-data = [{ files = "rows.*", prompt = "{question}", response = "{answer}", on_bad_row = "BAD" }]
-"""
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("rows.jsonl", '{"queston": 1, "answer": 2}\n'), ("rows.csv", "queston,answer\n1,2\n")]
-)
-def test_a_field_missing_in_the_first_row_is_reported_before_anything_runs(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError) as caught:
-        check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
-    told = str(caught.value)
-    assert f"stage.chat.data[0]: expected the field 'question' in the rows of {tmp_path / name}, got only 'queston'" in told
-    assert told.endswith("did you mean 'queston'?") and len(told.splitlines()) == 1
-    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "skip"))))
-    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail").replace("{question}", "{queston}"))))
-
-
-@pytest.mark.parametrize(("name", "content"), [("rows.jsonl", b"no JSON\n"), ("rows.jsonl", b""), ("rows.parquet", b"PAR1")])
-def test_files_that_cannot_be_read_are_left_to_the_stage(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    check_first_rows(load_recipe(write(tmp_path, TAUGHT.replace("BAD", "fail"))))
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:

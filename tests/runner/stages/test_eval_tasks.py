@@ -9,9 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llm.data.choices import ChoiceTemplate
 from llm.errors import InputError
 from llm.evaluation.lm_eval_tasks import local_task
-from llm.evaluation.multiple_choice import ChoiceTemplate
 from llm.inference.likelihood import Choice, continuation_likelihoods
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.llama.config import LlamaConfig

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from llm.data.choices import ChoiceTemplate
 from llm.text.templates import split_template
 from runner.input_files import InputFile
 from runner.stage import Semantic
@@ -51,14 +52,18 @@ class MultipleChoiceTask(EvalTask):
             split_template(str(template))
         return value
 
+    @property
+    def template(self) -> ChoiceTemplate:
+        """How a row becomes a chat for each answer."""
+        choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
+        return ChoiceTemplate(self.prompt, choices, self.answer, self.first, (self.read or AS_FOUND).form)
+
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
         from llm.evaluation.bootstrap import fingerprint
-        from llm.evaluation.multiple_choice import ChoiceTemplate, read_choices, score_choices
+        from llm.evaluation.multiple_choice import read_choices, score_choices
 
-        choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
-        template = ChoiceTemplate(self.prompt, choices, self.answer, self.first, (self.read or AS_FOUND).form)
-        questions, skipped = read_choices(self.files.fetched(), template, skip_bad=self.on_bad_row == "skip")
+        questions, skipped = read_choices(self.files.fetched(), self.template, skip_bad=self.on_bad_row == "skip")
         used = self.limited(questions, self.files.pattern)
         found = score_choices(
             evaluated.model, evaluated.tokenizer, questions=used, progress=progress, processes=evaluated.processes

@@ -1,0 +1,196 @@
+"""A look at the rows that stages will read, before anything runs: what can fail at the fourth stage is told in the first second.
+
+For every table of data of a stage that is not finished, the first rows and some of the others become what the stage will make
+of them, without tokens. All faults are reported together, with counts. It is done only when a recipe is about to run, since
+data of a stranger is not parsed before the user agrees.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm.errors import InputError
+from llm.text.readers import AS_FOUND, FileFormat, field_names
+from llm.text.readers.sample import Sample
+from llm.text.templates import split_text, text_of
+from runner.errors import RecipeError
+from runner.graph import ancestors, sources_of, tables
+from runner.input_files import InputFile
+from runner.planning.plan import Plan
+from runner.recipe.validation import nearest
+from runner.stage import Stage
+from runner.stages.corpus import MakeCorpus, SourceSpec
+from runner.stages.fields.data_mix import MixTable
+from runner.stages.fields.data_tables import PreferenceTable, RowTable
+from runner.stages.fields.eval_tasks.multiple_choice import MultipleChoiceTask
+from runner.stages.fields.eval_tasks.questions import ChatTask, ClassificationTask, TextTask
+from runner.stages.tokenizer import TrainTokenizer
+
+AHEAD = ("run", "resume", "waiting", "paused")
+Chats = Sequence[Sequence[Any]]  # turns of `llm.data.conversations`
+
+
+class Table(NamedTuple):
+    """Rows that a stage reads, and what it makes of each."""
+
+    place: str  # stage.chat.data[0]
+    files: InputFile
+    form: FileFormat
+    fields: frozenset[str]
+    use: Callable[[Mapping[str, Any]], Chats]  # InputError for a row that cannot be used
+    skips: bool  # whether rows that cannot be used are left out
+    labels: frozenset[str] | None = None  # that a row may have; empty: any, but at least two of them
+
+
+def check_data(plan: Plan, note: Callable[[str], None]) -> None:
+    """RecipeError with all that is wrong in the data of stages that will run; `note` gets what is left out."""
+    names = [entry.name for entry in plan if entry.state in AHEAD]
+    stages = {entry.name: entry.stage for entry in plan}
+    faults: list[str] = []
+    done: set[tuple[Any, ...]] = set()  # evaluations share tables
+    for name in names:
+        for table in data_tables(name, stages):
+            what = (table.files.pattern, table.form, table.fields, table.skips, repr(table.use), table.labels)
+            if what not in done:
+                done.add(what)
+                for fault in look(table):
+                    (note if fault.is_left_out else faults.append)(f"{table.place}: {fault.sentence}")
+    if faults:
+        raise RecipeError("\n".join(f"{plan.recipe.path}: {fault}" for fault in faults))
+
+
+class Fault(NamedTuple):
+    """What is wrong with the rows of a table."""
+
+    sentence: str
+    is_left_out: bool = False  # as the recipe asks
+
+
+def look(table: Table, files: Sequence[Path] | None = None) -> Iterator[Fault]:
+    """What is wrong with the rows of a table; the files may be given."""
+    paths = table.files.matches() if files is None else files
+    if not paths:  # on the Hub, or missing, which is told elsewhere
+        return
+    found = _fields(paths[0], table.form)
+    if found is not None and (missing := sorted(table.fields.difference(found))) and not table.skips:
+        yield Fault(
+            f"expected the field {missing[0]!r} in the rows of {paths[0]}, got only "
+            f"{', '.join(map(repr, found)) or 'no field at all'}{nearest(missing[0], found)}"
+        )
+        return
+    sample, faults, first, labels = Sample(paths, set(table.fields), table.form), Counter[str](), dict[str, str](), set[str]()
+    rows = 0
+    try:
+        for row in sample:
+            rows += 1
+            try:
+                chats = table.use(row.fields())
+                _check_label(table, chats, labels)
+            except InputError as error:
+                reason = str(error).partition(", got ")[0]
+                faults[reason] += 1
+                first.setdefault(reason, f"{row.at}: {error}")
+    except (InputError, OSError) as error:
+        yield Fault(str(error))
+        return
+    yield from _told(table, sample, rows, faults, first)
+    if table.labels is not None and sample.is_whole and len(labels) == 1 and not faults:
+        yield Fault(
+            f"expected rows of at least two distinct labels to choose from, got {labels.pop()!r} alone in {rows:,} rows"
+        )
+
+
+def _told(table: Table, sample: Sample, rows: int, faults: Counter[str], first: Mapping[str, str]) -> Iterator[Fault]:
+    of = f"{rows:,} rows" if sample.is_whole else f"the {rows:,} rows that were looked at"
+    bad = faults.total()
+    if sample.is_whole and bad == rows and not (rows and not table.skips):
+        reason = f"; the first is {next(iter(first.values()))}" if first else ""
+        yield Fault(f"expected rows that can be used, got none in {of}{reason}")
+        return
+    for reason, count in faults.most_common():
+        cure = " and are left out" if table.skips else '; on_bad_row = "skip" leaves them out'
+        yield Fault(f"{count:,} of {of} cannot be used{cure}. First {first[reason]}", table.skips)
+
+
+def _check_label(table: Table, chats: Chats, labels: set[str]) -> None:
+    """InputError for a row to classify whose label is not among those of the task; a label is added to `labels`."""
+    if table.labels is None:
+        return
+    label = chats[0][-1].content
+    if table.labels and label not in table.labels:
+        raise InputError(f"expected one of the labels {', '.join(sorted(table.labels))}, got {label!r}")
+    if len(labels) < 2:
+        labels.add(label)
+
+
+def _fields(path: Path, form: FileFormat) -> list[str] | None:
+    """The fields of the first row; None if it cannot be read, which is told with its place."""
+    try:
+        return field_names(path, form)
+    except (InputError, OSError, ValueError):
+        return None
+
+
+def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
+    """The tables of rows of a stage that lie in files."""
+    stage = stages[name]
+    special = _special_tokens(name, stages)
+    for field, table in tables(stage):
+        place = f"stage.{name}.{field}"
+        match table:
+            case SourceSpec(files=InputFile() as files):
+                fields = frozenset({*split_text(table.text)[1::2], *table.where})
+                skips = isinstance(stage, MakeCorpus) and stage.on_bad_row == "skip"
+                yield Table(place, files, table.read.form if table.read else AS_FOUND, fields, _Document(table), skips)
+            case TextTask() | RowTable() | PreferenceTable() | MultipleChoiceTask() | MixTable(files=InputFile()):
+                template, skips = table.template, table.on_bad_row == "skip"
+                refused = None if isinstance(table, TextTask) or getattr(table, "text", None) is not None else special
+                labels = None
+                if isinstance(table, ClassificationTask):
+                    words = table.words
+                    labels = frozenset(words.get(label, label) for label in table.labels or ())
+                use = _Chats(template, refused, isinstance(table, ChatTask))
+                assert table.files is not None
+                yield Table(place, table.files, template.form, frozenset(template.fields), use, skips, labels)
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What a corpus makes of a row; equal for equal sources."""
+
+    source: SourceSpec
+
+    def __call__(self, row: Mapping[str, Any]) -> Chats:
+        if all(row.get(name) == value for name, value in self.source.where.items()):
+            text_of(row, split_text(self.source.text))
+        return []
+
+
+@dataclass(frozen=True)
+class _Chats:
+    """What a training or a task makes of a row; equal for equal tables."""
+
+    template: Any  # with `chats`
+    refused: re.Pattern[str] | None  # special tokens, which no turn may hold
+    is_scored: bool  # whether the last turn is scored
+
+    def __call__(self, row: Mapping[str, Any]) -> Chats:
+        chats: Chats = self.template.chats(row)
+        for turns in chats:
+            if self.is_scored and turns[-1].role != "assistant":
+                raise InputError(f"expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s")
+            for turn in turns if self.refused else ():
+                if self.refused and (found := self.refused.search(turn.content)):
+                    raise InputError(f"the {turn.role}'s turn: expected text without special tokens, got {found[0]!r}")
+        return chats
+
+
+def _special_tokens(name: str, stages: Mapping[str, Stage]) -> re.Pattern[str] | None:
+    """The special tokens of the tokenizers that a stage reads, as far as the recipe says them."""
+    above = ancestors(sources_of(stages), name)
+    made = [stage.all_special_tokens for other in above if isinstance(stage := stages[other], TrainTokenizer)]
+    tokens = sorted({token for one in made for token in one}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
