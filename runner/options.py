@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cache.origins import trust, trusted_remotes
+from runner.cache.ownership import cache_of
 from runner.cache.remote import address_fault, full_address
-from runner.cache.store import Store, default_cache
+from runner.cache.store import Store
 from runner.completion import stages
 from runner.errors import RecipeError
 from runner.recipe.recipe import Recipe, load_recipe
@@ -192,7 +193,7 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:
     """The cache that the options, the environment or the recipe's folder name; without a recipe, that of the current
     folder."""
-    store = Store(default_cache(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
+    store = Store(cache_of(recipe or getattr(options, "recipe", None) or Path("recipe.toml"), options.cache))
     store.digests.rereads = getattr(options, "check_inputs", False)
     if named := os.environ.get("STOCKPOT_REMOTE"):
         store.origins.named.add(full_address(named))

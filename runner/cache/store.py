@@ -301,18 +301,6 @@ class Waiting:
         """Called several times a second while waiting; raise to give up."""
 
 
-def default_cache(recipe: Path, option: Path | None) -> Path:
-    """`--cache`, else STOCKPOT_CACHE, else cache/ beside the nearest pyproject.toml above the recipe, else ./cache."""
-    if option:
-        return option
-    if os.environ.get("STOCKPOT_CACHE"):
-        return Path(os.environ["STOCKPOT_CACHE"])
-    for folder in recipe.resolve().parents:
-        if (folder / "pyproject.toml").exists():
-            return folder / "cache"
-    return Path("cache")
-
-
 def _log_ending() -> str:
     return f".{re.sub(r'[^A-Za-z0-9_.-]', '_', this_machine().host)}.log"
 

@@ -229,3 +229,17 @@ def test_something_else_in_the_place_of_a_file_of_a_cache_is_survived(
     other(path)
     assert call(victim, "plan") == 0
     assert bounded(lambda: main(["gc", "--keep-size", "0", "--cache", str(victim.cache)])) == 0
+
+
+def test_forged_results_beside_a_recipe_are_told_in_one_line_and_not_used(tmp_path: Path) -> None:
+    stranger = Folder(tmp_path / "stranger")
+    assert stranger.run().returncode == 0
+    (stranger.root / "pyproject.toml").touch()
+    assert stranger.cache == stranger.root / "cache"
+    done = stranger.call("plan", str(stranger.recipe), STOCKPOT_CACHE="")
+    assert (
+        done.returncode == 2
+        and "expected a cache that your runs made" in done.stderr
+        and done.stderr.count("\n") == 1
+        and not done.stdout
+    )

@@ -13,7 +13,7 @@ from small_cache import hold
 
 from runner.artifacts import SCRATCH
 from runner.cache.heartbeat import this_machine
-from runner.cache.store import Store, Waiting, default_cache
+from runner.cache.store import Store, Waiting
 from runner.stages import stage_kinds
 
 KEY = "0" * 64
@@ -152,15 +152,3 @@ def test_a_lock_is_held_as_long_as_a_child_that_inherited_its_file(tmp_path: Pat
     worker.communicate(b"\n")
     with store.lock(stage, KEY, waiting=Impatient()):
         pass
-
-
-def test_the_cache_is_where_the_options_say_else_beside_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tmp_path / "project" / "recipes" / "x.toml"
-    recipe.parent.mkdir(parents=True)
-    monkeypatch.delenv("STOCKPOT_CACHE", raising=False)
-    assert default_cache(recipe, None) == Path("cache")
-    (tmp_path / "project" / "pyproject.toml").touch()
-    assert default_cache(recipe, None) == tmp_path / "project" / "cache"
-    monkeypatch.setenv("STOCKPOT_CACHE", "/elsewhere")
-    assert default_cache(recipe, None) == Path("/elsewhere")
-    assert default_cache(recipe, Path("here")) == Path("here")

@@ -1,0 +1,80 @@
+"""Which cache a recipe uses, and whose it is: one beside the recipe may have come with it, and its records then prove nothing.
+
+    CACHE/id                                 a random number, made with the first file of a cache
+    STATE/stockpot/caches/<hash of path>     the number of the cache at that path; STATE is the user's own folder
+
+A cache is the user's if both agree: it was made here by this user's command, or the user has named it once.
+"""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from runner.errors import RecipeError
+from runner.files import read_bounded, write_whole
+
+ID = "id"
+ID_LENGTH = 32  # characters
+
+
+def cache_of(recipe: Path, option: Path | None) -> Path:
+    """The cache that `--cache` or STOCKPOT_CACHE names, else the one beside the recipe, which becomes the user's where it holds
+    nothing yet; RecipeError where it holds something and is not the user's.
+    """
+    beside = cache_beside(recipe).resolve()
+    named = option or os.environ.get("STOCKPOT_CACHE")
+    root = Path(named).resolve() if named else beside
+    if root == beside and not _is_claimed(root):
+        if not named and not _is_empty(root):
+            raise RecipeError(
+                f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine or from "
+                f"another user: its results may be forged; to use them, pass --cache {root} once; else remove it"
+            )
+        _claim(root)
+    return root
+
+
+def cache_beside(recipe: Path) -> Path:
+    """cache/ beside the nearest pyproject.toml above the recipe, else in the current folder."""
+    for folder in recipe.resolve().parents:
+        if (folder / "pyproject.toml").exists():
+            return folder / "cache"
+    return Path("cache")
+
+
+def _is_claimed(root: Path) -> bool:
+    found = _read(root / ID)
+    return found is not None and found == _read(_claim_of(root))
+
+
+def _claim(root: Path) -> None:
+    """Makes the cache the user's; nothing happens where the user's folder or the cache cannot be written."""
+    with contextlib.suppress(OSError):
+        found = _read(root / ID)
+        if found is None:
+            found = os.urandom(ID_LENGTH // 2).hex()
+            write_whole(root / ID, found, durable=False)
+        write_whole(_claim_of(root), found, durable=False)
+
+
+def _is_empty(root: Path) -> bool:
+    """Whether nothing but hidden files lies there."""
+    try:
+        return all(path.name.startswith(".") for path in root.iterdir())
+    except FileNotFoundError:
+        return True
+
+
+def _claim_of(root: Path) -> Path:
+    from platformdirs import user_state_path
+
+    return user_state_path("stockpot") / "caches" / hashlib.sha256(os.fsencode(root)).hexdigest()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        found = read_bounded(path, ID_LENGTH).decode()
+    except (OSError, ValueError):
+        return None
+    return found if len(found) == ID_LENGTH else None
