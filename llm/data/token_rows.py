@@ -23,12 +23,12 @@ class TokenRows:
 
     With a seed, epoch e has each document as often as its `passes`, in an order drawn from (seed, e), end to end and cut into
     full rows; the tokens after the last full row are left out. The rows come in an order of their own: in that of the text, a
-    document longer than a step would fill whole steps alone. Without a seed, as for validation, each document comes once,
+    document longer than a step would fill whole steps alone; `in_order` leaves them so. Without a seed, as for validation, each document comes once,
     sorted by source and length, the last row is padded, and rows say of which source each token is and how much text it stands
     for.
     """
 
-    def __init__(self, folder: Path, *, seed: int | None, context: int | None = None) -> None:
+    def __init__(self, folder: Path, *, seed: int | None, context: int | None = None, in_order: bool = False) -> None:
         self.shards = TokenShards(folder)
         self.context = context = context or self.shards.context
         self.sources = self.shards.sources
@@ -39,7 +39,7 @@ class TokenRows:
         else:
             self.tokens_per_epoch = self.shards.epoch_tokens
             self.rows_per_epoch = max(self.tokens_per_epoch // context, min(self.tokens_per_epoch, 1))
-        self._row_order = RowOrder(self.rows_per_epoch, seed=seed)
+        self._row_order = RowOrder(self.rows_per_epoch, seed=None if in_order else seed)
         self._lock = Lock()  # several threads read rows, and an order takes seconds and memory to make
         self._orders: OrderedDict[int, DocumentOrder] = OrderedDict()
 
