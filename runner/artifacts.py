@@ -42,6 +42,11 @@ class Artifact:
 
     not_content: ClassVar[frozenset[str]] = NOT_CONTENT
 
+    @classmethod
+    def serves_as(cls, wanted: "type[Artifact]") -> bool:
+        """Whether it can be opened as an artifact of the class `wanted`."""
+        return issubclass(cls, wanted)
+
     def content(self) -> list[Path]:
         """The content files, sorted by name: all but the records of how it was made, scratch and temporary files (whose names
         begin with a dot).
@@ -105,6 +110,11 @@ class Checkpoint(Artifact):
     """The architecture, as Transformers' LlamaConfig."""
     weights = InFolder("model.safetensors")
     """All weights; of a model of more than 5 GB there are shards instead, which model.safetensors.index.json names."""
+
+    @classmethod
+    def serves_as(cls, wanted: type[Artifact]) -> bool:
+        """As a tokenizer, too: its files are in the same folder."""
+        return issubclass(cls, wanted) or wanted is Tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer:

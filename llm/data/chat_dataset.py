@@ -21,6 +21,7 @@ from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
 
 _BATCH = 1024  # rows tokenized at a time
+SHORTEST_ROW = 64  # positions
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def write_rows(
     *,
     tokenizer: TextTokenizer,
     context: int,
+    follow_lengths: bool = False,  # whether rows are as short as the longest chat allows
     longest_row: int | None = None,  # default: the length of a row's chats
     row_length: int | None = None,  # default: the first length that fills rows
     report: Callable[..., None],
@@ -98,9 +100,9 @@ def write_rows(
 ) -> dict[str, Any]:
     """Pack `tables` into `folder`, which is complete once it exists; returns statistics.
 
-    A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs), unless too few of them
-    would be real tokens: then the length is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows
-    cost only time in attention.
+    A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs); with `follow_lengths` only
+    as many as the longest chat needs, rounded up to a power of two. Where too few positions would be real tokens, the length
+    is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows cost only memory.
     """
     counts = [Counts() for _ in tables]
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
@@ -123,6 +125,8 @@ def write_rows(
                 f"{names}: expected rows to train on, got none: {json.dumps(totals)}; `run inspect` shows why each is left out"
             )
         row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
+        if follow_lengths:
+            row_lengths = [min(row_lengths[0], max(SHORTEST_ROW, 1 << (writer.longest_group - 1).bit_length()))]
         while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
             row_lengths.append(2 * row_lengths[-1])
         packed = writer.pack(row_lengths=row_lengths, padding=tokenizer.padding)

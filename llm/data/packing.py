@@ -79,6 +79,12 @@ class StreamWriter:
         """Number of streams."""
         return len(self._lengths)
 
+    @property
+    def longest_group(self) -> int:
+        """Positions of the longest group, which a row has to hold."""
+        size = len(self._lengths) // len(self._passes)
+        return int((np.array(self._lengths, dtype=np.int64) - 1).reshape(-1, size).sum(1).max())
+
     def __enter__(self) -> Self:
         return self
 

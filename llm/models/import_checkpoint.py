@@ -5,12 +5,14 @@ tokenizer stays as it is; training and generation need two additions: a chat tem
 ends an answer among those that end generation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llm.errors import InputError
+from llm.models.added_tokens import with_rows, with_words
 from llm.models.checkpoint import CONFIG, read_config, read_weights, write_model
 from llm.models.interface import ModelConfig
 from llm.tokenizer.chat_template import PLAIN_TEMPLATE, with_fixed_day
@@ -51,23 +53,28 @@ def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Can
     return Candidate(folder, config, vocab_size, _with_answer_end(tokenizer.with_template(template), folder))
 
 
-def import_checkpoint(candidate: Candidate, target: Path) -> dict[str, object]:
-    """Write the model into `target`; returns the facts for its record."""
+def import_checkpoint(candidate: Candidate, target: Path, *, add_tokens: Sequence[str] = ()) -> dict[str, object]:
+    """Write the model into `target`, with `add_tokens` in its vocabulary; returns the facts for its record."""
     config = candidate.config
     weights = read_weights(candidate.folder, config, vocab_size=candidate.vocab_size)
     for name, tensor in weights.items():
         if tensor.dtype not in PRECISIONS:
             wanted = ", ".join(map(_name, PRECISIONS))
             raise InputError(f"{candidate.folder}: {name}: expected one of {wanted}, got {_name(tensor.dtype)}")
+    added: dict[str, object] = {}
+    if add_tokens:
+        tokenizer, spelled = with_words(candidate.tokenizer, add_tokens)
+        weights, candidate = with_rows(weights, spelled), replace(candidate, tokenizer=tokenizer)
+        added = {"added_tokens": len(spelled), "pieces_of_added_tokens": sum(map(len, spelled.values()))}
     candidate.tokenizer.save(target)
     write_model(target, config, weights, tokenizer=candidate.tokenizer)
     return {
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "dtype": _name(weights["model.embed_tokens.weight"].dtype),
         "context": config.context,
-        "vocab_size": candidate.vocab_size,
+        "vocab_size": len(weights["model.embed_tokens.weight"]),
         "tokens": candidate.tokenizer.vocab_size,
-    }
+    } | added
 
 
 def _with_answer_end(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:

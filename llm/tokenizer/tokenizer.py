@@ -92,6 +92,13 @@ class TextTokenizer:
         other.template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
         return other
 
+    def with_words(self, words: Sequence[str]) -> Self:
+        """The same tokenizer with each of `words` as a token of its own, wherever it occurs."""
+        whole = Tokenizer.from_str(self._marked.to_str())
+        whole.add_tokens([AddedToken(word, normalized=False) for word in words])
+        whole.post_processor = self._post_processor
+        return type(self)(whole, self._named, self.template, ends=self.ends)
+
     def token_id(self, token: str) -> int:
         """The id of a token; InputError if the vocabulary lacks it."""
         found = self._marked.token_to_id(token)

@@ -16,6 +16,7 @@ from runner.options import add_recipe_argument, add_stage_argument, recipe_of, s
 from runner.planning.plan import Plan
 from runner.stages.corpus import MakeCorpus
 from runner.stages.fields.chat_training import PackedTraining
+from runner.stages.lora import TrainAdapter
 from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretraining
 from runner.stages.tokenizer import TrainTokenizer
@@ -66,6 +67,8 @@ def inspect(plan: Plan, name: str, *, count: int) -> Iterator[Text]:
             yield from _packed(_folder(plan, name), count, seed=0)
         case Pretraining() as stage:
             yield from _packed(_folder(plan, stage.tokens), count, seed=stage.seed)
+        case TrainAdapter(tokens=str() as tokens) as stage:
+            yield from _packed(_folder(plan, tokens), count, seed=stage.seed)
         case PackedTraining() as stage:
             yield from _chats(stage, _tokenizer_above(plan, name), count)
         case stage:

@@ -80,6 +80,7 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
             f"{recipe.path}: stage.{name}.batch_tokens: expected at least one row of {pack.context} tokens, "
             f"got {stage.batch_tokens}"
         )
+    assert stage.architecture is not None  # or it would not have been chosen
     workload = Workload(
         architecture=stage.architecture.with_context(pack.context),
         vocab_size=tokenizer.vocab_size,
@@ -145,6 +146,6 @@ def measured_speed(recipe: Recipe, store: Store) -> float:
 
 def _pretraining(recipe: Recipe) -> tuple[str, Pretrain]:
     for name, stage in recipe.stages.items():
-        if isinstance(stage, Pretrain):
+        if isinstance(stage, Pretrain) and stage.architecture is not None:
             return name, stage
     raise RecipeError(f"{recipe.path}: expected a stage of kind 'pretrain', whose model and step to measure, got none")

@@ -151,8 +151,8 @@ def _shape(plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | Non
         return known[name]
     stage = plan.recipe.stages[name]
     known[name] = None
-    if isinstance(stage, Pretraining):
-        known[name] = _fresh_shape(plan.recipe, stage)
+    if isinstance(stage, Pretraining) and stage.architecture is not None:
+        known[name] = _fresh_shape(plan.recipe, stage, stage.architecture)
     elif (path := plan.entries[name].path) and issubclass(stage.makes, Checkpoint):
         known[name] = _written_shape(json.loads(Checkpoint(path).config.read_text(encoding="utf-8")))
     else:
@@ -161,12 +161,12 @@ def _shape(plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | Non
     return known[name]
 
 
-def _fresh_shape(recipe: Recipe, stage: Pretraining) -> Shape | None:
+def _fresh_shape(recipe: Recipe, stage: Pretraining, architecture: "ModelConfig") -> Shape | None:
     pack = recipe.stages[stage.tokens]
     tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
     if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
         return None
-    return _shape_of(stage.architecture, vocab_size=tokenizer.vocab_size, context=pack.context)
+    return _shape_of(architecture, vocab_size=tokenizer.vocab_size, context=pack.context)
 
 
 def _written_shape(found: Mapping[str, Any]) -> Shape | None:

@@ -292,9 +292,9 @@ def _reference_faults(stages: Mapping[str, Stage], broken: AbstractSet[str]) -> 
             if ref not in stages:
                 dangling = True
                 yield f"{place}: expected the name of a stage, got {str(ref)!r}{nearest(ref, [*stages, *broken])}"
-            elif not issubclass(stages[ref].makes, ref.artifact):
+            elif not stages[ref].makes.serves_as(ref.artifact):
                 made = stages[ref].makes.__name__
-                able = [other for other in stages if issubclass(stages[other].makes, ref.artifact) and other != name]
+                able = [other for other in stages if stages[other].makes.serves_as(ref.artifact) and other != name]
                 hint = f"; these make it: {listed(able)}" if able else ""
                 yield f"{place}: expected {ref.artifact.__name__}, but {str(ref)!r} makes {made}{hint}"
     if not dangling and (cycle := find_cycle(sources_of(stages))):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from runner.artifacts import Checkpoint
-from runner.input_files import InputFolder
+from runner.input_files import InputFile, InputFolder
 from runner.stage import Context, Metrics, Semantic, Stage
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Word = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class ModelFolder(InputFolder):
@@ -49,6 +51,13 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
     """A chat template to replace the model's own. It marks what the assistant says with {% generation %}, including the end
     token. A model without a template gets one with "User:" and "Assistant:" between its own begin and end tokens."""
 
+    add_tokens: Semantic[Annotated[list[Word], Field(min_length=1)] | None] = None
+    """Words that become tokens, each wherever it occurs: terms that the tokenizer cuts into many pieces. Their rows in the
+    embedding start as the mean of those pieces, so they are to be learned: by `pretrain` with this stage as its `base`, or by
+    `lora` with modules_to_save = ["embed_tokens"]."""
+    add_tokens_from: Semantic[InputFile | None] = None
+    """Files with such words, one a line."""
+
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.folder is None) == (self.repo is None):
@@ -57,13 +66,19 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
             raise ValueError(f"revision: expected a repo on the Hub beside it, got a folder and {self.revision!r}")
         return self
 
+    def words(self) -> list[str]:
+        """The words of `add_tokens` and `add_tokens_from`, each once."""
+        files = [] if self.add_tokens_from is None else self.add_tokens_from.fetched()
+        lines = [line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+        return list(dict.fromkeys([*(self.add_tokens or ()), *filter(None, lines)]))
+
     def run(self, context: Context) -> Metrics:
         """Check the small files, download the weights if they are on the Hub, and write the checkpoint."""
         from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 
         if self.folder is not None:
             candidate = inspect_checkpoint(Path(self.folder.pattern), chat_template=self.chat_template)
-            return import_checkpoint(candidate, context.work)
+            return import_checkpoint(candidate, context.work, add_tokens=self.words())
         from runner.hub import download
 
         assert self.repo is not None  # one of the two is there
@@ -76,7 +91,7 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         candidate = inspect_checkpoint(folder, chat_template=self.chat_template)
         for name in _weights(snapshot, folder):
             download.download_file(snapshot, name, folder, **wanted)
-        facts = import_checkpoint(candidate, context.work)
+        facts = import_checkpoint(candidate, context.work, add_tokens=self.words())
         return {**facts, "repo": self.repo, "revision": self.revision, "commit": snapshot.commit}
 
 

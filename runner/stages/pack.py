@@ -11,6 +11,7 @@ from pydantic import Field
 
 from runner.artifacts import Corpus, Tokenizer, Tokens
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
+from runner.stages.checkpoint import TOKENIZER
 
 if TYPE_CHECKING:
     from llm.text.documents import Document
@@ -25,7 +26,7 @@ class Pack(Stage, kind="pack", version=2, makes=Tokens):
     corpus: Semantic[Ref[Corpus]]
     """The text to tokenize."""
     tokenizer: Semantic[Ref[Tokenizer]]
-    """The tokenizer; a copy of it is stored with the tokens."""
+    """The tokenizer, or a checkpoint that has one, for a training that continues from it; a copy is stored with the tokens."""
     context: Semantic[int] = Field(ge=2)
     """Tokens in a training row: documents are concatenated and cut into rows of this length."""
 
@@ -46,8 +47,9 @@ class Pack(Stage, kind="pack", version=2, makes=Tokens):
         if not metrics["train"]["tokens"]:
             raise InputError(f"corpus {str(self.corpus)!r}: expected at least one training document, got none")
         tokens.tokenizer.folder.mkdir(exist_ok=True)
-        for file in source.content():
-            shutil.copy2(file, tokens.tokenizer.folder / file.name)
+        for file in (source.folder / name for name in TOKENIZER):
+            if file.exists():
+                shutil.copy2(file, tokens.tokenizer.folder / file.name)
         return metrics
 
     def _pack(self, context: Context, tokenizer: "TextTokenizer", documents: Path, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The kinds `pretrain` and `trunk`: a model with fresh weights learns to predict the next token of packed text.
+"""The kinds `pretrain` and `trunk`: a model, with fresh weights or those of a checkpoint, learns to predict packed text.
 
 A trunk is the part of a "wsd" schedule before the learning rate goes down. It keeps its optimizer state, so that trainings
 with a longer budget or another decay continue from it.
@@ -15,24 +15,41 @@ from llm.training.config import Budget, Schedule
 from runner.artifacts import Checkpoint, Tokens, TrainingState
 from runner.graph import changes, plain
 from runner.stage import Context, Execution, Metrics, Ref, Semantic, Stage
+from runner.stages.fields.packed_text import ReplayTable, check_tokenizer, held_out_text, replayed
+from runner.stages.fields.stored_dtype import resolve_dtype
 from runner.stages.fields.training import TrainingStage, is_main_process
 from runner.stages.pack import Pack
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llm.models.interface import LanguageModel
     from llm.models.interface import ModelConfig as ArchitectureConfig
 else:
     ArchitectureConfig = architecture_tables()
 
 
 class Pretraining(TrainingStage):
-    """A training of a new model, or of a trunk from where it stopped."""
+    """A training of a new model, of a checkpoint on further text, or of a trunk from where it stopped."""
 
     tokens: Semantic[Ref[Tokens]]
     """The text to learn from, as tokens; its tokenizer is stored in the checkpoint."""
-    architecture: Semantic[ArchitectureConfig]
-    """The model: `name` is one of the registered architectures, the other fields are its sizes."""
+    architecture: Semantic[ArchitectureConfig | None] = None
+    """The new model: `name` is one of the registered architectures, the other fields are its sizes."""
+    base: Semantic[Ref[Checkpoint] | None] = None
+    """Instead of an architecture: the model to go on from (continued pretraining). `tokens` is packed with its tokenizer, and
+    its weights keep the precision in which they are stored; they are trained in fp32."""
+    mix: Semantic[list[ReplayTable] | None] = None
+    """Other tokens to learn from, such as general text beside that of a domain: each has a share of the rows of every step."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if (self.architecture is None) == (self.base is None):
+            missing = "architecture or base: is missing"
+            raise ValueError(missing if self.base is None else "expected either architecture or base, got both")
+        if (total := sum(table.share for table in self.mix or ())) >= 1:
+            raise ValueError(f"mix: expected shares with a sum below 1, since tokens has the rest, got {total:g}")
+        return self
 
     def steps(self, stages: "Mapping[str, Stage]") -> int | None:
         """The number of optimizer steps; None if it depends on how many tokens there will be."""
@@ -44,49 +61,69 @@ class Pretraining(TrainingStage):
         return self.budget.in_steps(batch_tokens=rows * pack.context, rows_per_step=rows, rows_per_epoch=rows)
 
     def learn_text(self, context: Context, *, start_from: "Path | None", leaves_state: bool = False) -> dict[str, Any]:
-        """Train new weights, or continue from `start_from`, and write the checkpoint; returns the metrics."""
-        import torch
-
+        """Train the model, or continue from `start_from`, and write the checkpoint; returns the metrics."""
         from llm.data.token_rows import TokenRows
-        from llm.data.token_shards import TokenShards
-        from llm.errors import InputError
         from llm.models.checkpoint import save_checkpoint
-        from llm.tokenizer.tokenizer import TextTokenizer
-        from llm.training.validation import Validation
 
         tokens = context.open(self.tokens)
-        held_out = TokenShards(tokens.validation)
-        rows = TokenRows(tokens.train, context=held_out.context, seed=self.seed)
-        config = self.architecture.with_context(rows.context)
-        if config.resolved_context < rows.context:
+        rows = TokenRows(tokens.train, seed=self.seed)
+        model = self._fresh_model(tokens, rows.context) if self.base is None else self._model_of_base(context, rows.context)
+        metrics = self.learn(
+            context,
+            model,
+            rows=replayed(context, rows, self.mix or (), seed=self.seed, tokenizer=tokens.tokenizer),
+            validation=held_out_text(tokens, rows.context, most=self.validation_tokens, every=self.validate_every),
+            check=self.base is None,
+            start_from=start_from,
+            leaves_state=leaves_state,
+        )
+        if is_main_process():
+            base = None if self.base is None else context.open(self.base).folder
+            # What is trained further is stored as it was trained.
+            dtype = None if base is None or leaves_state else resolve_dtype("base", base)
+            save_checkpoint(context.work, model, base or tokens.tokenizer.folder, dtype=dtype)
+        return metrics
+
+    def _fresh_model(self, tokens: Tokens, length: int) -> "LanguageModel":
+        """A new model for rows of `length` tokens."""
+        import torch
+
+        from llm.errors import InputError
+        from llm.tokenizer.tokenizer import TextTokenizer
+
+        assert self.architecture is not None  # without a base
+        config = self.architecture.with_context(length)
+        if config.resolved_context < length:
             raise InputError(
-                f"architecture.context: expected at least the {rows.context} tokens of a row of {str(self.tokens)!r}, "
+                f"architecture.context: expected at least the {length} tokens of a row of {str(self.tokens)!r}, "
                 f"got {config.resolved_context}"
             )
         torch.manual_seed(self.seed)
         vocab_size = TextTokenizer.load(tokens.tokenizer.folder).vocab_size
-        model = architectures()[config.name].build(config, vocab_size=vocab_size)
-        validation = None
-        if held_out.tokens:
-            validation = Validation(
-                TokenRows(tokens.validation, context=rows.context, seed=None),
-                sources=held_out.sources,
-                tokens=self.validation_tokens,
-                every=self.validate_every,
+        return architectures()[config.name].build(config, vocab_size=vocab_size)
+
+    def _model_of_base(self, context: Context, length: int) -> "LanguageModel":
+        """The model to go on from, for rows of `length` tokens of its tokenizer."""
+        from llm.errors import InputError
+        from llm.models.checkpoint import load_checkpoint
+
+        assert self.base is not None
+        base = context.open(self.base)
+        check_tokenizer(context, self.tokens, base.tokenizer, place="tokens", owner=str(self.base))
+        model = load_checkpoint(base.folder)
+        if model.context < length:
+            raise InputError(
+                f"base: expected a model of at least the {length} tokens of a row of {str(self.tokens)!r}, "
+                f"got one of {model.context}"
             )
-        metrics = self.learn(
-            context, model, rows=rows, validation=validation, check=True, start_from=start_from, leaves_state=leaves_state
-        )
-        if is_main_process():
-            save_checkpoint(context.work, model, tokens.tokenizer.folder)
-        return metrics
+        return model
 
 
-SHARED = ("architecture", "batch_tokens", "optimizer", "seed")  # fields that must be equal in a training and its trunk
+SHARED = ("architecture", "base", "batch_tokens", "optimizer", "seed")  # fields that must be equal in a training and its trunk
 
 
 class Pretrain(Pretraining, kind="pretrain", version=2, makes=Checkpoint):
-    """Trains a new model on packed text."""
+    """Trains a new model, or a checkpoint further, on packed text."""
 
     trunk: Semantic[Ref[TrainingState] | None] = None
     """For a "wsd" schedule: the trunk to continue from, which has done the first steps of the budget."""
@@ -134,13 +171,8 @@ class Pretrain(Pretraining, kind="pretrain", version=2, makes=Checkpoint):
         """Train, and write the checkpoint."""
         start_from = None
         if self.trunk is not None:
-            state, tokens = context.open(self.trunk), context.open(self.tokens)
-            if state.tokenizer.model.read_bytes() != tokens.tokenizer.model.read_bytes():
-                from llm.errors import InputError
-
-                raise InputError(
-                    f"tokens: expected the tokenizer of {str(self.trunk)!r}, got another one in {str(self.tokens)!r}"
-                )
+            state = context.open(self.trunk)
+            check_tokenizer(context, self.tokens, state.tokenizer, place="tokens", owner=str(self.trunk))
             start_from = state.folder
         return self.learn_text(context, start_from=start_from)
 
@@ -148,11 +180,11 @@ class Pretrain(Pretraining, kind="pretrain", version=2, makes=Checkpoint):
 def _shared(stage: Pretraining) -> dict[str, Any]:
     fields = plain(stage)
     rate = {"learning_rate": stage.schedule.learning_rate, "warmup_steps": stage.schedule.warmup_steps}
-    return {name: fields[name] for name in SHARED} | {"schedule": rate}
+    return {name: fields[name] for name in SHARED if name in fields} | {"schedule": rate}
 
 
 class Trunk(Pretraining, kind="trunk", version=2, makes=TrainingState):
-    """Trains a new model at a constant learning rate, and keeps the optimizer state for trainings that continue from it."""
+    """Trains a model at a constant learning rate, and keeps the optimizer state for trainings that continue from it."""
 
     @model_validator(mode="after")
     def _open_ended(self) -> Self:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator
 
 from runner.artifacts import Checkpoint
-from runner.stage import Context, Metrics, Semantic
+from runner.stage import Context, Semantic
 from runner.stages.fields.data_mix import MixTable
 from runner.stages.fields.data_tables import PreferenceTable, TrainingTable, pack_tables
 from runner.stages.fields.training import TrainingStage
@@ -26,7 +26,8 @@ class PackedTraining(TrainingStage):
     """A training of a checkpoint on packed rows; a subclass has the tables."""
 
     context: Semantic[Annotated[int, Field(gt=0)] | None] = None
-    """Maximum positions of a chat, by default those of the model. Longer chats are cut."""
+    """Maximum positions of a chat; longer ones are cut. By default those of the model, and rows are no longer than the longest
+    chat needs."""
 
     def tables(self) -> tuple[Sequence[TrainingTable | PreferenceTable], Sequence[TrainingTable | PreferenceTable]]:
         """The tables to learn from, and the held-out ones."""
@@ -48,14 +49,17 @@ class PackedTraining(TrainingStage):
 
     def pack(self, context: Context, base: Checkpoint) -> None:
         """Tokenize and pack the tables for `base`, in one process and without torch; tables that are packed are kept."""
+        from llm.data.packing import PackedRows
         from llm.tokenizer.tokenizer import TextTokenizer
 
         positions = self.positions(base)
         tokenizer = TextTokenizer.load(base.tokenizer.folder)
+        lengths: dict[str, Any] = {"follow_lengths": self.context is None, "longest_row": self.batch_tokens // MIN_ROWS}
         for name, tables in zip((ROWS, VALIDATION_ROWS), self.tables(), strict=True):
             if tables:
-                longest = max(positions, self.batch_tokens // MIN_ROWS)
-                pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, longest_row=longest)
+                pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, **lengths)
+                # A held-out chat is cut where a learned one would be, so that memory suffices for it, too.
+                positions = min(positions, PackedRows(context.scratch / name, seed=None).context)
 
     def held_out(self, context: Context, *, watched: Sequence[str] = ()) -> "Validation | None":
         """The held-out rows, which `pack` wrote; None if there are none."""
@@ -68,6 +72,12 @@ class PackedTraining(TrainingStage):
         names = [f"table-{number}" for number in range(1, len(self.tables()[1]) + 1)]
         return Validation(rows, sources=names, tokens=self.validation_tokens, every=self.validate_every, watched=watched)
 
+    def own_rows(self, context: Context) -> "RowSource":
+        """The rows to learn from, which `pack` wrote."""
+        from llm.data.packing import PackedRows
+
+        return PackedRows(context.scratch / ROWS, seed=self.seed)
+
     def learn_rows(
         self,
         context: Context,
@@ -77,18 +87,17 @@ class PackedTraining(TrainingStage):
         objective: "Objective | None" = None,
         watched: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Train `model` in place on the rows that `pack` wrote; returns the metrics for the record, with those of the rows."""
+        """Train `model` in place on its rows; returns the metrics for the record, with the statistics of packing."""
         from llm.data.mixture import mixed
-        from llm.data.packing import STATISTICS, PackedRows
+        from llm.data.packing import STATISTICS
 
-        def read(name: str) -> Metrics:
-            statistics: Metrics = json.loads((context.scratch / name / STATISTICS).read_text(encoding="utf-8"))
-            return statistics
-
-        rows = mixed(PackedRows(context.scratch / ROWS, seed=self.seed), mixture)
+        rows = mixed(self.own_rows(context), mixture)
         held_out = self.held_out(context, watched=watched)
-        metrics = self.learn(context, model, rows=rows, validation=held_out, objective=objective) | {"data": read(ROWS)}
-        return metrics | ({"validation_data": read(VALIDATION_ROWS)} if held_out else {})
+        metrics = self.learn(context, model, rows=rows, validation=held_out, objective=objective)
+        for field, name in (("data", ROWS), ("validation_data", VALIDATION_ROWS)):
+            if (path := context.scratch / name / STATISTICS).exists():
+                metrics[field] = json.loads(path.read_text(encoding="utf-8"))
+        return metrics
 
 
 class RowTraining(PackedTraining):
@@ -114,12 +123,10 @@ class RowTraining(PackedTraining):
 
     def prepare_rows(self, context: Context, base: Checkpoint) -> None:
         """Pack the tables, and then the data of `mix` into rows of the same length."""
-        from llm.data.packing import PackedRows
-
         self.pack(context, base)
         if self.mix:
-            row_length = PackedRows(context.scratch / ROWS, seed=None).context
-            positions = self.positions(base)
+            row_length = self.own_rows(context).context
+            positions = min(row_length, self.positions(base))
             for number, table in enumerate(self.mix):
                 table.prepare(context, base, f"mix-{number}", positions=positions, row_length=row_length)
 
@@ -132,12 +139,10 @@ class RowTraining(PackedTraining):
 
     def mixture(self, context: Context, base: Checkpoint) -> "list[tuple[RowSource, float]]":
         """The rows of each table of `mix`, with its share."""
-        from llm.data.packing import PackedRows
-
         if not self.mix:
             return []
-        row_length = PackedRows(context.scratch / ROWS, seed=None).context
-        positions = self.positions(base)
+        row_length = self.own_rows(context).context
+        positions = min(row_length, self.positions(base))
         return [
             (table.rows(context, f"mix-{number}", positions=positions, row_length=row_length, seed=self.seed), table.share)
             for number, table in enumerate(self.mix)

@@ -118,6 +118,7 @@ def pack_tables(
     *,
     tokenizer: "TextTokenizer",
     positions: int,
+    follow_lengths: bool = False,
     longest_row: int | None = None,
     row_length: int | None = None,
 ) -> None:
@@ -134,6 +135,7 @@ def pack_tables(
         ],
         tokenizer=tokenizer,
         context=positions,
+        follow_lengths=follow_lengths,
         longest_row=longest_row,
         row_length=row_length,
         report=context.report,
