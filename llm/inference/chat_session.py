@@ -6,16 +6,18 @@ Terminals and servers use it; the model comes from a checkpoint folder, and from
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from llm.adapters.merge import merge_adapters
 from llm.device import resolve_precision
 from llm.errors import InputError
+from llm.inference.json_grammar import JsonGrammars
 from llm.inference.sampling import Sampling
-from llm.inference.streaming import stream
+from llm.inference.streaming import Ending, stream
 from llm.inference.timer import GenerationTimer
+from llm.inference.token_report import TokenReport, reporter
 from llm.models.checkpoint import load_checkpoint
 from llm.models.interface import Decoding, dtype_of
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -23,15 +25,33 @@ from llm.tokenizer.tokenizer import TextTokenizer
 ROOM = 4  # old turns are dropped so that an answer has a quarter of the context
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is asked of an answer."""
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()  # texts that end it
+    index: int = 0  # of several answers to one prompt, each with its own random numbers
+    schema: Mapping[str, Any] | None = None  # the answer is JSON that fits it
+    likeliest: int | None = None  # report the tokens, with this many alternatives of each
+
+
 @dataclass
 class Answer:
     """An answer while it is generated: iterate over `pieces`, then read the other fields."""
 
     pieces: Iterator[str]
-    prompt_tokens: int
+    prompt: list[int]
     forgotten: int  # messages at the beginning that did not fit
-    limit: int  # tokens that the answer may have
+    ending: Ending
     timer: GenerationTimer = field(default_factory=GenerationTimer)
+    reports: list[TokenReport] = field(default_factory=list)  # of the tokens so far, if they were asked for
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
 
     @property
     def new_tokens(self) -> int:
@@ -40,8 +60,8 @@ class Answer:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended because it reached `limit`."""
-        return self.timer.new_tokens >= self.limit
+        """Whether it ended because no more tokens were allowed."""
+        return self.ending.reason == "length"
 
 
 class ChatSession:
@@ -64,6 +84,7 @@ class ChatSession:
         self.context = model.context
         self.tokenizer = TextTokenizer.load(checkpoint)
         self._decoding: Decoding = model.eval().decoding()
+        self._grammars: JsonGrammars | None = None  # made for the first answer that needs one
         if compiled:
             with torch.inference_mode():
                 self._decoding.compile()
@@ -74,54 +95,60 @@ class ChatSession:
         return self.tokenizer.template is not None
 
     def answer(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        self, messages: Sequence[Mapping[str, Any]], options: AnswerOptions, *, tools: Sequence[Mapping[str, Any]] = ()
     ) -> Answer:
         """The assistant's next turn. Of a chat that is too long, the oldest turns but the system's are dropped.
 
-        InputError where not even the last turn fits, or a turn has a special token.
+        `tools` are OpenAI's descriptions of functions, for the chat template. InputError where not even the last turn fits.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
         if not turns:
             raise InputError("messages: expected at least one turn of the user, got none")
-        room = max(1, min(max_new_tokens, self.context // ROOM))
+        room = max(1, min(options.max_new_tokens, self.context // ROOM))
         for first in range(len(turns)):
-            if first and turns[first]["role"] == "assistant":
+            if first and turns[first]["role"] in ("assistant", "tool"):
                 continue  # an answer without its question
-            prompt = self.tokenizer.encode_prompt([dict(message) for message in (*system, *turns[first:])])
+            prompt = self.tokenizer.encode_prompt([dict(message) for message in (*system, *turns[first:])], tools=tools)
             if len(prompt) + room <= self.context:
-                return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=first)
+                return self._generate(prompt, options, forgotten=first)
         if len(prompt) < self.context:
-            return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=first)
+            return self._generate(prompt, options, forgotten=first)
         raise InputError(
             f"messages: expected a last turn that fits the model's context of {self.context} tokens, got {len(prompt)} tokens"
         )
 
-    def continuation(
-        self, text: str, *, max_new_tokens: int, sampling: Sampling | None = None, stop: Sequence[str] = ()
-    ) -> Answer:
-        """The model's continuation of plain text; InputError where the text fills the context."""
-        prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)]
+    def takes_tools(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the chat template tells the model of tools: whether they change what it renders."""
+        asked = [{"role": "user", "content": "?"}]
+        return self.tokenizer.encode_prompt(asked, tools=tools) != self.tokenizer.encode_prompt(asked)
+
+    def continuation(self, text: str | Sequence[int], options: AnswerOptions) -> Answer:
+        """The model's continuation of plain text, or of tokens as they are; InputError where they fill the context."""
+        prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)] if isinstance(text, str) else list(text)
+        if unknown := [token for token in prompt if not 0 <= token < self._decoding.vocab_size]:
+            raise InputError(f"prompt: expected tokens from 0 to {self._decoding.vocab_size - 1}, got {unknown[0]}")
         if len(prompt) >= self.context:
             raise InputError(f"prompt: expected fewer than the model's context of {self.context} tokens, got {len(prompt)}")
-        return self._generate(prompt, max_new_tokens, sampling, stop, forgotten=0)
+        return self._generate(prompt, options, forgotten=0)
 
-    def _generate(
-        self, prompt: list[int], max_new_tokens: int, sampling: Sampling | None, stop: Sequence[str], *, forgotten: int
-    ) -> Answer:
-        timer = GenerationTimer()
+    def _generate(self, prompt: list[int], options: AnswerOptions, *, forgotten: int) -> Answer:
+        constraint = None
+        if options.schema is not None:
+            self._grammars = self._grammars or JsonGrammars(self.tokenizer, vocab_size=self._decoding.vocab_size)
+            constraint = self._grammars.constraint(options.schema)
+        timer, ending, reports = GenerationTimer(), Ending(), list[TokenReport]()
         pieces = stream(
             self._decoding,
             prompt,
             tokenizer=self.tokenizer,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            sampling=sampling,
+            max_new_tokens=options.max_new_tokens,
+            stop=options.stop,
+            sampling=options.sampling,
+            index=options.index,
+            constraint=constraint,
+            watch=None if options.likeliest is None else reporter(reports, likeliest=options.likeliest),
+            ending=ending,
             timer=timer,
         )
-        return Answer(pieces, len(prompt), forgotten, min(max_new_tokens, self.context - len(prompt)), timer)
+        return Answer(pieces, prompt, forgotten, ending, timer, reports)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from llm.errors import InputError
 from llm.inference.batches import Limits, memory_for_batch, similar_lengths, work_in_batches
 from llm.inference.processes import ALONE, Processes
-from llm.inference.sampling import RandomStream, Sampling, SeenTokens, sample_tokens
+from llm.inference.sampling import Constraint, Sampling, TokenChoice
 from llm.inference.timer import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel, as_decoding
 
@@ -49,13 +50,13 @@ def generate(
 
     def answers(chosen: list[int], timer: GenerationTimer) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in chosen]
+        read = [prompts[index] for index in chosen]
         for new in decode_steps(
             decoding,
-            [prompts[index] for index in chosen],
+            read,
             limits=[slots[index] - len(prompts[index]) for index in chosen],
             end=end,
-            sampling=sampling,
-            streams=[RandomStream(sampling.seed, index) for index in chosen],
+            choice=TokenChoice(sampling, read, chosen),
             timer=timer,
         ):
             for row, token in new:
@@ -87,9 +88,17 @@ def generate_one(
     max_new_tokens: int,
     end: Collection[int],
     sampling: Sampling | None = None,
+    index: int = 0,
+    constraint: Constraint | None = None,
+    watch: Callable[[Tensor, int], None] | None = None,
+    on_end: Callable[[], None] = lambda: None,
     timer: GenerationTimer | None = None,
 ) -> Iterator[int]:
-    """The tokens that `generate` gives for this prompt alone, one by one."""
+    """The tokens that `generate` gives for this prompt, as the one of this index, one by one.
+
+    `constraint` says which tokens may follow, `watch` gets the logits (V,) of each step and the token chosen, the end token
+    too. `on_end` is called if an end token ends the text, and not if its length does.
+    """
     sampling, decoding = sampling or Sampling(), as_decoding(model)
     limit = _limit(decoding, prompt, max_new_tokens, place=0)
     if not limit:
@@ -98,12 +107,19 @@ def generate_one(
         decoding,
         [prompt],
         limits=[limit],
-        end=end,
-        sampling=sampling,
-        streams=[RandomStream(sampling.seed, 0)],
+        end=(),
+        choice=TokenChoice(sampling, [prompt], [index], constraint=constraint, watch=watch),
         timer=timer or GenerationTimer(),
     )
-    return (token for new in per_step for _, token in new)
+    return _until_end((token for new in per_step for _, token in new), end, on_end)
+
+
+def _until_end(tokens: Iterator[int], end: Collection[int], on_end: Callable[[], None]) -> Iterator[int]:
+    for token in tokens:
+        if token in end:
+            on_end()
+            return
+        yield token
 
 
 @torch.inference_mode()
@@ -113,8 +129,7 @@ def decode_steps(
     *,
     limits: Sequence[int],
     end: Collection[int],
-    sampling: Sampling,
-    streams: Sequence[RandomStream],
+    choice: TokenChoice,
     timer: GenerationTimer,
 ) -> Iterator[list[tuple[int, int]]]:
     """The new tokens of every step, as (index in `prompts`, token) without end tokens, until all prompts are done.
@@ -123,7 +138,6 @@ def decode_steps(
     """
     began = time.perf_counter()
     logits = decoding.read(prompts, room=max(limits))
-    seen = SeenTokens(prompts, vocab_size=logits.shape[-1], device=logits.device) if sampling.repetition_penalty != 1 else None
     logits.sum().item()  # wait for the GPU, for the timer
     timer.prompt_tokens += sum(map(len, prompts))
     timer.prompt_seconds += time.perf_counter() - began
@@ -131,9 +145,7 @@ def decode_steps(
     left = list(limits)  # tokens that each prompt may still get
     while True:
         began = time.perf_counter()
-        if seen is not None:
-            logits = seen.penalized(logits, sampling.repetition_penalty)
-        chosen = sample_tokens(logits, sampling, streams=[streams[row] for row in rows])
+        chosen = choice.next(logits)
         new = []
         for row, token in zip(rows, chosen, strict=True):
             if left[row]:
@@ -149,10 +161,7 @@ def decode_steps(
         if 2 * len(busy) <= len(rows):
             rows, chosen = [rows[place] for place in busy], [chosen[place] for place in busy]
             decoding.keep(busy)
-            if seen is not None:
-                seen.keep(busy)
-        if seen is not None:
-            seen.add(chosen)
+            choice.keep(busy)
         logits = decoding.step(chosen)
         timer.new_seconds += time.perf_counter() - began
 

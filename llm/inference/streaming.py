@@ -5,16 +5,31 @@ decodes such an incomplete end as U+FFFD, byte-level or with byte fallback. The 
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
 
 from llm.errors import InputError
 from llm.inference.generate import generate_one
-from llm.inference.sampling import Sampling
+from llm.inference.sampling import Constraint, Sampling
 from llm.inference.timer import GenerationTimer
 from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 REPLACEMENT = "\ufffd"  # incomplete characters decode to it
 MOST_REPLACEMENTS = 3  # bytes of a character without its last; with byte fallback each of them decodes to one
+
+
+@dataclass
+class Ending:
+    """Why a text ended: at an end token or a stop text, or because no more tokens were allowed."""
+
+    reason: Literal["stop", "length"] = "length"
+
+    def at_stop(self) -> None:
+        """Note that the text ended by itself."""
+        self.reason = "stop"
 
 
 def stream(
@@ -26,18 +41,34 @@ def stream(
     end: Collection[int] | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
+    index: int = 0,
+    constraint: Constraint | None = None,
+    watch: Callable[[Tensor, int], None] | None = None,
+    ending: Ending | None = None,
     timer: GenerationTimer | None = None,
 ) -> Iterator[str]:
-    """Pieces of the text that `generate` gives for `prompt` alone: joined, they are what its tokens decode to.
+    """Pieces of the text that `generate_one` gives for `prompt`: joined, they are what its tokens decode to.
 
     It ends before the first token of `end` (by default the tokenizer's end tokens), before the first of the texts `stop`, or
-    after `max_new_tokens`. Closing the iterator ends the work. InputError as for `generate`.
+    after `max_new_tokens`; `ending` tells which. Closing the iterator ends the work. InputError as for `generate`.
     """
     if "" in stop:
         raise InputError("stop: expected texts of at least one character, got an empty one")
     end = tokenizer.ends if end is None else end
-    tokens = generate_one(model, prompt, max_new_tokens=max_new_tokens, end=end, sampling=sampling, timer=timer)
-    return until_stop(pieces(tokens, decode=tokenizer.decode), stop)
+    ending = ending or Ending()
+    tokens = generate_one(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        end=end,
+        sampling=sampling,
+        index=index,
+        constraint=constraint,
+        watch=watch,
+        on_end=ending.at_stop,
+        timer=timer,
+    )
+    return until_stop(pieces(tokens, decode=tokenizer.decode), stop, on_stop=ending.at_stop)
 
 
 def pieces(tokens: Iterator[int], *, decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
@@ -73,14 +104,15 @@ def _without_incomplete_end(text: str) -> str:
     return text[: max(len(kept), len(text) - MOST_REPLACEMENTS)]
 
 
-def until_stop(texts: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The texts up to the first occurrence of one of `stop`; holds back what may be the beginning of one."""
+def until_stop(texts: Iterator[str], stop: Sequence[str], *, on_stop: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """The texts up to the first occurrence of one of `stop`, which `on_stop` is told; holds back what may begin one."""
     held = ""
     for text in texts:
         held += text
         found = [place for place in map(held.find, stop) if place >= 0]
         if found:
             held = held[: min(found)]
+            on_stop()
             break
         begun = max((size for one in stop for size in range(1, len(one)) if held.endswith(one[:size])), default=0)
         if begun < len(held):

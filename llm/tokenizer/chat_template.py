@@ -20,7 +20,7 @@ BEGIN, END, PADDING = "<|begin|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (BEGIN, END, PADDING, SYSTEM, USER, ASSISTANT)  # in the order of their ids, from 0
 
-Chat = Sequence[Mapping[str, str]]  # messages: role and content
+Chat = Sequence[Mapping[str, Any]]  # messages: role and content, and what else a template reads
 Span = tuple[int, int]  # of characters: first, and one after the last
 
 CHAT_TEMPLATE = (
@@ -62,10 +62,16 @@ def with_fixed_day(template: str) -> str:
 
 
 def render_chats(
-    chats: Sequence[Chat], template: str, *, special_tokens: Mapping[str, str], add_generation_prompt: bool = False
+    chats: Sequence[Chat],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """Each chat as text. `special_tokens` maps names such as bos_token. InputError if the template refuses a chat."""
-    return list(_render(chats, template, special_tokens, add_generation_prompt=add_generation_prompt)[0])
+    given = {"tools": list(map(dict, tools))} if tools else {}
+    return list(_render(chats, template, special_tokens, add_generation_prompt=add_generation_prompt, **given)[0])
 
 
 def render_with_spans(
@@ -110,7 +116,7 @@ def _unmarked(why: str) -> InputError:
     )
 
 
-def _render(chats: Sequence[Chat], template: str, special_tokens: Mapping[str, str], **options: bool) -> Any:
+def _render(chats: Sequence[Chat], template: str, special_tokens: Mapping[str, str], **options: Any) -> Any:
     if template not in (CHAT_TEMPLATE, PLAIN_TEMPLATE):
         return render_apart(chats, template, special_tokens, **options)
     from jinja2 import TemplateError

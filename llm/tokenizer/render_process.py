@@ -67,7 +67,7 @@ _renderer = cache(_Renderer)
 
 
 def render_apart(
-    chats: Sequence[Any], template: str, special_tokens: Mapping[str, str], **options: bool
+    chats: Sequence[Any], template: str, special_tokens: Mapping[str, str], **options: Any
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """What Transformers' `render_jinja_template` returns; InputError if the template refuses a chat, or takes too much."""
     request = {"chats": [list(map(dict, chat)) for chat in chats], "template": template, "tokens": dict(special_tokens)}

@@ -28,7 +28,7 @@ GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 NO_LENGTH_LIMIT = int(1e30)  # Transformers' value for "no limit"; the model has the limit
 
-ChatMessage = Mapping[str, str]  # role and content
+ChatMessage = Mapping[str, Any]  # role and content, and what else a template reads
 
 
 class TextTokenizer:
@@ -128,22 +128,39 @@ class TextTokenizer:
         """The text of the ids, without special tokens unless `special`."""
         return self._marked.decode(list(ids), skip_special_tokens=not special)
 
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells a token, in its own alphabet."""
+        return self._marked.id_to_token(token) or ""
+
+    def to_json(self) -> str:
+        """The tokenizer as a `tokenizer.json`, without what would add special tokens."""
+        return self._marked.to_str()
+
     def spelled_bytes(self, ids: Sequence[int]) -> int:
         """Bytes of text that the ids of a byte-level vocabulary stand for: all bytes, unless some were unknown."""
         # Its alphabet writes each byte as one character.
-        return sum(len(self._marked.id_to_token(token) or "") for token in ids)
+        return sum(len(self.piece(token)) for token in ids)
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
-        """A chat as text with its special tokens, up to where the assistant answers if `add_generation_prompt`."""
+    def render(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """A chat as text with its special tokens, up to where the assistant answers if `add_generation_prompt`.
+
+        `tools` are OpenAI's descriptions of functions that the template may tell of.
+        """
         self._refuse_special_tokens(messages)
         (text,) = render_chats(
-            [messages], self._chat_template, special_tokens=self._named, add_generation_prompt=add_generation_prompt
+            [messages],
+            self._chat_template,
+            special_tokens=self._named,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
         )
         return text
 
-    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids of a chat up to where the assistant answers."""
-        rendered = self.render(messages, add_generation_prompt=True)
+        rendered = self.render(messages, add_generation_prompt=True, tools=tools)
         with _whole_words():
             return self._marked.encode(rendered, add_special_tokens=False).ids
 
@@ -172,7 +189,7 @@ class TextTokenizer:
 
     def _refuse_special_tokens(self, messages: Sequence[ChatMessage]) -> None:
         for message in messages:
-            if found := self._any_special.search(message["content"]):
+            if found := self._any_special.search(message["content"] or ""):
                 raise InputError(
                     f"the {message['role']}'s turn: expected text without special tokens, got {found.group()!r}, which would "
                     "end or begin a turn; remove it from the row"

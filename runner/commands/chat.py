@@ -1,7 +1,9 @@
 """`run chat RECIPE [STAGE]`: a conversation with a model in the terminal."""
 
 import argparse
+import secrets
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runner.errors import RecipeError
@@ -10,7 +12,7 @@ from runner.planning.plan import Plan
 from runner.serving.models import servable_models
 
 if TYPE_CHECKING:
-    from llm.inference.chat_session import ChatSession
+    from llm.inference.chat_session import AnswerOptions, ChatSession
     from llm.inference.sampling import Sampling
 
 HELP = "/new starts a new conversation, /exit (or Ctrl-D) quits, Ctrl-C stops an answer"
@@ -34,18 +36,20 @@ def main(options: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
     try:
-        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
         session = model.open(precision=recipe.head.parallel.precision, compiled=options.compile)
     except InputError as error:
         raise RecipeError(f"{model.name}: {error}") from error
     if sys.stdin.isatty():
         print(f"{model.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
-    _chat(session, system=options.system, sampling=sampling, max_new_tokens=options.max_new_tokens)
+    _chat(session, system=options.system, sampling=sampling, seed=options.seed, max_new_tokens=options.max_new_tokens)
     return 0
 
 
-def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", max_new_tokens: int) -> None:
-    """Reads messages and prints answers until the end of the input."""
+def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", seed: int | None, max_new_tokens: int) -> None:
+    """Reads messages and prints answers until the end of the input. Without a `seed`, each answer has another."""
+    from llm.inference.chat_session import AnswerOptions
+
     first = [{"role": "system", "content": system}] if system else []
     messages = first
     while True:
@@ -61,20 +65,19 @@ def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", m
             print(HELP, file=sys.stderr)
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
-            answer = _answer(session, asked, sampling=sampling, max_new_tokens=max_new_tokens)
+            drawn = replace(sampling, seed=secrets.randbits(63) if seed is None else seed)
+            answer = _answer(session, asked, AnswerOptions(max_new_tokens=max_new_tokens, sampling=drawn))
             if answer is not None:
                 messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(
-    session: "ChatSession", messages: list[dict[str, str]], *, sampling: "Sampling", max_new_tokens: int
-) -> str | None:
+def _answer(session: "ChatSession", messages: list[dict[str, str]], options: "AnswerOptions") -> str | None:
     """Prints an answer while it is generated, and returns it; None if there is none. Ctrl-C ends it early."""
     from llm.errors import InputError
 
     pieces: list[str] = []
     try:
-        answer = session.answer(messages, max_new_tokens=max_new_tokens, sampling=sampling)
+        answer = session.answer(messages, options)
         if answer.forgotten:
             print(f"(the first {answer.forgotten} turns no longer fit into the context and are dropped)", file=sys.stderr)
         for piece in answer.pieces:

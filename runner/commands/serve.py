@@ -78,13 +78,14 @@ def main(options: argparse.Namespace) -> int:
     except OSError as error:
         raise RecipeError(f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})") from error
     try:
-        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed)
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
         how = {"precision": recipe.head.parallel.precision, "compiled": options.compile}
         models = {model.name: model.open(**how) for model in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
     config = ServerConfig(
         sampling=sampling,
+        seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         queue=options.queue,
         api_key=key or None,

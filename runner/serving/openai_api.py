@@ -1,81 +1,117 @@
-"""The requests and responses of the OpenAI-compatible endpoints.
+"""The requests of the OpenAI-compatible endpoints: every field is answered, or refused by its name.
 
-Unsupported fields that would change an answer are refused; fields without effect here (`user`, `metadata`) are ignored.
+A field whose type is None is one of OpenAI that this server does not support: only null is accepted.
+
 Reference: https://platform.openai.com/docs/api-reference/chat
 """
 
-import time
-import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from runner.serving.openai_messages import STRICT, Message, Tool
+
 MAX_MESSAGES = 256
 MAX_STOPS = 4
+MAX_ANSWERS = 128  # to one request: prompts times n
+LEAST_TOP_P = 1e-9  # for a top_p of 0: the likeliest token alone
+
+Count = Annotated[int, Field(ge=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Part(BaseModel):
-    """A part of a message; only text is supported."""
+class JsonSchema(BaseModel):
+    """A schema that an answer has to fit."""
 
-    type: Literal["text"]
-    text: str
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None  # it is strict in any case
 
 
-class Message(BaseModel):
-    """A message of a chat."""
+class ResponseFormat(BaseModel):
+    """The form of an answer."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    model_config = STRICT
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"json_schema: expected it where the type is json_schema, got the type {self.type}")
+        return self
 
     @property
-    def plain(self) -> dict[str, str]:
-        """The message for a chat template."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The schema that the answer has to fit; None for text."""
+        if self.type == "text":
+            return None
+        return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
 class StreamOptions(BaseModel):
-    """Whether a stream ends with token counts."""
+    """What a stream has beside the answer."""
 
-    include_usage: bool = False
+    model_config = STRICT
+
+    include_usage: bool | None = None  # whether it ends with token counts
+    include_obfuscation: Literal[False] | None = None
 
 
 class Request(BaseModel):
-    """The fields of both endpoints."""
+    """The fields of both endpoints; `user` has no effect, since nothing is stored."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = STRICT
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Count | None = None  # this server's own, as are the next two
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        """The longest answer in tokens."""
-        return self.max_tokens
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    user: str | None = None
 
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `Sampling` that the request sets."""
+        names = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_p is not None:
+            found["top_p"] = self.top_p or LEAST_TOP_P
+        if self.logit_bias:
+            found["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return found
+
     @model_validator(mode="after")
-    def _stops_have_text(self) -> Self:
+    def _fits_together(self) -> Self:
         if "" in self.stops:
             raise ValueError("stop: expected strings of at least one character, got an empty one")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected it with stream = true, got no stream")
         return self
 
 
@@ -83,49 +119,101 @@ class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    # Without effect: nothing is stored, and there is one tier.
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
 
     @property
     def max_new_tokens(self) -> int | None:
         """The longest answer in tokens; the newer of the two field names wins."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many alternatives of each token to report; None reports no tokens."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the template has to know of tools."""
+        return bool(self.offered) or any(message.tool_calls or message.role == "tool" for message in self.messages)
+
+    @model_validator(mode="after")
+    def _fits_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: expected it with logprobs = true, got none")
+        if self.tool_choice is not None and not self.tools:
+            raise ValueError("tool_choice: expected it with tools, got none")
+        if self.offered and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format: expected text where there are tools, got JSON, which could be no call")
+        return self
+
 
 class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
-    prompt: str
-    echo: Literal[False] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: int | None = None
+    suffix: None = None
 
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The longest answer in tokens."""
+        return self.max_tokens
 
-class ResponseFormat:
-    """The response format of one answer, whole or streamed, of a chat or a completion."""
+    @property
+    def likeliest(self) -> int | None:
+        """How many alternatives of each token to report; None reports no tokens."""
+        return self.logprobs
 
-    def __init__(self, *, model: str, chat: bool) -> None:
-        self._chat = chat
-        name = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._whole = {"object": name, **self._head}
-        self._piece = {"object": f"{name}.chunk" if chat else name, **self._head}
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, as text or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(part, int) for part in self.prompt):
+            return [self.prompt]  # type: ignore[list-item]  # a list of tokens
+        return self.prompt  # type: ignore[return-value]  # a list of texts or of lists of tokens
 
-    def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """The answer in one piece."""
-        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return {**self._whole, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}], "usage": usage}
-
-    def piece(self, text: str | None, *, reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """A piece of a stream; its end if `text` is None."""
-        role = {"role": "assistant"} if first else {}
-        content = {"delta": {} if text is None else {**role, "content": text}} if self._chat else {"text": text or ""}
-        return {**self._piece, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
-
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last piece of a stream with token counts."""
-        return {**self._piece, "choices": [], "usage": usage}
-
-
-def error_body(message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error response."""
-    kind = "server_error" if code == "internal_error" else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    @model_validator(mode="after")
+    def _fits_completion(self) -> Self:
+        if not self.prompt or [] in self.prompts:
+            raise ValueError("prompt: expected text or tokens, got none")
+        if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ValueError(
+                f"prompt: expected at most {MAX_ANSWERS} answers, got {len(self.prompts)} prompts x {self.n or 1}"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of: expected {self.n or 1}, which n is, got {self.best_of}: answers are not ranked")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs: expected none with echo, got some: only the answer's tokens have them here")
+        return self

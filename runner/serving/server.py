@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -25,14 +25,18 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from runner.serving.openai_api import ChatRequest, CompletionRequest, ResponseFormat, error_body
+from runner.serving.openai_api import ChatRequest, CompletionRequest
+from runner.serving.openai_responses import Responses, TokenLogprobs, error_body, usage, validation_error
+from runner.serving.replies import Reply
+from runner.serving.tool_calls import tools_fault
 
 if TYPE_CHECKING:
-    from llm.inference.chat_session import Answer, ChatSession
+    from llm.inference.chat_session import Answer, AnswerOptions, ChatSession
     from llm.inference.sampling import Sampling
 
 PAGE = Path(__file__).parents[1] / "pages" / "chat.html"
 MAX_BYTES = 1 << 20  # of a request
+PARAMETERS = {"schema": "response_format"}  # the field of a request that an error is about, where its name differs
 T = TypeVar("T")
 
 
@@ -40,8 +44,9 @@ T = TypeVar("T")
 class ServerConfig:
     """The defaults and limits of a server."""
 
-    sampling: "Sampling"
+    sampling: "Sampling"  # but for its seed
     max_new_tokens: int
+    seed: int | None = None  # of requests without one; None is another for each
     queue: int = 16  # requests that may wait
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # accepted Host headers
     api_key: str | None = None
@@ -53,6 +58,12 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.body = status, error_body(message, code=code, param=param)
+
+    @classmethod
+    def of(cls, status: int, body: Mapping[str, Any]) -> Self:
+        """With this body."""
+        error = body["error"]
+        return cls(status, error["message"], code=error["code"], param=error["param"])
 
 
 class Server:
@@ -104,64 +115,103 @@ class Server:
                 400, f"the model {name!r} has no chat template; use /v1/completions", code="no_chat", param="model"
             )
         messages = [message.plain for message in parsed.messages]
-        if messages[-1]["role"] != "user":
-            last = f"messages: expected the last one from the user, got {messages[-1]['role']}"
+        if messages[-1]["role"] not in ("user", "tool"):
+            last = f"messages: expected the last one from the user or a tool, got {messages[-1]['role']}"
             raise RefusedError(400, last, code="invalid_value", param="messages")
-        return await self._respond(request, parsed, partial(session.answer, messages), ResponseFormat(model=name, chat=True))
+        schema = parsed.response_format.schema_of_answer if parsed.response_format else None
+
+        def begin() -> Iterator[Reply]:
+            if parsed.uses_tools and (fault := tools_fault(session.tokenizer, parsed.offered)):
+                raise RefusedError(400, f"tools: {fault}", code="unsupported_parameter", param="tools")
+            for options in self._options(parsed, schema=schema):
+                yield Reply(
+                    session.answer(messages, options, tools=parsed.offered),
+                    tools=[tool["function"]["name"] for tool in parsed.offered],
+                    one_call=parsed.parallel_tool_calls is False,
+                    logprobs=_logprobs(session, parsed, chat=True),
+                )
+
+        return await self._respond(request, parsed, begin, Responses(model=name, chat=True, wants_usage=parsed.wants_usage))
 
     async def complete(self, request: HttpRequest) -> Response:
         """`POST /v1/completions`."""
         parsed = await self._read(request, CompletionRequest)
         name, session = self._model(parsed.model)
-        begin = partial(session.continuation, parsed.prompt)
-        return await self._respond(request, parsed, begin, ResponseFormat(model=name, chat=False))
+
+        def begin() -> Iterator[Reply]:
+            for prompt in parsed.prompts:
+                said = prompt if isinstance(prompt, str) else session.tokenizer.decode(prompt)
+                for options in self._options(parsed):
+                    answer = session.continuation(prompt, options)
+                    shown = _logprobs(session, parsed, chat=False)
+                    yield Reply(answer, logprobs=shown, echo=said if parsed.echo else "")
+
+        return await self._respond(request, parsed, begin, Responses(model=name, chat=False, wants_usage=parsed.wants_usage))
+
+    def _options(
+        self, parsed: ChatRequest | CompletionRequest, *, schema: Mapping[str, Any] | None = None
+    ) -> Iterator["AnswerOptions"]:
+        """What is asked of each of the `n` answers to one prompt."""
+        from llm.inference.chat_session import AnswerOptions
+
+        seed = secrets.randbits(63) if self._config.seed is None else self._config.seed
+        limit = parsed.max_new_tokens
+        for index in range(parsed.n or 1):
+            yield AnswerOptions(
+                max_new_tokens=self._config.max_new_tokens if limit is None else limit,
+                sampling=replace(self._config.sampling, **{"seed": seed} | parsed.sampling),
+                stop=parsed.stops,
+                index=index,
+                schema=schema,
+                likeliest=parsed.likeliest,
+            )
 
     async def _respond(
         self,
         request: HttpRequest,
         parsed: ChatRequest | CompletionRequest,
-        begin: Callable[..., "Answer"],
-        response: ResponseFormat,
+        begin: Callable[[], Iterator[Reply]],
+        responses: Responses,
     ) -> Response:
-        """Waits for a turn, starts the answer, and returns it whole or as a stream."""
-        options = {
-            "max_new_tokens": parsed.max_new_tokens or self._config.max_new_tokens,
-            "sampling": self._sampling(parsed),
-            "stop": parsed.stops,
-        }
+        """Waits for a turn, begins the answers, and returns them whole or as a stream."""
         turn = contextlib.AsyncExitStack()
         await turn.enter_async_context(self._turn_of(request))
         try:
-            answer = await self._call(lambda: _begun(partial(begin, **options)))
+            replies = await self._call(lambda: _refusing(lambda: list(begin())))
         except BaseException:
             await turn.aclose()
             raise
         if parsed.stream:
-            wants_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-            return Stream(self._events(answer, response, wants_usage=wants_usage), turn)
-        async with turn, contextlib.aclosing(self._pieces(answer, request)) as made:
-            pieces = [piece async for piece in made]
-        return JSONResponse(response.whole("".join(pieces), reason=_reason(answer), usage=_usage(answer)))
+            return Stream(self._events(replies, parsed, responses), turn)
+        async with turn:
+            for reply in replies:
+                async with contextlib.aclosing(self._pieces(reply.answer, request)) as pieces:
+                    async for piece in pieces:
+                        reply.take(piece)
+                reply.end()
+        return JSONResponse(responses.whole([reply.finished() for reply in replies], _usage(replies, parsed)))
 
-    async def _events(self, answer: "Answer", response: ResponseFormat, *, wants_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events."""
+    async def _events(
+        self, replies: list[Reply], parsed: ChatRequest | CompletionRequest, responses: Responses
+    ) -> AsyncGenerator[str, None]:
+        """Server-sent events: one answer after the other."""
         try:
-            first = True
-            async with contextlib.aclosing(self._pieces(answer)) as pieces:
-                async for piece in pieces:
-                    yield _event(response.piece(piece, first=first))
-                    first = False
-            yield _event(response.piece(None, reason=_reason(answer)))
-            if wants_usage:
-                yield _event(response.usage(_usage(answer)))
+            for index, reply in enumerate(replies):
+                async with contextlib.aclosing(self._pieces(reply.answer)) as pieces:
+                    async for event in reply.events(pieces, responses, index):
+                        yield _event(event)
+            if parsed.wants_usage:
+                yield _event(responses.usage(_usage(replies, parsed)))
             yield "data: [DONE]\n\n"
-        except Exception as error:  # the status was sent, so the stream has the error
+        except RefusedError as error:  # the status was sent, so the stream has the error
+            yield _event(error.body)
+        except Exception as error:
             yield _event(error_body(f"{type(error).__name__}: {error}", code="internal_error"))
 
     async def _pieces(self, answer: "Answer", request: HttpRequest | None = None) -> AsyncGenerator[str, None]:
         """The pieces, made in the models' thread; aborted if the client of `request` disconnects."""
         try:
-            while (piece := await self._call(lambda: next(answer.pieces, None))) is not None:
+            while (piece := await self._call(lambda: _refusing(lambda: next(answer.pieces, None)))) is not None:
                 yield piece
                 if request is not None and await request.is_disconnected():
                     raise RefusedError(499, "the client disconnected", code="gone")
@@ -199,9 +249,7 @@ class Server:
         try:
             return shape.model_validate_json(bytes(body))  # type: ignore[attr-defined,no-any-return]  # both are pydantic models
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RefusedError(400, f"{where or 'body'}: {first['msg']}", code="invalid_value", param=where or None) from None
+            raise RefusedError.of(400, validation_error(error)) from None
 
     def _check_key(self, request: HttpRequest) -> None:
         key = self._config.api_key
@@ -216,14 +264,6 @@ class Server:
             message = f"model: expected one of {', '.join(self._models)}, got {name!r}"
             raise RefusedError(404, message, code="model_not_found", param="model")
         return chosen, self._models[chosen]
-
-    def _sampling(self, parsed: ChatRequest | CompletionRequest) -> "Sampling":
-        given = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "seed")
-            if (value := getattr(parsed, name)) is not None
-        }
-        return replace(self._config.sampling, **given, repetition_penalty=parsed.repetition_penalty)
 
 
 class Stream(StreamingResponse):
@@ -242,13 +282,20 @@ class Stream(StreamingResponse):
             await self._turn.aclose()
 
 
-def _begun(begin: Callable[[], "Answer"]) -> "Answer":
+def _refusing(work: Callable[[], T]) -> T:
+    """What `work` returns; what it finds wrong with the request is refused."""
     from llm.errors import InputError
 
     try:
-        return begin()
+        return work()
     except InputError as error:
-        raise RefusedError(400, str(error), code="invalid_value") from error
+        field = str(error).partition(":")[0]
+        param = PARAMETERS.get(field, field) if field.isidentifier() else None
+        raise RefusedError(400, str(error), code="invalid_value", param=param) from error
+
+
+def _logprobs(session: "ChatSession", parsed: ChatRequest | CompletionRequest, *, chat: bool) -> TokenLogprobs | None:
+    return None if parsed.likeliest is None else TokenLogprobs(session.tokenizer, chat=chat)
 
 
 def _close(answer: "Answer") -> None:
@@ -256,13 +303,10 @@ def _close(answer: "Answer") -> None:
         answer.pieces.close()
 
 
-def _reason(answer: "Answer") -> str:
-    return "length" if answer.is_cut else "stop"
-
-
-def _usage(answer: "Answer") -> dict[str, int]:
-    new, prompt = answer.new_tokens, answer.prompt_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def _usage(replies: list[Reply], parsed: ChatRequest | CompletionRequest) -> dict[str, int]:
+    """Token counts: each prompt once, and all answers."""
+    prompts = sum(reply.answer.prompt_tokens for reply in replies[:: parsed.n or 1])
+    return usage(prompts, sum(reply.answer.new_tokens for reply in replies))
 
 
 def _event(body: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import InputError
-from llm.inference.sampling import RandomStream, Sampling, SeenTokens, distribution, sample_tokens
+from llm.inference.sampling import Penalties, RandomStream, Sampling, distribution, sample_tokens
 
 CPU = torch.device("cpu")
 
@@ -44,12 +44,28 @@ def test_min_p_keeps_tokens_that_are_likely_beside_the_likeliest(min_p: float, k
 
 def test_a_repeated_token_is_penalized_toward_less_likely_whatever_its_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0, 0.0]]).repeat(2, 1)
-    seen = SeenTokens([[0, 1], [4]], vocab_size=5, device=CPU)
+    seen = Penalties(Sampling(repetition_penalty=2.0), [[0, 1], [4]], vocab_size=5, device=CPU)
     seen.add([0, 3])
     wanted = torch.tensor([[1.0, -4.0, 1.0, -1.0, 0.0], [2.0, -2.0, 1.0, -2.0, 0.0]])
-    torch.testing.assert_close(seen.penalized(logits, 2.0), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(seen.applied(logits), wanted, rtol=0, atol=0)
     seen.keep([1])
-    torch.testing.assert_close(seen.penalized(logits[1:], 2.0), wanted[1:], rtol=0, atol=0)
+    torch.testing.assert_close(seen.applied(logits[1:]), wanted[1:], rtol=0, atol=0)
+
+
+def test_presence_counts_a_token_once_and_frequency_each_time_and_the_prompt_for_nothing() -> None:
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={4: -100.0, 0: 2.0})
+    penalties = Penalties(sampling, [[0, 1], [4]], vocab_size=5, device=CPU)
+    for tokens in ([2, 3], [2, 1], [0, 3]):
+        penalties.add(tokens)
+    wanted = torch.tensor([[2 - 0.75, 0, -1.0, 0, -100], [2, -0.75, 0, -1.0, -100]])
+    torch.testing.assert_close(penalties.applied(torch.zeros(2, 5)), wanted)
+    penalties.keep([1])
+    torch.testing.assert_close(penalties.applied(torch.zeros(1, 5)), wanted[1:])
+
+
+def test_a_bias_for_a_token_that_no_model_has_is_refused() -> None:
+    with pytest.raises(InputError, match="logit_bias: expected tokens from 0 to 4, got 5"):
+        Penalties(Sampling(logit_bias={5: 1.0}), [[0]], vocab_size=5, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +106,8 @@ def test_distributions_are_those_of_transformers(stock: Any, options: dict[str, 
     )
     sampling = Sampling(temperature=temperature, **options)
     logits = found.logits[0]
-    seen = SeenTokens(prompts.tolist(), vocab_size=300, device=CPU)
-    ours = distribution(seen.penalized(logits, sampling.repetition_penalty), sampling)
+    penalties = Penalties(sampling, prompts.tolist(), vocab_size=300, device=CPU)
+    ours = distribution(penalties.applied(logits), sampling)
     theirs = found.scores[0].double().softmax(-1)
     assert ((ours > 0) == (theirs > 0)).all()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)

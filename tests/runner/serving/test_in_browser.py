@@ -4,18 +4,15 @@ Marked long, since it drives real pages and runs the quickstart for the report. 
 """
 
 import re
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import uvicorn
+from served import serving
 
 from llm.inference.chat_session import ChatSession
 from llm.inference.sampling import Sampling
@@ -24,7 +21,7 @@ from llm.models.llama.config import LlamaConfig
 from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
-from runner.serving.server import Server, ServerConfig
+from runner.serving.server import ServerConfig
 
 if TYPE_CHECKING:
     from browser import Watched
@@ -74,25 +71,13 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]
     return found
 
 
-@contextmanager
-def served(sessions: dict[str, ChatSession], *, key: str | None = None) -> Iterator[str]:
-    """The address of the page."""
-    settings = ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(Server(sessions, settings).app(), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
+def settings(key: str | None = None) -> ServerConfig:
+    return ServerConfig(sampling=Sampling(temperature=0.0), max_new_tokens=16, api_key=key)
 
 
 @pytest.fixture(scope="module")
 def address(sessions: dict[str, ChatSession]) -> Iterator[str]:
-    with served(sessions) as found:
+    with serving(sessions, settings()) as found:
         yield found
 
 
@@ -173,7 +158,7 @@ def test_a_new_conversation_during_an_answer_starts_empty(browser: "Browser", ad
 def test_a_server_with_a_key_asks_for_it(browser: "Browser", sessions: dict[str, ChatSession]) -> None:
     from browser import Watched
 
-    with served(sessions, key="not-a-secret") as address:
+    with serving(sessions, settings("not-a-secret")) as address:
         watched = Watched(browser, address)
         page = watched.page
         page.wait_for_selector("#key:visible")
