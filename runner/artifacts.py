@@ -107,7 +107,7 @@ class Checkpoint(Artifact):
     """A model folder that stock Transformers opens: config, safetensors, tokenizer, chat template, generation config."""
 
     config = InFolder("config.json")
-    """The architecture, as Transformers' LlamaConfig."""
+    """The architecture, as Transformers' configuration of its family."""
     weights = InFolder("model.safetensors")
     """All weights; of a model of more than 5 GB there are shards instead, which model.safetensors.index.json names."""
 

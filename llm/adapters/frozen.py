@@ -39,14 +39,14 @@ class FrozenProduct(Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without bias whose weight may be of another dtype than its products, unless it learns."""
+    """A linear layer whose weight may be of another dtype than its products, unless it learns."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., D) to (..., O), in the dtype of products."""
         if self.weight.requires_grad:
-            return linear(input, self.weight)
+            return linear(input, self.weight, self.bias)
         out: Tensor = FrozenProduct.apply(input, self.weight)  # type: ignore[no-untyped-call]  # `apply` is untyped
-        return out
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class FrozenEmbedding(nn.Embedding):
@@ -64,10 +64,10 @@ def freeze(model: LanguageModel) -> None:
     model.requires_grad_(False)
     kept: set[int] = set()
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.bias is None:
-            model.set_submodule(
-                name, _as(FrozenLinear(module.in_features, module.out_features, bias=False, device="meta"), module)
-            )
+        if type(module) is nn.Linear:
+            frozen = FrozenLinear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            frozen.bias = module.bias
+            model.set_submodule(name, _as(frozen, module))
         elif type(module) is nn.Embedding:
             model.set_submodule(name, _as(FrozenEmbedding(module.num_embeddings, module.embedding_dim, device="meta"), module))
         else:

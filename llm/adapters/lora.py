@@ -141,8 +141,12 @@ def quantize(model: LanguageModel, *, double: bool, compute_dtype: torch.dtype |
     for name in [name for name, _ in _linear_layers(model)]:  # of the layers themselves no list, so that they go one by one
         linear: Any = model.get_submodule(name)
         quantized = Linear4bit(  # type: ignore[no-untyped-call]  # bitsandbytes has no types
-            linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, device="meta", **form
+            *(linear.in_features, linear.out_features, linear.bias is not None),
+            compute_dtype=compute_dtype,
+            device="meta",
+            **form,
         )
+        quantized.bias = linear.bias
         # On processors that multiply bf16, bitsandbytes would repack the weight for good in the first validation, and a
         # repacked layer passes no gradient on to its input.
         quantized.support_avx512bf16_for_cpu = False
@@ -254,7 +258,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     full = {name: weights.pop(name) for name in list(weights) if name in plain}
     if model.config.tied:
         _check_tied(config, weights, full, folder)
-    config.modules_to_save = sorted(name.removesuffix(".weight") for name in full) or None
+    config.modules_to_save = sorted({name.rpartition(".")[0] for name in full}) or None
     _inject(model, config)
     _check_fit(_state(model), weights, folder)
     _check_fit({name: plain[name] for name in full}, full, folder)
@@ -332,8 +336,11 @@ def _state(model: LanguageModel) -> dict[str, Tensor]:
 def _saved_modules(model: LanguageModel) -> dict[str, Tensor]:
     """The weights of the modules that are trained in full, by name."""
     modules: list[str] = _config_of(model).modules_to_save or []
-    weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
-    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    return {
+        f"{name}.{part}": weight
+        for name in modules
+        for part, weight in model.get_submodule(name).named_parameters(recurse=False)
+    }
 
 
 def _copy_saved_modules(model: LanguageModel, weights: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ Letters: N positions, D inputs, O outputs, r rank.
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
@@ -21,21 +22,25 @@ if TYPE_CHECKING:
 
 
 class LowRankLinear(Function):
-    """x weightᵀ + scale (x downᵀ) upᵀ (..., O) of x (..., D), a frozen weight (O, D), down (r, D) and up (O, r)."""
+    """x weightᵀ + bias + scale (x downᵀ) upᵀ (..., O) of x (..., D), a frozen weight (O, D) and bias (O,) or None, down (r, D)
+    and up (O, r)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:  # noqa: D102
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
         dtype = compute_dtype(x)
         flat, down = x.reshape(-1, x.shape[-1]).to(dtype), down.to(dtype)
         up = (up * scale).to(dtype)
         narrow = flat @ down.t()  # (N, r)
-        out = (flat @ weight.to(dtype).t()).addmm_(narrow, up.t())
+        exact = weight.to(dtype).t()
+        out = (flat @ exact if bias is None else torch.addmm(bias.to(dtype), flat, exact)).addmm_(narrow, up.t())
         ctx.save_for_backward(flat, weight, down, up, narrow)  # of the frozen weight no cast, which would be a second copy
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:  # noqa: D102
         flat, weight, down, up, narrow = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         dnarrow = grad @ up
@@ -44,7 +49,7 @@ class LowRankLinear(Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        return dx, None, (dnarrow.t() @ flat).float(), (grad.t() @ narrow).float().mul_(ctx.scale), None
+        return dx, None, None, (dnarrow.t() @ flat).float(), (grad.t() @ narrow).float().mul_(ctx.scale), None
 
 
 def fuse(layer: "LoraLayer", *, adapter: str) -> None:
@@ -56,8 +61,8 @@ def fuse(layer: "LoraLayer", *, adapter: str) -> None:
             return out
         # Read at each call: sharded weights are whole only then.
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        weight, scale = self.base_layer.weight, self.scaling[adapter]
-        fused: Tensor = LowRankLinear.apply(x, weight, down, up, scale)  # type: ignore[no-untyped-call]  # `apply` is untyped
+        weight, bias, scale = self.base_layer.weight, self.base_layer.bias, self.scaling[adapter]
+        fused: Tensor = LowRankLinear.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]  # untyped
         return fused
 
     layer.forward = MethodType(forward, layer)  # type: ignore[attr-defined]  # of this one layer
@@ -65,4 +70,4 @@ def fuse(layer: "LoraLayer", *, adapter: str) -> None:
 
 def can_fuse(base: nn.Module, *, dropout: float, dora: bool) -> bool:
     """Whether an adapter with these settings is exactly a matrix and its low-rank update."""
-    return type(base) in (nn.Linear, FrozenLinear) and base.bias is None and dropout == 0 and not dora
+    return type(base) in (nn.Linear, FrozenLinear) and dropout == 0 and not dora

@@ -19,8 +19,8 @@ import torch
 
 from llm.data.token_rows import TokenRows
 from llm.data.token_shards import TokenWriter
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.loss import next_token_loss
 from llm.training.task import CheckpointConfig, ComputeConfig, TrainingTask
@@ -100,7 +100,7 @@ def _train(
     scratch.mkdir()
     task = TrainingTask(next_token_loss, rows, budget, BATCH_TOKENS, schedule=schedule, optimizer=optimizer, seed=0)
     return train(
-        Llama(LlamaConfig.model_validate({"context": rows.context} | sizes), vocab_size=rows.shards.vocab_size),
+        Decoder(DecoderConfig.model_validate({"context": rows.context} | sizes), vocab_size=rows.shards.vocab_size),
         task,
         compute=ComputeConfig(cores=torch.get_num_threads(), precision="fp32", compiled=False, fused_attention=False),
         checkpoints=CheckpointConfig(scratch),

@@ -45,7 +45,7 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
     config, vocab_size = read_config(checkpoint / CONFIG)
     weights = read_weights(checkpoint, config, vocab_size=vocab_size)
     layout = architectures()[config.name].gguf()
-    writer = GGUFWriter(None, layout.ARCHITECTURE)
+    writer = GGUFWriter(None, layout.architecture_of(config))
     writer.add_file_type(LlamaFileType["ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"])
     writer.add_quantization_version(2)  # of ggml's blocks: GGML_QUANT_VERSION
     writer.add_vocab_size(vocab_size)

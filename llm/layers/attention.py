@@ -19,23 +19,32 @@ from llm.layers import blocked_attention, fused_attention
 class AttentionMask:
     """Which positions see which, computed once per batch and used by every layer."""
 
-    starts: Tensor | None  # on CPU: (1 or B, T), where each one's document begins
+    starts: Tensor | None  # on CPU: (1 or B, T), where each one's document begins, or its window
     dense: Tensor | None = None  # elsewhere: (B, 1, T, T), True where visible; None means plain causal attention
     fused: bool = False  # whether the kernel computes it
 
 
-def attention_mask(length: int, *, documents: Tensor | None, device: torch.device, fused: bool = False) -> AttentionMask:
-    """The mask by which each of `length` positions sees itself and earlier ones of its document.
+def attention_mask(
+    length: int, *, documents: Tensor | None, device: torch.device, fused: bool = False, window: int | None = None
+) -> AttentionMask:
+    """The mask by which each of `length` positions sees itself and earlier ones of its document, at most `window` in all.
 
     `documents` is (B, T) or None; the positions of a document are contiguous. `fused` makes it for the kernel, which has to
     support the sizes.
     """
+    if window is not None and window >= length:
+        window = None
     if device.type == "cpu":
-        return AttentionMask(_document_starts(length, documents), fused=fused)
-    if documents is None:
+        starts = _document_starts(length, documents)
+        if window is not None:  # what a position sees begins where its document does, or its window
+            starts = starts.maximum(torch.arange(1 - window, length + 1 - window, dtype=torch.int32))
+        return AttentionMask(starts, fused=fused)
+    if documents is None and window is None:
         return AttentionMask(None)
-    same = documents[:, :, None] == documents[:, None, :]
-    return AttentionMask(None, same.tril()[:, None])
+    if documents is None:
+        documents = torch.zeros(1, length, dtype=torch.int32, device=device)
+    seen = (documents[:, :, None] == documents[:, None, :]).tril()
+    return AttentionMask(None, (seen if window is None else seen.triu(1 - window))[:, None])
 
 
 def _document_starts(length: int, documents: Tensor | None) -> Tensor:

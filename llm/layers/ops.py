@@ -1,16 +1,16 @@
-"""RMSNorm, rotary embedding and SwiGLU with hand-written gradients: fewer passes over memory than autograd makes.
+"""RMSNorm, rotary embedding and gated products with hand-written gradients: fewer passes over memory than autograd makes.
 
 Between matrix products these passes dominate the time of a step; each operation keeps only its inputs for the backward pass.
 
 Letters: B rows, T positions, H heads, E head size.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -46,7 +46,8 @@ class RMSNorm(Function):
 class Rotate(Function):
     """Rotary embedding of x (B, T, H, E), heads moved before positions: (B, H, T, E).
 
-    The halves of a head are the two coordinates of each pair (Transformers' `rotate_half`).
+    The halves of a head are the two coordinates of each pair (Transformers' `rotate_half`); with fewer angles than pairs, those
+    of its first channels, and the rest stays.
     """
 
     @staticmethod
@@ -61,32 +62,48 @@ class Rotate(Function):
 
 
 def _rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pairs of x (B, H, T, E) by angles (1 or B, 1, T, E / 2).
+    """Rotate the pairs of x (B, H, T, E) by angles (1 or B, 1, T, at most E / 2).
 
     Always in fp32: besides being exact, on CPU short strided runs of bf16 are 5 times as slow as casting both ways.
     """
+    if (rotated := 2 * cosine.shape[-1]) < x.shape[-1]:
+        return torch.cat([_rotate_pairs(x[..., :rotated], cosine, sine), x[..., rotated:]], -1)
     left, right = x.float().chunk(2, -1)
     if torch.compiler.is_compiling():  # the compiler fuses it into one pass, if each half is rounded before they are joined
-        rotated = (left * cosine - right * sine, right * cosine + left * sine)
-        return torch.cat([half.to(x.dtype) for half in rotated], -1)
+        halves = (left * cosine - right * sine, right * cosine + left * sine)
+        return torch.cat([half.to(x.dtype) for half in halves], -1)
     out = torch.empty(x.shape, device=x.device)
     torch.mul(left, cosine, out=out[..., : left.shape[-1]]).addcmul_(right, sine, value=-1)
     torch.mul(right, cosine, out=out[..., left.shape[-1] :]).addcmul_(left, sine)
     return out.to(x.dtype)
 
 
-class SwiGLU(Function):
-    """silu(gate) * up (Shazeer 2020)."""
+Gate = Literal["silu", "gelu"]
+
+
+class GatedProduct(Function):
+    """f(gate) * up (Shazeer 2020), where f is SiLU, or GELU in its form by tanh."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, gate: Tensor, up: Tensor, function: Gate) -> Tensor:  # noqa: D102
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        ctx.function = function
+        return activate(gate, function).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+        by_gate = grad * up
+        if ctx.function == "gelu":
+            dgate = torch.ops.aten.gelu_backward(by_gate, gate, approximate="tanh")
+        else:
+            dgate = torch.ops.aten.silu_backward(by_gate, gate)
+        return dgate, activate(gate, ctx.function).mul_(grad), None
+
+
+def activate(gate: Tensor, function: Gate) -> Tensor:
+    """f(gate)."""
+    return gelu(gate, approximate="tanh") if function == "gelu" else silu(gate)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -97,12 +114,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding: x (B, T, H, E), cosine and sine (1 or B, 1, T, E / 2). Returns (B, H, T, E)."""
+    """Rotary position embedding: x (B, T, H, E), cosine and sine (1 or B, 1, T, at most E / 2). Returns (B, H, T, E)."""
     out: Tensor = Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    out: Tensor = SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
+    """f(gate) * up."""
+    out: Tensor = GatedProduct.apply(gate, up, function)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out

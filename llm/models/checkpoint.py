@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
-from llm.models import architectures
+from llm.models import architectures, from_transformers
 from llm.models.interface import LanguageModel, ModelConfig
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -136,17 +136,15 @@ def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:
         raise InputError(f"{path}: expected a model folder as Transformers writes it, got no file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got a file that cannot be parsed: {error}") from error
-    by_type = {architecture.model_type: architecture for architecture in architectures().values()}
-    model_type = found.get("model_type")
-    if model_type not in by_type:
-        expected = " or ".join(map(repr, by_type))
-        raise InputError(f"{path}: model_type: expected {expected}, got {model_type!r}: this architecture is not supported")
-    if not isinstance(vocab_size := found.get("vocab_size"), int):
-        raise InputError(f"{path}: vocab_size: expected a whole number above 0, got {vocab_size!r}")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a table, got {found!r:.80}")
     try:
-        return by_type[model_type].from_transformers(found, dropout=dropout), vocab_size
+        config = from_transformers(found, dropout=dropout)
+        if not isinstance(vocab_size := found.get("vocab_size"), int):
+            raise InputError(f"vocab_size: expected a whole number above 0, got {vocab_size!r}")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    return config, vocab_size
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ class ModelConfig(Protocol):
 
     @property
     def name(self) -> str:
-        """The architecture: a folder of `llm.models`."""
+        """The architecture: a family of `llm.models.families`."""
 
     @property
     def hidden_size(self) -> int:
@@ -105,8 +105,8 @@ class LanguageModel(nn.Module, ABC):
         """
 
     def decoding(self) -> "Decoding":
-        """The model arranged for decoding, with its present weights; from `decode.py` of the architecture's folder."""
-        module: Any = importlib.import_module(f"llm.models.{self.config.name}.decode")
+        """The model arranged for decoding, with its present weights."""
+        module: Any = importlib.import_module("llm.models.decoder.decode")  # which imports the model
         made: Decoding = module.build(self)
         return made
 

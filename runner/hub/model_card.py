@@ -149,7 +149,8 @@ def _summary(model: Model) -> str:
         f"a context of {context:,} tokens" if context else "",
     ]
     size = ", ".join(fact for fact in facts if fact)
-    return f"A LLaMA decoder trained from nothing{': ' if size else ''}{size}.\n"
+    family = shape.get("name", "llama")
+    return f"A {'LLaMA' if family == 'llama' else family} decoder trained from nothing{': ' if size else ''}{size}.\n"
 
 
 def _scores(model: Model) -> str:

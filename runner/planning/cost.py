@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.models import architectures
+from llm.models import architectures, from_transformers
 from runner.artifacts import Checkpoint
 from runner.cache.record import Record
 from runner.cache.store import Store
@@ -169,12 +169,9 @@ def _fresh_shape(recipe: Recipe, stage: Pretraining, architecture: "ModelConfig"
     return _shape_of(architecture, vocab_size=tokenizer.vocab_size, context=pack.context)
 
 
-def _written_shape(found: Mapping[str, Any]) -> Shape | None:
-    for architecture in architectures().values():
-        if architecture.model_type == found.get("model_type"):
-            config = architecture.from_transformers(found, dropout=0.0)
-            return _shape_of(config, vocab_size=int(found["vocab_size"]), context=int(found["max_position_embeddings"]))
-    return None
+def _written_shape(found: Mapping[str, Any]) -> Shape:
+    config = from_transformers(found, dropout=0.0)
+    return _shape_of(config, vocab_size=int(found["vocab_size"]), context=config.resolved_context)
 
 
 def _shape_of(config: "ModelConfig", *, vocab_size: int, context: int) -> Shape:

@@ -37,7 +37,7 @@ class ModelFolder(InputFolder):
 
 
 class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
-    """Imports a model of the Llama family, to be fine-tuned, adapted, merged, evaluated and published."""
+    """Imports a model of one of the families of `architecture.name`, to be fine-tuned, adapted, merged, evaluated and published."""
 
     imports = ("llm.models.import_checkpoint",)
 

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.models.interface import Decoding
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
 
 VOCABULARY = 61
 LENGTHS = [7, 1, 12, 3]
 
 
-def small(**changes: object) -> Llama:
+def small(**changes: object) -> Decoder:
     torch.manual_seed(5)
-    config = LlamaConfig(**{"hidden_size": 32, "layers": 2, "heads": 4, "context": 32} | changes)
-    model = Llama(config, vocab_size=VOCABULARY).eval()
+    config = DecoderConfig(**{"hidden_size": 32, "layers": 2, "heads": 4, "context": 32} | changes)
+    model = Decoder(config, vocab_size=VOCABULARY).eval()
     for name, weight in model.named_parameters():  # norms that are not one, and logits that are not all alike
         weight.data = 1 + 0.3 * torch.randn_like(weight) if "norm" in name else 1.5 * weight.data
     return model
@@ -36,7 +36,7 @@ def decoded(decoding: Decoding, rows: list[list[int]], *, read: list[int]) -> li
 
 
 @torch.inference_mode()
-def computed(model: Llama, rows: list[list[int]], *, read: list[int]) -> list[Tensor]:
+def computed(model: Decoder, rows: list[list[int]], *, read: list[int]) -> list[Tensor]:
     return [model(torch.tensor([row]))[0, size - 1 :].float() for row, size in zip(rows, read, strict=True)]
 
 

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from llm.inference.chat_session import ChatSession
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from runner.serving.server import Server, ServerConfig
 
@@ -48,7 +48,7 @@ def taught(folder: Path, tokenizer: TextTokenizer, answer: str) -> ChatSession:
     """A model that answers with this text and its end token, whatever is asked: it looks at the last token alone."""
     tokenizer.save(folder)
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(hidden_size=64, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=64, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
     torch.nn.init.zeros_(model.layers[0].self_attn.o_proj.weight).requires_grad_(False)  # type: ignore[union-attr]
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "?"}])[-1:]
     tokens = torch.tensor([*prompt, *tokenizer.encode(answer), tokenizer.end])

@@ -36,7 +36,7 @@ def tiny_checkpoint(
     tokenizer = train_bpe(TEXTS * 2, 340, min_frequency=2, pre_tokenizer_name=pre_tokenizer, allow_smaller=True)
     tokenizer.save(folder)
     kind = architectures()[architecture]
-    config = kind.config.model_validate({"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 128} | sizes)
+    config = kind.config({"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 128} | sizes)
     torch.manual_seed(0)
     model = kind.build(config, vocab_size=tokenizer.vocab_size)
     for weight in model.parameters():

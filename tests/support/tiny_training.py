@@ -22,8 +22,8 @@ from llm.data.batch import IGNORE, Batch, PackedRow, collate
 from llm.data.packing import PackedRows, StreamWriter
 from llm.files import write_tensors
 from llm.models.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from llm.training.alerts.config import Alerts
 from llm.training.config import Budget, Optimizer, Schedule
@@ -80,13 +80,15 @@ class PoisonedRows(MadeUpRows):
         return PackedRow(tokens, row.targets, row.documents)
 
 
-def tiny_model(**changes: Any) -> Llama:
+def tiny_model(**changes: Any) -> Decoder:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context": 24}
-    return Llama(LlamaConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
+    return Decoder(DecoderConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
 
 
-def tiny_training(model: Llama, scratch: Path, *, lines: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+def tiny_training(
+    model: Decoder, scratch: Path, *, lines: list[dict[str, Any]] | None = None, **changes: Any
+) -> dict[str, Any]:
     """Train `model`; what is reported goes to `lines`.
 
     `changes` are fields of TrainingTask, ComputeConfig and CheckpointConfig, `validate_every`, and other arguments of `train`.
@@ -271,12 +273,12 @@ def packed_pairs(folder: Path, pairs: int = 24, seed: int = 0) -> Path:
     return folder
 
 
-def with_reference(folder: Path, model: Llama) -> Path:
+def with_reference(folder: Path, model: Decoder) -> Path:
     write_reference(folder, model, precision="fp32", report=lambda **_: None, should_stop=lambda: False)
     return folder
 
 
-def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Llama, dict[str, Any]]:
+def tiny_preferences(folder: Path, scratch: Path, **changes: Any) -> tuple[Decoder, dict[str, Any]]:
     """A model that learned pairs, which are written into `folder`, and the metrics of its training."""
     rows = with_reference(packed_pairs(folder), tiny_model())
     model = tiny_model()

@@ -31,7 +31,7 @@ class AdapterFields(Spec):
     dora: Semantic[bool] = False
     """Learn the length and the direction of each row of the matrices separately (Liu et al. 2024)."""
     bias: Semantic[Literal["none"]] = "none"
-    """Biases to train; only "none", since no layer of a Llama has a bias."""
+    """Biases to train; only "none": those of a base stay as they are."""
 
     @field_validator("target_modules")
     @classmethod

@@ -17,9 +17,9 @@ from llm.adapters.merge import merge_adapters
 from llm.errors import InputError
 from llm.layers.dropout import set_counters
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.models.interface import count_parameters
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
 from llm.tokenizer.train_bpe import train_bpe
 from llm.training.config import Budget
 
@@ -34,10 +34,10 @@ HEADS = [["lm_head"], ["lm_head", "q_proj", "mlp.down_proj"]]
 LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
 
-def model_of(layers: int = 2, tied: bool = True) -> Llama:
+def model_of(layers: int = 2, tied: bool = True) -> Decoder:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, layers=layers, heads=4, kv_heads=2, context=32, tied=tied)
-    return Llama(config, vocab_size=300).eval()
+    config = DecoderConfig(hidden_size=64, layers=layers, heads=4, kv_heads=2, context=32, tied=tied)
+    return Decoder(config, vocab_size=300).eval()
 
 
 def settings_of(**changes: Any) -> lora.LoraConfig:
@@ -48,7 +48,7 @@ def tokens_of(seed: int = 0, rows: int = 2) -> Tensor:
     return torch.randint(300, (rows, 16), generator=torch.Generator().manual_seed(seed))
 
 
-def train(model: Llama, steps: int = 6) -> list[float]:
+def train(model: Decoder, steps: int = 6) -> list[float]:
     """Losses while `model` learns one batch by heart."""
     tokens = tokens_of()
     learned = [weight for weight in model.parameters() if weight.requires_grad]
@@ -70,7 +70,7 @@ def train(model: Llama, steps: int = 6) -> list[float]:
 def base(tmp_path: Path) -> Callable[..., Path]:
     """Writes a model with a tokenizer, as stock Transformers opens it."""
 
-    def write(model: Llama) -> Path:
+    def write(model: Decoder) -> Path:
         folder = tmp_path / "base"
         tokenizer = train_bpe(["heart and liver"], 300, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
         tokenizer.save(tmp_path / "tokenizer")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llm.adapters.lora_linear import can_fuse, fuse
 
 
-def layers() -> tuple[Any, Any]:
+def layers(*, bias: bool = False) -> tuple[Any, Any]:
     """The same layer of PEFT twice; the second computes as we do."""
     from peft import LoraConfig
     from peft.tuners.lora import Linear
@@ -17,7 +17,7 @@ def layers() -> tuple[Any, Any]:
     found = []
     for _ in range(2):
         torch.manual_seed(0)
-        base = nn.Linear(24, 40, bias=False).requires_grad_(False)
+        base = nn.Linear(24, 40, bias=bias).requires_grad_(False)
         config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False)
         found.append(Linear(base, "default", config, r=4, lora_alpha=12))
     fuse(found[1], adapter="default")
@@ -35,11 +35,12 @@ def learn(layer: Any, x: Tensor) -> dict[str, Tensor]:
     return found | {"out": out.detach(), "x": x.grad}
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_it_gives_the_output_and_gradients_of_pefts_layer(bf16: bool) -> None:
+def test_it_gives_the_output_and_gradients_of_pefts_layer(bf16: bool, bias: bool) -> None:
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        theirs, ours = (learn(layer, x) for layer in layers())
+        theirs, ours = (learn(layer, x) for layer in layers(bias=bias))
     for name, expected in theirs.items():
         assert ours[name].dtype == expected.dtype and ours[name].shape == expected.shape, name
         allowed = (0.02 if bf16 else 1e-6) * float(expected.abs().max())
@@ -68,7 +69,6 @@ def test_a_disabled_or_merged_adapter_is_not_added_again() -> None:
 @pytest.mark.parametrize(
     ("base", "settings"),
     [
-        (nn.Linear(2, 2, bias=True), {}),
         (nn.Embedding(2, 2), {}),
         (nn.Linear(2, 2, bias=False), {"dropout": 0.1}),
         (nn.Linear(2, 2, bias=False), {"dora": True}),

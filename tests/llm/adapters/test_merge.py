@@ -10,17 +10,17 @@ from torch import Tensor
 from llm.adapters import lora
 from llm.adapters.merge import merge_adapters, mix_adapters
 from llm.errors import InputError
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 
 
-def model_of(hidden_size: int = 32, tied: bool = True) -> Llama:
+def model_of(hidden_size: int = 32, tied: bool = True) -> Decoder:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32, tied=tied)
-    return Llama(config, vocab_size=50).eval()
+    config = DecoderConfig(hidden_size=hidden_size, layers=2, heads=4, kv_heads=2, context=32, tied=tied)
+    return Decoder(config, vocab_size=50).eval()
 
 
-def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
+def adapter(folder: Path, model: Decoder, *, seed: int, **kind: Any) -> Path:
     """An adapter on `model` that changes it a good deal; its weights are drawn, not learned."""
     lora.attach(model, lora.LoraConfig(r=3, alpha=5, **kind), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def adapter(folder: Path, model: Llama, *, seed: int, **kind: Any) -> Path:
 
 
 @torch.no_grad()
-def logits(model: Llama) -> Tensor:
+def logits(model: Decoder) -> Tensor:
     found: Tensor = model(torch.arange(20)[None])
     return found
 

@@ -11,9 +11,9 @@ from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
 from llm.evaluation.scoring import Outcome, Question, classify, score_answers, score_texts
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.models.interface import LanguageModel, dtype_of
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.gates import DEFAULT_CONFIDENCE, interval
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_bpe(texts, 300, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder)
     torch.manual_seed(3)
-    model = Llama(LlamaConfig(hidden_size=32, layers=2, heads=4, context=64), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=32, layers=2, heads=4, context=64), vocab_size=tokenizer.vocab_size)
     rows = [tokenizer.encode_chat([turn.message for turn in question.turns]) for question in questions(256, seed=2)]
     width = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])

@@ -16,8 +16,8 @@ from llm.evaluation.pairwise import compare_models, repetition
 from llm.evaluation.scoring import Question, classify, score_answers, score_texts
 from llm.inference.generate import generate
 from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
@@ -38,14 +38,14 @@ def tokenizer() -> TextTokenizer:
 
 
 @pytest.fixture
-def model(tokenizer: TextTokenizer) -> Llama:
+def model(tokenizer: TextTokenizer) -> Decoder:
     torch.manual_seed(5)
-    config = LlamaConfig(hidden_size=16, layers=2, heads=4, kv_heads=2, context=CONTEXT)
-    return Llama(config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
+    config = DecoderConfig(hidden_size=16, layers=2, heads=4, kv_heads=2, context=CONTEXT)
+    return Decoder(config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
 
 
 @pytest.fixture
-def indifferent(model: Llama) -> Llama:
+def indifferent(model: Decoder) -> Decoder:
     """A model that gives every token the same likelihood."""
     torch.nn.init.zeros_(model.lm_head.weight)
     return model
@@ -60,7 +60,7 @@ def silent(done: int, total: int) -> None:
 
 
 def test_an_indifferent_model_has_the_vocabulary_as_its_perplexity_on_text(
-    indifferent: Llama, tokenizer: TextTokenizer
+    indifferent: Decoder, tokenizer: TextTokenizer
 ) -> None:
     outcome = score_texts(indifferent, tokenizer, texts=TEXTS, progress=silent)
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)  # each document's end token is scored, its begin token not
@@ -71,7 +71,7 @@ def test_an_indifferent_model_has_the_vocabulary_as_its_perplexity_on_text(
     assert outcome.rows == 3
 
 
-def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     windows = []
     for length in (3, 17, 9, 30, 30):
@@ -88,7 +88,7 @@ def test_the_likelihood_of_windows_is_that_of_one_forward_pass_each(model: Llama
 
 @pytest.mark.parametrize("scores", [2**23, 400])  # all continuations in one pass, and in several
 def test_continuations_of_a_shared_prompt_have_the_likelihood_of_their_own_forward_pass(
-    model: Llama, monkeypatch: pytest.MonkeyPatch, scores: int
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, scores: int
 ) -> None:
     monkeypatch.setattr(llm.inference.likelihood, "SCORES", scores)
     labels = [[7, 8, 9, 1], [7, 1], [200, 201, 1], [1]]
@@ -108,7 +108,7 @@ def test_continuations_of_a_shared_prompt_have_the_likelihood_of_their_own_forwa
             assert likelihood == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Decoder, tokenizer: TextTokenizer) -> None:
     labels = ["blood", "heart", "a muscle"]
     prompts = ["咳嗽", "red and the heart", "T", "blood " * 60]
     spelled = [[*tokenizer.encode(label), tokenizer.end] for label in labels]
@@ -130,7 +130,7 @@ def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Llama,
     assert classify(model, tokenizer, questions=questions, labels=labels, progress=silent).facts["cut_prompts"] == 1
 
 
-def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Llama, tokenizer: TextTokenizer) -> None:
+def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Decoder, tokenizer: TextTokenizer) -> None:
     # Every token is equally likely, so the label of fewest tokens wins; "a" is one of the 256 bytes.
     questions = [question("x", "a"), question("y", "a"), question("z", "a muscle")]
     outcome = classify(indifferent, tokenizer, questions=questions, progress=silent)
@@ -139,7 +139,7 @@ def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Llama
     assert outcome.scores == {"accuracy": pytest.approx(2 / 3, rel=1e-5), "macro_f1": pytest.approx(0.4)}
 
 
-def test_an_unknown_label_is_an_error_with_its_place(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_an_unknown_label_is_an_error_with_its_place(model: Decoder, tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match=r"rows.jsonl:7: expected one of the labels 'blood', 'heart', got 'lung'"):
         classify(
             model,
@@ -151,7 +151,7 @@ def test_an_unknown_label_is_an_error_with_its_place(model: Llama, tokenizer: Te
 
 
 @pytest.mark.parametrize("labels", [None, ["a", "a"]])
-def test_a_choice_among_one_label_is_refused(model: Llama, tokenizer: TextTokenizer, labels: list[str] | None) -> None:
+def test_a_choice_among_one_label_is_refused(model: Decoder, tokenizer: TextTokenizer, labels: list[str] | None) -> None:
     questions = [question("x", "a"), question("y", "a")]
     with pytest.raises(InputError, match=r"rows.jsonl:1: expected rows of at least two distinct labels .* got 'a' alone in 2"):
         classify(model, tokenizer, questions=questions, labels=labels, progress=silent)
@@ -159,7 +159,7 @@ def test_a_choice_among_one_label_is_refused(model: Llama, tokenizer: TextTokeni
 
 @pytest.mark.parametrize("score", [classify, score_texts])
 def test_a_progress_callback_can_stop_the_scoring(
-    model: Llama, tokenizer: TextTokenizer, score: Callable[..., object]
+    model: Decoder, tokenizer: TextTokenizer, score: Callable[..., object]
 ) -> None:
     def stop(done: int, total: int) -> None:
         raise Interrupted
@@ -170,7 +170,7 @@ def test_a_progress_callback_can_stop_the_scoring(
 
 
 def test_an_indifferent_model_has_the_vocabulary_as_its_perplexity_on_answers(
-    indifferent: Llama, tokenizer: TextTokenizer
+    indifferent: Decoder, tokenizer: TextTokenizer
 ) -> None:
     questions = [question("heart", "It pumps."), question("咳", "发热。")]
     outcome = score_answers(indifferent, tokenizer, questions=questions, max_new_tokens=0, progress=silent)
@@ -181,7 +181,7 @@ def test_an_indifferent_model_has_the_vocabulary_as_its_perplexity_on_answers(
     assert set(outcome.scores) == {"perplexity", "bits_per_byte"}
 
 
-def test_answers_that_the_model_gives_itself_score_100(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_answers_that_the_model_gives_itself_score_100(model: Decoder, tokenizer: TextTokenizer) -> None:
     prompts = ["heart", "blood", "muscle", "red", "the", "is"]
     ids = [tokenizer.encode_prompt([{"role": "user", "content": f"Say: {prompt}"}]) for prompt in prompts]
     own = [tokenizer.decode(answer) for answer in generate(model, ids, max_new_tokens=12, end=[tokenizer.end])]
@@ -193,7 +193,7 @@ def test_answers_that_the_model_gives_itself_score_100(model: Llama, tokenizer: 
     assert [example["found"] for example in outcome.examples] == [answer for _, answer in usable]
 
 
-def test_a_long_prompt_leaves_room_for_its_answer(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_long_prompt_leaves_room_for_its_answer(model: Decoder, tokenizer: TextTokenizer) -> None:
     outcome = score_answers(
         model, tokenizer, questions=[question("the heart " * 40, "blood")], max_new_tokens=16, progress=silent
     )
@@ -201,7 +201,7 @@ def test_a_long_prompt_leaves_room_for_its_answer(model: Llama, tokenizer: TextT
     assert outcome.facts["new_tokens"] in range(1, 17)
 
 
-def test_an_answer_longer_than_the_context_is_scored_as_far_as_it_fits(indifferent: Llama, tokenizer: TextTokenizer) -> None:
+def test_an_answer_longer_than_the_context_is_scored_as_far_as_it_fits(indifferent: Decoder, tokenizer: TextTokenizer) -> None:
     outcome = score_answers(
         indifferent, tokenizer, questions=[question("咳", "heart " * 80)], max_new_tokens=0, progress=silent
     )
@@ -209,18 +209,18 @@ def test_an_answer_longer_than_the_context_is_scored_as_far_as_it_fits(indiffere
     assert outcome.scores["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
 
 
-def test_a_prompt_is_shown_whole_even_if_a_long_answer_leaves_no_room_for_it(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_prompt_is_shown_whole_even_if_a_long_answer_leaves_no_room_for_it(model: Decoder, tokenizer: TextTokenizer) -> None:
     questions = [question("咳", "heart " * 80)]
     outcome = score_answers(model, tokenizer, questions=questions, max_new_tokens=4, progress=silent)
     assert [example["prompt"] for example in outcome.examples] == ["Say: 咳"]
 
 
-def test_more_new_tokens_than_the_context_are_refused(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_more_new_tokens_than_the_context_are_refused(model: Decoder, tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match="max_new_tokens: expected less than the model's context"):
         score_answers(model, tokenizer, questions=[question("x", "y")], max_new_tokens=CONTEXT, progress=silent)
 
 
-def test_a_model_with_likelihoods_that_are_not_numbers_is_refused(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_model_with_likelihoods_that_are_not_numbers_is_refused(model: Decoder, tokenizer: TextTokenizer) -> None:
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     with pytest.raises(InputError, match="not finite"):
         score_texts(model, tokenizer, texts=TEXTS, progress=silent)
@@ -233,7 +233,7 @@ def test_chinese_is_compared_character_by_character() -> None:
     assert ChrfBleu(["the heart pumps blood well"], ["the heart pumps blood well"]).scores == {"chrf": 100, "bleu": 100}
 
 
-def test_scores_of_a_fixed_model_do_not_change(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_scores_of_a_fixed_model_do_not_change(model: Decoder, tokenizer: TextTokenizer) -> None:
     # Weights by a formula, not a generator: these numbers change only if the meaning of a score does.
     with torch.no_grad():
         for number, weight in enumerate(model.parameters(), start=1):
@@ -249,7 +249,7 @@ def test_scores_of_a_fixed_model_do_not_change(model: Llama, tokenizer: TextToke
     assert found == {task: pytest.approx(scores, rel=1e-4) for task, scores in GOLDEN.items()}
 
 
-def test_a_model_compared_with_itself_wins_half_and_changes_nothing(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_a_model_compared_with_itself_wins_half_and_changes_nothing(model: Decoder, tokenizer: TextTokenizer) -> None:
     seen: list[tuple[int, int]] = []
     outcome = compare_models(
         model,
@@ -264,10 +264,10 @@ def test_a_model_compared_with_itself_wins_half_and_changes_nothing(model: Llama
     assert seen[-1] == (8, 8) and seen == sorted(seen)
 
 
-def test_two_models_are_compared_pair_by_pair(model: Llama, tokenizer: TextTokenizer) -> None:
+def test_two_models_are_compared_pair_by_pair(model: Decoder, tokenizer: TextTokenizer) -> None:
     """The other model gives every token the same likelihood, and answers with the first of the vocabulary."""
     torch.manual_seed(9)
-    other = Llama(model.config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
+    other = Decoder(model.config, vocab_size=tokenizer.vocab_size).eval().requires_grad_(False)
     torch.nn.init.zeros_(other.lm_head.weight)
     questions = [question("x", "blood"), question("red and the heart", "a muscle")]
     outcome = compare_models(

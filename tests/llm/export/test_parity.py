@@ -25,7 +25,7 @@ from llm.export.parity import (
 )
 from llm.export.transformers_backend import TransformersBackend
 from llm.models.checkpoint import load_checkpoint
-from llm.models.llama import gguf as llama
+from llm.models.decoder import gguf as decoder_gguf
 from llm.tokenizer.tokenizer import TextTokenizer
 
 CHATS = [[*chat, {"role": "assistant", "content": "多喝水。 It pumps."}] for chat in PROMPTS]
@@ -91,7 +91,7 @@ def test_stock_transformers_passes_everything(reference: Reference, checkpoint: 
 def test_rotary_channels_in_the_order_of_transformers_are_found(
     precision: gguf.GgufPrecision, reference: Reference, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(decoder_gguf, "interleaved", lambda weight, heads: weight)
     write_gguf(checkpoint, tmp_path / "model.gguf", precision=precision)
     assert {"likelihoods", "answers"} <= set(faults(reference, tmp_path / "model.gguf", checkpoint, precision=precision))
 

@@ -13,23 +13,23 @@ from llm.inference.likelihood import Choice, Window, continuation_likelihoods, n
 from llm.inference.processes import ALONE
 from llm.inference.sampling import Sampling
 from llm.inference.timer import GenerationTimer
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 
 MIB = 2**20
 GIB = 2**30
 
 
-def deep_model() -> Llama:
+def deep_model() -> Decoder:
     """A model with much cache for little arithmetic: 64 KiB a position."""
     torch.manual_seed(1)
-    return Llama(LlamaConfig(hidden_size=16, layers=16, heads=8, head_size=64, context=140), vocab_size=40).eval()
+    return Decoder(DecoderConfig(hidden_size=16, layers=16, heads=8, head_size=64, context=140), vocab_size=40).eval()
 
 
-def wide_model(context: int = 8192) -> Llama:
+def wide_model(context: int = 8192) -> Decoder:
     """A model of the largest vocabulary in use: a position has 1 MiB of logits in fp32."""
     torch.manual_seed(1)
-    return Llama(LlamaConfig(hidden_size=8, layers=1, heads=2, context=context), vocab_size=2**18).eval()
+    return Decoder(DecoderConfig(hidden_size=8, layers=1, heads=2, context=context), vocab_size=2**18).eval()
 
 
 @pytest.fixture(scope="module")

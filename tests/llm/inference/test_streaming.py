@@ -12,8 +12,8 @@ from llm.errors import InputError
 from llm.inference.generate import generate
 from llm.inference.sampling import Sampling
 from llm.inference.streaming import pieces, stream, until_stop
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
@@ -94,13 +94,13 @@ def test_invalid_bytes_do_not_change_characters_that_were_yielded(byte_fallback:
 
 
 @pytest.fixture(scope="module")
-def model(byte_level: TextTokenizer) -> Llama:
+def model(byte_level: TextTokenizer) -> Decoder:
     torch.manual_seed(7)
-    config = LlamaConfig(hidden_size=32, layers=2, heads=4, context=96)
-    return Llama(config, vocab_size=byte_level.vocab_size).eval()
+    config = DecoderConfig(hidden_size=32, layers=2, heads=4, context=96)
+    return Decoder(config, vocab_size=byte_level.vocab_size).eval()
 
 
-def test_a_stream_is_the_text_that_generate_gives(model: Llama, byte_level: TextTokenizer) -> None:
+def test_a_stream_is_the_text_that_generate_gives(model: Decoder, byte_level: TextTokenizer) -> None:
     prompt = byte_level.encode("发烧")
     sampling = Sampling(temperature=2.0, min_p=0.05, seed=3)
     (answer,) = generate(model, [prompt], max_new_tokens=80, end=byte_level.ends, sampling=sampling)
@@ -112,7 +112,7 @@ def test_a_stream_is_the_text_that_generate_gives(model: Llama, byte_level: Text
     assert "".join(short) == byte_level.decode(answer[: answer.index(end)])
 
 
-def test_a_stream_ends_before_a_stop_text(model: Llama, byte_level: TextTokenizer) -> None:
+def test_a_stream_ends_before_a_stop_text(model: Decoder, byte_level: TextTokenizer) -> None:
     prompt = byte_level.encode("发烧")
     whole = "".join(stream(model, prompt, tokenizer=byte_level, max_new_tokens=60))
     stop = whole[20:23]
@@ -135,6 +135,6 @@ def test_a_possible_stop_text_is_held_back_no_longer_than_needed(texts: list[str
     assert list(until_stop(iter(texts), stop)) == given
 
 
-def test_an_empty_stop_text_is_refused(model: Llama, byte_level: TextTokenizer) -> None:
+def test_an_empty_stop_text_is_refused(model: Decoder, byte_level: TextTokenizer) -> None:
     with pytest.raises(InputError, match="stop: expected texts of at least one character, got an empty one"):
         stream(model, [1], tokenizer=byte_level, max_new_tokens=1, stop=[""])

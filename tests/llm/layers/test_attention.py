@@ -50,6 +50,28 @@ def test_blocked_attention_equals_sdpa_in_values_and_gradients(
         torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 9, 64, 100, 300])
+@pytest.mark.parametrize("lengths", [None, *DOCUMENTS[2:]])
+def test_a_window_hides_what_is_farther_back_in_values_and_gradients(window: int, lengths: list[list[int]] | None) -> None:
+    torch.manual_seed(0)
+    documents = None if lengths is None else documents_of(lengths)
+    rows, length = (1, 200) if documents is None else documents.shape
+    q = torch.randn(rows, 4, length, 32, requires_grad=True)
+    k, v = (torch.randn(rows, 2, length, 32, requires_grad=True) for _ in range(2))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = ((distance >= 0) & (distance < window))[None]
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    blocks = attention_mask(length, documents=documents, device=torch.device("cpu"), window=window)
+    grad = torch.randn_like(q)
+    found = []
+    for mask in (blocks, AttentionMask(None, seen[:, None])):  # the second as on a GPU
+        out = attend(q, k, v, mask=mask)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    for ours, sdpa in zip(*found, strict=True):
+        torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("length", [256, 1024])
 @pytest.mark.parametrize("spread", [1, 4, 16])  # standard deviation of the scores
 @pytest.mark.parametrize("in_training", [False, True])  # training computes under autocast

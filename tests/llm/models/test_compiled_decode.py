@@ -10,9 +10,9 @@ from llm import device
 from llm.adapters.lora import LoraConfig, attach
 from llm.errors import InputError
 from llm.inference.generate import generate
+from llm.models.decoder import compiled_decode, decode
+from llm.models.decoder.model import Decoder
 from llm.models.interface import Decoding
-from llm.models.llama import compiled_decode, decode
-from llm.models.llama.model import Llama
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_code"),
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @torch.inference_mode()
-def compiled(model: Llama) -> Decoding:
+def compiled(model: Decoder) -> Decoding:
     decoding = model.decoding()
     decoding.compile()
     return decoding

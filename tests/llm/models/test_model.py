@@ -8,16 +8,16 @@ import torch
 from pydantic import ValidationError
 
 from llm.models import architectures
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 
 VOCABULARY = 61
 
 
-def small(**changes: object) -> Llama:
+def small(**changes: object) -> Decoder:
     sizes = {"hidden_size": 48, "layers": 2, "heads": 4, "intermediate_size": 40, "context": 512}
     torch.manual_seed(0)
-    return architectures()["llama"].build(LlamaConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
+    return architectures()["llama"].build(DecoderConfig.model_validate(sizes | changes), vocab_size=VOCABULARY)
 
 
 def test_fresh_weights_are_xavier_uniform_and_norms_are_one() -> None:
@@ -39,14 +39,14 @@ def test_scaled_initialization_shrinks_only_what_writes_into_the_residual_stream
 
 
 def test_happy_llms_preset_has_215_million_parameters() -> None:
-    config = LlamaConfig.model_validate({"preset": "happy-llm-215m", "context": 512})
+    config = DecoderConfig.model_validate({"preset": "happy-llm-215m", "context": 512})
     with torch.device("meta"):
         model = architectures()["llama"].build(config, vocab_size=6144)
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(215e6, rel=0.005)
 
 
 def test_a_context_that_a_recipe_leaves_open_is_set_before_a_model_is_built() -> None:
-    config = LlamaConfig.model_validate({"preset": "2m"})
+    config = DecoderConfig.model_validate({"preset": "2m"})
     with pytest.raises(ValueError, match="context: expected the longest sequence of the model, got None"):
         architectures()["llama"].build(config, vocab_size=VOCABULARY)
     assert config.with_context(24).resolved_context == 24
@@ -54,9 +54,9 @@ def test_a_context_that_a_recipe_leaves_open_is_set_before_a_model_is_built() ->
 
 
 def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:
-    written = LlamaConfig.model_validate({"hidden_size": 192, "layers": 4, "heads": 6, "kv_heads": 6, "head_size": 32})
-    assert LlamaConfig.model_validate({"preset": "2m"}) == written
-    assert LlamaConfig.model_validate({"preset": "2m", "layers": 5}).layers == 5
+    written = DecoderConfig.model_validate({"hidden_size": 192, "layers": 4, "heads": 6, "kv_heads": 6, "head_size": 32})
+    assert DecoderConfig.model_validate({"preset": "2m"}) == written
+    assert DecoderConfig.model_validate({"preset": "2m", "layers": 5}).layers == 5
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_preset_is_the_same_as_its_sizes_written_out() -> None:
 )
 def test_inconsistent_sizes_are_refused_by_name(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.model_validate({"hidden_size": 48, "layers": 1, "heads": 4} | wrong)
+        DecoderConfig.model_validate({"hidden_size": 48, "layers": 1, "heads": 4} | wrong)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_inconsistent_sizes_are_refused_by_name(wrong: dict[str, object], messag
 )
 def test_a_wrong_preset_or_number_is_a_fault_of_the_recipe(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"preset: expected one of 2m, .*got|rope_base\n.*finite"):
-        LlamaConfig.model_validate(wrong)
+        DecoderConfig.model_validate(wrong)

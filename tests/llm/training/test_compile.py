@@ -12,7 +12,7 @@ from torch import Tensor
 from llm.adapters import lora
 from llm.device import has_compiler
 from llm.errors import Interrupted
-from llm.models.llama.model import Layer, Llama
+from llm.models.decoder.model import Decoder, Layer
 from llm.training.config import Budget
 from llm.training.runtime import COLD_SECONDS, SAVED, SPEED, WARM_SECONDS, compiled_note, note_compiled, resolve_compile
 from llm.training.validation import Validation
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 
-def weights(model: Llama) -> dict[str, Tensor]:
+def weights(model: Decoder) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
@@ -40,7 +40,7 @@ def stop_after(steps: int) -> Any:
     return lambda: next(calls) > steps
 
 
-def adapted() -> Llama:
+def adapted() -> Decoder:
     model = tiny_model()
     lora.attach(model, lora.LoraConfig(r=4, alpha=8, dropout=0.1), seed=1)
     return model
@@ -109,7 +109,7 @@ def test_auto_compiles_where_it_pays_and_sooner_where_the_cache_is_warm() -> Non
 
 def test_a_training_that_was_compiled_is_known_as_warm_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_it_is = (Layer.before_attention, Layer.after_attention)  # saves compiling: what is tested is the choice
-    monkeypatch.setattr("llm.models.llama.model._compiled_halves", lambda: as_it_is)
+    monkeypatch.setattr("llm.models.decoder.model._compiled_halves", lambda: as_it_is)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setitem(WARM_SECONDS, "cpu", 0.0)  # any training pays where the cache is warm, and none where it is cold
     changes: dict[str, Any] = {"budget": Budget(steps=2), **TWO_ROWS}
@@ -136,7 +136,7 @@ def test_where_compiling_fails_training_goes_on_without_it(tmp_path: Path, monke
     def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("no such compiler: q++\nand a long story")
 
-    monkeypatch.setattr("llm.models.llama.model._compiled_halves", lambda: (fails, fails))
+    monkeypatch.setattr("llm.models.decoder.model._compiled_halves", lambda: (fails, fails))
     lines: list[dict[str, Any]] = []
     metrics = tiny_training(tiny_model(), tmp_path, budget=Budget(steps=2), compiled=True, lines=lines)
     assert metrics["choices"]["compiled"] is False

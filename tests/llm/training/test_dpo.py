@@ -16,7 +16,7 @@ from llm.data.chat_dataset import Table, write_rows
 from llm.data.conversations import PreferenceTemplate
 from llm.data.packing import PackedRows, has_reference
 from llm.errors import InputError, Interrupted
-from llm.models.llama.model import Llama
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from llm.training.config import Budget, Schedule
@@ -31,7 +31,7 @@ def batch_of(folder: Path, rows: range | None = None) -> Batch:
     return collate([source.row(index) for index in rows], rows)
 
 
-def by_hand(model: Llama, reference: Llama, batch: Batch, *, beta: float, smoothing: float) -> tuple[Tensor, Tensor]:
+def by_hand(model: Decoder, reference: Decoder, batch: Batch, *, beta: float, smoothing: float) -> tuple[Tensor, Tensor]:
     """Sum of the paper's loss over the pairs of `batch`, each answer computed alone; and the margins."""
     losses, margins = [], []
     for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
@@ -52,7 +52,7 @@ def by_hand(model: Llama, reference: Llama, batch: Batch, *, beta: float, smooth
     return torch.stack(losses).sum(), torch.stack(margins)
 
 
-def gradients(model: Llama) -> dict[str, Tensor]:
+def gradients(model: Decoder) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
@@ -100,7 +100,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(tmp_path: Path) 
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def training(scratch: Path, rows: Path, held_out: Path, **changes: Any) -> tuple[Llama, dict[str, Any]]:
+def training(scratch: Path, rows: Path, held_out: Path, **changes: Any) -> tuple[Decoder, dict[str, Any]]:
     model = tiny_model()
     settings: dict[str, Any] = {
         "objective": PreferenceLoss(0.5),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llm.models import architectures
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.optim.muon import Muon, orthogonalize
 from llm.training.optim.optimizer import build_optimizers, set_learning_rate
@@ -58,9 +58,9 @@ def test_a_budget_is_exactly_one_of_tokens_steps_and_epochs(wrong: dict[str, int
         Budget.model_validate(wrong)
 
 
-def model(**changes: object) -> Llama:
+def model(**changes: object) -> Decoder:
     torch.manual_seed(0)
-    config = LlamaConfig.model_validate({"hidden_size": 16, "layers": 2, "heads": 2, "context": 8} | changes)
+    config = DecoderConfig.model_validate({"hidden_size": 16, "layers": 2, "heads": 2, "context": 8} | changes)
     return architectures()["llama"].build(config, vocab_size=11)
 
 

@@ -12,8 +12,8 @@ from hub_server import OWNER, Hub, Repository, serve, use
 from releases import held_by, somebody_commits, summaries
 
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
 from runner.hub.receipts import Journal, Receipt
@@ -64,8 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (root / "model").mkdir()
     tokenizer.save(root / "model")
     torch.manual_seed(1)
-    config = LlamaConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(root / "model", Llama(config, vocab_size=tokenizer.vocab_size), root / "model")
+    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
+    save_checkpoint(root / "model", Decoder(config, vocab_size=tokenizer.vocab_size), root / "model")
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
         world = World(root, hub)
         use(hub, patch, root)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llm.models.llama.config import LlamaConfig, flops_per_token, parameter_count
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig, flops_per_token, parameter_count
+from llm.models.decoder.model import Decoder
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.cli import main
@@ -39,8 +39,8 @@ def costs_of(cache: Path, records: list[Record], **options: Any) -> dict[str, Co
     ],
 )
 def test_planning_knows_the_parameters_and_operations_of_the_model(sizes: dict[str, Any]) -> None:
-    config = LlamaConfig(**sizes, context=64)
-    model = Llama(config, vocab_size=101)
+    config = DecoderConfig(**sizes, context=64)
+    model = Decoder(config, vocab_size=101)
     assert parameter_count(config, vocab_size=101) == sum(weight.numel() for weight in set(model.parameters()))
     assert flops_per_token(config, vocab_size=101, context=64) == model.flops_per_token(64)
 

@@ -372,8 +372,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from llm.models.checkpoint import save_checkpoint
-    from llm.models.llama.config import LlamaConfig
-    from llm.models.llama.model import Llama
+    from llm.models.decoder.config import DecoderConfig
+    from llm.models.decoder.model import Decoder
     from llm.tokenizer.train_bpe import train_bpe
 
     folder = tmp_path_factory.mktemp("tuning")
@@ -387,7 +387,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model").mkdir()
     tokenizer.save(folder / "model")
     torch.manual_seed(1)
-    model = Llama(LlamaConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
     save_checkpoint(folder / "model", model, folder / "model")
     (folder / "recipe.toml").write_text(TUNING, encoding="utf-8")
     process = subprocess.Popen(command(folder, "run"), stderr=subprocess.DEVNULL)

@@ -17,8 +17,8 @@ from served import serving
 from llm.inference.chat_session import ChatSession
 from llm.inference.sampling import Sampling
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
 from runner.serving.server import ServerConfig
@@ -65,7 +65,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]
     found = {}
     for seed, name in enumerate(("base", "tuned")):
         torch.manual_seed(seed)
-        model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=2, context=8192), vocab_size=tokenizer.vocab_size)
+        model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=2, context=8192), vocab_size=tokenizer.vocab_size)
         save_checkpoint(folder / name, model, folder / "tokenizer")
         found[name] = ChatSession(folder / name)
     return found

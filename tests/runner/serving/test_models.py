@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.serving.models import ServableModel
 
@@ -38,7 +38,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.C
     folder = tmp_path_factory.mktemp("talks")
     tokenizer = train_bpe(["what is it? 是什么"] * 9, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
     tokenizer.save(folder / "model")
     save_checkpoint(folder / "model", model, folder / "model")
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")

@@ -13,8 +13,8 @@ from served import serving, taught, with_tokens
 from llm.inference.chat_session import AnswerOptions, ChatSession
 from llm.inference.sampling import Sampling
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.chat_template import CHAT_TEMPLATE
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
@@ -49,8 +49,8 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, tokenizer: TextTokenizer)
     folder = tmp_path_factory.mktemp("sessions")
     tokenizer.save(folder / "tokenizer")
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=512)
-    save_checkpoint(folder / "random", Llama(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
+    config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=512)
+    save_checkpoint(folder / "random", Decoder(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
     with_tools = tokenizer.with_template(TOOLS_TEMPLATE)
     return {
         "random": ChatSession(folder / "random"),
@@ -136,9 +136,9 @@ def test_log_probabilities_are_those_of_the_model(
         AnswerOptions(max_new_tokens=6, sampling=Sampling(logit_bias={300: 3}, presence_penalty=1), likeliest=0),
     )
     list(answer.pieces)
-    model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=2, context=512), vocab_size=tokenizer.vocab_size)
     tokens = [report.token for report in answer.reports]
     with torch.no_grad():
         scores = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)

@@ -16,9 +16,9 @@ from served import serving
 from llm.inference.chat_session import AnswerOptions, ChatSession
 from llm.inference.sampling import Sampling
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.compiled_decode import CompiledRow
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.compiled_decode import CompiledRow
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.serving.server import MAX_BYTES, ServerConfig
 
@@ -36,8 +36,8 @@ def sessions(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> d
     found = {}
     for seed, name in enumerate(("base", "tuned")):
         torch.manual_seed(seed)
-        config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=96)
-        save_checkpoint(folder / name, Llama(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
+        config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=96)
+        save_checkpoint(folder / name, Decoder(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
         found[name] = ChatSession(folder / name, compiled=name == "tuned")
     return found
 

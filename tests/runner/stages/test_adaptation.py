@@ -17,8 +17,8 @@ from llm.data.packing import PackedRows
 from llm.data.token_shards import TokenWriter
 from llm.errors import InputError
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Checkpoint
@@ -91,8 +91,8 @@ def folder(tmp_path: Path) -> Path:
     tokenizer = train_bpe([TEXT], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=32)
-    save_checkpoint(tmp_path / "model", Llama(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
+    config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=32)
+    save_checkpoint(tmp_path / "model", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
     write(tmp_path / "medical.jsonl", [{"prompt": f"heart {n}", "response": "pumps blood"} for n in range(12)])
     write(tmp_path / "legal.jsonl", [{"prompt": f"court {n}", "response": "rules"} for n in range(12)])
     write(tmp_path / "general.jsonl", [{"text": TEXT * 2, "license": "cc0"} for _ in range(20)])

@@ -14,8 +14,8 @@ from small_recipe import Folder
 
 from llm.errors import InputError, Interrupted
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.stage import Context, Lineage, Parallel
 from runner.stages.evaluate import Evaluate
@@ -36,8 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save(folder)
     torch.manual_seed(1)
-    config = LlamaConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(folder, Llama(config, vocab_size=tokenizer.vocab_size), folder)
+    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
+    save_checkpoint(folder, Decoder(config, vocab_size=tokenizer.vocab_size), folder)
     return folder
 
 

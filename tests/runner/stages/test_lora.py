@@ -15,8 +15,8 @@ from llm.data.batch import collate
 from llm.data.packing import PackedRows
 from llm.errors import InputError, Interrupted
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from llm.training.loss import next_token_loss
 from runner.artifacts import Adapter
@@ -33,8 +33,8 @@ def context_of(tmp_path: Path, make_context: Callable[..., Context]) -> Callable
     tokenizer = train_bpe(["the heart organ"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, layers=2, heads=4, kv_heads=2, context=32)
-    save_checkpoint(tmp_path / "base", Llama(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
+    config = DecoderConfig(hidden_size=64, layers=2, heads=4, kv_heads=2, context=32)
+    save_checkpoint(tmp_path / "base", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
 
     def make(name: str = "stage", **changes: Any) -> Context:
         return make_context(name, inputs={"base": tmp_path / "base"}, **changes)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from llm.adapters import lora
 from llm.errors import InputError
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Checkpoint
 from runner.stage import Context
@@ -28,7 +28,7 @@ def test_the_merged_checkpoint_in_stock_transformers_equals_base_and_adapter(
     tokenizer = train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, context=32), vocab_size=tokenizer.vocab_size)
+    model = Decoder(DecoderConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, context=32), vocab_size=tokenizer.vocab_size)
     save_checkpoint(tmp_path / "base", model.eval(), tmp_path / "tokenizer")
     lora.attach(model, lora.LoraConfig(r=2, alpha=4), seed=0)
     for name, weight in model.named_parameters():
@@ -59,7 +59,7 @@ def test_a_merged_checkpoint_keeps_the_precision_of_its_base_unless_another_is_a
 ) -> None:
     train_bpe(["heart"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True).save(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(hidden_size=32, layers=1, heads=4, context=32), vocab_size=300)
+    model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=4, context=32), vocab_size=300)
     save_checkpoint(tmp_path / "base", model, tmp_path / "tokenizer", dtype=torch.bfloat16)
     base = load_checkpoint(tmp_path / "base")
     exact = base.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()

@@ -15,8 +15,8 @@ from tiny_release import TEXTS, tiny_checkpoint
 
 from llm.adapters import lora
 from llm.models.checkpoint import load_checkpoint
+from llm.models.decoder import gguf
 from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
-from llm.models.llama import gguf as llama
 from runner.artifacts import Gguf, Parity
 from runner.recipe.recipe import load_recipe
 from runner.stage import Context, Lineage
@@ -97,7 +97,7 @@ def test_without_llama_cpp_its_files_are_reported_as_not_checked(
 def test_a_fault_in_one_file_fails_its_verdicts_alone(
     checkpoint: Path, rows: Path, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf, "interleaved", lambda weight, heads: weight)
     files = written(checkpoint, make_context, "f32")
     (files / "model-BF16.gguf").write_bytes(b"GGUF" + bytes(64))
     context = make_context(inputs={"release": checkpoint, "gguf": files})

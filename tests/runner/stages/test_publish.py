@@ -13,8 +13,8 @@ from hub_server import OWNER, TOKEN, Hub
 
 from llm.errors import InputError
 from llm.models.checkpoint import save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Release
 from runner.cache.store import digest_of
@@ -133,8 +133,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_bpe(["The heart pumps."] * 2, 280, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(folder)
     torch.manual_seed(1)
-    config = LlamaConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(folder, Llama(config, vocab_size=tokenizer.vocab_size), folder)
+    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
+    save_checkpoint(folder, Decoder(config, vocab_size=tokenizer.vocab_size), folder)
     return folder
 
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from llm.errors import InputError
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.llama.config import LlamaConfig
-from llm.models.llama.model import Llama
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.input_files import InputFile
@@ -30,8 +30,8 @@ def base(tmp_path: Path) -> Path:
     tokenizer = train_bpe([*ANSWERS, *ANSWERS.values()], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
     tokenizer.save(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, layers=1, heads=2, context=32)
-    save_checkpoint(tmp_path / "base", Llama(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
+    config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=32)
+    save_checkpoint(tmp_path / "base", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
     return tmp_path / "base"
 
 

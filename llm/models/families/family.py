@@ -1,0 +1,146 @@
+"""What a family of models is: its options, and their names in Transformers' config.json. No torch here.
+
+The class itself has what most families share with LLaMA; a family is a subclass in a file of its own, which says only what
+differs. `llm.models.families.config_json` reads and writes the parts of a `config.json`.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llm.errors import InputError
+from llm.models.families.config_json import SIZES, read_rope, refused, write_rope
+from llm.models.options import Kind, Options, shortest
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+LAYER_TYPES: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "window"}
+
+
+class Family:
+    """LLaMA and what a subclass changes of it."""
+
+    name: ClassVar[str]  # in recipes, and the `model_type` in config.json
+    transformers_class: ClassVar[str]
+    aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # other `model_type`s that compute the same, with fields renamed
+    own: ClassVar[Options] = Options()
+    defaults: ClassVar[Mapping[str, Any]] = {}  # of a recipe's other fields
+    free: ClassVar[frozenset[str]] = frozenset()  # options that its config.json can express
+    rope_kinds: ClassVar[tuple[str, ...]] = ("linear", "llama3", "yarn", "dynamic", "longrope")
+    # What Transformers takes where config.json has no such field.
+    missing: ClassVar[Mapping[str, Any]] = {}
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    # Fields with one supported value, and fields that must not be set: each would change the model.
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    unset: ClassVar[tuple[str, ...]] = ("quantization_config", "sliding_window", "auto_map")
+    gguf_architecture: ClassVar[str]
+    gguf_options: ClassVar[frozenset[str]] = frozenset()  # that llama.cpp computes with other values than the family's own
+    gguf_interleaved: ClassVar[bool] = False  # whether llama.cpp rotates channel 2i with 2i + 1, not i with i + half
+
+    def fields_of(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a `DecoderConfig` in those of a config.json, also of old versions of Transformers.
+
+        InputError names a field that is missing or not supported.
+        """
+        for field, expected in {self.activation[0]: self.activation[1], **self.fixed}.items():
+            if found.get(field, expected) != expected:
+                raise refused(field, repr(expected), found[field])
+        for field in self.unset:
+            if found.get(field) is not None:
+                raise refused(field, "nothing", found[field])
+        for field in SIZES:
+            if not isinstance(size := found.get(field), int) or size < 1:
+                raise InputError(f"{field}: expected a whole number above 0, got {size!r}")
+        missing = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **self.missing}
+        known = missing | {field: value for field, value in found.items() if value is not None}
+        heads = known["num_attention_heads"]
+        rope_base, rope_scaling = self.rope_of(found, known)
+        return {
+            "hidden_size": known["hidden_size"],
+            "layers": known["num_hidden_layers"],
+            "heads": heads,
+            "kv_heads": known.get("num_key_value_heads") or heads,
+            "head_size": known.get("head_dim") or known["hidden_size"] // heads,
+            "intermediate_size": known["intermediate_size"],
+            "context": known["max_position_embeddings"],
+            "rope_base": rope_base,
+            "rope_scaling": rope_scaling,
+            "norm_eps": known["rms_norm_eps"],
+            "tied": known["tie_word_embeddings"],
+            "options": self.options_of(known),
+        }
+
+    def rope_of(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[float, Any]:
+        """Base and scaling of the rotary embedding."""
+        return read_rope(
+            found, kinds=self.rope_kinds, context=known["max_position_embeddings"], base=known.get("default_theta", 10000.0)
+        )
+
+    def options_of(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The options in the fields of a config.json that differ from its own."""
+        return {}
+
+    def to_transformers(self, config: Any) -> dict[str, Any]:
+        """The fields of a config.json for a `DecoderConfig`."""
+        return {
+            self.activation[0]: self.activation[1],
+            **self.fixed,
+            **self.fields_for(config.parts, config),
+            "architectures": [self.transformers_class],
+            "model_type": self.name,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_size,
+            "max_position_embeddings": config.context,
+            "rms_norm_eps": config.norm_eps,
+            "rope_parameters": self.rope_for(config),
+            "tie_word_embeddings": config.tied,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+        }
+
+    def rope_for(self, config: Any) -> dict[str, Any]:
+        """Transformers' `rope_parameters`."""
+        return write_rope(config.rope_base, config.rope_scaling)
+
+    def fields_for(self, options: Options, config: Any) -> dict[str, Any]:
+        """The fields of a config.json that say the options."""
+        return {}
+
+    def fault_of(self, options: Options, config: Mapping[str, Any]) -> str | None:
+        """What a config.json of this family cannot express in a model of `options` and the sizes `config`; None if it can."""
+        for name, own in self.own:
+            found = getattr(options, name)
+            if found != own and name not in self.free:
+                return f"{name}: expected {own!r}, as every {self.name} has it, got {found!r}"
+        return None
+
+    def write_gguf(self, writer: "GGUFWriter", config: Any) -> None:
+        """Write the fields of a GGUF file that only this family has."""
+
+
+def read_pattern(known: Mapping[str, Any], *, otherwise: list[str]) -> tuple[Kind, ...]:
+    """The kinds of layers by `layer_types`, or by default those of `otherwise`."""
+    types = known.get("layer_types") or otherwise
+    if not isinstance(types, list) or len(types) != known["num_hidden_layers"]:
+        raise InputError(f"layer_types: expected one of each of the {known['num_hidden_layers']} layers, got {types!r:.80}")
+    for kind in types:
+        if kind not in LAYER_TYPES:
+            raise refused("layer_types", " and ".join(map(repr, LAYER_TYPES)), kind)
+    return shortest(tuple(LAYER_TYPES[kind] for kind in types))
+
+
+def layer_types(kinds: tuple[Kind, ...]) -> list[str]:
+    """Transformers' `layer_types` of layers of these kinds."""
+    return ["sliding_attention" if kind == "window" else "full_attention" for kind in kinds]
+
+
+def all_or_no_biases(name: str, options: Options) -> str | None:
+    """The fault of biases on queries, keys and values alone, which `attention_bias` of a config.json cannot say."""
+    if options.attention_bias == "qkv":
+        return f'attention_bias: expected "none" or "all", as in a config.json of {name}, got "qkv"'
+    return None

@@ -1,1 +1,0 @@
-"""LLaMA: `config` says its shape without torch, `model` computes it."""

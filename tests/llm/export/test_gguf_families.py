@@ -1,0 +1,56 @@
+"""Every family, with every option that llama.cpp knows, gives in llama.cpp the log-probabilities that it gives here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import CASES, CONTEXT, config_of, drawn
+from tiny_release import PROMPTS, TEXTS, open_in_llama_cpp
+
+from llm.errors import InputError
+from llm.export.gguf import write_gguf
+from llm.models.checkpoint import load_checkpoint, save_checkpoint
+from llm.tokenizer.tokenizer import TextTokenizer
+from llm.tokenizer.train_bpe import train_bpe
+
+# What llama.cpp has not, by the option that is refused.
+REFUSED = {
+    "mistral with a window": "pattern",
+    "qwen2 with windows": "pattern",
+    "qwen3 with yarn and windows": "pattern",
+    "qwen3 with biases": "attention_bias",
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocabulary")
+    train_bpe(TEXTS * 2, 340, min_frequency=2, pre_tokenizer_name="smollm", allow_smaller=True).save(folder)
+    return folder
+
+
+def checkpoint_of(case: str, vocabulary: Path, folder: Path) -> Path:
+    size = TextTokenizer.load(vocabulary).vocab_size + 3  # unused rows of the embedding
+    save_checkpoint(folder, drawn(config_of(case), vocab_size=size), vocabulary)
+    return folder
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+def test_llama_cpp_gives_the_log_probabilities_of_every_family(case: str, vocabulary: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(case, vocabulary, tmp_path / "model")
+    write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
+    model, tokenizer = load_checkpoint(checkpoint), TextTokenizer.load(checkpoint)
+    stranger = open_in_llama_cpp(tmp_path / "model.gguf", checkpoint)
+    for length in (7, CONTEXT - 2):  # below windows and original contexts, and above
+        prompt = (tokenizer.encode_prompt(PROMPTS[0]) * 9)[:length]
+        with torch.inference_mode():
+            ours = model(torch.tensor([prompt]))[0, -1:].log_softmax(-1)
+        torch.testing.assert_close(stranger.log_probabilities(prompt), ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_does_not_compute_is_refused_by_its_option(case: str, vocabulary: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(case, vocabulary, tmp_path / "model")
+    with pytest.raises(InputError, match=rf"{REFUSED[case]}: expected .*, as llama\.cpp has it"):
+        write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
+    assert not list(tmp_path.glob("*.gguf*"))
