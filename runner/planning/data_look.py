@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.errors import InputError
-from llm.text.readers import AS_FOUND, FileFormat, field_names
+from llm.text.readers import FileFormat, field_names
 from llm.text.readers.sample import Sample
 from llm.text.templates import split_text, text_of
 from runner.errors import RecipeError
@@ -27,6 +27,7 @@ from runner.stages.fields.data_mix import MixTable
 from runner.stages.fields.data_tables import PreferenceTable, RowTable
 from runner.stages.fields.eval_tasks.multiple_choice import MultipleChoiceTask
 from runner.stages.fields.eval_tasks.questions import ChatTask, ClassificationTask, TextTask
+from runner.stages.fields.reading import PartOfRows, form_of
 from runner.stages.tokenizer import TrainTokenizer
 
 AHEAD = ("run", "resume", "waiting", "paused")
@@ -142,9 +143,9 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
         place = f"stage.{name}.{field}"
         match table:
             case SourceSpec(files=InputFile() as files):
-                fields = frozenset({*split_text(table.text)[1::2], *table.where})
+                fields = frozenset({*split_text(table.text)[1::2], *table.where, *_split_fields(table.part)})
                 skips = isinstance(stage, MakeCorpus) and stage.on_bad_row == "skip"
-                yield Table(place, files, table.read.form if table.read else AS_FOUND, fields, _Document(table), skips)
+                yield Table(place, files, form_of(table.read, table.part), fields, _Document(table), skips)
             case TextTask() | RowTable() | PreferenceTable() | MultipleChoiceTask() | MixTable(files=InputFile()):
                 template, skips = table.template, table.on_bad_row == "skip"
                 refused = None if isinstance(table, TextTask) or getattr(table, "text", None) is not None else special
@@ -154,7 +155,19 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
                     labels = frozenset(words.get(label, label) for label in table.labels or ())
                 use = _Chats(template, refused, isinstance(table, ChatTask))
                 assert table.files is not None
-                yield Table(place, table.files, template.form, frozenset(template.fields), use, skips, labels)
+                yield Table(
+                    place,
+                    table.files,
+                    template.form,
+                    frozenset(template.fields) | _split_fields(table.split),
+                    use,
+                    skips,
+                    labels,
+                )
+
+
+def _split_fields(split: PartOfRows | None) -> frozenset[str]:
+    return frozenset(split.fields if split else ())
 
 
 @dataclass(frozen=True)

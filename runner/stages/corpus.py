@@ -16,7 +16,7 @@ from runner.files import write_whole
 from runner.input_files import InputFile
 from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
 from runner.stages.fields.data_tables import TextField
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
     from llm.text.cleaning import Rules
@@ -38,8 +38,8 @@ class SourceSpec(Spec):
     """A dataset on the Hub, "owner/name", read as a stream."""
     revision: Semantic[str] = "main"
     """Branch, tag or commit of the Hub dataset; resolved to a commit, which the record has."""
-    split: Semantic[str] = "train"
-    """Split of the Hub dataset."""
+    split: Semantic[str | PartOfRows] = "train"
+    """Split of the Hub dataset; or, of files, the part of the rows: { part = "train" }."""
     config: Semantic[str | None] = None
     """Configuration of the Hub dataset, if it has several."""
     text: Semantic[TextField] = "text"
@@ -62,11 +62,18 @@ class SourceSpec(Spec):
             raise ValueError("expected either files or hub" + ("" if self.files is None else ", got both"))
         if self.hub is not None and self.read is not None:
             raise ValueError("read: expected none beside hub, since it tells how to read files")
+        if self.hub is not None and self.part is not None:
+            raise ValueError(f"split: expected the name of a split of {self.hub}, got a part of files")
         if self.hub is None:  # compared with the defaults, since a resolved recipe writes those out
-            of_hub = {"revision": "main", "split": "train", "config": None}
+            of_hub = {"revision": "main", "config": None} | ({"split": "train"} if self.part is None else {})
             if given := [name for name, default in of_hub.items() if getattr(self, name) != default]:
                 raise ValueError(f"{given[0]}: expected none beside files, since it belongs to a Hub dataset")
         return self
+
+    @property
+    def part(self) -> PartOfRows | None:
+        """The part of the rows of its files."""
+        return self.split if isinstance(self.split, PartOfRows) else None
 
 
 class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
@@ -161,7 +168,7 @@ def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source"
     rows: Callable[[], Iterable[Mapping[str, Any]]] | None = None
     place = ""
     if spec.hub is not None:
-        rows = partial(hub_rows, spec.hub, commits[_branch(spec)], config=spec.config, split=spec.split)
+        rows = partial(hub_rows, spec.hub, commits[_branch(spec)], config=spec.config, split=str(spec.split))
         place = f"{spec.hub}@{commits[_branch(spec)][:8]}/{spec.split}"
     return Source(
         name=name,
@@ -173,7 +180,7 @@ def _source(spec: SourceSpec, name: str, commits: Mapping[str, str]) -> "Source"
         language=spec.language,
         where=spec.where,
         limit=spec.limit,
-        form=(spec.read or AS_FOUND).form,
+        form=form_of(spec.read, spec.part),
     )
 
 

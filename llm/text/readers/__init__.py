@@ -10,13 +10,14 @@ that other processes may do it.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm.errors import InputError
 from llm.text.readers.json_values import read_json
 from llm.text.readers.office import docx_text, pdf_text
 from llm.text.readers.rows import FileRow, RowFault, not_utf8
+from llm.text.readers.split import Split, rows_of_part
 from llm.text.readers.streams import lines, text_encoding
 from llm.text.readers.tables import read_csv, read_parquet, read_sheet, read_tsv
 
@@ -36,6 +37,7 @@ class FileFormat:
     encoding: str | None = None  # default: by a byte order mark; else UTF-8 for JSON, and found for other text
     delimiter: str | None = None  # of .csv; default: found
     sheet: str | None = None  # of workbooks; default: the first
+    split: Split | None = None  # the part of the rows of all files that is read; default: all
 
 
 AS_FOUND = FileFormat()
@@ -45,8 +47,20 @@ def read_rows(files: Iterable[Path], needed: set[str], form: FileFormat = AS_FOU
     """The rows of `files`, in order. `needed` are the fields that the caller uses: InputError for a table without one of them.
     Of a Parquet file, only these columns and those of `llm.text.attribution` are read.
     """
-    for path in files:
-        yield from _rows(path, needed, form)
+    if form.split is None:
+        for path in files:
+            yield from _rows(path, needed, form)
+        return
+    paths, whole = list(files), replace(form, split=None)
+    told = needed | form.split.fields
+    everything = (row for path in paths for row in _rows(path, _read_to_split(path, form.split, whole), whole))
+    wanted = rows_of_part(everything, form.split)
+    yield from (row for index, row in enumerate(read_rows(paths, told, whole)) if index in wanted)
+
+
+def _read_to_split(path: Path, split: Split, form: FileFormat) -> set[str]:
+    """The fields that decide the part of a row: of Parquet files, only columns that are named are read."""
+    return split.fields or (set(field_names(path, form)) if format_of(path) == ".parquet" else set())
 
 
 def field_names(path: Path, form: FileFormat = AS_FOUND) -> list[str]:
@@ -62,7 +76,7 @@ def field_names(path: Path, form: FileFormat = AS_FOUND) -> list[str]:
             raise InputError(f"{path}: is not a readable Parquet file ({error})") from error
     if suffix in WHOLE:  # `read_rows` would read it whole
         return ["text"]
-    for row in read_rows([path], set(), form):
+    for row in read_rows([path], set(), replace(form, split=None)):
         return list(row.fields())
     raise InputError(f"{path}: expected at least one row, got none")
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llm.text.readers import AS_FOUND, WHOLE, FileFormat, format_of, read_rows
@@ -23,7 +24,7 @@ class Sample:
     """Rows of `files` in order. `is_whole` says, once they were all taken, whether there are no others."""
 
     def __init__(self, files: Sequence[Path], needed: set[str], form: FileFormat = AS_FOUND) -> None:
-        self._needed, self._form = needed, form
+        self._needed, self._form = needed, replace(form, split=None)  # the other parts are read by other tables
         self._files = evenly_spaced(files, MOST_FILES)
         self.is_whole = len(self._files) == len(files)
 

@@ -17,7 +17,7 @@ from runner.artifacts import Checkpoint, Tokens
 from runner.input_files import InputFile
 from runner.stage import Context, Ref, Semantic, Spec
 from runner.stages.fields.data_tables import PromptTemplate, ResponseTemplate, RowTable, TextField, pack_tables
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
     from llm.data.batch import RowSource
@@ -34,6 +34,8 @@ class MixTable(Spec):
     """Instead of tokens: files as in `data`; for plain text also .txt, .md, .docx and .pdf."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
+    split: Semantic[PartOfRows | None] = None
+    """The part of the rows: to train, validate or test on."""
     text: Semantic[TextField | None] = None
     """For files of plain text: the field that holds it, or a template over fields. Loss is on all of it."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
@@ -61,7 +63,7 @@ class MixTable(Spec):
     @property
     def template(self) -> Template | TextTemplate:
         """How a row of `files` becomes a chat or a document."""
-        form = (self.read or AS_FOUND).form
+        form = form_of(self.read, self.split)
         if self.text is not None:
             return TextTemplate(self.text, form)
         return Template(self.prompt, self.response, self.messages, form=form)
@@ -96,6 +98,7 @@ class MixTable(Spec):
             table = RowTable(
                 files=self.files,
                 read=self.read,
+                split=self.split,
                 prompt=self.prompt,
                 response=self.response,
                 messages=self.messages,

@@ -12,7 +12,7 @@ from llm.data.conversations import PreferenceTemplate, Template
 from llm.text.templates import split_template, split_text, with_field
 from runner.input_files import InputFile
 from runner.stage import Context, Semantic, Spec
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
@@ -44,6 +44,8 @@ class RowTable(Spec):
     text, it may be in a dataset on the Hub: hf://datasets/OWNER/NAME@COMMIT/PATH, with the full commit."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
+    split: Semantic[PartOfRows | None] = None
+    """The part of the rows: to train, validate or test on."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, never the response."""
@@ -66,7 +68,7 @@ class RowTable(Spec):
     @property
     def template(self) -> Template:
         """How a row becomes the turns of a chat."""
-        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), (self.read or AS_FOUND).form)
+        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), form_of(self.read, self.split))
 
 
 class PreferenceTable(Spec):
@@ -76,6 +78,8 @@ class PreferenceTable(Spec):
     """Path, glob or folder: .jsonl, .json, .csv, .tsv (also .gz, .zst), .xlsx, .ods or .parquet."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
+    split: Semantic[PartOfRows | None] = None
+    """The part of the rows: to train, validate or test on."""
     prompt: Semantic[PromptTemplate] = "{prompt}"
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, for both answers alike."""
@@ -101,7 +105,7 @@ class PreferenceTable(Spec):
     def template(self) -> PreferenceTemplate:
         """How a row becomes two chats."""
         fields = (self.messages[0], self.messages[1]) if self.messages is not None else None
-        return PreferenceTemplate(self.prompt, self.chosen, self.rejected, fields, (self.read or AS_FOUND).form)
+        return PreferenceTemplate(self.prompt, self.chosen, self.rejected, fields, form_of(self.read, self.split))
 
 
 class TrainingTable(RowTable):

@@ -14,7 +14,7 @@ from llm.text.selection import evenly_spaced
 from runner.input_files import InputFile
 from runner.stage import Semantic, Spec
 from runner.stages.fields.data_tables import RowTable, TextField
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import Reading, form_of
 
 if TYPE_CHECKING:
     from llm.tokenizer.tokenizer import TextTokenizer
@@ -89,7 +89,7 @@ def read_sentences(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iter
     for documents in corpora:
         yield from sentences(document.text for document in sample_documents(documents, CORPUS_BYTES))
     for table in tables:
-        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text, (table.read or AS_FOUND).form)), MAX_ROWS)
+        rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text, form_of(table.read))), MAX_ROWS)
         yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
 
 

@@ -12,7 +12,7 @@ from runner.input_files import InputFile
 from runner.stage import Semantic
 from runner.stages.fields.data_tables import OnBadRow
 from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome
@@ -32,6 +32,8 @@ class MultipleChoiceTask(EvalTask):
     """Path, glob or folder: .jsonl, .json, .csv, .tsv (also .gz, .zst), .xlsx, .ods or .parquet."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
+    split: Semantic[PartOfRows | None] = None
+    """The part of the rows: to train, validate or test on."""
     prompt: Semantic[str] = "{question}"
     """What the user says; {name} stands for the field of a row."""
     choices: Semantic[str | Annotated[list[str], Field(min_length=2)]] = "choices"
@@ -56,7 +58,7 @@ class MultipleChoiceTask(EvalTask):
     def template(self) -> ChoiceTemplate:
         """How a row becomes a chat for each answer."""
         choices = self.choices if isinstance(self.choices, str) else tuple(self.choices)
-        return ChoiceTemplate(self.prompt, choices, self.answer, self.first, (self.read or AS_FOUND).form)
+        return ChoiceTemplate(self.prompt, choices, self.answer, self.first, form_of(self.read, self.split))
 
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""

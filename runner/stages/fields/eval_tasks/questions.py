@@ -13,7 +13,7 @@ from runner.input_files import InputFile
 from runner.stage import Ref, Semantic
 from runner.stages.fields.data_tables import OnBadRow, RowTable, TextField
 from runner.stages.fields.eval_tasks.task import EvalTask, EvaluatedModel, Limit, TaskName
-from runner.stages.fields.reading import AS_FOUND, Reading
+from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
     from llm.evaluation.scoring import Outcome, Question
@@ -86,6 +86,8 @@ class TextTask(QuestionTask):
     """Path, glob or folder: .jsonl, .json, .csv, .tsv, .txt, .md (also .gz, .zst), .xlsx, .ods, .parquet, .docx or .pdf."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
+    split: Semantic[PartOfRows | None] = None
+    """The part of the rows: to train, validate or test on."""
     text: Semantic[TextField] = "text"
     """The field that holds the text, or a template over fields such as "{title}\\n{text}"."""
     limit: Semantic[Limit] = None
@@ -96,7 +98,7 @@ class TextTask(QuestionTask):
     @property
     def template(self) -> TextTemplate:
         """How a row becomes a document."""
-        return TextTemplate(self.text, (self.read or AS_FOUND).form)
+        return TextTemplate(self.text, form_of(self.read, self.split))
 
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the likelihood of the documents."""
