@@ -5,7 +5,7 @@ rows, the tokenizer makes tokens and the loss mask from turns, and `llm.data.pac
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from llm.text.selection import hash_share, in_batches, passes
 from llm.tokenizer.tokenizer import TextTokenizer
 
 _BATCH = 1024  # rows tokenized at a time
+MANY_CUT = 0.05  # share of the rows above which a cut is a warning
 SHORTEST_ROW = 64  # positions
 
 
@@ -43,7 +44,10 @@ class Counts:
     unselected: int = 0  # left out by a weight below 1
     cut_prompts: int = 0
     cut_responses: int = 0
-    truncated: int = 0  # rows whose prompt or response was cut
+    cut_turns: int = 0  # rows that lost turns at their end
+    truncated: int = 0  # rows that were cut in any of these ways
+    cut_tokens: int = 0
+    full_tokens: int = 0  # of the rows before they were cut
     dropped: int = 0  # no target was left within the context
     learned_tokens: int = 0  # targets in one epoch, all passes
     licenses: dict[str, int] = field(default_factory=dict)  # rows used, by their field `license`
@@ -131,8 +135,26 @@ def write_rows(
             row_lengths.append(2 * row_lengths[-1])
         packed = writer.pack(row_lengths=row_lengths, padding=tokenizer.padding)
         statistics = totals | packed | {"tables": [asdict(count) for count in counts]}
+        if cut := cut_sentence(totals, context):
+            statistics["cut"] = cut
+            report(note=cut)
         (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
     return statistics
+
+
+def cut_sentence(counts: Mapping[str, int], context: int) -> str | None:
+    """What the user should know of rows that were cut, if there are any: how many, by how much, and what helps if many were."""
+    used = counts["rows"] - counts["bad"] - counts["unselected"]
+    if not counts["truncated"]:
+        return None
+    share = counts["truncated"] / used
+    told = (
+        f"{counts['truncated']:,} of {used:,} rows ({100 * share:.3g}%) are longer than {context:,} positions and were cut, by "
+        f"{counts['cut_tokens']:,} of {counts['full_tokens']:,} tokens"
+    )
+    if share <= MANY_CUT:
+        return told
+    return f"warning: {told}; a larger `context`, or shorter rows, keeps the rest"
 
 
 class _SelectedRow(NamedTuple):
@@ -169,7 +191,10 @@ def _fitted(
         streams = fit_all(row.chats, encoded, tokenizer, positions=positions)
         count.cut_prompts += any(stream.cut_prompt for stream in streams)
         count.cut_responses += any(stream.cut_response for stream in streams)
-        count.truncated += any(stream.cut_prompt or stream.cut_response for stream in streams)
+        count.cut_turns += any(stream.cut_turns for stream in streams)
+        count.truncated += any(stream.is_cut for stream in streams)
+        count.cut_tokens += sum(stream.full_length - len(stream.ids) for stream in streams)
+        count.full_tokens += sum(stream.full_length for stream in streams)
         targets = [sum(stream.loss_mask[1:]) for stream in streams]  # the first token is never predicted
         if all(targets):
             count.learned_tokens += sum(targets) * row.passes

@@ -94,7 +94,7 @@ class StreamWriter:
         self._loss_mask.close()
 
     def pack(self, *, row_lengths: Sequence[int], padding: int) -> dict[str, Any]:
-        """Write which groups share a row; rows have the first of `row_lengths` that is filled enough, else the last.
+        """Write which groups share a row; rows have the first of `row_lengths` that is filled enough, else the fullest one.
 
         Groups are shuffled first, so that rows mix the tables. Returns statistics.
         """
@@ -102,10 +102,13 @@ class StreamWriter:
         size = len(lengths) // len(passes)  # of a group
         groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(passes)), passes))
         positions = (lengths - 1).reshape(-1, size).sum(1)[groups]
-        for row_length in row_lengths:
-            rows = best_fit(positions, capacity=row_length)
-            real_share = float(positions.sum()) / (len(rows) * row_length)
-            if real_share >= FILLED:
+        real_share = 0.0
+        for length in row_lengths:
+            packed = best_fit(positions, capacity=length)
+            share = float(positions.sum()) / (len(packed) * length)
+            if share > real_share:
+                rows, row_length, real_share = packed, length, share
+            if share >= FILLED:
                 break
         p50, p95 = np.percentile(np.frombuffer(self._full_lengths, dtype=np.int32), [50, 95], method="lower")
         members = groups[np.concatenate(rows)][:, None] * size + np.arange(size)

@@ -1,4 +1,4 @@
-"""Chats cut to the length of a row: text from the data is cut where the assistant does not say it, and never its response.
+"""Chats cut to the length of a row: later turns first, then text of the data that the assistant does not say, never its response.
 
 `fit` cuts one chat, `fit_all` the chats that share a prompt, such as the two answers of a preference.
 """
@@ -22,6 +22,12 @@ class Stream:
     full_length: int  # tokens before the cut
     cut_prompt: bool = False
     cut_response: bool = False
+    cut_turns: int = 0  # left out at the end
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything is missing."""
+        return self.cut_prompt or self.cut_response or self.cut_turns > 0
 
     @property
     def answer_start(self) -> int:
@@ -32,26 +38,41 @@ class Stream:
         return start
 
 
-def fit(turns: Sequence[Turn], tokenizer: TextTokenizer, *, positions: int, encoded: Encoded | None = None) -> Stream:
+def fit(
+    turns: Sequence[Turn],
+    tokenizer: TextTokenizer,
+    *,
+    positions: int,
+    encoded: Encoded | None = None,
+    leave_out_turns: bool = False,
+) -> Stream:
     """The chat as at most `positions` + 1 tokens. `encoded` is the whole chat, if it is known already.
 
-    A longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the longest first,
-    until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and the stream
-    is cut at the end of the row: it then has no end token, because the answer goes on.
+    With `leave_out_turns`, a longer chat keeps its first answers whole, with what is said before them, and loses the turns
+    after those; only a first answer that does not fit is treated like the answer of a chat that has no other.
+
+    Otherwise a longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the longest
+    first, until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and the
+    stream is cut at the end of the row: it then has no end token, because the answer goes on.
     """
-    limit = positions + 1
-    ids, loss_mask = encoded or _encode(turns, tokenizer)
-    full_length = len(ids)
-    if full_length <= limit:
-        return Stream([turn.message for turn in turns], ids, loss_mask, full_length)
+    whole = encoded or _encode(turns, tokenizer)
+    full_length = len(whole[0])
+    if full_length <= positions + 1:
+        return Stream([turn.message for turn in turns], *whole, full_length)
+    if leave_out_turns:
+        kept = _first_answers(turns, tokenizer, limit=positions + 1)
+        cut = len(turns) - len(kept)
+        if cut:
+            shorter = fit(kept, tokenizer, positions=positions)
+            return replace(shorter, full_length=full_length, cut_turns=cut)
     texts = [text for turn in turns for text in turn.substituted()]
-    tokens = tokenizer.encode_batch(texts)
+    limit, cuts = positions + 1, tokenizer.cuts(texts)
     alone = len(_encode(_refilled(turns, [""] * len(texts)), tokenizer)[0])  # tokens that may not be cut
     room = limit - alone if alone <= limit else limit // 2
     while True:
-        cap = _largest_cap([len(spelled) for spelled in tokens], total=room)
-        cut = [_head(text, spelled, cap, tokenizer) for text, spelled in zip(texts, tokens, strict=True)]
-        shortened = _refilled(turns, cut)
+        cap = _largest_cap([len(ends) for ends in cuts], total=room)
+        cut_texts = [_head(text, ends, cap) for text, ends in zip(texts, cuts, strict=True)]
+        shortened = _refilled(turns, cut_texts)
         ids, loss_mask = _encode(shortened, tokenizer)
         excess = len(ids) - limit
         if excess <= 0 or alone > limit or room == 0:
@@ -62,9 +83,20 @@ def fit(turns: Sequence[Turn], tokenizer: TextTokenizer, *, positions: int, enco
         ids[:limit],
         loss_mask[:limit],
         full_length,
-        cut_prompt=cut != texts,
+        cut_prompt=cut_texts != texts,
         cut_response=excess > 0,
     )
+
+
+def _first_answers(turns: Sequence[Turn], tokenizer: TextTokenizer, *, limit: int) -> Sequence[Turn]:
+    """The turns up to the last answer with which they have at most `limit` tokens; at least up to the first answer."""
+    ends = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
+    low, high = 0, len(ends) - 1  # of the answers that may be the last one
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = len(_encode(turns[: ends[middle]], tokenizer)[0]) <= limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return turns[: ends[low]] if ends else turns
 
 
 def _encode(turns: Sequence[Turn], tokenizer: TextTokenizer) -> Encoded:
@@ -87,20 +119,17 @@ def _largest_cap(lengths: Sequence[int], *, total: int) -> int:
     return max(lengths, default=0)
 
 
-def _head(text: str, tokens: Sequence[int], count: int, tokenizer: TextTokenizer) -> str:
-    """The beginning of `text` that its first `count` tokens spell, up to the last whole character."""
-    if len(tokens) <= count:
-        return text
-    head = tokenizer.decode(tokens[:count])
-    while not text.startswith(head):
-        head = head[:-1]
-    return head
+def _head(text: str, ends: Sequence[int], count: int) -> str:
+    """The beginning of `text` that its first `count` tokens spell."""
+    return text if len(ends) <= count else text[: ends[count - 1]] if count else ""
 
 
 def fit_all(
     chats: Sequence[Sequence[Turn]], encoded: Sequence[Encoded], tokenizer: TextTokenizer, *, positions: int
 ) -> list[Stream]:
-    """`fit` for chats that share their prompt, which is cut in all of them as in the longest chat."""
+    """`fit` for chats that share their prompt, which is cut in all of them as in the longest chat; one alone may lose turns."""
+    if len(chats) == 1:
+        return [fit(chats[0], tokenizer, positions=positions, encoded=encoded[0], leave_out_turns=True)]
     order = sorted(range(len(chats)), key=lambda index: -len(encoded[index][0]))
     longest = fit(chats[order[0]], tokenizer, positions=positions, encoded=encoded[order[0]])
     streams = {order[0]: longest}

@@ -116,6 +116,20 @@ class TextTokenizer:
         with _whole_words():
             return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def cuts(self, texts: Sequence[str]) -> list[list[int]]:
+        """For each text, how many of its characters the first token spells, the first two, and so on, up to whole characters.
+
+        By the offsets of the encoding, since what decodes is not always the text: Metaspace writes spaces, NFC joins accents.
+        """
+        with _whole_words():
+            encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            starts = [start for start, _ in encoding.offsets[1:]] + [len(text)]
+            # A character of several tokens is whole only with the last of them.
+            found.append([min(end, start) for (_, end), start in zip(encoding.offsets, starts, strict=True)])
+        return found
+
     def encode_document(self, text: str) -> list[int]:
         """The text as a whole document, between the begin and the end token."""
         return [self.begin, *self.encode(text), self.end]

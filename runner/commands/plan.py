@@ -48,9 +48,14 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
     settings = outcomes.sweep_table(plan)
-    for line in [*table(plan, found), *outcomes.attempts(plan), *(["", *settings] if settings else [])]:
+    for line in [*table(plan, found), *outcomes.attempts(plan), *(["", *settings] if settings else []), *_cut(plan)]:
         print(line)
     return 0
+
+
+def _cut(plan: Plan) -> list[str]:
+    """A line for each finished training that cut rows."""
+    return [f"{name}: {sentence}" for name, sentence in outcomes.cut_rows(plan)]
 
 
 def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:

@@ -86,6 +86,17 @@ def score_table(entries: Iterable[Entry]) -> list[list[str]]:
     return [["score", *found], *rows] if rows else []
 
 
+def cut_rows(entries: Iterable[Entry]) -> list[list[str]]:
+    """For each training that cut rows, its name and what was cut of the rows to learn from or of the held-out ones."""
+    found = []
+    for entry in entries:
+        metrics = entry.record.data["metrics"] if entry.record else {}
+        for name, what in (("data", ""), ("validation_data", "held out: ")):
+            if sentence := metrics.get(name, {}).get("cut"):
+                found.append([entry.name, what + sentence])
+    return found
+
+
 def score_text(metrics: Mapping[str, Any], name: str) -> str:
     """`0.8123 [0.79, 0.83]`, with the interval where there is one; empty without the score."""
     value, interval = metrics.get("scores", {}).get(name), metrics.get("intervals", {}).get(name)

@@ -68,7 +68,9 @@ class RunReport:
         self.wrong = _examples(evaluations, wrong=True)
         self.attempts = outcomes.attempts(plan)
         self.settings = _settings(plan)
-        self.tables = [table for table in (_tokenizers(finished), _data(recipe, finished), _cost(finished)) if table.rows]
+        cut = Table("Rows that were cut", ["stage", "rows"], outcomes.cut_rows(finished))
+        tables = (_tokenizers(finished), _data(recipe, finished), cut, _cost(finished))
+        self.tables = [table for table in tables if table.rows]
 
 
 def as_html(report: RunReport) -> str:

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm.data.batch import IGNORE, PackedRow
 from llm.data.chat_dataset import Table, write_rows
 from llm.data.conversations import Template, Turn
 from llm.data.packing import PackedRows
-from llm.data.truncation import fit
+from llm.data.truncation import fit, fit_all
 from llm.errors import InputError, Interrupted
+from llm.tokenizer.chat_template import PLAIN_TEMPLATE
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
@@ -126,15 +128,64 @@ def test_a_response_too_long_by_itself_keeps_part_of_its_prompt_and_lacks_the_en
     assert (stream.cut_prompt, stream.cut_response) == (True, True)
 
 
+def exchanges(*pairs: tuple[str, str]) -> list[Turn]:
+    return [turn for asked, said in pairs for turn in (Turn("user", ("", asked, "")), Turn("assistant", (said,)))]
+
+
+def test_a_chat_too_long_keeps_its_first_turns_whole_and_loses_the_later_ones(pack: Any) -> None:
+    turns = exchanges(*[(f"the heart and the lungs {n}?", f"the liver {n}") for n in range(6)])
+    whole = TOKENIZER.encode_chat([turn.message for turn in turns])
+    for positions in range(16, len(whole[0]) - 1):
+        (stream,) = fit_all([turns], [whole], TOKENIZER, positions=positions)
+        kept = len(stream.messages)
+        assert kept % 2 == 0 and stream.cut_turns == 12 - kept > 0
+        if not stream.cut_prompt:
+            assert stream.messages == [turn.message for turn in turns[:kept]]
+            assert stream.ids[-1] == TOKENIZER.end
+            assert len(TOKENIZER.encode_chat([turn.message for turn in turns[: kept + 2]])[0]) > positions + 1
+        else:  # the first exchange alone is too long
+            assert kept == 2
+    chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+    _, statistics = pack([{"chat": chat}, {"chat": chat[:2]}], context=48, template=Template(messages="chat"))
+    assert (statistics["cut_turns"], statistics["truncated"], statistics["rows"]) == (1, 1, 2)
+    assert statistics["cut"].startswith("warning: 1 of 2 rows (50%) are longer than 48 positions and were cut, by ")
+
+
+def metaspace_tokenizer() -> TextTokenizer:
+    """A tokenizer that does not decode to what it encoded: NFC joins accents, Metaspace turns every space into its mark."""
+    model = models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[], unk_token=None)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<s>", "</s>"])
+    tokenizer.train_from_iterator(["der herz schlägt und die lunge atmet, café"] * 5, trainer)
+    return TextTokenizer(tokenizer, {"bos_token": "<s>", "eos_token": "</s>"}, PLAIN_TEMPLATE)
+
+
+def test_a_prompt_is_cut_where_its_tokens_end_also_if_they_do_not_decode_to_it() -> None:
+    tokenizer = metaspace_tokenizer()
+    text = "Die Lunge atmet, Cafe\u0301  und das Herz schla\u0308gt " * 20
+    stream = fit(Template().turns(pair(text, "die lunge")), tokenizer, positions=60)
+    kept = stream.messages[0]["content"]
+    assert text.startswith(kept) and len(kept) > 30
+    assert 58 <= len(stream.ids) <= 61 and stream.cut_prompt and not stream.cut_response
+    for count in range(1, 40):  # no accent without its letter, no piece of a character
+        assert text.startswith(text[: tokenizer.cuts([text])[0][count]])
+    byte_level = TOKENIZER.cuts(["心脏🫀 the"])[0]
+    assert byte_level == sorted(byte_level) and byte_level[-1] == 7
+    assert set(byte_level) <= set(range(8))
+
+
 TEXTS = st.text(alphabet=st.sampled_from("the heart,肺心🫀é\n"), min_size=1, max_size=80)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.integers(min_value=8, max_value=60))
 @settings(deadline=None)
 def test_a_fitted_chat_fits_and_loses_answers_only_if_they_are_too_long_by_themselves(
-    exchanges: list[tuple[str, str]], positions: int
+    pairs: list[tuple[str, str]], positions: int
 ) -> None:
-    turns = [turn for asked, said in exchanges for turn in (Turn("user", ("", asked, "")), Turn("assistant", (said,)))]
+    turns = exchanges(*pairs)
     stream = fit(turns, TOKENIZER, positions=positions)
     assert len(stream.ids) == len(stream.loss_mask) <= positions + 1
     for turn, message in zip(turns, stream.messages, strict=True):
@@ -253,3 +304,10 @@ def test_rows_are_longer_than_a_chat_may_be_where_they_would_stay_empty_and_chat
     assert wide["cut_responses"] == short["cut_responses"] == 1
     longest = max(np.bincount(row.documents[row.documents >= 0]).max() for row in map(rows.row, range(rows.rows_per_epoch)))
     assert longest == 32
+
+
+@pytest.mark.parametrize("batch_tokens", [65_536, 1_000_000])
+def test_few_tokens_do_not_fill_a_long_row_whatever_the_batch(pack: Any, batch_tokens: int) -> None:
+    rows, statistics = pack([pair("q", f"the heart {n}") for n in range(8)], context=64, longest_row=batch_tokens // 4)
+    assert rows.context <= 128 and statistics["real_share"] > 0.75
+    assert statistics["tokens"] < 128
