@@ -4,10 +4,13 @@ llama.cpp comes with the package xllamacpp and serves on the loopback interface 
 flash attention is off: with llama.cpp's default cache in f16, greedy text diverges from the model's.
 """
 
+import http
+import http.client
 import json
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+import socket
+import urllib.parse
+import weakref
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,14 @@ from llm.tokenizer.tokenizer import ChatMessage
 
 PACKAGE = "xllamacpp"
 LIKELIEST = 1000  # tokens whose log-probabilities are requested per position; a reply with all of 50,000 takes megabytes
+
+
+class _Connection(http.client.HTTPConnection):
+    """Sends small requests at once."""
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class LlamaCppBackend:
@@ -43,7 +54,8 @@ class LlamaCppBackend:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise InputError(f"{path.name}: expected a file that llama.cpp opens, got an error: {error}") from error
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._connection = _Connection(urllib.parse.urlsplit(self._server.listening_address).netloc)
+        weakref.finalize(self, self._connection.close)
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
         self._whole = self.encode("a")[0]  # a token of whole characters
         # A server that is dropped before its queue runs waits forever; this request goes through the queue.
@@ -84,17 +96,16 @@ class LlamaCppBackend:
         return self._ask("/completion", prompt=list(prompt), temperature=0, return_tokens=True, cache_prompt=False, **options)
 
     def _ask(self, path: str, **fields: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self._server.listening_address + path, json.dumps(fields).encode(), {"Content-Type": "application/json"}
-        )
         try:
-            with self._open(request) as answer:
-                found: dict[str, Any] = json.load(answer)
-                return found
-        except urllib.error.HTTPError as error:
-            raise InputError(f"llama.cpp refuses {path}: {_reason(error)}") from error
+            reply = self._post(path, json.dumps(fields).encode())
+        except (http.client.RemoteDisconnected, ConnectionError):  # it closes a connection after 100 requests, or when idle
+            self._connection.close()
+            reply = self._post(path, json.dumps(fields).encode())
+        found: dict[str, Any] = json.loads(reply.read() or b"{}")
+        if reply.status != http.HTTPStatus.OK:
+            raise InputError(f"llama.cpp refuses {path}: {found.get('error', {}).get('message', reply.reason)}")
+        return found
 
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    reply: Mapping[str, Any] = json.loads(error.read() or b"{}")
-    return str(reply.get("error", {}).get("message", error))
+    def _post(self, path: str, body: bytes) -> http.client.HTTPResponse:
+        self._connection.request("POST", path, body, {"Content-Type": "application/json"})
+        return self._connection.getresponse()

@@ -26,6 +26,10 @@ TOLERANCE = 1e-4  # largest difference of log-probabilities in fp32, relative to
 # of the recipe quickstart: 0.03%, 0.2% and 0.9%, and 15% with rotary channels in the wrong order.
 MAX_MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05}
 
+# The largest share of texts whose tokens in llama.cpp differ as is known (`llm.tokenizer.llama_cpp`). Of 396,000
+# sentences of the shipped data none is not in NFC; of a language that llama.cpp splits otherwise, most sentences differ.
+MAX_KNOWN = 0.01
+
 # Always compared: texts on which similar tokenizers differ.
 PROBES = (
     "It's 12:05; we'LL pay $1,234.50 for 3.5 kg, won't we?",
@@ -63,6 +67,21 @@ class Backend(Protocol):
 
     def answers(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy tokens after each prompt."""
+
+
+class Known(Protocol):
+    """What is known of the tokens of another system: `llm.export.gguf_tokenizer.KnownTokens`."""
+
+    differences: Sequence[str]  # in words
+
+    def written(self, text: str) -> str:
+        """A text as it is given to the other system."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens that the other system is known to give for a text."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The tokens that it is known to give for a rendered chat."""
 
 
 @dataclass(frozen=True)
@@ -123,36 +142,57 @@ def balanced_by_language(texts: Iterable[str], count: int) -> dict[str, list[str
     return {language: those for language, those in chosen.items() if those}
 
 
-def check_tokens(tokenizer: TextTokenizer, other: Backend, texts: Sequence[str]) -> Check:
-    """Whether the other system splits every text into the same tokens."""
+def check_tokens(tokenizer: TextTokenizer, other: Backend, texts: Sequence[str], *, known: Known | None = None) -> Check:
+    """Whether the other system splits every text into the same tokens, apart from what is `known` of it."""
+    written = texts if known is None else [known.written(text) for text in texts]
+    compared = zip(texts, tokenizer.encode_batch(texts), map(other.encode, written), written, strict=True)
     return _equal(
-        f"{other.name}: tokens", "texts", zip(texts, tokenizer.encode_batch(texts), map(other.encode, texts), strict=True)
+        f"{other.name}: tokens",
+        "texts",
+        ((text, ours, theirs, known is not None and known.encode(given) == theirs) for text, ours, theirs, given in compared),
+        known,
     )
 
 
-def check_chats(tokenizer: TextTokenizer, other: Backend, chats: Sequence[Sequence[ChatMessage]]) -> Check:
+def check_chats(
+    tokenizer: TextTokenizer, other: Backend, chats: Sequence[Sequence[ChatMessage]], *, known: Known | None = None
+) -> Check:
     """Whether the other system renders chats, which end with an answer, to the tokens of training."""
 
-    def pairs() -> Iterator[tuple[str, list[int], list[int]]]:
+    def compared() -> Iterator[tuple[str, list[int], list[int], bool]]:
         for chat in chats:
             ours, _ = tokenizer.encode_chat(chat)
             prompt = other.encode_prompt(chat[:-1])
-            yield chat[-2]["content"] if len(chat) > 1 else "", ours[: len(prompt)], prompt
+            rendered = "" if known is None else tokenizer.render(chat[:-1], add_generation_prompt=True)
+            expected = known is not None and known.encode_rendered(rendered) == prompt
+            yield chat[-2]["content"] if len(chat) > 1 else "", ours[: len(prompt)], prompt, expected
             if (whole := other.encode_chat(chat)) is not None:
-                yield chat[-1]["content"], ours, whole[: len(ours)]
+                yield chat[-1]["content"], ours, whole[: len(ours)], False
 
-    return _equal(f"{other.name}: chats", "renderings", pairs())
+    return _equal(f"{other.name}: chats", "renderings", compared(), known)
 
 
-def _equal(name: str, what: str, pairs: Iterable[tuple[str, list[int], list[int]]]) -> Check:
-    compared, different, first = 0, 0, ""
-    for text, ours, theirs in pairs:
-        compared += 1
-        if ours != theirs:
+def _equal(name: str, what: str, compared: Iterable[tuple[str, list[int], list[int], bool]], known: Known | None) -> Check:
+    """The check of texts with their tokens here and there, and whether those there are what is known of the other system.
+
+    A text of the data that differs as is known passes, and is told, as long as there are few.
+    """
+    count, different, first = 0, 0, ""
+    expected: list[str] = []
+    for text, ours, theirs, is_known in compared:
+        count += 1
+        if ours != theirs and is_known:
+            expected.append(text)
+        elif ours != theirs:
             different += 1
             first = first or f"; the first: {text[:60]!r} is {_part(ours, theirs)} here, {_part(theirs, ours)} there"
-    told = f"{compared - different:,} of {compared:,} {what}{first}"
-    return Check(name, not different, told, compared)
+    told = f"{count - different - len(expected):,} of {count:,} {what}{first}"
+    if expected and known is not None:
+        shown = ", ".join(repr(text[:40]) for text in expected[:3])
+        told += f"; {len(expected):,} others as it is known to give them ({'; '.join(known.differences)}), such as {shown}"
+    of_data = sum(text not in PROBES for text in expected)
+    passed = not different and of_data <= MAX_KNOWN * count
+    return Check(name, passed, told, count, {"known_differences": len(expected)} if known is not None else {})
 
 
 def _part(tokens: Sequence[int], other: Sequence[int]) -> str:

@@ -86,6 +86,11 @@ class TextTokenizer:
             "pad_token_id": self.padding if "pad_token" in self._named else None,
         }
 
+    @property
+    def unknown(self) -> int | None:
+        """The token for what a vocabulary of characters lacks, if there is one."""
+        return self._marked.token_to_id(self._named["unk_token"]) if "unk_token" in self._named else None
+
     def with_template(self, template: str, *, ends: Sequence[int] = ()) -> Self:
         """The same tokenizer with another chat template, and with `ends` as further tokens that end an answer."""
         other = copy(self)

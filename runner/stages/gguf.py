@@ -16,7 +16,7 @@ from runner.files import write_whole
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
 
 
-class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
+class WriteGguf(Stage, kind="gguf", version=2, makes=Gguf):
     """Writes a model with its tokenizer and chat template as GGUF files, and a Modelfile for Ollama."""
 
     imports = ("llm.export.gguf",)
@@ -35,7 +35,8 @@ class WriteGguf(Stage, kind="gguf", version=1, makes=Gguf):
 
     def run(self, context: Context) -> Metrics:
         """Write the files that do not exist yet."""
-        from llm.export.gguf import adds_begin, write_gguf
+        from llm.export.gguf import write_gguf
+        from llm.export.gguf_tokenizer import adds_begin
         from llm.export.ollama import modelfile
         from llm.tokenizer.tokenizer import TextTokenizer
 

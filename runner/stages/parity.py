@@ -27,7 +27,7 @@ from runner.stages.fields.data_tables import RowTable
 from runner.stages.fields.parity_inputs import ParityInputs, TextTable, read_rows, read_sentences
 
 if TYPE_CHECKING:
-    from llm.export.parity import Backend, Check, Reference
+    from llm.export.parity import Backend, Check, Known, Reference
 
 LIKELIHOODS = 20  # prompts after which log-probabilities are compared
 
@@ -49,7 +49,7 @@ def outcome(*, passed: bool | None, told: str, **numbers: Any) -> str:
     return f"{'not checked' if passed is None else 'equal' if passed else 'not equal'}: {told}"
 
 
-class CheckParity(Stage, kind="parity", version=1, makes=Parity):
+class CheckParity(Stage, kind="parity", version=2, makes=Parity):
     """Compares a model in stock Transformers, PEFT and llama.cpp with the model as it was trained."""
 
     imports = ("llm.export.parity",)
@@ -131,10 +131,10 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         reference = Reference.of(model, tokenizer, inputs.prompts, max_new_tokens=inputs.max_new_tokens)
         texts = [*PROBES, *sentences]
 
-        def words(other: "Backend") -> "Iterator[Check]":
-            yield check_tokens(tokenizer, other, texts)
+        def words(other: "Backend", known: "Known | None" = None) -> "Iterator[Check]":
+            yield check_tokens(tokenizer, other, texts, known=known)
             if tokenizer.template is not None:
-                yield check_chats(tokenizer, other, inputs.chats)
+                yield check_chats(tokenizer, other, inputs.chats, known=known)
 
         stock = TransformersBackend(folder, ends=tokenizer.ends, padding=tokenizer.padding, device=device)
         yield from words(stock)
@@ -144,7 +144,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         if self.base is not None and self.adapter is not None:
             yield self._adapter_check(context, reference, inputs)
         for precision, path in context.open(self.gguf).files().items() if self.gguf is not None else ():
-            yield from self._llama_cpp(path, precision, reference, words, cores=context.cores)
+            yield from self._llama_cpp(path, precision, reference, words, folder=folder, cores=context.cores)
 
     def _adapter_check(self, context: Context, reference: "Reference", inputs: ParityInputs) -> "Check":
         """Whether stock PEFT computes the same with the adapter on the stock base."""
@@ -162,10 +162,18 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
         return check_likelihoods(replace(reference, model=adapted), peft, inputs.prompts[:LIKELIHOODS])
 
     def _llama_cpp(
-        self, path: Path, precision: str, reference: "Reference", words: "Callable[[Backend], Iterator[Check]]", *, cores: int
+        self,
+        path: Path,
+        precision: str,
+        reference: "Reference",
+        words: "Callable[..., Iterator[Check]]",
+        *,
+        folder: Path,
+        cores: int,
     ) -> "Iterator[Check]":
         """The comparisons with llama.cpp for one file; answers have to be equal only for unrounded weights."""
         from llm.errors import InputError
+        from llm.export.gguf_tokenizer import KnownTokens
         from llm.export.llama_cpp_backend import PACKAGE, LlamaCppBackend
         from llm.export.parity import Check, check_answers, check_likelihoods
 
@@ -183,7 +191,7 @@ class CheckParity(Stage, kind="parity", version=1, makes=Parity):
                 ends=reference.tokenizer.ends,
                 threads=cores,
             )
-            yield from words(other)
+            yield from words(other, KnownTokens(folder))
             yield check_likelihoods(reference, other, reference.prompts[:LIKELIHOODS], precision=precision)
             if precision == "f32":
                 yield check_answers(reference, other)

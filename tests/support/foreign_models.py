@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizer_kinds import every_merge
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,8 +57,8 @@ def sentencepiece_like() -> Tokenizer:
     learner.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=150, show_progress=False, initial_alphabet=["▁"]))
     learned = json.loads(learner.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
-    merges = [tuple(merge) for merge in learned["merges"]]
     ids = {piece: number for number, piece in enumerate(pieces)}
+    merges = every_merge(["".join(merge) for merge in learned["merges"]], ids)
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

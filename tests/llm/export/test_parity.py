@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_release import PROMPTS, TEXTS, open_in_llama_cpp, tiny_checkpoint
 from torch import Tensor
 
 from llm.errors import InputError
-from llm.export import gguf
+from llm.export import gguf, gguf_tokenizer
 from llm.export.gguf import write_gguf
 from llm.export.parity import (
     PROBES,
@@ -99,9 +100,29 @@ def test_rotary_channels_in_the_order_of_transformers_are_found(
 def test_another_pre_tokenizer_is_found(
     reference: Reference, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf, "pre_tokenizer_name_of", lambda tokenizer: "qwen2")  # which cuts numbers into digits
+    true = gguf_tokenizer.for_llama_cpp
+    digits = lambda stored: replace(true(stored), pre_tokenizer="qwen2")  # noqa: E731  # which cuts numbers into digits
+    monkeypatch.setattr(gguf_tokenizer, "for_llama_cpp", digits)
     write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
     assert "tokens" in faults(reference, tmp_path / "model.gguf", checkpoint)
+
+
+def test_texts_that_differ_as_is_known_pass_while_they_are_few_and_are_told(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    path = checkpoint / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    write_gguf(checkpoint, tmp_path / "model.gguf", precision="f32")
+    tokenizer, other = TextTokenizer.load(checkpoint), open_in_llama_cpp(tmp_path / "model.gguf", checkpoint)
+    known = gguf_tokenizer.KnownTokens(checkpoint)
+    plain = [f"The heart pumps {number} times." for number in range(99)]
+    few = check_tokens(tokenizer, other, [*PROBES, *plain, "cafe\u0301"], known=known)
+    assert few.passed
+    assert few.told == (
+        "110 of 112 texts; 2 others as it is known to give them (it does not bring text into Unicode's NFC), "
+        f"such as {PROBES[10]!r}, 'cafe\u0301'"
+    )
+    assert not check_tokens(tokenizer, other, [*PROBES, *plain, "cafe\u0301", "nai\u0308ve"], known=known).passed
+    assert not check_tokens(tokenizer, other, ["cafe\u0301"]).passed  # of a system that is to give the same
 
 
 def without_last_token(stored: dict[str, object]) -> None:

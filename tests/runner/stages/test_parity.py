@@ -203,14 +203,11 @@ def test_a_recipe_that_publishes_gets_a_comparison_before(checkpoint: Path, rows
 
 
 def test_a_difference_in_llama_cpp_stops_the_release_with_exit_code_4(tmp_path: Path) -> None:
-    """A word that no merges lead to: tokenizers may take it whole, and llama.cpp does not where a name says otherwise."""
+    """Text that is not in NFC: llama.cpp does not normalize, which is known, but may not be so of much of the data."""
     tiny_checkpoint(tmp_path / "model", pre_tokenizer="gpt-2")
     path = tmp_path / "model" / "tokenizer.json"
-    stored = json.loads(path.read_text())
-    stored["model"]["ignore_merges"] = True
-    stored["model"]["merges"] = [merge for merge in stored["model"]["merges"] if "".join(merge) != "Ġblood"]
-    path.write_text(json.dumps(stored))
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "It pumps blood."}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "It pumps cafe\u0301."}))
     (tmp_path / "recipe.toml").write_text(
         """
         name = "small"
@@ -236,7 +233,10 @@ def test_a_difference_in_llama_cpp_stops_the_release_with_exit_code_4(tmp_path: 
     command = [sys.executable, "-m", "runner.cli", str(tmp_path / "recipe.toml"), "--cache", str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
-    assert "parity: llama.cpp f32: tokens: not equal: 12 of 13 texts; the first: 'It pumps blood.' is [" in done.stderr
+    told = (
+        "not equal: 11 of 13 texts; 2 others as it is known to give them (it does not bring text into Unicode's NFC), such as "
+    )
+    assert f"parity: llama.cpp f32: tokens: {told}" in done.stderr
     assert "skipped because of it: publish" in done.stderr
     assert not list((tmp_path / "cache" / "stages").glob("publish-*"))
 
