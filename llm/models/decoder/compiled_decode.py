@@ -83,7 +83,8 @@ class CompiledRow:
 
         `seen` has one entry for each slot that is seen: up to that of the position.
         """
-        torch._dynamo.mark_dynamic(seen, 0, min=2, max=self.cache.shape[2] - 1)
+        # Not a "dynamic" size: Inductor would compile sums over up to 4,096 slots, and refuse to serve more by the same code.
+        torch._dynamo.decorators.mark_unbacked(seen, 0, min=2, max=self.cache.shape[2] - 1)
         x = self._embedding[token].float() * self._embedding_scale
         first = {"window": position + 1 - self.window} if self.window is not None else {}
         everything = torch.zeros_like(position)

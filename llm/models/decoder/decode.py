@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -185,7 +186,10 @@ class DecoderDecoding:
         shape = (config.layers, rows, 2 * config.kv_heads, slots, config.head_size)
         if math.prod(shape) > len(self._cache):
             self.release()
-            self._cache = torch.zeros(math.prod(shape), dtype=self._cache_dtype, device=self.device)
+            if self._on_cpu:  # the system gives zeros when they are first used: most texts are shorter than the context
+                self._cache = torch.from_numpy(np.zeros(math.prod(shape), dtype=np.float32))
+            else:
+                self._cache = torch.zeros(math.prod(shape), dtype=self._cache_dtype, device=self.device)
         return KVCache(self._cache[: math.prod(shape)].view(shape), positions)
 
     def _eager_step(self) -> Tensor:

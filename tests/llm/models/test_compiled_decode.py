@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from decoded_rows import computed, decoded, rows_of, small
@@ -58,6 +59,31 @@ def test_one_compilation_serves_all_layers_and_lengths() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (1, 5, 20):
             decoded(decoding, rows_of([length]), read=[length])
+
+
+@pytest.mark.parametrize("context", [*(pytest.param(size, marks=pytest.mark.long) for size in (512, 4096, 8192)), 131_072])
+def test_long_contexts_compile_and_one_compilation_serves_all_of_their_slots(context: int) -> None:
+    model = small(context=context, layers=1, heads=2, hidden_size=16)
+    decoding, plain = compiled(model), model.decoding()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in {3, min(context, 4100) - 8}:  # over the 4,096 that sums have for a limit
+            rows = rows_of([length])
+            found, wanted = decoded(decoding, rows, read=[length]), decoded(plain, rows, read=[length])
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_the_memory_of_a_long_context_is_taken_when_it_is_used() -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    model = small(context=100_000, layers=1, heads=2, head_size=64)
+    decoding = model.decoding()
+    before = resident()
+    with torch.inference_mode():
+        decoding.read([[1, 2, 3]], room=90_000)  # 90,000 slots, each of 2 * 2 heads of 64 in fp32: 92 MB
+        decoding.step([4])
+    angles = 2 * 90_000 * 64 * 4  # bytes of the cosine and sine of each slot
+    assert resident() - before < 1.5 * angles
 
 
 def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
