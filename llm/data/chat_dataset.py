@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from llm.data.conversations import PreferenceTemplate, Template, TextTemplate, Turn
 from llm.data.packing import STATISTICS, StreamWriter
-from llm.data.truncation import Encoded, Stream, fit_all
+from llm.data.truncation import Stream, fit, fit_all
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
 from llm.text.attribution import Attribution, count_value
 from llm.text.readers import encoding_notes, read_rows
 from llm.text.selection import hash_share, in_batches, passes
-from llm.tokenizer.tokenizer import TextTokenizer
+from llm.tokenizer.messages import Chat
+from llm.tokenizer.tokenizer import ChatPart, TextTokenizer
 
 _BATCH = 1024  # rows tokenized at a time
 MANY_CUT = 0.05  # share of the rows above which a cut is a warning
@@ -117,10 +118,11 @@ def write_rows(
                 report(done=sum(count.rows for count in counts), unit="rows")
                 if should_stop():
                     raise Interrupted("stopped while packing rows")
-                for streams, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
-                    for stream in streams:
-                        writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
-                    writer.end_group(passes, source=number)
+                for groups, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
+                    for streams in groups:
+                        for stream in streams:
+                            writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
+                        writer.end_group(passes, source=number)
         numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
         totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
         if not len(writer):
@@ -180,51 +182,71 @@ def _selected(table: Table, count: Counts) -> Iterator[_SelectedRow]:
 
 def _fitted(
     batch: Sequence[_SelectedRow], table: Table, count: Counts, *, tokenizer: TextTokenizer, positions: int
-) -> Iterator[tuple[list[Stream], int]]:
-    """(streams, passes) of the rows of a batch that have targets."""
+) -> Iterator[tuple[list[list[Stream]], int]]:
+    """Of the rows of a batch the groups of streams that have targets, and their passes."""
     for row, encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
         if isinstance(encoded, InputError):
             if not table.skip_bad:
                 raise InputError(f"{row.place}: {encoded}") from encoded
             count.bad += 1
             continue
-        streams = fit_all(row.chats, encoded, tokenizer, positions=positions)
+        found = list(_groups(row.chats, encoded, tokenizer, positions=positions))
+        streams = [stream for group in found for stream in group]
         count.cut_prompts += any(stream.cut_prompt for stream in streams)
         count.cut_responses += any(stream.cut_response for stream in streams)
         count.cut_turns += any(stream.cut_turns for stream in streams)
         count.truncated += any(stream.is_cut for stream in streams)
         count.cut_tokens += sum(stream.full_length - len(stream.ids) for stream in streams)
         count.full_tokens += sum(stream.full_length for stream in streams)
-        targets = [sum(stream.loss_mask[1:]) for stream in streams]  # the first token is never predicted
-        if all(targets):
-            count.learned_tokens += sum(targets) * row.passes
+        targets = [[sum(stream.loss_mask[1:]) for stream in group] for group in found]  # the first token is never predicted
+        if groups := [group for group, numbers in zip(found, targets, strict=True) if all(numbers)]:
+            count.learned_tokens += sum(sum(numbers) for numbers in targets if all(numbers)) * row.passes
             count_value(count.licenses, row.attribution.license)
             count_value(count.origins, row.attribution.origin)
-            yield streams, row.passes
+            yield groups, row.passes
         else:
             count.dropped += 1
 
 
-def _encoded(batch: Sequence[_SelectedRow], tokenizer: TextTokenizer) -> list[list[Encoded] | InputError]:
-    """All chats of a batch at once, on all cores; if one is refused, row by row, with the error in place of its chats."""
+def _groups(
+    chats: Sequence[Sequence[Turn]], encoded: Sequence[list[ChatPart]], tokenizer: TextTokenizer, *, positions: int
+) -> Iterator[list[Stream]]:
+    """The chats of a row as streams: a preference's together; of a single chat, each part by itself."""
+    if len(chats) > 1:  # of which the last answers alone are compared
+        whole = [(parts[-1].ids, parts[-1].loss_mask) for parts in encoded]
+        yield fit_all(chats, whole, tokenizer, positions=positions)
+        return
+    for part in encoded[0]:
+        turns = [turn.learned(number in part.answers) for number, turn in enumerate(chats[0][: part.stop])]
+        yield [fit(turns, tokenizer, positions=positions, encoded=(part.ids, part.loss_mask), leave_out_turns=True)]
+
+
+def _encoded(batch: Sequence[_SelectedRow], tokenizer: TextTokenizer) -> list[list[list[ChatPart]] | InputError]:
+    """The parts of all chats of a batch at once, on all cores; if that is too much, chat by chat."""
     rows = [[[turn.message for turn in turns] for turns in row.chats] for row in batch]
+    chats = [chat for of_row in rows for chat in of_row]
     try:
-        encoded = iter(tokenizer.encode_chats([chat for chats in rows for chat in chats]))
-        return [[next(encoded) for _ in chats] for chats in rows]
-    except InputError:
-        return [_encoded_or_refused(chats, tokenizer) for chats in rows]
+        encoded = iter(tokenizer.encode_parts(chats))
+    except InputError:  # a template may need too much time or memory for one of them
+        encoded = iter([_parts_or_refused(chat, tokenizer) for chat in chats])
+    return [_all_or_refused([next(encoded) for _ in of_row]) for of_row in rows]
 
 
-def _encoded_or_refused(chats: list[list[dict[str, str]]], tokenizer: TextTokenizer) -> list[Encoded] | InputError:
+def _parts_or_refused(chat: Chat, tokenizer: TextTokenizer) -> list[ChatPart] | InputError:
     try:
-        return [tokenizer.encode_chat(chat) for chat in chats]
+        return tokenizer.encode_parts([chat])[0]
     except InputError as error:
         return error
+
+
+def _all_or_refused(found: Sequence[list[ChatPart] | InputError]) -> list[list[ChatPart]] | InputError:
+    refused = next((one for one in found if isinstance(one, InputError)), None)
+    return refused or [one for one in found if not isinstance(one, InputError)]
 
 
 def _passes(chats: Sequence[Sequence[Turn]], weight: float) -> int:
     """How often an epoch sees these chats; what a fraction leaves out depends only on their text."""
     if weight % 1 == 0:
         return int(weight)
-    text = json.dumps([[turn.role, turn.content] for turns in chats for turn in turns])
+    text = json.dumps([[turn.role, turn.content, *([turn.more] if turn.more else [])] for turns in chats for turn in turns])
     return passes(weight, hash_share(text))

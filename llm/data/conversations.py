@@ -5,7 +5,7 @@ This module is imported while planning, so it imports nothing that is slow.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llm.errors import InputError
@@ -21,6 +21,7 @@ class Turn:
 
     role: str
     parts: tuple[str, ...]
+    more: Mapping[str, Any] = field(default_factory=dict)  # further fields of the message: `llm.tokenizer.messages`
 
     @property
     def content(self) -> str:
@@ -28,9 +29,20 @@ class Turn:
         return "".join(self.parts)
 
     @property
-    def message(self) -> dict[str, str]:
+    def message(self) -> dict[str, Any]:
         """The turn as a message for chat templates."""
-        return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": self.content, **self.more}
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the loss counts it, if it is the assistant's."""
+        return bool(self.more.get("weight", 1) != 0)
+
+    def learned(self, is_learned: bool) -> "Turn":
+        """The same turn, learned or not."""
+        if is_learned == self.is_learned:
+            return self
+        return replace(self, more={**self.more, "weight": int(is_learned)})
 
     def substituted(self) -> tuple[str, ...]:
         """The parts that come from the row."""
@@ -38,7 +50,7 @@ class Turn:
 
     def with_substituted(self, texts: Iterator[str]) -> "Turn":
         """The same turn with its substituted parts replaced by the next of `texts`."""
-        return Turn(self.role, tuple(next(texts) if place % 2 else part for place, part in enumerate(self.parts)))
+        return replace(self, parts=tuple(next(texts) if place % 2 else part for place, part in enumerate(self.parts)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llm.data.conversations import Turn
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -16,7 +17,7 @@ Encoded = tuple[list[int], list[bool]]  # ids and loss mask
 class Stream:
     """A chat as tokens that fit a row."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     ids: list[int]
     loss_mask: list[bool]  # true where the loss counts the prediction of `ids`: the assistant's text and the end of its turn
     full_length: int  # tokens before the cut
@@ -48,7 +49,7 @@ def fit(
 ) -> Stream:
     """The chat as at most `positions` + 1 tokens. `encoded` is the whole chat, if it is known already.
 
-    With `leave_out_turns`, a longer chat keeps its first answers whole, with what is said before them, and loses the turns
+    With `leave_out_turns`, a longer chat keeps its first learned answers whole, with what is said before them, and loses the turns
     after those; only a first answer that does not fit is treated like the answer of a chat that has no other.
 
     Otherwise a longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the longest
@@ -90,7 +91,7 @@ def fit(
 
 def _first_answers(turns: Sequence[Turn], tokenizer: TextTokenizer, *, limit: int) -> Sequence[Turn]:
     """The turns up to the last answer with which they have at most `limit` tokens; at least up to the first answer."""
-    ends = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
+    ends = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant" and turn.is_learned]
     low, high = 0, len(ends) - 1  # of the answers that may be the last one
     while low < high:
         middle = (low + high + 1) // 2
@@ -124,6 +125,11 @@ def _head(text: str, ends: Sequence[int], count: int) -> str:
     return text if len(ends) <= count else text[: ends[count - 1]] if count else ""
 
 
+def _cuttable(message: dict[str, Any]) -> Turn:
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return Turn(message["role"], ("", message["content"], ""), more)
+
+
 def fit_all(
     chats: Sequence[Sequence[Turn]], encoded: Sequence[Encoded], tokenizer: TextTokenizer, *, positions: int
 ) -> list[Stream]:
@@ -135,7 +141,7 @@ def fit_all(
     streams = {order[0]: longest}
     for index in order[1:]:
         if longest.cut_prompt:
-            prompt = [Turn(message["role"], ("", message["content"], "")) for message in longest.messages[:-1]]
+            prompt = [_cuttable(message) for message in longest.messages[:-1]]
             shortened = fit([*prompt, chats[index][-1]], tokenizer, positions=positions)
             streams[index] = replace(shortened, full_length=len(encoded[index][0]), cut_prompt=True)
         else:

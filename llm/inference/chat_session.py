@@ -118,11 +118,6 @@ class ChatSession:
             f"messages: expected a last turn that fits the model's context of {self.context} tokens, got {len(prompt)} tokens"
         )
 
-    def takes_tools(self, tools: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the chat template tells the model of tools: whether they change what it renders."""
-        asked = [{"role": "user", "content": "?"}]
-        return self.tokenizer.encode_prompt(asked, tools=tools) != self.tokenizer.encode_prompt(asked)
-
     def continuation(self, text: str | Sequence[int], options: AnswerOptions) -> Answer:
         """The model's continuation of plain text, or of tokens as they are; InputError where they fill the context."""
         prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)] if isinstance(text, str) else list(text)

@@ -79,11 +79,15 @@ def import_checkpoint(candidate: Candidate, target: Path, *, add_tokens: Sequenc
 
 def _with_answer_end(tokenizer: TextTokenizer, folder: Path) -> TextTokenizer:
     """The tokenizer with the token that its template puts after an answer added to `ends`; InputError where there is none."""
-    try:
-        ids, loss_mask = tokenizer.encode_chat(_CHAT)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
-    ends = {ids[last] for last in range(len(ids)) if loss_mask[last] and not any(loss_mask[last + 1 : last + 2])}
+    (parts,) = tokenizer.encode_parts([_CHAT])
+    if isinstance(parts, InputError):
+        raise InputError(f"{folder}: {parts}") from parts
+    ends = {
+        part.ids[last]
+        for part in parts
+        for last in range(len(part.ids))
+        if part.loss_mask[last] and not any(part.loss_mask[last + 1 : last + 2])
+    }
     if len(ends) != 1 or not ends <= {tokenizer.token_id(token) for token in tokenizer.special_tokens}:
         found = ", ".join(repr(tokenizer.decode([token], special=True)) for token in sorted(ends)) or "nothing"
         raise InputError(

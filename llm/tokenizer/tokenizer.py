@@ -1,24 +1,27 @@
 """`TextTokenizer`: documents and chats to token ids and back.
 
 Its folder is one that Transformers opens with `AutoTokenizer`: `tokenizer.json`, and `tokenizer_config.json` with the chat
-template inside. The characters of a special token inside a document are plain text; only a chat template writes special
-tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models open too: any `tokenizer.json`, with the special
+template inside. What looks like a special token inside a document or a message is plain text; only a chat template writes
+control tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models open too: any `tokenizer.json`, with the special
 tokens and the template beside it.
 """
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from llm.errors import InputError
 from llm.files import write_text
-from llm.tokenizer.chat_template import loss_mask, render_chats, render_with_spans
+from llm.tokenizer.answers import ChatRenderer, Part
+from llm.tokenizer.chat_template import loss_mask
+from llm.tokenizer.control_tokens import ControlTokens
+from llm.tokenizer.messages import Chat, ChatMessage
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -27,8 +30,18 @@ SPECIAL_FILE = "special_tokens_map.json"  # the special tokens, in older version
 GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens is used
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 NO_LENGTH_LIMIT = int(1e30)  # Transformers' value for "no limit"; the model has the limit
+_DERIVED = ("control", "_renderer")  # computed when they are needed, from the template
 
-ChatMessage = Mapping[str, Any]  # role and content, and what else a template reads
+__all__ = ["ChatMessage", "ChatPart", "TextTokenizer", "open_tokenizer"]
+
+
+class ChatPart(NamedTuple):
+    """The beginning of a chat as tokens, with the answers that are learned in it."""
+
+    stop: int  # messages
+    answers: tuple[int, ...]  # which of them are learned
+    ids: list[int]
+    loss_mask: list[bool]  # true for the learned answers and the tokens that end them
 
 
 class TextTokenizer:
@@ -55,11 +68,11 @@ class TextTokenizer:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         # In the order of their ids.
         self.special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._any_special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))))
         self.end = self.token_id(named["eos_token"])
         self.begin = self.token_id(named.get("bos_token", named["eos_token"]))
         self.padding = self.token_id(named.get("pad_token", named["eos_token"]))
         self.ends = tuple(dict.fromkeys([self.end, *ends]))
+        self._learns_empty_think = False
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -93,8 +106,17 @@ class TextTokenizer:
 
     def with_template(self, template: str, *, ends: Sequence[int] = ()) -> Self:
         """The same tokenizer with another chat template, and with `ends` as further tokens that end an answer."""
+        return self._changed(template=template, ends=tuple(dict.fromkeys([*self.ends, *ends])))
+
+    def with_empty_think_learned(self) -> Self:
+        """The same tokenizer, for which an empty think block that the template writes before an answer is learned, too."""
+        return self._changed(_learns_empty_think=True)
+
+    def _changed(self, **attributes: Any) -> Self:
         other = copy(self)
-        other.template, other.ends = template, tuple(dict.fromkeys([*self.ends, *ends]))
+        for name in _DERIVED:
+            other.__dict__.pop(name, None)
+        other.__dict__.update(attributes)
         return other
 
     def with_words(self, words: Sequence[str]) -> Self:
@@ -103,6 +125,18 @@ class TextTokenizer:
         whole.add_tokens([AddedToken(word, normalized=False) for word in words])
         whole.post_processor = self._post_processor
         return type(self)(whole, self._named, self.template, ends=self.ends)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokens that only the chat template writes."""
+        return ControlTokens(self._marked, self.template)
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        if self.template is None:
+            raise InputError("expected a chat template in tokenizer_config.json, got none; set chat_template on the stage")
+        ends = tuple(self._marked.id_to_token(end) or "" for end in self.ends)
+        return ChatRenderer(self.template, self._named, self.control, ends, learns_empty_think=self._learns_empty_think)
 
     def token_id(self, token: str) -> int:
         """The id of a token; InputError if the vocabulary lacks it."""
@@ -161,58 +195,68 @@ class TextTokenizer:
         return sum(len(self.piece(token)) for token in ids)
 
     def render(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+        add_generation_prompt: bool = False,
     ) -> str:
-        """A chat as text with its special tokens, up to where the assistant answers if `add_generation_prompt`.
+        """A chat as text, up to where the assistant answers if `add_generation_prompt`.
 
-        `tools` are OpenAI's descriptions of functions that the template may tell of.
+        `tools` are OpenAI's descriptions of functions. `thinking` sets whether the answer begins with reasoning, in templates
+        that leave it open.
         """
-        self._refuse_special_tokens(messages)
-        (text,) = render_chats(
-            [messages],
-            self._chat_template,
-            special_tokens=self._named,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-        )
-        return text
+        return self.control.restored(self._rendered(messages, tools, thinking, add_generation_prompt))
 
-    def encode_prompt(self, messages: Sequence[ChatMessage], *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """The ids of a chat up to where the assistant answers."""
-        rendered = self.render(messages, add_generation_prompt=True, tools=tools)
-        with _whole_words():
-            return self._marked.encode(rendered, add_special_tokens=False).ids
-
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[bool]]:
-        """The ids of a chat and its loss mask, true for the assistant's text and the end of its turns."""
-        (encoded,) = self.encode_chats([messages])
-        return encoded
-
-    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[tuple[list[int], list[bool]]]:
-        """`encode_chat` of many, on all cores."""
-        for messages in chats:
-            self._refuse_special_tokens(messages)
-        rendered = render_with_spans(chats, self._chat_template, special_tokens=self._named, any_special=self._any_special)
-        with _whole_words():
-            encodings = self._marked.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        return [
-            _without_suffix(messages, encoding.ids, loss_mask(encoding.offsets, spans))
-            for messages, encoding, (_, spans) in zip(chats, encodings, rendered, strict=True)
-        ]
+    def encode_prompt(
+        self, messages: Chat, *, tools: Sequence[Mapping[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """The ids of a chat up to where the assistant answers; otherwise as `render`."""
+        return self._encode_rendered([self._rendered(messages, tools, thinking, True)])[0].ids
 
     @property
-    def _chat_template(self) -> str:
-        if self.template is None:
-            raise InputError("expected a chat template in tokenizer_config.json, got none; set chat_template on the stage")
-        return self.template
+    def writes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return self._renderer.abilities.writes_tools
 
-    def _refuse_special_tokens(self, messages: Sequence[ChatMessage]) -> None:
-        for message in messages:
-            if found := self._any_special.search(message["content"] or ""):
-                raise InputError(
-                    f"the {message['role']}'s turn: expected text without special tokens, got {found.group()!r}, which would "
-                    "end or begin a turn; remove it from the row"
-                )
+    def _rendered(
+        self, messages: Chat, tools: Sequence[Mapping[str, Any]], thinking: bool | None, add_generation_prompt: bool
+    ) -> str:
+        chat = [{**messages[0], "tools": list(tools)}, *messages[1:]] if tools else messages
+        return self._renderer.prompt(chat, thinking=thinking, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat(self, messages: Chat) -> tuple[list[int], list[bool]]:
+        """The ids of a chat up to its last answer, and its loss mask, true for the assistant's text and the end of its turns:
+        of all turns that can be learned in one sequence with the last.
+        """
+        (parts,) = self.encode_parts([messages])
+        if isinstance(parts, InputError):
+            raise parts
+        return parts[-1].ids, parts[-1].loss_mask
+
+    def encode_parts(self, chats: Sequence[Chat]) -> list[list[ChatPart] | InputError]:
+        """Of each chat, on all cores, the sequences that together have all of its answers, or why it is refused.
+
+        There is one, with the whole chat, unless the template writes an earlier answer in another way than the last.
+        """
+        found = self._renderer.parts(chats)
+        parts = [part for of_chat in found if not isinstance(of_chat, InputError) for part in of_chat]
+        encodings = iter(self._encode_rendered([part.text for part in parts]))
+        return [
+            of_chat if isinstance(of_chat, InputError) else [_as_tokens(part, next(encodings)) for part in of_chat]
+            for of_chat in found
+        ]
+
+    def _encode_rendered(self, texts: Sequence[str]) -> list[Encoding]:
+        """Rendered chats, in which what stands in for typed characters is text."""
+        plain = [self.control.unless_forged(text) for text in texts]
+        with _whole_words():
+            encoded = iter(self._marked.encode_batch([text for text in plain if text is not None], add_special_tokens=False))
+            return [
+                self.control.restoring.encode(text, add_special_tokens=False) if same is None else next(encoded)
+                for text, same in zip(texts, plain, strict=True)
+            ]
 
     def save(self, folder: Path) -> None:
         """Write the files that Transformers opens into `folder`."""
@@ -253,12 +297,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _without_suffix(messages: Sequence[ChatMessage], ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+def _as_tokens(part: Part, encoding: Encoding) -> ChatPart:
     """Without what a template writes after the end of the last answer, such as a line break, which the loss does not count."""
-    if messages[-1]["role"] != "assistant" or True not in mask:
-        return ids, mask
-    length = len(mask) - mask[::-1].index(True)
-    return ids[:length], mask[:length]
+    ids, mask = encoding.ids, loss_mask(encoding.offsets, part.spans)
+    length = len(mask) - mask[::-1].index(True) if True in mask else len(mask)
+    return ChatPart(part.stop, part.answers, ids[:length], mask[:length])
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:

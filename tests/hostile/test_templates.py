@@ -6,10 +6,11 @@ import time
 import pytest
 
 from llm.errors import InputError
-from llm.tokenizer.chat_template import CHAT_TEMPLATE, render_chats, render_with_spans
+from llm.tokenizer.chat_template import CHAT_TEMPLATE, render_chats
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+CLEAN = "{{ messages[0]['content'] }}"
 HOSTILE = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "one long loop": "{% for i in range(1000000000) %}{% endfor %}",
@@ -40,46 +41,55 @@ HOSTILE = {
 }
 
 
+def rendered(template: str) -> str:
+    """The text of a chat; InputError if it is refused."""
+    (found,) = render_chats([{"messages": CHAT}], template, TOKENS)
+    if isinstance(found, InputError):
+        raise found
+    return found[0]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_runs_away_or_climbs_out_is_an_error(name: str) -> None:
-    render_chats([CHAT], "{{ messages[0]['content'] }}", special_tokens=TOKENS)  # the process has started
+    assert rendered(CLEAN) == "hello"  # the process has started
     used = resource.getrusage(resource.RUSAGE_SELF)
     begun = time.process_time()
     with pytest.raises(InputError, match="the chat template "):
-        render_chats([CHAT], HOSTILE[name], special_tokens=TOKENS)
+        rendered(HOSTILE[name])
     assert time.process_time() - begun < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used.ru_maxrss < 100 * 2**10  # here
-    assert render_chats([CHAT], "{{ messages[0]['content'] }}", special_tokens=TOKENS) == ["hello"]
+    assert rendered(CLEAN) == "hello"
 
 
 @pytest.mark.parametrize("template", ["{{ messages | attr('__class__') }}", "{{ raise_exception.__globals__ }}", "{{ x }}"])
 def test_what_the_sandbox_hides_is_nothing(template: str) -> None:
-    assert render_chats([CHAT], "a{# is #}" + template, special_tokens=TOKENS) == ["a"]
+    assert rendered("a{# is #}" + template) == "a"
 
 
 def test_memory_and_time_of_the_process_are_bounded() -> None:
-    render_chats([CHAT], "{{ messages[0]['content'] }}", special_tokens=TOKENS)
+    assert rendered(CLEAN) == "hello"
     for name in ("memory", "doubling", "lists", "loops", "recursion"):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with pytest.raises(InputError):
-            render_chats([CHAT], HOSTILE[name], special_tokens=TOKENS)
+            rendered(HOSTILE[name])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert after.ru_utime - before.ru_utime < 8  # with its imports, if it was ended
         assert after.ru_maxrss < 1500 * 2**10
 
 
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_a_template_renders_the_same_apart(add_generation_prompt: bool) -> None:
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True}])
+def test_a_template_renders_the_same_apart(options: dict[str, bool], marked: bool) -> None:
     chats = [CHAT, [{"role": "system", "content": "中文 \u2028 ' \" \\"}, *CHAT]] * 20
-    options = {"special_tokens": TOKENS, "add_generation_prompt": add_generation_prompt}
-    ours = render_chats(chats, CHAT_TEMPLATE, **options)  # type: ignore[arg-type]  # two kinds of options
-    assert render_chats(chats, CHAT_TEMPLATE + "{# another #}", **options) == ours  # type: ignore[arg-type]  # as above
+    requests = [{"messages": chat, "options": options} for chat in chats]
+    ours = render_chats(requests, CHAT_TEMPLATE, TOKENS, marked=marked)
+    assert render_chats(requests, CHAT_TEMPLATE + "{# another #}", TOKENS, marked=marked) == ours
+    found = ours[0]
+    assert not isinstance(found, InputError)
+    assert [found[0][slice(*span)] for span in found[1]] == ["hi<|end|>"] * marked
 
 
-def test_spans_are_the_same_apart() -> None:
-    import re
-
-    special = re.compile(r"<\|\w+\|>")
-    ours = render_with_spans([CHAT, CHAT], CHAT_TEMPLATE, special_tokens=TOKENS, any_special=special)
-    assert render_with_spans([CHAT, CHAT], CHAT_TEMPLATE + "{# x #}", special_tokens=TOKENS, any_special=special) == ours
-    assert [text[slice(*spans[0])] for text, spans in ours] == ["hi<|end|>"] * 2
+def test_a_chat_that_the_template_refuses_does_not_take_others_with_it() -> None:
+    template = "{% if messages | length > 1 %}{{ raise_exception('too long') }}{% endif %}{{ messages[0].content }}"
+    short, long = render_chats([{"messages": CHAT[:1]}, {"messages": CHAT}], template, TOKENS)
+    assert (short, str(long)) == (("hello", []), "the chat template refuses this chat: too long")

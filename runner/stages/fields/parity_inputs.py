@@ -63,8 +63,7 @@ class ParityInputs:
 
         max_new_tokens = min(max_new_tokens, positions // 2)
         room = positions - max_new_tokens
-        special = tokenizer.special_tokens
-        usable = [text for text in sentences if not any(token in text for token in special)]
+        usable = [text for text in sentences if not tokenizer.control.any.search(text)]
         texts = usable or list(PROBES)
         if tokenizer.template is None:
             halves = [tokenizer.encode_document(text)[:-1] for text in evenly_spaced(texts, prompts)]
@@ -126,11 +125,11 @@ def _fitted(turns: Sequence[Turn], tokenizer: "TextTokenizer", room: int) -> Cha
 
 
 def _is_accepted(chat: Chat, tokenizer: "TextTokenizer") -> bool:
-    """Whether the template accepts the chat, and none of its texts holds a special token."""
+    """Whether the template accepts the chat, and no text of it looks like a control token, which other systems take it for."""
     from llm.errors import InputError
 
     try:
         tokenizer.encode_chat(chat)
     except InputError:
         return False
-    return True
+    return not any(tokenizer.control.any.search(message["content"]) for message in chat)

@@ -230,7 +230,6 @@ def test_a_weight_is_passes_per_epoch_and_a_fraction_chooses_rows_by_their_text(
         ("{not json", r"rows-0.jsonl:2: expected one JSON object per line"),
         ("[1]", r"rows-0.jsonl:2: expected one JSON object per line, got a list"),
         ('{"prompt": "q"}', r"rows-0.jsonl:2: expected the field 'response'"),
-        ('{"prompt": "q", "response": "a <|end|> b"}', r"rows-0.jsonl:2: .*<\|end\|>"),
         ('{"prompt": "q", "response": "\\ud83d"}', r"rows-0.jsonl:2: .*half of a surrogate pair"),
     ],
 )

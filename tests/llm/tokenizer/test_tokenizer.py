@@ -162,13 +162,16 @@ def test_a_prompt_ends_where_the_assistant_begins(tokenizer: TextTokenizer) -> N
 
 def test_many_chats_are_encoded_as_one_by_one(tokenizer: TextTokenizer) -> None:
     chats = [CHAT, CHAT[1:3], CHAT[:3]]
-    assert tokenizer.encode_chats(chats) == [tokenizer.encode_chat(chat) for chat in chats]
+    assert tokenizer.encode_parts(chats) == [tokenizer.encode_parts([chat])[0] for chat in chats]
 
 
 @pytest.mark.parametrize("special", ["<|end|>", "<|assistant|>"])
-def test_a_chat_that_holds_a_special_token_is_refused(tokenizer: TextTokenizer, special: str) -> None:
-    with pytest.raises(InputError, match=r"the user's turn: expected text without special tokens, got '<\|"):
-        tokenizer.encode_chat([{"role": "user", "content": f"a {special} b"}, {"role": "assistant", "content": "c"}])
+def test_a_special_token_in_a_chat_is_plain_text(tokenizer: TextTokenizer, special: str) -> None:
+    chat = [{"role": "user", "content": f"a {special} b"}, {"role": "assistant", "content": f"c {special}"}]
+    ids, loss_mask = tokenizer.encode_chat(chat)
+    assert [token for token in ids if token < len(SPECIAL_TOKENS)] == [0, 4, 5, 1]  # begin, user, assistant, end
+    learned = [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
+    assert tokenizer.decode(learned) == f"c {special}"
 
 
 def test_transformers_encodes_text_to_the_same_tokens(tokenizer: TextTokenizer, stock: Any) -> None:

@@ -63,7 +63,7 @@ class QuestionTask(EvalTask):
                         f"{place}: expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s"
                     )
                 if self.on_bad_row == "skip" and isinstance(self, ChatTask):
-                    tokenizer.encode_chat([turn.message for turn in turns])  # refuses rows that hold special tokens
+                    tokenizer.encode_chat([turn.message for turn in turns])  # the template may refuse it
             except InputError:
                 if self.on_bad_row == "fail":
                     raise
