@@ -37,6 +37,28 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_size": 16},
     "qwen3 with yarn and windows": {"rope_scaling": YARN | {"attention_factor": 1.3}, "options": SLIDING},
     "qwen3 with biases": {"options": {"attention_bias": "all"}, "tied": False},
+    "smollm3": {"layers": 4},
+    "smollm3 with other layers": {"layers": 3, "options": {"pattern": ["unrotated", "full"]}, "rope_scaling": YARN},
+    "granite": {
+        "options": {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.1, "logit_divisor": 4.0},
+    },
+    "phi3": {"tied": False},
+    "phi3 with longrope": {
+        "rope_scaling": {
+            "kind": "longrope",
+            "short_divisors": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_divisors": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+            "original_context": 16,
+        },
+    },
+    "phi3 with a part of heads": {"options": {"rotary_share": 0.5}},
+    "phi3 with a window": {"options": {"pattern": ["window"], "window": 9}},
+    "olmo2": {"head_size": 12},
+    "gemma3_text": {"layers": 7, "head_size": 16, "options": {"window": 9}, "rope_scaling": LINEAR},
+    "gemma3_text with other layers": {
+        "options": SLIDING | {"window_rope_base": 300.0, "attention_scale": 24**-0.5},
+        "tied": False,
+    },
 }
 
 CASES |= {name: {} for name in architectures() if name not in CASES}

@@ -75,7 +75,7 @@ def _write_scaling(writer: "GGUFWriter", config: DecoderConfig) -> None:
 
 
 def tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under llama.cpp's name; without a tied head, as llama.cpp has it."""
+    """Every weight under llama.cpp's name; without a tied head, where llama.cpp takes the embedding."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     family = families()[config.name]
@@ -92,6 +92,8 @@ def tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> Iterator[tu
         elif stem.endswith("norm"):
             weight = weight + offset
         yield f"{found}.{kind}", weight
+    if config.tied and not family.gguf_ties:
+        yield "output.weight", weights["model.embed_tokens.weight"]
     cpu = torch.device("cpu")
     if isinstance(config.rope_scaling, Llama3Scaling):  # the divisors of the frequencies
         plain = rope_frequencies(config.model_copy(update={"rope_scaling": None}), device=cpu)

@@ -35,6 +35,7 @@ class Family:
     unset: ClassVar[tuple[str, ...]] = ("quantization_config", "sliding_window", "auto_map")
     gguf_architecture: ClassVar[str]
     gguf_options: ClassVar[frozenset[str]] = frozenset()  # that llama.cpp computes with other values than the family's own
+    gguf_ties: ClassVar[bool] = True  # whether llama.cpp takes the embedding for a head that is not in the file
     gguf_interleaved: ClassVar[bool] = False  # whether llama.cpp rotates channel 2i with 2i + 1, not i with i + half
 
     def fields_of(self, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Qwen2(Family):
     transformers_class = "Qwen2ForCausalLM"
     own = Options(attention_bias="qkv")
     defaults = {"rope_base": 1e6}
-    missing = {"max_position_embeddings": 32768}
+    missing = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
     free = frozenset({"pattern", "window"})
     unset = ("quantization_config", "auto_map")
     gguf_architecture = "qwen2"

@@ -15,7 +15,7 @@ class Qwen3(Family):
     transformers_class = "Qwen3ForCausalLM"
     own = Options(qk_norm="head")
     defaults = {"rope_base": 1e6}
-    missing = {"max_position_embeddings": 32768, "head_dim": 128}
+    missing = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
     free = frozenset({"attention_bias", "pattern", "window"})
     unset = ("quantization_config", "auto_map")
     gguf_architecture = "qwen3"
