@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from llm.adapters import lora
 from llm.bench.workload import Workload
 from llm.data.batch import IGNORE, Batch, PackedRow, RowSource
+from llm.data.packing import PackedRows
 from llm.models import architectures
+from llm.models.checkpoint import load_checkpoint
 from llm.models.interface import LanguageModel
 from llm.training.build import build
 from llm.training.config import Budget, Optimizer, Schedule
@@ -52,12 +55,33 @@ class CountingRows:
         return PackedRow(tokens.astype(np.int64), targets.astype(np.int64), np.zeros(self.context, dtype=np.int32))
 
 
+def rows_of(workload: Workload) -> RowSource:
+    """The packed chats of the workload, or made-up rows."""
+    if workload.rows_folder is not None:
+        return PackedRows(Path(workload.rows_folder), seed=0)
+    return CountingRows(workload.context, workload.vocab_size)
+
+
 def build_stockpot_model(workload: Workload) -> LanguageModel:
-    """Our model with fresh weights, the same ones at each call."""
-    torch.manual_seed(0)
-    config = workload.architecture
-    model = architectures()[config.name].build(config, vocab_size=workload.vocab_size)
+    """Our model with the weights of its folder, or fresh ones, the same at each call."""
+    if workload.folder is not None:
+        # What does not learn keeps its precision.
+        model = load_checkpoint(Path(workload.folder), dtype=torch.float32 if workload.adapter is None else None)
+    else:
+        torch.manual_seed(0)
+        config = workload.architecture
+        model = architectures()[config.name].build(config, vocab_size=workload.vocab_size)
     model.recompute = workload.recompute
+    return model
+
+
+def build_learning_model(workload: Workload) -> LanguageModel:
+    """Our model with what learns in it: all weights, or the adapter of the workload, over four bits if it says so."""
+    model = build_stockpot_model(workload)
+    if workload.adapter is not None:
+        if workload.quantize:
+            lora.quantize(model, double=True)
+        lora.attach(model, lora.LoraConfig(**workload.adapter), seed=0)
     return model
 
 
@@ -100,7 +124,7 @@ class StockpotTraining:
     ) -> None:
         self.workload, self.model, self.group = workload, model, group
         self.progress = Progress(steps=steps)
-        rows = rows or CountingRows(workload.context, workload.vocab_size)
+        rows = rows or rows_of(workload)
         budget = Budget(steps=steps)
         self.task = TrainingTask(
             next_token_loss, rows, budget, workload.tokens_per_step, schedule=schedule, optimizer=workload.optimizer, seed=0

@@ -24,15 +24,17 @@ from llm.bench.implementations import (
     CountingRows,
     StockpotTraining,
     TransformersTraining,
+    build_learning_model,
     build_stockpot_model,
     build_stockpot_training,
 )
 from llm.bench.workload import Workload
-from llm.device import has_compiler, peak_memory
+from llm.device import has_compiler, peak_memory, resolve_precision
 from llm.models import architectures
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches
 
+ADAPTED, STOCK_ADAPTER = "adapted", "peft-"  # candidates of `llm.bench.peft_step`
 STEPS = 3
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384)  # positions of a row
 STATUS = Path("/proc/self/status")
@@ -63,10 +65,12 @@ def measure_contexts(workload: Workload, contexts: Sequence[int] = CONTEXTS) -> 
 
 
 def peak_in_process(name: str, workload: Workload, *, steps: int = STEPS) -> tuple[int, int]:
-    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32" or one of the ways of
-    `llm.bench.lora`."""
+    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32", one of the ways of `llm.bench.lora`, or
+    one of the candidates of `llm.bench.peft_step`."""
     environment = dict(os.environ)
-    if name == "transformers_fp32":  # a plain program does not have the settings of the allocator that a run has
+    if name == "transformers_fp32" or name.startswith(
+        STOCK_ADAPTER
+    ):  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "llm.bench.memory", name, str(steps)],
@@ -84,18 +88,24 @@ def main() -> None:
     """Take the steps of the training named on the command line: workload on standard input, result on standard output."""
     name, steps = sys.argv[1], int(sys.argv[2])
     workload = Workload.model_validate_json(sys.stdin.read())
-    print(json.dumps(_theirs(workload, steps) if name == "transformers_fp32" else _ours(workload, name, steps)))
+    if name.startswith(STOCK_ADAPTER):
+        found = _stock_adapter(workload, int(name.removeprefix(STOCK_ADAPTER)), steps)
+    else:
+        found = _theirs(workload, steps) if name == "transformers_fp32" else _ours(workload, name, steps)
+    print(json.dumps(found))
 
 
 def _ours(workload: Workload, name: str, steps: int) -> tuple[int, int]:
     group = ProcessGroup()
     if name == "ours" and workload.compiled is not False and has_compiler(group.device.type):
         torch.compile(torch.relu)(torch.ones(8, device=group.device))  # the compiler's imports do not count either
-    for package in ("peft", "bitsandbytes") if name in (LORA, QLORA) else ():
+    for package in ("peft", "bitsandbytes") if name in (LORA, QLORA, ADAPTED) else ():
         importlib.import_module(package)
     before = _start()
     if name == "ours":
         training = StockpotTraining(workload, build_stockpot_model(workload), group=group)
+    elif name == ADAPTED:
+        training = StockpotTraining(workload, build_learning_model(workload), group=group)
     else:
         training = build_stockpot_training(workload, name, group=group)
     for _ in range(steps):
@@ -115,6 +125,23 @@ def _theirs(workload: Workload, steps: int) -> tuple[int, int]:
     training = TransformersTraining(workload, None, steps=[parts], device=group.device)
     for _ in range(steps):
         training.step("fp32")
+    return _peak() - before, micro_batch
+
+
+def _stock_adapter(workload: Workload, micro_batch: int, steps: int) -> tuple[int, int]:
+    from llm.bench import peft_step
+
+    model_type = architectures()[workload.architecture.name].model_type
+    for name in ("peft", f"transformers.models.{model_type}.modeling_{model_type}"):
+        importlib.import_module(name)
+    group = ProcessGroup()
+    torch.set_num_threads(workload.cores)
+    precision = resolve_precision(workload.precision, device=group.device)
+    before = _start()
+    parts = peft_step.stock_steps(workload, micro_batch, device=group.device)
+    training = peft_step.PeftTraining(workload, steps=parts, precision=precision, device=group.device)
+    for _ in range(steps):
+        training.step()
     return _peak() - before, micro_batch
 
 

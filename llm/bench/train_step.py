@@ -14,6 +14,7 @@ from llm.bench.implementations import (
     FULL,
     StockpotTraining,
     TransformersTraining,
+    build_learning_model,
     build_stockpot_model,
     build_stockpot_training,
 )
@@ -84,8 +85,8 @@ def measure_train_step(
 
 
 def measure_stockpot_step(workload: Workload, *, seconds: float, group: ProcessGroup) -> dict[str, Any]:
-    """Operations and tokens per second of our step with the workload's own optimizer, and peak memory in bytes."""
-    ours = StockpotTraining(workload, build_stockpot_model(workload), group=group)
+    """Operations and tokens per second of our step as the workload has it, adapter included, and peak memory in bytes."""
+    ours = StockpotTraining(workload, build_learning_model(workload), group=group)
     timing = interleaved({"ours": ours.step}, seconds=seconds, device=group.device)["ours"]
     tokens = workload.tokens_per_step / timing.median
     return {

@@ -1,6 +1,6 @@
 """What is measured: the sizes of a model and of its training step. No torch: the process that starts the bench reads it."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm.models import architecture_tables
 from llm.training.config import ConfigTable, Optimizer
@@ -30,6 +30,14 @@ class Workload(ConfigTable):
     fused_attention: bool | Literal["auto"] = "auto"
     """Our attention, in the same way."""
     recompute: bool = False
+    adapter: dict[str, Any] | None = None
+    """The adapter that learns, as the fields of `llm.adapters.lora.LoraConfig`; without one all weights learn."""
+    quantize: bool = False
+    """Whether the base of the adapter is in four bits."""
+    folder: str | None = None
+    """A model folder with the weights; without one they are drawn."""
+    rows_folder: str | None = None
+    """Packed chats to learn from; without them rows are made up."""
     cores: int
     """Threads of the step."""
 

@@ -12,7 +12,18 @@ from runner.options import add_cache_option, add_recipe_options, recipe_of, stor
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     sub.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="measures its first pretrain stage; else a 28.8M model"
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help="measures its first pretrain stage, else its first training; else a 28.8M model",
+    )
+    sub.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="with --only lora: a model folder, whose fine-tuning is compared with stock Transformers and PEFT on the chats of "
+        "the RECIPE's first lora stage",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--seconds", type=float, default=10.0, help="per measurement (default: 10), at least three rounds")
@@ -28,11 +39,15 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measures speed and memory on this machine, compared with stock Transformers."""
-    from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job
+    from runner.diagnostics.bench import LORA, chosen, measure, model_job, recipe_job, reference_job
     from runner.diagnostics.bench_tables import show
 
     settings = {"seconds": options.seconds, "compiled": not options.no_compile, "only": chosen(options.only)}
-    if options.recipe is not None:
+    if options.model is not None:
+        if settings["only"] != [LORA]:
+            raise RecipeError("--model: expected --only lora beside it, got another choice")
+        job = model_job(options.model, recipe_of(options) if options.recipe else None, store_of(options), **settings)
+    elif options.recipe is not None:
         job = recipe_job(recipe_of(options), store_of(options), **settings)
     elif options.overrides:
         raise RecipeError("--set: expected a RECIPE to change, got none")

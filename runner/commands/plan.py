@@ -12,7 +12,7 @@ from runner.planning.cost import Cost, costs, kinds_ahead, spare_stages, total
 from runner.planning.data_look import check_data
 from runner.planning.plan import Plan, as_json
 from runner.planning.text_table import text_table
-from runner.reporting.progress import duration
+from runner.reporting.progress import brief, duration
 
 COLUMNS = ("parameters", "tokens", "operations", "memory", "time")
 
@@ -23,7 +23,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_check_inputs_option(sub)
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     sub.add_argument(
-        "--measure", action="store_true", help="run the first pretraining for some seconds, for a better estimate of time"
+        "--measure", action="store_true", help="run each kind of training for some seconds, for a better estimate of time"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -35,10 +35,10 @@ def main(options: argparse.Namespace) -> int:
     check_data(plan, lambda sentence: print(sentence, file=sys.stderr))
     measured = None
     if options.measure:
-        from runner.diagnostics.bench import measured_speed
+        from runner.diagnostics.bench import measured_speeds
 
         print("measuring ...", file=sys.stderr)
-        measured = measured_speed(recipe, store)
+        measured = measured_speeds(plan)
     found = costs(plan, store.records(kinds_ahead(plan)), measured=measured)
     if options.json:
         shown = as_json(plan)
@@ -63,7 +63,7 @@ def table(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
     rows = [["stage", "kind", "state", *(COLUMNS if found else ()), "why"]]
     for entry in plan:
         cells = _cells(found.get(entry.name)) if found else ()
-        rows.append([entry.name, entry.stage.kind, entry.state, *cells, entry.reason])
+        rows.append([entry.name, entry.stage.kind, entry.state, *cells, brief(entry.reason)])
     lines = text_table(rows)
     return [*lines, *_sums(plan, found)] if found else lines[1:]
 

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,27 @@ from runner.artifacts import Tokens
 from runner.cache.store import Store
 from runner.errors import RecipeError, StageError
 from runner.execution import launch
+from runner.graph import plain
+from runner.planning.cost import trainings_ahead
+from runner.planning.model_shape import Model, adapter_of, model_of_folder, model_of_stage, row_length
 from runner.planning.plan import Plan
 from runner.recipe.recipe import Recipe
 from runner.resources import available_cores
 from runner.safe_path import PYTHON
-from runner.stages.pack import Pack
+from runner.stages.fields.training import TrainingStage
+from runner.stages.lora import TrainAdapter
 from runner.stages.pretrain import Pretrain
-from runner.stages.tokenizer import TrainTokenizer
 
 MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
 # Only by --only: classification; three trainings in memory at once; fine-tuning; large heads; rows of up to 16,384 positions;
 # two trainings on a recipe's tokens for the whole time.
 LABELS, PROCESSES, LORA, HEAD, CONTEXT, LEARNING = "labels", "processes", "lora", "head", "context", "learning"
+PEFT = "peft"  # with LORA, for a workload with an adapter
 PACE = "pace"  # our steps alone, for `run plan --measure`
 PACE_SECONDS = 5.0
+ROW, ROWS = 512, 8  # positions of a row and rows of a step, where no recipe says it
 JOB, RESULT = "job.json", "result.json"
+ADAPTER_FIELDS = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save")
 CHECKPOINT_MINUTES = Pretrain.model_fields["checkpoint_minutes"].default
 
 
@@ -49,6 +55,9 @@ class BenchJob:
     tokens: str | None = None  # folder of packed tokens; without it, rows are made up
     schedule: Mapping[str, Any] | None = None  # of the recipe's training
     held_out: str | None = None  # folder of packed tokens of the validation set
+    model: str | None = None  # a model folder as Transformers saves it, instead of drawn weights
+    kind: str = ""  # of the stage whose chats are packed for that model
+    fields: Mapping[str, Any] | None = None  # of that stage
 
 
 def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
@@ -66,40 +75,56 @@ def reference_job(*, seconds: float, compiled: bool, only: list[str]) -> BenchJo
 
 
 def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, only: list[str]) -> BenchJob:
-    """The first pretraining of a recipe. Its tokens are used if they are in the cache; no stage needs to have run."""
-    name, stage = _pretraining(recipe)
-    pack = recipe.stages[stage.tokens]
-    tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
-    if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
+    """The first pretraining of a recipe, else its first training. Its tokens are used if they are in the cache; no stage needs
+    to have run, except where the model is one of the Hub.
+    """
+    plan = Plan(recipe, store)
+    name = _training(recipe)
+    job = training_job(plan, name, seconds=seconds, compiled=compiled, only=only)
+    if LEARNING in only and job.tokens is None:
+        tokens = getattr(recipe.stages[name], "tokens", None)
         raise RecipeError(
-            f"{recipe.path}: stage.{name}: bench: expected tokens of a pack stage with a tokenizer stage, got others"
+            f"{recipe.path}: stage.{tokens or name}: bench: expected its tokens in the cache, got none; "
+            f"`run {recipe.path} --until {tokens or name}` makes them"
         )
-    rows = stage.batch_tokens // pack.context
+    return job
+
+
+def training_job(
+    plan: Plan, name: str, *, seconds: float, compiled: bool, only: list[str], model: Model | None = None
+) -> BenchJob:
+    """The training `name` of a recipe, of its own model or of `model`."""
+    recipe, stage, model = plan.recipe, plan.recipe.stages[name], model or model_of_stage(plan, name)
+    assert isinstance(stage, TrainingStage)
+    if model is None:
+        raise RecipeError(
+            f"{recipe.path}: stage.{name}: bench: expected a model whose sizes are known, got one that is not in the cache; run "
+            "the stages before it first"
+        )
+    context = row_length(plan, name, model)
+    rows = stage.batch_tokens // context
     if not rows:
         raise RecipeError(
-            f"{recipe.path}: stage.{name}.batch_tokens: expected at least one row of {pack.context} tokens, "
-            f"got {stage.batch_tokens}"
+            f"{recipe.path}: stage.{name}.batch_tokens: expected at least one row of {context} tokens, got {stage.batch_tokens}"
         )
-    assert stage.architecture is not None  # or it would not have been chosen
+    adapter, parallel = adapter_of(stage), recipe.head.parallel
     workload = Workload(
-        architecture=stage.architecture.with_context(pack.context),
-        vocab_size=tokenizer.vocab_size,
-        context=pack.context,
+        architecture=model.config.with_context(context),
+        vocab_size=model.vocab_size,
+        context=context,
         rows=rows,
         micro_batch=stage.micro_batch,
         optimizer=stage.optimizer,
-        precision=recipe.head.parallel.precision,
-        compiled=recipe.head.parallel.compile if compiled else False,
-        fused_attention=recipe.head.parallel.fused_attention if compiled else False,
+        precision=parallel.precision,
+        compiled=parallel.compile if compiled else False,
+        fused_attention=parallel.fused_attention if compiled else False,
         recompute=stage.recompute,
+        adapter=None if adapter is None else {field: getattr(adapter, field) for field in ADAPTER_FIELDS},
+        quantize=getattr(stage, "quantize", None) is not None,
         cores=available_cores(),
     )
-    packed = Plan(recipe, store, until=stage.tokens).entries[stage.tokens].path
-    if LEARNING in only and packed is None:
-        raise RecipeError(
-            f"{recipe.path}: stage.{stage.tokens}: bench: expected its tokens in the cache, got none; "
-            f"`run {recipe.path} --until {stage.tokens}` makes them"
-        )
+    tokens = getattr(stage, "tokens", None)
+    packed = plan.entries[tokens].path if tokens is not None else None
     return BenchJob(
         workload=workload.model_dump(mode="json"),
         about={"recipe": recipe.head.name, "stage": name},
@@ -112,6 +137,38 @@ def recipe_job(recipe: Recipe, store: Store, *, seconds: float, compiled: bool, 
         schedule=stage.schedule.model_dump(mode="json"),
         held_out=str(Tokens(packed).validation) if packed else None,
     )
+
+
+def model_job(
+    folder: Path, recipe: Recipe | None, store: Store, *, seconds: float, compiled: bool, only: list[str]
+) -> BenchJob:
+    """The fine-tuning of the model in `folder` with an adapter: as the first `lora` stage of a recipe has it, on its chats, or
+    with the defaults on made-up rows."""
+    model = model_of_folder(folder)
+    if model is None:
+        raise RecipeError(f"--model {folder}: expected a model folder of a supported architecture, got another")
+    if recipe is not None:
+        name = next((name for name, stage in recipe.stages.items() if isinstance(stage, TrainAdapter)), None)
+        if name is None:
+            raise RecipeError(f"{recipe.path}: expected a stage of kind 'lora' for --model, got none")
+        job, stage = (
+            training_job(Plan(recipe, store), name, seconds=seconds, compiled=compiled, only=only, model=model),
+            recipe.stages[name],
+        )
+        return replace(job, model=str(folder.resolve()), kind=stage.kind, fields=plain(stage, file=lambda file: file.pattern))
+    workload = Workload(
+        architecture=model.config,
+        vocab_size=model.vocab_size,
+        context=min(ROW, model.context),
+        rows=ROWS,
+        compiled="auto" if compiled else False,
+        fused_attention="auto" if compiled else False,
+        adapter={"r": 16, "alpha": 32},
+        cores=available_cores(),
+    )
+    about = {"recipe": None, "stage": None}
+    dumped = workload.model_dump(mode="json")
+    return BenchJob(dumped, about, CHECKPOINT_MINUTES, seconds, compiled, only, model=str(folder.resolve()))
 
 
 def chosen(only: str | None) -> list[str]:
@@ -138,14 +195,18 @@ def measure(job: BenchJob) -> dict[str, Any]:
         return result
 
 
-def measured_speed(recipe: Recipe, store: Store) -> float:
-    """Operations per second of the first pretraining of a recipe, measured now."""
-    job = recipe_job(recipe, store, seconds=PACE_SECONDS, compiled=False, only=[PACE])
-    return float(measure(job)[PACE]["flops_per_second"])
+def measured_speeds(plan: Plan) -> dict[str, float]:
+    """Operations per second, by kind, of the first training of each kind that will run, measured now."""
+    found = {}
+    for kind, name in trainings_ahead(plan).items():
+        job = training_job(plan, name, seconds=PACE_SECONDS, compiled=False, only=[PACE])
+        found[kind] = float(measure(job)[PACE]["flops_per_second"])
+    return found
 
 
-def _pretraining(recipe: Recipe) -> tuple[str, Pretrain]:
-    for name, stage in recipe.stages.items():
-        if isinstance(stage, Pretrain) and stage.architecture is not None:
-            return name, stage
-    raise RecipeError(f"{recipe.path}: expected a stage of kind 'pretrain', whose model and step to measure, got none")
+def _training(recipe: Recipe) -> str:
+    trainings = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainingStage)]
+    pretrainings = [name for name in trainings if isinstance(recipe.stages[name], Pretrain)]
+    if not trainings:
+        raise RecipeError(f"{recipe.path}: expected a stage that trains, whose model and step to measure, got none")
+    return (pretrainings or trainings)[0]

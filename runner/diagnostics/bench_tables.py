@@ -118,6 +118,22 @@ def _lora(found: Result) -> Iterator[Titled]:
         yield "Weights of the base", _table(["nf4", "bf16", "nf4 of bf16"], [row])
 
 
+def _peft(found: Result) -> Iterator[Titled]:
+    rows = []
+    for one in found["candidates"].values():
+        title = (
+            f"{'ours' if 'ours_times_as_fast' not in one else 'Transformers and PEFT'}, {one['rows_at_a_time']} rows at a time"
+        )
+        times, share = (f"{one[key]:.2f}" if key in one else "" for key in ("ours_times_as_fast", "our_share_of_memory"))
+        rows.append([title, f"{one['tokens_per_second']:,.0f}", times, _mebibytes(one["peak_memory_bytes"]), share])
+    headings = ["step", "tokens/s", "ours is x times", "peak memory", "our share"]
+    losses = found["first_loss"]
+    title = (
+        f"Adapter, r = {found['r']}, {found['precision']}: first loss {losses['ours']:.4f}, stock {losses['transformers']:.4f}"
+    )
+    yield title, _table(headings, rows)
+
+
 def _head(found: Result) -> Iterator[Titled]:
     rows = [
         [
@@ -163,6 +179,7 @@ TABLES = {
     "machinery": _overhead,
     "processes": _processes,
     "lora": _lora,
+    "peft": _peft,
     "head": _head,
     "context": _context,
     "learning": _learning,

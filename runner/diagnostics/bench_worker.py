@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.diagnostics.bench import CONTEXT, HEAD, JOB, LABELS, LEARNING, LORA, PACE, PROCESSES, RESULT, BenchJob
+from runner.diagnostics.bench import CONTEXT, HEAD, JOB, LABELS, LEARNING, LORA, PACE, PEFT, PROCESSES, RESULT, BenchJob
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
@@ -50,13 +50,15 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """Runs the measurements of the job, in the order of this function."""
     import torch
 
-    from llm.bench import data_parallel, head, lora, memory, train_step
+    from llm.bench import data_parallel, head, lora, memory, peft_step, train_step
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
     from llm.models.interface import count_parameters
     from llm.training.distributed.process_group import ProcessGroup
 
     workload = Workload.model_validate_json(json.dumps(job.workload))
+    if job.model is not None:
+        workload = _with_model(job, workload, folder)
     group = ProcessGroup()
     torch.set_num_threads(workload.cores)
     model = build_stockpot_model(workload)
@@ -86,7 +88,10 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         result[PROCESSES] = data_parallel.measure_data_parallel(workload, seconds=job.seconds)
     if LORA in job.only:
         _say("fine-tuning with LoRA and QLoRA, compared with all weights")
-        result[LORA] = lora.measure_lora(workload, seconds=job.seconds, group=group)
+        if workload.folder is None:
+            result[LORA] = lora.measure_lora(workload, seconds=job.seconds, group=group)
+        if workload.adapter is not None:
+            result[PEFT] = peft_step.measure_peft(workload, seconds=job.seconds, group=group)
     if HEAD in job.only:
         _say("heads of large vocabularies")
         result[HEAD] = head.measure_head(workload.architecture.hidden_size, seconds=job.seconds, device=group.device)
@@ -97,6 +102,19 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         _say(f"learning, twice for {job.seconds:.0f} s")
         result[LEARNING] = _learning(job, workload, folder)
     return result
+
+
+def _with_model(job: BenchJob, workload: "Workload", folder: Path) -> "Workload":
+    """The workload with the weights of the folder that the user named, and with rows of the recipe's chats if it has some."""
+    from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
+    from runner.diagnostics.bench_rows import packed_rows
+
+    base, rows = folder / "base", None
+    import_checkpoint(inspect_checkpoint(Path(str(job.model))), base)
+    if job.fields is not None:
+        rows = packed_rows(job.kind, job.fields, base, folder / "packed", say=_say)
+    found = {"folder": str(base), "rows_folder": None if rows is None else str(rows)}
+    return workload.model_copy(update=found)
 
 
 def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", group: "ProcessGroup") -> dict[str, Any]:

@@ -4,57 +4,35 @@ Time is estimated from the records of stages of the same kind on this machine. A
 work at the recorded speed; another stage takes as long as it took. The range goes from the fastest record to the slowest.
 """
 
-import json
 import math
 import statistics
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from llm.models import architectures, from_transformers
-from runner.artifacts import Checkpoint
 from runner.cache.record import Record
 from runner.cache.store import Store
-from runner.graph import edges
+from runner.planning.model_shape import Shape, adapter_of, shape_of_stage, text_bytes
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.branches import Attempts
 from runner.recipe.recipe import Recipe
 from runner.resources import available_cores, gpu_count
 from runner.stages.fields.chat_training import PackedTraining, RowTraining
 from runner.stages.fields.training import TrainingStage
-from runner.stages.pack import Pack
 from runner.stages.pretrain import Pretrain, Pretraining
-from runner.stages.tokenizer import TrainTokenizer
-
-if TYPE_CHECKING:
-    from llm.models.interface import ModelConfig
 
 AHEAD = (*RUNNABLE, "waiting")  # states of the stages that will run
 PRETRAININGS = ("pretrain", "trunk")  # kinds that compute alike
-SAMPLE, LARGEST_SAMPLE = 1 << 18, 1 << 24  # bytes of a file, and of what is decompressed of them
-UNPACKED = 3.0  # bytes of text per byte of a .zst or .parquet file
 BYTES_PER_TOKEN = 4.0  # of text
 PROCESS_BYTES = 480 * 2**20  # of a worker on a CPU without a model: libraries, and memory that compiling leaves in use
 STATE_BYTES = 16  # per trained weight: the weight, its gradient and two moments, all in fp32
+FROZEN_BYTES = 4  # per weight that does not learn, at most
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on models of 2.6M to 29M parameters
+LOGIT_BYTES, LOGIT_ROWS = 12, 512  # per token of the vocabulary, for as many positions as have their logits at a time
 MICRO_BATCH_TOKENS = 4096  # of "auto" on a CPU
 # Time of a step besides its matrix products, as the operations that take as long: per step, and per position. Measured on
 # 2 idle cores in bf16: 2,048 positions of 9.3 and 33.8 GFLOP in 0.073 and 0.211 s, 4,096 of 18.5 and 67.7 in 0.105 and
 # 0.311 s, with an adapter 9.8 and 35.3 in 0.057 and 0.153 s. Not measured on a GPU.
 STEP_FLOPS, POSITION_FLOPS = 2.5e9, 1.0e6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that its cost depends on."""
-
-    parameters: int
-    layers: int
-    hidden_size: int
-    flops_per_token: float  # forward and backward
-    context: int  # longest sequence
 
 
 @dataclass(frozen=True)
@@ -71,15 +49,28 @@ class Cost:
     runs: int = 0  # records that the time comes from
 
 
-def costs(plan: Plan, records: Sequence[Record], *, measured: float | None = None) -> dict[str, Cost]:
+def costs(plan: Plan, records: Sequence[Record], *, measured: Mapping[str, float] | None = None) -> dict[str, Cost]:
     """The cost of each stage that will run.
 
-    `measured` is the speed of a pretraining that was just measured, in operations per second; it also stands in for other
-    trainings without a record of their kind.
+    `measured` has the speeds of trainings that were just measured, in operations per second, by kind; the first of them stands
+    in for kinds without a record or a measurement.
     """
     here = [record for record in records if _is_here(record)]
-    shapes: dict[str, Shape | None] = {}
-    return {entry.name: _cost(plan, entry, here, shapes, measured) for entry in plan if entry.state in AHEAD}
+    return {entry.name: _cost(plan, entry, here, measured or {}) for entry in plan if entry.state in AHEAD}
+
+
+def trainings_ahead(plan: Plan) -> dict[str, str]:
+    """The first training of each kind that will run and whose model is known, by kind; pretrainings and trunks are alike."""
+    found: dict[str, str] = {}
+    for entry in plan:
+        if entry.state in AHEAD and isinstance(entry.stage, TrainingStage) and shape_of_stage(plan, entry.name):
+            found.setdefault(_alike(entry.stage), entry.name)
+    return found
+
+
+def _alike(stage: TrainingStage) -> str:
+    """The kind whose speed a training has."""
+    return PRETRAININGS[0] if stage.kind in PRETRAININGS else stage.kind
 
 
 def kinds_ahead(plan: Plan) -> set[str]:
@@ -118,23 +109,22 @@ def total(found: Mapping[str, Cost]) -> Cost:
     return Cost(seconds=summed("seconds"), low=summed("low"), high=summed("high"), runs=runs)
 
 
-def _cost(
-    plan: Plan, entry: Entry, records: Sequence[Record], shapes: dict[str, Shape | None], measured: float | None
-) -> Cost:
+def _cost(plan: Plan, entry: Entry, records: Sequence[Record], measured: Mapping[str, float]) -> Cost:
     kinds = PRETRAININGS if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
     alike = [record for record in records if record.kind in kinds]
     if not isinstance(entry.stage, TrainingStage):
         times = [float(record.data["seconds"]) for record in alike]
         return Cost(None, None, None, None, *_range(times), runs=len(times))
-    shape = _shape(plan, entry.name, shapes)
+    shape = shape_of_stage(plan, entry.name)
     tokens = _tokens(plan, entry.stage)
     tokens = max(0.0, tokens - _behind(plan, entry)) if tokens else tokens
     flops = shape.flops_per_token * tokens if shape and tokens else None
     work = _work(flops, tokens, steps=tokens / entry.stage.batch_tokens) if flops and tokens else None
     paces = [pace for record in alike if (pace := _pace(record))]
-    if measured is not None and flops and work and (isinstance(entry.stage, Pretraining) or not paces):
+    speed = measured.get(_alike(entry.stage)) or (None if paces else next(iter(measured.values()), None))
+    if speed is not None and flops and work:
         start = _median([pace.start for pace in paces]) or 0.0
-        paces = [Pace(start=start, seconds=flops / measured / work)]
+        paces = [Pace(start=start, seconds=flops / speed / work)]
     times = [pace.start + pace.seconds * work for pace in paces] if work else []
     memory = _memory(shape, entry.stage, alike) if shape else None
     return Cost(shape.parameters if shape else None, tokens, flops, memory, *_range(times), runs=len(times))
@@ -143,46 +133,6 @@ def _cost(
 def _range(seconds: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     """Median, minimum and maximum; None of nothing."""
     return _median(seconds), min(seconds, default=None), max(seconds, default=None)
-
-
-def _shape(plan: Plan, name: str, known: dict[str, Shape | None]) -> Shape | None:
-    """The model that a stage trains: its own architecture, or that of the checkpoint it starts from."""
-    if name in known:
-        return known[name]
-    stage = plan.recipe.stages[name]
-    known[name] = None
-    if isinstance(stage, Pretraining) and stage.architecture is not None:
-        known[name] = _fresh_shape(plan.recipe, stage, stage.architecture)
-    elif (path := plan.entries[name].path) and issubclass(stage.makes, Checkpoint):
-        known[name] = _written_shape(json.loads(Checkpoint(path).config.read_text(encoding="utf-8")))
-    else:
-        bases = [str(ref) for _, ref in edges(stage) if issubclass(ref.artifact, Checkpoint)]
-        known[name] = _shape(plan, bases[0], known) if bases else None
-    return known[name]
-
-
-def _fresh_shape(recipe: Recipe, stage: Pretraining, architecture: "ModelConfig") -> Shape | None:
-    pack = recipe.stages[stage.tokens]
-    tokenizer = recipe.stages[pack.tokenizer] if isinstance(pack, Pack) else None
-    if not isinstance(pack, Pack) or not isinstance(tokenizer, TrainTokenizer):
-        return None
-    return _shape_of(architecture, vocab_size=tokenizer.vocab_size, context=pack.context)
-
-
-def _written_shape(found: Mapping[str, Any]) -> Shape:
-    config = from_transformers(found, dropout=0.0)
-    return _shape_of(config, vocab_size=int(found["vocab_size"]), context=config.resolved_context)
-
-
-def _shape_of(config: "ModelConfig", *, vocab_size: int, context: int) -> Shape:
-    architecture = architectures()[config.name]
-    return Shape(
-        parameters=architecture.parameter_count(config, vocab_size=vocab_size),
-        layers=config.layers,
-        hidden_size=config.hidden_size,
-        flops_per_token=architecture.flops_per_token(config, vocab_size=vocab_size, context=context),
-        context=context,
-    )
 
 
 def _tokens(plan: Plan, stage: TrainingStage) -> float | None:
@@ -215,15 +165,17 @@ def _behind(plan: Plan, entry: Entry) -> float:
 
 def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> float:
     """Bytes at the peak: measured by records of the same kind and size, else a rule of thumb."""
-    row = shape.context if isinstance(stage, Pretraining) else None  # rows of chats are as long as the chats
-    if stage.micro_batch == "auto":
-        rows_tokens = max(MICRO_BATCH_TOKENS, row or 0)
-    else:
-        rows_tokens = stage.micro_batch * row if row else stage.batch_tokens
+    positions = max(MICRO_BATCH_TOKENS, shape.row) if stage.micro_batch == "auto" else stage.micro_batch * shape.row
+    adapter = adapter_of(stage)
+    state = shape.parameters * STATE_BYTES
+    if adapter is not None:  # of its weights a rule of thumb: seven matrices of a layer, some of them wider
+        learned = min(shape.parameters, 20 * shape.layers * shape.hidden_size * adapter.r)
+        state = shape.parameters * FROZEN_BYTES + learned * STATE_BYTES
     estimate = (
         (0 if gpu_count() else PROCESS_BYTES)
-        + shape.parameters * STATE_BYTES
-        + min(rows_tokens, stage.batch_tokens) * shape.layers * shape.hidden_size * ACTIVATION_BYTES
+        + state
+        + min(positions, stage.batch_tokens) * shape.layers * shape.hidden_size * ACTIVATION_BYTES
+        + min(positions, LOGIT_ROWS) * shape.vocab_size * LOGIT_BYTES
     )
     measured = [
         float(record.data["metrics"]["peak_memory_bytes"])
@@ -266,20 +218,3 @@ def _is_here(record: Record) -> bool:
     """Whether a record is of a machine like this one."""
     hardware = record.data.get("hardware", {})
     return hardware.get("cores") == available_cores() and bool(hardware.get("gpus")) == bool(gpu_count())
-
-
-def text_bytes(path: Path) -> float:
-    """Bytes of the text in a file, uncompressed; estimated for compressed files."""
-    size = path.stat().st_size
-    if path.suffix in (".zst", ".parquet"):
-        return size * UNPACKED
-    if path.suffix != ".gz" or not size:
-        return float(size)
-    with path.open("rb") as file:
-        head = file.read(SAMPLE)
-    decoder = zlib.decompressobj(wbits=31)
-    try:
-        text = len(decoder.decompress(head, LARGEST_SAMPLE))
-    except zlib.error:  # its stage will report it
-        return size * UNPACKED
-    return text * size / (len(head) - len(decoder.unconsumed_tail))

@@ -13,7 +13,7 @@ from bounded import bounded
 
 from llm.errors import InputError
 from llm.text.readers import field_names, read_rows
-from runner.planning.cost import text_bytes
+from runner.planning.model_shape import text_bytes
 
 
 def zst_of(byte: bytes, blocks: int, *, before: bytes = b"") -> bytes:

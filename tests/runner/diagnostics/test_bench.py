@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from foreign_models import llama_3
 
+from llm.bench.implementations import StockpotTraining, build_learning_model
+from llm.bench.peft_step import PeftTraining, stock_steps
+from llm.bench.train_step import measure_stockpot_step
+from llm.bench.workload import Workload
+from llm.training.distributed.process_group import ProcessGroup
 from runner.cache.store import Store
-from runner.diagnostics.bench import chosen, measure, recipe_job, reference_job
+from runner.diagnostics.bench import chosen, measure, model_job, recipe_job, reference_job
 from runner.diagnostics.bench_tables import show
+from runner.diagnostics.bench_worker import _with_model
 from runner.errors import RecipeError, StageError
 from runner.recipe.recipe import load_recipe
 
@@ -135,10 +143,77 @@ def test_fine_tuning_with_adapters_is_compared_with_training_all_weights(result:
     assert linear / 2 + embedded < result["lora"]["base"]["nf4_bytes"] < linear * 0.75 + embedded + 200_000
 
 
-def test_a_recipe_without_pretraining_is_refused(recipe: Path) -> None:
+def test_a_recipe_that_trains_nothing_is_refused(recipe: Path) -> None:
     done = run(recipe, str(recipe.with_name("base.toml")))
     assert done.returncode == 2
-    assert "expected a stage of kind 'pretrain'" in done.stderr and not done.stdout
+    assert "expected a stage that trains" in done.stderr and not done.stdout
+
+
+ADAPTED = """
+name = "adapted"
+[stage.base]
+kind = "checkpoint"
+folder = "source"
+[stage.medical]
+kind = "lora"
+base = "base"
+r = 4
+data = [{ files = "chats.jsonl" }]
+batch_tokens = 256
+"""
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> Path:
+    """A recipe without a pretraining: it adapts a tiny model that others made."""
+    llama_3(tmp_path / "source")
+    chats = [
+        {"prompt": f"What do {number} lungs do?", "response": "They breathe. " * (1 + 5 * (number % 4 == 0))}
+        for number in range(20)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "recipe.toml").write_text(ADAPTED)
+    return tmp_path / "recipe.toml"
+
+
+def test_a_training_of_an_adapter_is_measured_as_the_recipe_has_it(adapted: Path) -> None:
+    store = Store(adapted.parent / "cache")
+    workload = Workload.model_validate_json(
+        json.dumps(recipe_job(load_recipe(adapted), store, seconds=0.1, compiled=False, only=["pace"]).workload)
+    )
+    assert workload.adapter is not None and workload.adapter["r"] == 4
+    assert (workload.context, workload.rows, workload.architecture.context) == (64, 4, 128)  # of the chats, and of the model
+    found = measure_stockpot_step(workload, seconds=0.05, group=ProcessGroup())
+    assert found["flops_per_second"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_stock_peft_computes_the_loss_that_ours_does_on_packed_chats(adapted: Path, tmp_path: Path) -> None:
+    job = model_job(
+        adapted.parent / "source", load_recipe(adapted), Store(tmp_path / "c"), seconds=0.1, compiled=False, only=["lora"]
+    )
+    workload = _with_model(job, Workload.model_validate_json(json.dumps(job.workload)), tmp_path)
+    ours = StockpotTraining(workload, build_learning_model(workload), group=ProcessGroup())
+    first = next(batch for parts, _ in ours.prepared for batch in parts if int(batch.documents.max()) > 0)  # chats share a row
+    steps = stock_steps(workload, ours.runtime.micro_batch, device=torch.device("cpu"))
+    stock = PeftTraining(workload, steps=steps, precision="fp32", device=torch.device("cpu"))
+    assert ours.loss(first) == pytest.approx(stock.loss(first), rel=1e-4)
+    before = stock.loss(first)
+    for _ in range(5):
+        ours.step()
+        stock.step()
+    assert stock.loss(first) < before and ours.loss(first) < before
+
+
+@pytest.mark.long
+def test_an_adapter_of_a_model_in_a_folder_is_compared_with_stock_peft(adapted: Path) -> None:
+    source = str(adapted.parent / "source")
+    done = run(adapted, str(adapted), "--only", "lora", "--model", source, "--seconds", "0.1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["peft"]
+    assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["transformers"], rel=1e-3)
+    for one in found["candidates"].values():
+        assert one["tokens_per_second"] > 0 and one["peak_memory_bytes"] > 0
 
 
 def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:

@@ -2,17 +2,22 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_models import smollm
 
+from llm.models import from_transformers
 from llm.models.decoder.config import DecoderConfig, flops_per_token, parameter_count
 from llm.models.decoder.model import Decoder
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.cli import main
-from runner.planning.cost import Cost, costs, expected_seconds, spare_stages, text_bytes, total
+from runner.commands.plan import table
+from runner.planning.cost import Cost, costs, expected_seconds, spare_stages, total, trainings_ahead
+from runner.planning.model_shape import text_bytes
 from runner.planning.plan import Plan
 from runner.recipe.recipe import load_recipe
 from runner.resources import available_cores
@@ -103,7 +108,7 @@ def test_other_stages_take_as_long_as_records_of_their_kind(tmp_path: Path, kind
 
 
 def test_a_measured_speed_takes_precedence_over_records(tmp_path: Path) -> None:
-    found = costs_of(tmp_path, [training("pretrain", 10.0)], measured=2e9)
+    found = costs_of(tmp_path, [training("pretrain", 10.0)], measured={"pretrain": 2e9})
     for name in ("base", "medical"):  # of the second kind there is no record
         flops = found[name].flops
         assert flops is not None and found[name].seconds == pytest.approx(flops / 2e9)
@@ -141,3 +146,67 @@ def test_memory_of_a_pretraining_grows_with_its_rows_and_the_rows_of_a_micro_bat
     position = (memory("stage.tokens.context=131072") - short) / (131072 - 4096)  # "auto": one row, or 4,096 positions
     assert position == 40 * 4 * 192  # bytes, layers, channels
     assert memory("stage.base.micro_batch=4") - short == pytest.approx((4 * 256 - 4096) * position)
+
+
+ADOPTED = """
+name = "adopted"
+[stage.base]
+kind = "checkpoint"
+folder = "source"
+[stage.medical]
+kind = "lora"
+base = "base"
+data = [{ files = "rows.jsonl" }]
+batch_tokens = 4096
+budget = { tokens = 40_960 }
+"""
+
+
+@pytest.fixture
+def adopted(tmp_path: Path) -> Path:
+    """A recipe that adapts a model of 8,192 positions with chats of a few words; nothing has run."""
+    smollm(tmp_path / "source", max_position_embeddings=8192)
+    rows = [{"prompt": f"What is {number}?", "response": "A number. " * 40} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.toml").write_text(ADOPTED)
+    return tmp_path / "recipe.toml"
+
+
+def test_an_adopted_model_costs_what_its_rows_cost_not_what_its_longest_would(adopted: Path) -> None:
+    plan = Plan(load_recipe(adopted), Store(adopted.parent / "cache"))
+    assert trainings_ahead(plan) == {"lora": "medical"}  # before it is imported
+    config = from_transformers(json.loads((adopted.parent / "source" / "config.json").read_text()), dropout=0.0)
+    position = {row: flops_per_token(config, vocab_size=384, context=row) for row in (256, 8192)}
+    cost = costs(plan, [])["medical"]
+    assert cost.flops == 40_960 * position[256]  # about 430 bytes a line
+    assert cost.flops < 40_960 * position[8192] / 2
+    long = costs(Plan(load_recipe(adopted, ["stage.medical.context=8192"]), Store(adopted.parent / "cache")), [])["medical"]
+    assert cost.memory is not None and long.memory is not None and cost.memory <= long.memory
+
+
+def test_memory_of_an_adapter_is_that_of_a_frozen_base_and_grows_with_the_vocabulary(tmp_path: Path) -> None:
+    def memory(vocab_size: int, kind: str = "lora") -> float:
+        smollm(tmp_path / f"{kind}-{vocab_size}", vocab_size=vocab_size)
+        text = ADOPTED.replace('"source"', f'"{kind}-{vocab_size}"').replace('"rows.jsonl"', '"recipe.toml"')
+        text = text.replace('"lora"', f'"{kind}"').replace("base = ", "model = " if kind == "sft" else "base = ")
+        (tmp_path / "recipe.toml").write_text(text.replace("recipe.toml", "rows.jsonl"))
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+        found = costs(Plan(load_recipe(tmp_path / "recipe.toml"), Store(tmp_path / "cache")), [])["medical"].memory
+        assert found is not None
+        return found
+
+    more = 60_000
+    assert memory(384 + more) - memory(384) == more * (32 * 4 + 512 * 12)  # the embedding, held; and logits
+    assert memory(384 + more, "sft") - memory(384, "sft") == more * (32 * 16 + 512 * 12)
+
+
+def test_a_plan_shows_the_beginning_of_a_long_reason(adopted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = adopted.parent / "cache"
+    plan = Plan(load_recipe(adopted), Store(cache))
+    entry = plan.entries["base"]
+    folder = cache / "stages" / f"checkpoint-{entry.key}"
+    assert entry.identity is not None and not folder.exists()
+    reason = "; ".join(f"field_{number}: 1 -> 2" for number in range(60))
+    plan.entries["base"] = replace(entry, reason=reason)
+    first = table(plan, {})[0]
+    assert len(first) < 200 and "`run why` shows all" in first
