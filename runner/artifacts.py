@@ -13,6 +13,7 @@ from typing import ClassVar
 RECORD = "record.json"  # how the artifact was made: fields, digests, metrics, durations, versions
 METRICS = "metrics.jsonl"  # what the worker reported while it made the artifact
 PAUSED = "paused.json"  # the message of an alert that waits for a person; deleted when the stage continues
+ERROR = "error.json"  # in scratch: the message of the first process that failed, and whether a retry may help
 NOT_CONTENT = frozenset({RECORD, METRICS})
 SCRATCH = ".work"  # files that only a restart needs
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from llm.bench.timing import interleaved
 from llm.training.mfu import DTYPES, SQUARES, Product, Shape
-from llm.training.runtime import AUTO_TOKENS
+from llm.training.micro_batch import MOST
 
 
 def shapes(model: nn.Module, *, tokens: int, device: torch.device) -> list[Shape]:
     """Square products, and those of the model's linear layers on `tokens` positions, at most those of a micro-batch."""
-    tokens = min(tokens, AUTO_TOKENS[device.type])
+    tokens = min(tokens, MOST[device.type])
     found: list[Shape] = [(size, size, size) for size in SQUARES[device.type]]
     found += [(tokens, module.in_features, module.out_features) for module in model.modules() if isinstance(module, nn.Linear)]
     return list(dict.fromkeys(found))

@@ -28,6 +28,7 @@ from llm.bench.implementations import (
     build_stockpot_model,
     build_stockpot_training,
 )
+from llm.bench.peft_training import PeftTraining, stock_steps
 from llm.bench.workload import Workload
 from llm.device import has_compiler, peak_memory, resolve_precision
 from llm.models import architectures
@@ -129,8 +130,6 @@ def _theirs(workload: Workload, steps: int) -> tuple[int, int]:
 
 
 def _stock_adapter(workload: Workload, micro_batch: int, steps: int) -> tuple[int, int]:
-    from llm.bench import peft_step
-
     model_type = architectures()[workload.architecture.name].model_type
     for name in ("peft", f"transformers.models.{model_type}.modeling_{model_type}"):
         importlib.import_module(name)
@@ -138,8 +137,8 @@ def _stock_adapter(workload: Workload, micro_batch: int, steps: int) -> tuple[in
     torch.set_num_threads(workload.cores)
     precision = resolve_precision(workload.precision, device=group.device)
     before = _start()
-    parts = peft_step.stock_steps(workload, micro_batch, device=group.device)
-    training = peft_step.PeftTraining(workload, steps=parts, precision=precision, device=group.device)
+    parts = stock_steps(workload, micro_batch, device=group.device)
+    training = PeftTraining(workload, steps=parts, precision=precision, device=group.device)
     for _ in range(steps):
         training.step()
     return _peak() - before, micro_batch

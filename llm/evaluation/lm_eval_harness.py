@@ -6,14 +6,16 @@ is an extra: `pip install 'stockpot[lm-eval]'`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from llm.device import Precision
 from llm.errors import InputError
-from llm.evaluation.bootstrap import DIGITS
+from llm.evaluation.bootstrap import DIGITS, resample
 from llm.evaluation.lm_eval_tasks import SUFFIXES, check_names, local_task
 from llm.evaluation.scoring import Outcome
 from llm.inference.batches import Limits, memory_for_batch
@@ -66,15 +68,17 @@ def evaluate_folder(
             task_dict=tasks_by_name,
             limit=limit,
             bootstrap_iters=0,
-            log_samples=False,
+            log_samples=True,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
     finally:
         lm_eval.utils.env, evaluate.load = plain, load
     results = {**found["results"], **found.get("groups", {})}[benchmark]
-    rows = sum(count["effective"] for count in found["n-samples"].values())
-    return Outcome(_scores(results), rows, facts={"versions": {"lm_eval": lm_eval.__version__}, "shots": shots})
+    rows, scores = sum(count["effective"] for count in found["n-samples"].values()), _scores(results)
+    values = _means(scores, [sample for samples in found["samples"].values() for sample in samples])
+    facts = {"versions": {"lm_eval": lm_eval.__version__}, "shots": shots}
+    return Outcome(scores, rows, facts=facts, values=values, replicates=_replicates(values))
 
 
 def _refuse(benchmark: str, name: str, *others: Any, **options: Any) -> NoReturn:
@@ -122,6 +126,34 @@ def _load_tasks(benchmark: str, config: dict[str, Any] | None, *, shots: int, sc
             task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=1234)
     return loaded
+
+
+def _means(scores: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Of each score that is the mean of a value of the samples, these values.
+
+    Others, such as a corpus's BLEU, are no function of single values, and have no interval.
+    """
+    by_filter: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_filter.setdefault(str(sample.get("filter", "none")), []).append(sample)
+    found = {}
+    for name, score in scores.items():
+        for chosen, those in by_filter.items():
+            metric = name if chosen == "none" else name.removesuffix(f"_{chosen}")
+            values = [sample.get(metric) for sample in those]
+            numbers = [float(value) for value in values if isinstance(value, int | float)]
+            if len(numbers) == len(values) and math.isclose(sum(numbers) / len(numbers), score, rel_tol=1e-4, abs_tol=1e-6):
+                found[name] = numbers
+    return found
+
+
+def _replicates(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The mean of each list of values in every resample."""
+    found: dict[str, list[float]] = {}
+    for name, numbers in values.items():
+        array = np.array(numbers)
+        found |= resample(len(array), lambda draws, name=name, array=array: {name: float(draws @ array) / len(array)})  # type: ignore[misc]  # defaults bind the loop's values
+    return found
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:

@@ -8,15 +8,13 @@ import numpy.typing as npt
 
 from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import ChrfBleu
-from llm.evaluation.scoring import Answers, Outcome, Question, answer_questions
+from llm.evaluation.scoring import Answers, Outcome, Question, answer_questions, repetition
 from llm.inference.batches import OnProgress
 from llm.inference.processes import ALONE, Processes
 from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 Measure = npt.NDArray[np.float64]  # (N,) one number per question
-
-GRAM = 4  # tokens; seq-rep-4 of Welleck et al. (2020)
 
 # Means over the pairs; a change is the model's own value minus the other's.
 SCORES = ("win_rate", "likelihood_win_rate", "chrf_change", "bits_per_byte_change", "length_change", "repetition_change")
@@ -88,12 +86,6 @@ def _measures(answers: Answers, tokenizer: TextTokenizer) -> dict[str, Measure]:
         "length": np.array([len(text) for text in answers.generated], dtype=np.float64),
         "repetition": np.array([repetition(tokenizer.encode(text)) for text in answers.generated]),
     }
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """The share of runs of four tokens that occurred before."""
-    grams = [tuple(tokens[start : start + GRAM]) for start in range(len(tokens) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _wins(change: Measure) -> Measure:

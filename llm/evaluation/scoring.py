@@ -6,6 +6,7 @@ computes the likelihoods.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +30,9 @@ from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 SAMPLES = 20  # answers kept as examples
+GRAM = 4  # tokens; seq-rep-4 of Welleck et al. (2020)
+# From where on answers look collapsed: perplexity does not tell it, since it reads the expected answers.
+SHORT, REPEATED, SAME = 0.25, 0.3, 0.5  # of the expected length; more than in expected answers; of all answers
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,9 @@ def score_answers(
     progress: OnProgress,
     processes: Processes = ALONE,
 ) -> Outcome:
-    """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and `chrf` and `bleu` (0 to 100) of the
-    model's greedy answers against them. With `max_new_tokens` 0 nothing is generated.
+    """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and of the model's greedy answers `chrf` and
+    `bleu` (0 to 100) against them, `length_ratio`, their tokens over those of the expected ones as far as these may be as long,
+    and `repetition`. With `max_new_tokens` 0 nothing is generated. Facts have `warnings` where answers look collapsed.
 
     An answer that does not fit the context is scored up to its end.
     """
@@ -217,9 +222,61 @@ def score_answers(
         for row in range(min(SAMPLES, rows))
     ]
     similarity = ChrfBleu(answers.generated, answers.expected)
-    replicates = resample(rows, lambda draws: score(draws) | similarity.score(draws))
+    form = Form.of(answers, tokenizer, most=max_new_tokens)
+    replicates = resample(rows, lambda draws: score(draws) | similarity.score(draws) | form.score(draws))
     values = likelihoods.values | {"chrf": round_all(similarity.sentence_chrf)}
-    return Outcome(scores | similarity.scores, rows, examples, answers.facts, values, replicates)
+    facts = answers.facts | {"expected_repetition": round(float(form.expected_repetition.mean()), 4)}
+    if warnings := form.warnings(answers.generated):
+        facts["warnings"] = warnings
+    found = scores | similarity.scores | rounded(form.score(np.ones(rows)))
+    return Outcome(found, rows, examples, facts, values, replicates)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How long and how repetitive answers are, beside the expected ones; an entry for each."""
+
+    tokens: npt.NDArray[np.float64]
+    expected_tokens: npt.NDArray[np.float64]  # at most as many as an answer may have
+    repetition: npt.NDArray[np.float64]
+    expected_repetition: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, answers: "Answers", tokenizer: TextTokenizer, *, most: int) -> "Form":
+        """The form of answers of at most `most` tokens."""
+        generated, expected = tokenizer.encode_batch(answers.generated), tokenizer.encode_batch(answers.expected)
+        return cls(
+            np.array([len(ids) for ids in generated], dtype=np.float64),
+            np.array([min(most, len(ids)) for ids in expected], dtype=np.float64),
+            np.array([repetition(ids) for ids in generated]),
+            np.array([repetition(ids[:most]) for ids in expected]),
+        )
+
+    def score(self, draws: Resamples) -> dict[str, float]:
+        """Both; each answer counts as often as it was drawn."""
+        length = float(draws @ self.tokens) / max(1.0, float(draws @ self.expected_tokens))
+        return {"length_ratio": length, "repetition": float(draws @ self.repetition) / float(draws.sum())}
+
+    def warnings(self, generated: Sequence[str]) -> list[str]:
+        """Sentences on what looks wrong with the answers."""
+        found, all_of_them = self.score(np.ones(len(generated))), len(generated)
+        told = []
+        if found["length_ratio"] < SHORT:
+            told.append(f"answers have {found['length_ratio']:.0%} of the length of the expected ones")
+        if (more := found["repetition"] - float(self.expected_repetition.mean())) > REPEATED:
+            told.append(
+                f"answers repeat {found['repetition']:.0%} of their runs of {GRAM} tokens, {more:.0%} more than expected"
+            )
+        (text, count), *_ = Counter(generated).most_common(1)
+        if all_of_them > 2 and count > SAME * all_of_them:
+            told.append(f"{count} of {all_of_them} answers are the same: {text[:60]!r}")
+        return told
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """The share of runs of four tokens that occurred before."""
+    grams = [tuple(tokens[start : start + GRAM]) for start in range(len(tokens) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)
@@ -254,12 +311,9 @@ def answer_questions(
         tokenizer.decode(stream.ids[start:]) if stream.cut_response else text
         for stream, start, text in zip(streams, starts, expected, strict=True)
     ]
-    total = len(questions) * (2 if max_new_tokens else 1)
     timer = GenerationTimer()
     likelihoods = Likelihoods(
-        nats=negative_log_likelihoods(
-            model, windows, timer=timer, processes=processes, progress=lambda done, _: progress(done, total)
-        ),
+        nats=negative_log_likelihoods(model, windows, timer=timer, processes=processes, progress=progress),
         tokens=[len(stream.ids) - start for stream, start in zip(streams, starts, strict=True)],
         text_bytes=[len(text.encode()) for text in scored],
     )
@@ -277,7 +331,7 @@ def answer_questions(
             end=tokenizer.ends,
             timer=timer,
             processes=processes,
-            progress=lambda done: progress(len(questions) + done, total),
+            progress=lambda done: progress(done, len(questions)),
         )
         generated = [tokenizer.decode(ids) for ids in written]
         facts["unended"] = sum(len(ids) == max_new_tokens for ids in written)

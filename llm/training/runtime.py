@@ -14,14 +14,12 @@ from llm.device import Precision, has_compiler, resolve_precision
 from llm.files import write_json
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import is_cpu_supported
-from llm.models.interface import LanguageModel
+from llm.models.interface import LanguageModel, count_parameters
 from llm.training.distributed.fsdp import Strategy
 from llm.training.distributed.process_group import ProcessGroup
+from llm.training.micro_batch import auto_rows
 from llm.training.task import ComputeConfig, TrainingTask
 
-# Positions of a micro-batch that is "auto", where they fit. On a CPU, activations of more than this do not fit in the cache; a
-# GPU is busy with this many.
-AUTO_TOKENS = {"cpu": 4096, "cuda": 65536}
 MEMORY_LIMIT = "micro-batch.json"  # in scratch: the most rows that a group may take that starts again after memory ran out
 
 # Measured on 2 cores, 2.5M to 29M parameters: layers compile in 21 to 24 s where the cache is empty, in 5 s from it; steps
@@ -62,7 +60,11 @@ class Runtime:
 def resolve_runtime(model: LanguageModel, task: TrainingTask, compute: ComputeConfig, *, group: ProcessGroup) -> Runtime:
     """The runtime of a training that starts, the same in every process."""
     context, device = task.rows.context, group.device.type
-    wanted = max(1, AUTO_TOKENS.get(device, 4096) // context) if compute.micro_batch == "auto" else compute.micro_batch
+    wanted = compute.micro_batch
+    if wanted == "auto":
+        learned, parameters = count_parameters(model)
+        each = model.flops_per_token(context)
+        wanted = auto_rows(context, flops_per_token=each, adapter=2 * learned < parameters, device=device)
     rows = min(wanted, -(-task.rows_per_step // group.size))
     precision = _resolved_precision(compute.precision, group=group)
     strategy: Strategy = compute.strategy if group.size > 1 else "single"

@@ -20,13 +20,14 @@ from typing import IO, Any
 
 from llm.training.config import Budget
 from runner import resources
+from runner.artifacts import ERROR
 from runner.cache.record import Record
 from runner.cache.store import Store, Waiting
 from runner.credentials import redact
 from runner.diagnostics.resume_diff import TrainingOutput, compare
 from runner.errors import RecipeError, StageError
 from runner.execution import launch
-from runner.execution.job import ERROR, JOB, RESULT, Job
+from runner.execution.job import JOB, RESULT, Job
 from runner.execution.stage_run import job_of
 from runner.files import write_whole
 from runner.graph import plain

@@ -12,7 +12,6 @@ from runner.files import write_whole
 JOB = "job.json"
 PREPARED = "prepared"  # exists once `Stage.prepare` is done
 RESULT = "result.json"  # metrics, versions and hardware; written last by a worker that succeeded
-ERROR = "error.json"  # the message of the first process that failed, and whether a retry may help
 STOP = "stop"  # its presence asks the workers to checkpoint and end
 
 

@@ -14,13 +14,13 @@ from typing import IO, Any, NoReturn
 import tomli_w
 
 from runner import resources
-from runner.artifacts import METRICS, PAUSED, SCRATCH
+from runner.artifacts import ERROR, METRICS, PAUSED, SCRATCH
 from runner.cache.store import Store
 from runner.credentials import redact
 from runner.errors import MachineLostError, PausedError, PeerFailedError, StageError
 from runner.execution import launch, liveness
 from runner.execution.fork_server import ForkedWorker
-from runner.execution.job import ERROR, JOB, PREPARED, RESULT, STOP, Job
+from runner.execution.job import JOB, PREPARED, RESULT, STOP, Job
 from runner.execution.node_layout import ALONE, Layout
 from runner.execution.notifications import Notifier
 from runner.execution.peers import Peers

@@ -16,9 +16,9 @@ import traceback
 from pathlib import Path
 
 from llm.errors import InputError, Interrupted, Paused
-from runner.artifacts import METRICS, PAUSED, SCRATCH
+from runner.artifacts import ERROR, METRICS, PAUSED, SCRATCH
 from runner.execution import liveness
-from runner.execution.job import ERROR, RESULT, STOP, Job
+from runner.execution.job import RESULT, STOP, Job
 from runner.execution.watchdog import Heartbeat
 from runner.files import write_whole
 from runner.resources import hardware, versions

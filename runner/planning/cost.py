@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llm.training.micro_batch import auto_rows
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.planning.model_shape import Shape, adapter_of, shape_of_stage, text_bytes
@@ -28,7 +29,6 @@ STATE_BYTES = 16  # per trained weight: the weight, its gradient and two moments
 FROZEN_BYTES = 4  # per weight that does not learn, at most
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on models of 2.6M to 29M parameters
 LOGIT_BYTES, LOGIT_ROWS = 12, 512  # per token of the vocabulary, for as many positions as have their logits at a time
-MICRO_BATCH_TOKENS = 4096  # of "auto" on a CPU
 # Time of a step besides its matrix products, as the operations that take as long: per step, and per position. Measured on
 # 2 idle cores in bf16: 2,048 positions of 9.3 and 33.8 GFLOP in 0.073 and 0.211 s, 4,096 of 18.5 and 67.7 in 0.105 and
 # 0.311 s, with an adapter 9.8 and 35.3 in 0.057 and 0.153 s. Not measured on a GPU.
@@ -165,8 +165,11 @@ def _behind(plan: Plan, entry: Entry) -> float:
 
 def _memory(shape: Shape, stage: TrainingStage, records: Sequence[Record]) -> float:
     """Bytes at the peak: measured by records of the same kind and size, else a rule of thumb."""
-    positions = max(MICRO_BATCH_TOKENS, shape.row) if stage.micro_batch == "auto" else stage.micro_batch * shape.row
-    adapter = adapter_of(stage)
+    adapter, rows = adapter_of(stage), stage.micro_batch
+    if rows == "auto":
+        device = "cuda" if gpu_count() else "cpu"
+        rows = auto_rows(shape.row, flops_per_token=shape.flops_per_token, adapter=adapter is not None, device=device)
+    positions = rows * shape.row
     state = shape.parameters * STATE_BYTES
     if adapter is not None:  # of its weights a rule of thumb: seven matrices of a layer, some of them wider
         learned = min(shape.parameters, 20 * shape.layers * shape.hidden_size * adapter.r)

@@ -1,12 +1,13 @@
 """The plan of a recipe: the state of each stage and the reason, from recipe and cache alone. It runs and fetches nothing."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from runner.artifacts import PAUSED, SCRATCH
+from runner.artifacts import ERROR, PAUSED, SCRATCH
 from runner.cache.record import Record
 from runner.cache.store import Store
 from runner.errors import RecipeError
@@ -201,8 +202,11 @@ class Plan:
             if (scratch / PAUSED).exists():
                 return Entry(name, stage, "paused", "by an alert; run continues from its checkpoint", key, what, None, None)
             resumable, beginning = scratch.exists(), self._beginning(stage, what)
+            refusal = _refusal(scratch)
             if not resumable:
                 reason = self._why_new(name, stage, what, key)
+            elif refusal and not self._store.is_held_here(stage.kind, key):
+                resumable, reason = False, f"was refused: {refusal}"
             elif self._store.is_held_here(stage.kind, key):
                 reason = "a process of this machine works on it now"
             else:
@@ -316,6 +320,17 @@ class Plan:
             known = [(record, record.data["identity"]) for record in self._store.records([kind])]
             self._by_kind[kind] = [record for record, one in known if isinstance(one.get("fields"), dict) and "version" in one]
         return self._by_kind[kind]
+
+
+def _refusal(scratch: Path) -> str | None:
+    """Why the last run of a stage was refused before it had done anything that another run would continue from."""
+    if any((scratch / "checkpoints").glob("step-*")):  # of a training
+        return None
+    try:
+        error = json.loads((scratch / ERROR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if error["again"] else str(error["message"])
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -46,10 +46,12 @@ class RunView(Protocol):
 
 
 class Eta:
-    """The time left for a stage, from its speed since the first report of this run."""
+    """The time left for a stage, or for a part of it that counts anew, from its speed since the part's first report."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
+        self._part: tuple[Any, float] | None = None  # what is counted, and how much of it
+        self._last = 0.0
         self.seconds: float | None = None  # None while it is unknown
 
     def update(self, line: Mapping[str, Any]) -> None:
@@ -57,7 +59,10 @@ class Eta:
         done, total = position(line)
         if done is None or total is None:
             return
-        now = time.monotonic()
+        now, part = time.monotonic(), (line.get("unit"), total)
+        if self._part != part or done < self._last:
+            self._first, self._part, self.seconds = None, part, None
+        self._last = done
         if self._first is None:
             self._first = (now, done)
         elif done > self._first[1]:

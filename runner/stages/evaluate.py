@@ -163,6 +163,8 @@ class Evaluate(Stage, kind="evaluate", version=5, makes=Scores):
             if not processes.exchange(kept.exists())[0]:
                 outcome = task.outcome(evaluated, _progress(context, task.name))
                 outcome = replace(outcome, facts={**outcome.facts, "precision": precision})
+                for sentence in outcome.facts.get("warnings", ()):
+                    context.report(note=f"warning: {task.name}: {sentence}")
                 if processes.is_main:
                     write_whole(kept, json.dumps(vars(outcome), ensure_ascii=False))
             text = processes.by_main(partial(kept.read_text, encoding="utf-8"))

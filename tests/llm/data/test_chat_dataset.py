@@ -38,12 +38,13 @@ def pack(tmp_path: Path) -> Callable[..., tuple[PackedRows, dict[str, Any]]]:
             files[-1].write_text(text, encoding="utf-8")
         template = options.pop("template", Template())
         folder = tmp_path / options.pop("name", "packed")
-        longest_row = options.pop("longest_row", None)
+        longest_row, follow_lengths = options.pop("longest_row", None), options.pop("follow_lengths", False)
         statistics = write_rows(
             folder,
             [Table((file,), template, **options) for file in files],
             tokenizer=TOKENIZER,
             context=context,
+            follow_lengths=follow_lengths,
             longest_row=longest_row,
             report=lambda **values: None,
             should_stop=lambda: False,
@@ -310,3 +311,11 @@ def test_few_tokens_do_not_fill_a_long_row_whatever_the_batch(pack: Any, batch_t
     rows, statistics = pack([pair("q", f"the heart {n}") for n in range(8)], context=64, longest_row=batch_tokens // 4)
     assert rows.context <= 128 and statistics["real_share"] > 0.75
     assert statistics["tokens"] < 128
+
+
+@pytest.mark.parametrize(("words", "expected"), [(4, 64), (60, 128), (2000, 256)])
+def test_rows_may_follow_the_longest_chat_up_to_what_the_model_allows(pack: Any, words: int, expected: int) -> None:
+    rows, statistics = pack([pair("q", "x " * words), pair("q", "short")], context=256, follow_lengths=True, longest_row=1)
+    assert rows.context == statistics["row_length"] == expected
+    assert statistics["cut_responses"] == int(words == 2000)
+    assert statistics["stream_tokens"]["max"] - 1 > expected / 2 or expected == 64  # no shorter row would do

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,8 @@ from llm.data.batch import IGNORE
 from llm.data.conversations import Turn
 from llm.errors import InputError, Interrupted
 from llm.evaluation.chrf_bleu import ChrfBleu
-from llm.evaluation.pairwise import compare_models, repetition
-from llm.evaluation.scoring import Question, classify, score_answers, score_texts
+from llm.evaluation.pairwise import compare_models
+from llm.evaluation.scoring import Answers, Form, Likelihoods, Question, classify, repetition, score_answers, score_texts
 from llm.inference.generate import generate
 from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
 from llm.models.decoder.config import DecoderConfig
@@ -191,6 +192,30 @@ def test_answers_that_the_model_gives_itself_score_100(model: Decoder, tokenizer
     outcome = score_answers(model, tokenizer, questions=questions, max_new_tokens=12, progress=silent)
     assert outcome.scores["chrf"] == pytest.approx(100)
     assert [example["found"] for example in outcome.examples] == [answer for _, answer in usable]
+
+
+def form(generated: list[str], expected: list[str], tokenizer: TextTokenizer, most: int = 100) -> Form:
+    likelihoods = Likelihoods([0.0] * len(expected), [1] * len(expected), [1] * len(expected))
+    return Form.of(Answers(likelihoods, expected, expected, generated, {}), tokenizer, most=most)
+
+
+def test_collapsed_answers_are_warned_of(tokenizer: TextTokenizer) -> None:
+    expected = ["the heart pumps blood", "blood is red", "the muscle is red", "the heart is red"]
+
+    def told(generated: list[str], most: int = 100) -> str:
+        return "; ".join(form(generated, expected, tokenizer, most).warnings(generated))
+
+    assert told(expected) == ""
+    assert "4 of 4 answers are the same: 'heart'" in told(["heart"] * 4)
+    assert "of the length of the expected ones" in told(["a", "b", "c", "d"])
+    assert "length" not in told([text[:3] for text in expected], most=3), "as long as an answer may be"
+    looping = [f"{number} the the the the the the the the the the the the" for number in range(4)]
+    assert "answers repeat" in told(looping) and "more than expected" in told(looping)
+    found = form(expected, expected, tokenizer).score(np.ones(4))
+    assert found == {
+        "length_ratio": 1.0,
+        "repetition": pytest.approx(float(np.mean([repetition(tokenizer.encode(t)) for t in expected]))),
+    }
 
 
 def test_a_long_prompt_leaves_room_for_its_answer(model: Decoder, tokenizer: TextTokenizer) -> None:

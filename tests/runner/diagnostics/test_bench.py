@@ -13,7 +13,7 @@ import torch
 from foreign_models import llama_3
 
 from llm.bench.implementations import StockpotTraining, build_learning_model
-from llm.bench.peft_step import PeftTraining, stock_steps
+from llm.bench.peft_training import PeftTraining, stock_steps
 from llm.bench.train_step import measure_stockpot_step
 from llm.bench.workload import Workload
 from llm.training.distributed.process_group import ProcessGroup

@@ -213,3 +213,21 @@ def test_a_stage_that_is_not_done_is_never_said_to_have_no_time_left(done: int, 
     eta.seconds = 0.2
     shown = describe({"done": done, "total": 10, "unit": "rows"}, eta)
     assert shown == f"{done}/10 rows" + (f"  {words}" if words else "")
+
+
+def test_the_time_left_begins_anew_with_each_part_that_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 10.0, 40.0, 40.0, 100.0])
+    monkeypatch.setattr("runner.reporting.progress.time.monotonic", lambda: next(clock))
+    eta, found = Eta(), []
+    for unit, done in (
+        ("rows of a", 0),
+        ("rows of a", 8),
+        ("rows of b", 0),
+        ("rows of b", 4),
+        ("rows of b", 1),
+        ("rows of b", 5),
+    ):
+        eta.update({"unit": unit, "done": done, "total": 8})
+        found.append(eta.seconds)
+    # Of an evaluation's second task nothing is known at first, nor of the answers that it writes after it has read them.
+    assert found == [None, 0.0, None, 30.0, None, 45.0]

@@ -54,7 +54,7 @@ def score(checkpoint: Path, make_context: Callable[..., Context]) -> Callable[..
         metrics = stage.run(context)
         assert json.loads((context.work / "scores.json").read_text())["scores"] == metrics["scores"]
         (facts,) = metrics["tasks"].values()
-        return metrics["scores"], facts
+        return metrics["scores"], {**facts, "intervals": metrics["intervals"]}
 
     return run
 
@@ -166,6 +166,9 @@ def test_lm_eval_scores_a_local_task_on_the_folder(score: Callable[..., Any], ta
     assert set(scores) == {"o.acc", "o.acc_norm"}
     assert 0 <= scores["o.acc"] <= 1
     assert facts["rows"] == 6
+    low, high = facts["intervals"]["o.acc"]  # of six questions
+    assert low <= scores["o.acc"] <= high and 0 < high - low < 1
+    assert set(facts["intervals"]) == {"o.acc", "o.acc_norm"}
     escape = "{{ ''.__class__.__mro__ }}"
     (tasks / "organs.yaml").write_text(TASK.replace("{{question}}", escape))
     with pytest.raises(Exception, match="__class__"):  # jinja's SecurityError, through lm-eval

@@ -154,17 +154,23 @@ class ClassificationTask(ChatTask):
 
 
 class AnswersTask(ChatTask):
-    """Likelihood of the responses after their prompts, and chrF and BLEU of the answers that the model generates."""
+    """Likelihood of the responses after their prompts; of the answers that the model generates chrF and BLEU, their length over
+    that of the responses, and the share of their text that repeats itself. Answers that look collapsed are warned of.
+    """
 
     task: Semantic[Literal["answers"]]
     """Answers to prompts."""
     max_new_tokens: Semantic[Annotated[int, Field(ge=0)]] = 128
-    """Most tokens of a generated answer; 0 generates none and leaves out chrF and BLEU."""
+    """Most tokens of a generated answer; 0 generates none and leaves out what is measured of them."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The second parts of the names of its scores."""
-        return ("perplexity", "bits_per_byte", *(("chrf", "bleu") if self.max_new_tokens else ()))
+        return (
+            "perplexity",
+            "bits_per_byte",
+            *(("chrf", "bleu", "length_ratio", "repetition") if self.max_new_tokens else ()),
+        )
 
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the responses, and answers to their prompts."""
