@@ -18,11 +18,15 @@ from llm.export.gguf_tokenizer import write_tokenizer
 from llm.files import whole_file
 from llm.models import architectures
 from llm.models.checkpoint import CONFIG, read_config, read_weights
+from llm.models.sampling_defaults import Sampling, as_sampled, read_sampling
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType, GGUFWriter
 
-Q8_BLOCK = 32  # numbers that share a scale; a matrix whose rows are no multiple of it stays in f16, as in llama.cpp's tools
+BLOCK = 32  # numbers that share a scale; a matrix whose rows are no multiple of it stays in f16, as in llama.cpp's tools
+FULL = ("f32", "f16", "bf16")  # precisions without blocks
+# In fewer than 8 bits, llama.cpp's tools also keep the head and the embedding, which may be the head, in more bits.
+IN_8_BITS = ("token_embd.weight", "output.weight")
 
 logging.getLogger("gguf").setLevel(logging.WARNING)  # at INFO it logs every tensor
 
@@ -43,9 +47,10 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
     writer.add_vocab_size(vocab_size)
     layout.write_sizes(writer, config)
     tokenizer = write_tokenizer(writer, checkpoint, vocab_size=vocab_size)
+    _write_sampling(writer, read_sampling(checkpoint))
     kept: dict[str, int] = {}
     for tensor_name, tensor in layout.tensors(config, weights):
-        data, stored = _stored(tensor, precision)
+        data, stored = _stored(tensor_name, tensor, precision)
         kept[stored.name.lower()] = kept.get(stored.name.lower(), 0) + 1
         writer.add_tensor(tensor_name, data, raw_dtype=stored)
     with whole_file(target) as temporary:
@@ -63,7 +68,21 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
     }
 
 
-def _stored(tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GGMLQuantizationType]":
+def _write_sampling(writer: "GGUFWriter", sampling: Sampling) -> None:
+    """Write the sampling defaults, which llama.cpp takes where a request does not say otherwise."""
+    numbers = as_sampled(sampling)
+    writer.add_sampling_temp(float(numbers["temperature"]))
+    if "top_k" in numbers:
+        writer.add_sampling_top_k(int(numbers["top_k"]))
+    if "top_p" in numbers:
+        writer.add_sampling_top_p(float(numbers["top_p"]))
+    if "min_p" in numbers:
+        writer.add_sampling_min_p(float(numbers["min_p"]))
+    if "repetition_penalty" in numbers:
+        writer.add_sampling_penalty_repeat(float(numbers["repetition_penalty"]))
+
+
+def _stored(name: str, tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GGMLQuantizationType]":
     """The data of a tensor in the file, and its type."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
@@ -71,8 +90,10 @@ def _stored(tensor: Tensor, precision: GgufPrecision) -> "tuple[NDArray[Any], GG
     numbers = np.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
     if numbers.ndim == 1:
         wanted = GGMLQuantizationType.F32
-    elif precision == "q8_0" and numbers.shape[-1] % Q8_BLOCK:
+    elif precision not in FULL and numbers.shape[-1] % BLOCK:
         wanted = GGMLQuantizationType.F16
+    elif precision not in FULL and name in IN_8_BITS:
+        wanted = GGMLQuantizationType.Q8_0
     else:
         wanted = GGMLQuantizationType[precision.upper()]
     return quantize(numbers, wanted), wanted

@@ -93,7 +93,8 @@ class LlamaCppBackend:
         return [list(takewhile(lambda token: token not in self._ends, tokens)) for tokens in written]
 
     def _complete(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
-        return self._ask("/completion", prompt=list(prompt), temperature=0, return_tokens=True, cache_prompt=False, **options)
+        greedy = {"temperature": 0, "repeat_penalty": 1.0}  # whatever the defaults in the file are
+        return self._ask("/completion", prompt=list(prompt), return_tokens=True, cache_prompt=False, **greedy, **options)
 
     def _ask(self, path: str, **fields: Any) -> dict[str, Any]:
         try:

@@ -70,6 +70,7 @@ class TransformersBackend:
                 attention_mask=mask.to(self._device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # whatever the model's own default is
                 pad_token_id=self._padding,
             )
             found += [list(takewhile(lambda token: token not in self._ends, row)) for row in written[:, width:].tolist()]

@@ -20,6 +20,7 @@ from llm.errors import InputError
 from llm.files import write_json, write_tensors
 from llm.models import architectures, from_transformers
 from llm.models.interface import LanguageModel, ModelConfig
+from llm.models.sampling_defaults import FILE, Sampling, read_sampling
 from llm.tokenizer.tokenizer import TextTokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +40,7 @@ def save_checkpoint(
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
     Weights are stored in `dtype` (None: that of each), and in several files where they have more than `shard_bytes`. Where
-    `tokenizer_folder` is a checkpoint, the tokens that end its answers are copied too.
+    `tokenizer_folder` is a checkpoint, the tokens that end its answers and its sampling defaults are copied too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -48,7 +49,8 @@ def save_checkpoint(
             shutil.copyfile(source, folder / name)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tokenizer = TextTokenizer.load(tokenizer_folder)
-    write_model(folder, model.config, weights, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
+    sampling = read_sampling(tokenizer_folder)
+    write_model(folder, model.config, weights, tokenizer=tokenizer, sampling=sampling, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def write_model(
@@ -57,6 +59,7 @@ def write_model(
     weights: Mapping[str, Tensor],
     *,
     tokenizer: TextTokenizer,
+    sampling: Sampling | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -65,7 +68,7 @@ def write_model(
     stored = str(dtype or embedding.dtype).removeprefix("torch.")
     fields = architectures()[config.name].to_transformers(config) | {"vocab_size": len(embedding), "dtype": stored}
     write_json(folder / CONFIG, fields | tokenizer.special_ids)
-    write_json(folder / "generation_config.json", tokenizer.special_ids | {"do_sample": False})
+    write_json(folder / FILE, tokenizer.special_ids | {"do_sample": False} | dict(sampling or {}))
     kept = {name: tensor for name, tensor in weights.items() if not (config.tied and name == "lm_head.weight")}
     _write_weights(folder, kept, dtype=dtype, shard_bytes=shard_bytes)
 

@@ -15,6 +15,7 @@ from llm.errors import InputError
 from llm.models.added_tokens import with_rows, with_words
 from llm.models.checkpoint import CONFIG, read_config, read_weights, write_model
 from llm.models.interface import ModelConfig
+from llm.models.sampling_defaults import Sampling, read_sampling
 from llm.tokenizer.chat_template import PLAIN_TEMPLATE, with_fixed_day
 from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -35,6 +36,7 @@ class Candidate:
     config: ModelConfig
     vocab_size: int  # rows of the embedding; the tokenizer may have fewer tokens
     tokenizer: TextTokenizer
+    sampling: Sampling  # how its publisher draws answers
 
 
 def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Candidate:
@@ -50,7 +52,8 @@ def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Can
             f"got {vocab_size:,}"
         )
     template = with_fixed_day(chat_template or tokenizer.template or PLAIN_TEMPLATE)
-    return Candidate(folder, config, vocab_size, _with_answer_end(tokenizer.with_template(template), folder))
+    tokenizer = _with_answer_end(tokenizer.with_template(template), folder)
+    return Candidate(folder, config, vocab_size, tokenizer, read_sampling(folder))
 
 
 def import_checkpoint(candidate: Candidate, target: Path, *, add_tokens: Sequence[str] = ()) -> dict[str, object]:
@@ -67,7 +70,7 @@ def import_checkpoint(candidate: Candidate, target: Path, *, add_tokens: Sequenc
         weights, candidate = with_rows(weights, spelled), replace(candidate, tokenizer=tokenizer)
         added = {"added_tokens": len(spelled), "pieces_of_added_tokens": sum(map(len, spelled.values()))}
     candidate.tokenizer.save(target)
-    write_model(target, config, weights, tokenizer=candidate.tokenizer)
+    write_model(target, config, weights, tokenizer=candidate.tokenizer, sampling=candidate.sampling)
     return {
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "dtype": _name(weights["model.embed_tokens.weight"].dtype),

@@ -65,7 +65,7 @@ def _hub_base(records: Records, adapter: str) -> str | None:
 def _with_llama_cpp(precisions: Sequence[str]) -> Iterable[str]:
     files = ", ".join(f"`model-{precision.upper()}.gguf`" for precision in precisions)
     yield f"With llama.cpp ({files}):"
-    yield _code("sh", [f"llama-cli -m model-{precisions[0].upper()}.gguf --temp 0"])
+    yield _code("sh", [f"llama-cli -m model-{precisions[0].upper()}.gguf"])
     yield "With Ollama, in this folder:"
     yield _code("sh", ["ollama create my-model -f Modelfile", "ollama run my-model"])
 

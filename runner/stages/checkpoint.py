@@ -36,7 +36,7 @@ class ModelFolder(InputFolder):
         return sorted(path for path in [*named, *folder.glob("model*.safetensors")] if path.is_file())
 
 
-class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
+class ImportCheckpoint(Stage, kind="checkpoint", version=2, makes=Checkpoint):
     """Imports a model of one of the families of `architecture.name`, to be fine-tuned, adapted, merged, evaluated and published."""
 
     imports = ("llm.models.import_checkpoint",)
@@ -65,6 +65,11 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=1, makes=Checkpoint):
         if self.repo is None and self.revision != "main":  # the default, since a resolved recipe writes it out
             raise ValueError(f"revision: expected a repo on the Hub beside it, got a folder and {self.revision!r}")
         return self
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer of a local folder, before it is imported."""
+        return None if self.folder is None else Path(self.folder.pattern, TOKENIZER[0])
 
     def words(self) -> list[str]:
         """The words of `add_tokens` and `add_tokens_from`, each once."""

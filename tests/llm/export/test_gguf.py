@@ -62,6 +62,26 @@ def test_fewer_bits_make_a_smaller_file_and_nearly_the_same_probabilities(
         assert (stranger.log_probabilities(prompt).exp() - ours).abs().sum() / 2 < moved
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("q5_1", 6), ("q5_0", 5.5), ("q4_1", 5), ("q4_0", 4.5)])
+def test_below_8_bits_the_embedding_stays_in_8_and_llama_cpp_computes_with_these_weights(
+    precision: GgufPrecision, bits: float, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    facts = write_gguf(checkpoint, tmp_path / "small.gguf", precision=precision)
+    assert facts["tensors"] == {precision: 14, "q8_0": 1, "f32": 5}
+    full = write_gguf(checkpoint, tmp_path / "full.gguf", precision="q8_0")
+    model = load_checkpoint(checkpoint)
+    matrices = sum(weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and "layers" in name)
+    assert full["bytes"] - facts["bytes"] == pytest.approx(matrices * (8.5 - bits) / 8, rel=0.01)
+    stranger = open_in_llama_cpp(tmp_path / "small.gguf", checkpoint)
+    moved = []
+    for prompt in map(TextTokenizer.load(checkpoint).encode_prompt, PROMPTS):
+        with torch.inference_mode():
+            ours = model(torch.tensor([prompt]))[0, -1:].softmax(-1)
+        moved.append(float((stranger.log_probabilities(prompt).exp() - ours).abs().sum() / 2))
+    assert max(moved) < 0.3  # of a random model, whose every channel matters
+
+
 def test_rows_that_are_not_whole_blocks_stay_in_f16(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", intermediate_size=72)
     facts = write_gguf(checkpoint, tmp_path / "model.gguf", precision="q8_0")

@@ -33,7 +33,7 @@ def smallest_model(folder: Path) -> Path:
     sizes = {"hidden_size": 8, "layers": 1, "heads": 1, "kv_heads": 1, "context": 2048, "intermediate_size": 8}
     kind = architectures()["llama"]
     torch.manual_seed(0)
-    model = kind.build(kind.config.model_validate(sizes), vocab_size=TextTokenizer.load(folder).vocab_size)
+    model = kind.build(kind.config(sizes), vocab_size=TextTokenizer.load(folder).vocab_size)
     save_checkpoint(folder, model, folder)
     return folder
 

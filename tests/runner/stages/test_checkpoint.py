@@ -65,6 +65,23 @@ def put(hub: Hub, folder: Path, *, private: bool = False, gated: bool = False, *
     return repository.commit("main", "a model", files).oid
 
 
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused_before_anything_runs(
+    published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(published("smollm"), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "small"\n{BASE}folder = "model"\n'
+        '[stage.half]\nkind = "merge"\nbase = "base"\nadapters = ["adapter"]\n'
+        '[stage.adapter]\nkind = "lora"\nbase = "base"\ndata = [{ files = "rows.jsonl" }]\nbudget = { steps = 1 }\n'
+        '[stage.gguf]\nkind = "gguf"\nmodel = "half"\n'
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(RecipeError, match=r"stage\.gguf\.model: .*tokenizer\.json: expected no normalizer, or NFC"):
+        load_recipe(tmp_path / "recipe.toml")
+
+
 def of_folder(folder: Path, **fields: Any) -> ImportCheckpoint:
     return ImportCheckpoint.model_validate({"folder": ModelFolder(folder.name, folder.parent)} | fields)
 
