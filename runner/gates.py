@@ -170,7 +170,7 @@ def _judge(gate: Gate, found: EvaluationResult, others: Mapping[str, EvaluationR
         if gate.score not in other.scores or found.examples.get(task) != other.examples.get(task):
             return GateVerdict(gate.score, gate.bound, value, because=f"since {gate.above} scored other rows")
         here, there = found.precisions.get(task), other.precisions.get(task)
-        if here != there:
+        if None not in (here, there) and here != there:  # a score without a model has no precision
             because = f"since it was scored in {here}, and {gate.above} in {there}; run one of them again with --force"
             return GateVerdict(gate.score, gate.bound, value, because=because)
         compared = value - other.scores[gate.score]

@@ -139,7 +139,7 @@ def classify(
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
     training. InputError for a label that is not in `labels`, or if there are fewer than two labels.
     """
-    names = _label_names(questions, labels)
+    names = label_names(questions, labels)
     spelled = [_label_tokens(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
     streams = [_fit(question.with_answer(names[longest]), tokenizer, model.context) for question in questions]
@@ -152,29 +152,44 @@ def classify(
     likelihoods = np.array(found)  # (N, L)
     chosen = [number[names[index]] for index in likelihoods.argmax(1)]
     margins = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
+    facts = {"cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
+    shown = ["\n".join(message["content"] for message in stream.messages[:-1]) for stream in streams]
+    return judged_labels(names, expected, chosen, prompts=shown, facts=facts, nats_behind=margins.tolist())
+
+
+def judged_labels(
+    names: Sequence[str],
+    expected: Sequence[int],
+    chosen: Sequence[int],
+    *,
+    prompts: Sequence[str],
+    facts: dict[str, Any],
+    nats_behind: Sequence[float],
+) -> Outcome:
+    """`accuracy` and `macro_f1` of chosen labels, as indices into `names`; `nats_behind` is what each lacks to be chosen."""
     wrong = [
         {
             "row": row + 1,
-            "prompt": "\n".join(message["content"] for message in streams[row].messages[:-1]),
+            "prompt": prompts[row],
             "wanted": names[expected[row]],
             "found": names[chosen[row]],
-            "nats_behind": round(float(margins[row]), 3),
+            "nats_behind": round(float(nats_behind[row]), 3),
         }
         for row in range(len(prompts))
         if expected[row] != chosen[row]
     ]
-    facts = {"labels": names, "cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
     f1 = macro_f1(np.array(expected), np.array(chosen), len(names))
     hits = np.equal(expected, chosen).astype(np.float64)
 
     def score(draws: Resamples) -> dict[str, float]:
         return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
 
-    values = {"wanted": expected, "found": chosen}
+    values = {"wanted": list(expected), "found": list(chosen)}
+    facts = {"labels": list(names), **facts}
     return Outcome(rounded(score(np.ones(len(hits)))), len(hits), wrong, facts, values, resample(len(hits), score))
 
 
-def _label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
+def label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
     """The labels to choose from, after a check of the rows."""
     names = sorted({question.expected for question in questions}) if labels is None else list(labels)
     for question in questions:

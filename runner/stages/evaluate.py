@@ -22,11 +22,9 @@ from pydantic import Field, model_validator
 from runner.artifacts import Checkpoint, Scores
 from runner.files import write_whole
 from runner.gates import (
-    DEFAULT_CONFIDENCE,
     TRAIN_GAP,
     EvaluationResult,
     Gate,
-    interval,
     judge,
     last_trainings,
     train_gap,
@@ -38,6 +36,7 @@ from runner.stages.fields.answers_page import page
 from runner.stages.fields.eval_tasks import Task
 from runner.stages.fields.eval_tasks.questions import ComparisonTask
 from runner.stages.fields.eval_tasks.task import EvaluatedModel
+from runner.stages.fields.score_files import write_scores
 from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Evaluate(Stage, kind="evaluate", version=5, makes=Scores):
         for number, gate in enumerate(self.gates):
             if gate.above is not None:
                 name, other = gate.score.partition(".")[0], stages[gate.above]
-                theirs = [_rows(task) for task in other.tasks if task.name == name] if isinstance(other, Evaluate) else []
+                theirs = [_rows(task) for task in other.tasks if task.name == name] if hasattr(other, "tasks") else []
                 if theirs != [_rows(task) for task in self.tasks if task.name == name]:
                     yield (
                         f"gates[{number}].above: expected an evaluation with the same task {name!r}, to compare example by "
@@ -111,31 +110,14 @@ class Evaluate(Stage, kind="evaluate", version=5, makes=Scores):
         outcomes = self._outcomes(context, processes, device)
         if not processes.is_main:
             return {}
-        replicates = {f"{name}.{score}": values for name, one in outcomes.items() for score, values in one.replicates.items()}
-        result: dict[str, dict[str, Any]] = {
-            "scores": {f"{name}.{metric}": value for name, one in outcomes.items() for metric, value in one.scores.items()},
-            "intervals": {
-                score: [float(f"{end:.4g}") for end in interval(values, DEFAULT_CONFIDENCE)]
-                for score, values in replicates.items()
-            },
-            "counts": {name: one.rows for name, one in outcomes.items()},
-        }
-        artifact = Scores(context.work)
-        examples = [{"task": name, **example} for name, one in outcomes.items() for example in one.examples]
-        write_whole(artifact.scores, json.dumps(result, indent=2, sort_keys=True) + "\n")
-        write_whole(artifact.errors, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-        write_whole(artifact.values, json.dumps({name: one.values for name, one in outcomes.items()}) + "\n")
+        artifact, metrics = Scores(context.work), write_scores(Scores(context.work), outcomes)
         for name in (task.name for task in self.tasks if isinstance(task, ComparisonTask)):
             prefix, one = f"{name}.", outcomes[name]
-            intervals = {key.removeprefix(prefix): ends for key, ends in result["intervals"].items() if key.startswith(prefix)}
+            intervals = {
+                key.removeprefix(prefix): ends for key, ends in metrics["intervals"].items() if key.startswith(prefix)
+            }
             write_whole(artifact.side_by_side(name), page(name, one.examples, scores=one.scores, intervals=intervals))
-        return {
-            "scores": result["scores"],
-            "intervals": result["intervals"],
-            "tasks": {name: {"rows": one.rows, **one.facts} for name, one in outcomes.items()},
-            # As text, since people read the record too, and lists would be many lines.
-            "replicates": {score: " ".join(map(str, values)) for score, values in replicates.items()},
-        }
+        return metrics
 
     def _outcomes(self, context: Context, processes: "Processes", device: "torch.device") -> "dict[str, Outcome]":
         """The outcome of each task by its name; each is kept in scratch once it is there."""

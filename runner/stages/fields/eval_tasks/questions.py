@@ -39,14 +39,18 @@ class QuestionTask(EvalTask):
 
     def outcome(self, evaluated: EvaluatedModel, progress: "OnProgress") -> "Outcome":
         """Score the model on the rows of the task."""
-        from llm.evaluation.bootstrap import fingerprint
-
-        questions, skipped = self._questions(evaluated.tokenizer)
+        questions, skipped, examples = self.questions(evaluated.tokenizer)
         found = self.score(evaluated, questions, progress)
-        examples = fingerprint(json.dumps([turn.message for turn in question.turns]) for question in questions)
         return replace(found, facts={**found.facts, "skipped_rows": skipped, "examples": examples})
 
-    def _questions(self, tokenizer: "TextTokenizer") -> tuple[list["Question"], int]:
+    def questions(self, tokenizer: "TextTokenizer | None") -> tuple[list["Question"], int, str]:
+        """The rows to score, how many were skipped because they cannot be used, and a digest of those to score."""
+        from llm.evaluation.bootstrap import fingerprint
+
+        found, skipped = self._questions(tokenizer)
+        return found, skipped, fingerprint(json.dumps([turn.message for turn in question.turns]) for question in found)
+
+    def _questions(self, tokenizer: "TextTokenizer | None") -> tuple[list["Question"], int]:
         """The rows to score, and how many were skipped because they cannot be used."""
         from llm.data.chat_dataset import read_turns
         from llm.errors import InputError
@@ -62,7 +66,7 @@ class QuestionTask(EvalTask):
                     raise InputError(
                         f"{place}: expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s"
                     )
-                if self.on_bad_row == "skip" and isinstance(self, ChatTask):
+                if tokenizer and self.on_bad_row == "skip" and isinstance(self, ChatTask):
                     tokenizer.encode_chat([turn.message for turn in turns])  # the template may refuse it
             except InputError:
                 if self.on_bad_row == "fail":
