@@ -51,6 +51,7 @@ def check_data(plan: Plan, note: Callable[[str], None]) -> None:
     names = [entry.name for entry in plan if entry.state in AHEAD]
     stages = {entry.name: entry.stage for entry in plan}
     faults: list[str] = []
+    left_out: dict[str, list[str]] = {}  # places by sentence: a recipe names the same rows in several tables
     done: set[tuple[Any, ...]] = set()  # evaluations share tables
     for name in names:
         for table in data_tables(name, stages):
@@ -58,7 +59,12 @@ def check_data(plan: Plan, note: Callable[[str], None]) -> None:
             if what not in done:
                 done.add(what)
                 for fault in look(table):
-                    (note if fault.is_left_out else faults.append)(f"{table.place}: {fault.sentence}")
+                    if fault.is_left_out:
+                        left_out.setdefault(fault.sentence, []).append(table.place)
+                    else:
+                        faults.append(f"{table.place}: {fault.sentence}")
+    for sentence, places in left_out.items():
+        note(f"{places[0]}{f' and {len(places) - 1} other tables' if len(places) > 1 else ''}: {sentence}")
     if faults:
         raise RecipeError("\n".join(f"{plan.recipe.path}: {fault}" for fault in faults))
 

@@ -1,13 +1,13 @@
-"""The recipe that `run new` writes: sizes that fit the time and the hardware, filled into a commented template."""
+"""The recipe that `run new` writes: sizes that fit the time, the hardware and the data, filled into a commented template."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-Language = Literal["en", "zh", "both"]
 Hardware = Literal["cpu", "gpu"]
+Kind = Literal["labels", "pairs", "chats", "preferences", "documents"]
 TEMPLATE = Path(__file__).parents[1] / "pages" / "new_recipe.toml.jinja"
 
 
@@ -22,7 +22,9 @@ class Shape(NamedTuple):
     context: int
 
 
-SHAPES = (  # the smallest first
+SHAPES = (  # the smallest first; the first one is to try a recipe out
+    Shape(0.2e6, 64, 2, 2, 1024, 128),
+    Shape(1.3e6, 128, 4, 4, 4096, 256),
     Shape(2.6e6, 192, 4, 6, 4096, 256),
     Shape(12e6, 320, 6, 10, 6144, 512),
     Shape(29e6, 512, 8, 8, 6144, 512),
@@ -31,13 +33,35 @@ SHAPES = (  # the smallest first
 )
 # Floating-point operations per second of a training, as an order of magnitude: two cores with AVX512-BF16, one GPU.
 SPEED = {"cpu": 1.6e11, "gpu": 2e14}
-PRETRAINING = 0.5  # of the time; the rest is for chat, adapter and evaluation
+PRETRAINING, TUNING = 0.5, 0.25  # of the time; the rest is for text, tokenizer and evaluation
 MIN_TOKENS = 1.5  # per parameter; with fewer, a smaller model is better
-GENERAL = {"en": "data/general_en-*.jsonl.gz", "zh": "data/general_zh.jsonl.gz"}
-HELD_OUT = {"en": "data/general_en_val.jsonl.gz", "zh": "data/general_zh_val.jsonl.gz"}
-CHAT = {"en": "data/chat_en.jsonl.gz", "zh": "data/chat_zh.jsonl.gz"}
-PROMPTS = ("prompt", "question", "instruction", "input")  # names of fields, the most likely first
-RESPONSES = ("response", "answer", "output", "label")
+LONGEST = {"cpu": 1024, "gpu": 2048}  # positions of a row
+CHARACTERS = {"zh": 1.2, "en": 3.5}  # that are a token of a vocabulary of 4,096
+GENERAL = {"en": "general_en-*.jsonl.gz", "zh": "general_zh.jsonl.gz"}  # of the shipped data
+HELD_OUT = {"en": "general_en_val.jsonl.gz", "zh": "general_zh_val.jsonl.gz"}
+CHAT = {"en": "chat_en.jsonl.gz", "zh": "chat_zh.jsonl.gz"}
+GENERAL_BYTES = {"en": 8.4e6, "zh": 5.2e6}  # of text
+SMALL = {"en": "HuggingFaceTB/SmolLM2-135M", "zh": "Qwen/Qwen2.5-0.5B"}  # models to start from
+MOST_LABELS = 50  # that are written into a recipe
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The user's rows, and how they are used."""
+
+    files: str  # relative to the recipe
+    kind: Kind
+    prompt: str = ""  # a template; of documents, the text
+    response: str = ""  # a template
+    text: str = ""  # the field that rows are grouped by
+    label: str = ""  # the field that the rows are split by
+    messages: str = ""
+    labels: Sequence[str] = ()
+    count: int = 0
+    characters: int = 0  # of half of the rows at most
+    long_characters: int = 0  # of 95% of them
+    bad: int = 0  # that cannot be used
+    read: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,44 +69,81 @@ class Answers:
     """What the user chose."""
 
     name: str
-    language: Language
-    data: str | None  # path of the domain's rows, relative to the recipe; None: a general model only
-    fields: Sequence[str]  # of the first row of it
+    language: str
+    rows: Rows | None  # None: a general model only
     hardware: Hardware
     minutes: float
-    repo: str | None  # "owner/name"
+    repo: str | None = None  # "owner/name" to publish to
+    base: str | None = None  # a model to start from: a folder, or "owner/name" on the Hub; None: from nothing
+    shipped: str | None = "data"  # the folder with Stockpot's own text, relative to the recipe
 
 
 def recipe_text(answers: Answers) -> str:
-    """The whole recipe with comments; it validates wherever the shipped `data/` lies beside it."""
+    """The whole recipe with comments; it validates wherever its data lies beside it."""
     from jinja2 import Environment, StrictUndefined
 
-    flops = answers.minutes * 60 * PRETRAINING * SPEED[answers.hardware]
-    shape = max((s for s in SHAPES if flops / (6 * s.parameters) >= MIN_TOKENS * s.parameters), default=SHAPES[0])
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["toml"] = lambda text: json.dumps(text, ensure_ascii=False)  # JSON's escapes are among TOML's
     environment.filters["grouped"] = lambda number: f"{number:_}"
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        name=answers.name,
-        languages=["en", "zh"] if answers.language == "both" else [answers.language],
-        hardware=answers.hardware,
-        minutes=f"{answers.minutes:g}",
-        shape=shape,
-        millions=f"{shape.parameters / 1e6:.3g}",
-        batch=2048 if shape.parameters < 1e7 else 8192 if shape.parameters < 1e8 else 131_072,
-        tokens=max(200_000, int(flops / (6 * shape.parameters) // 100_000 * 100_000)),
-        general=GENERAL,
-        chat=CHAT,
-        held_out=HELD_OUT,
-        data=answers.data,
-        template=_template(answers.fields),
-        model="release" if answers.data else "chat",
-        repo=answers.repo,
-    )
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(_settings(answers))
+    return text.rstrip() + "\n"
 
 
-def _template(fields: Sequence[str]) -> tuple[str, str]:
-    """How a row becomes prompt and response: by common names of fields, else the first and the last field."""
-    prompt = next((name for name in PROMPTS if name in fields), fields[0] if fields else "prompt")
-    response = next((name for name in RESPONSES if name in fields and name != prompt), fields[-1] if fields else "response")
-    return f"{{{prompt}}}", f"{{{response}}}"
+def _settings(answers: Answers) -> dict[str, Any]:
+    """All that the template fills in."""
+    flops = answers.minutes * 60 * SPEED[answers.hardware]
+    fitting = (s for s in SHAPES if PRETRAINING * flops / (6 * s.parameters) >= MIN_TOKENS * s.parameters)
+    shape = max(fitting, default=SHAPES[0])
+    languages = ["en", "zh"] if answers.language == "both" else ["zh" if answers.language == "zh" else "en"]
+    rows = answers.rows
+    context = shape.context if rows is None else _context(rows, shape, languages[0], answers.hardware)
+    tokens = max(100_000, int(PRETRAINING * flops / (6 * shape.parameters) // 100_000 * 100_000))
+    batch = 1024 if shape.parameters < 1e6 else 2048 if shape.parameters < 1e7 else 8192 if shape.parameters < 1e8 else 131_072
+    return {
+        "name": answers.name,
+        "languages": languages if answers.shipped is not None else [],
+        "tag": None if answers.language == "both" else answers.language,
+        "shipped": answers.shipped,
+        "general": GENERAL,
+        "held_out": HELD_OUT,
+        "chat": CHAT,
+        # As much general text as is read once, and at least enough for the vocabulary.
+        "weight": {
+            one: min(1.0, round(max(4.5 * tokens / len(languages), 300 * shape.vocab_size) / GENERAL_BYTES[one] + 0.005, 2))
+            for one in languages
+        },
+        "hardware": answers.hardware,
+        "minutes": f"{answers.minutes:g}",
+        "shape": shape._replace(context=context),
+        "millions": f"{shape.parameters / 1e6:.3g}",
+        "batch": max(batch, 4 * context),
+        "tokens": tokens,
+        "rows": rows,
+        "tune": _tuning(rows, context, languages[0], flops=TUNING * flops, base=answers.base, shape=shape) if rows else None,
+        "base": answers.base,
+        "base_is_folder": answers.base is not None and Path(answers.base).is_dir(),
+        "repo": answers.repo,
+        "most_labels": MOST_LABELS,
+    }
+
+
+def _context(rows: Rows, shape: Shape, language: str, hardware: Hardware) -> int:
+    """The positions that hold 95% of the rows, in the range of what the hardware trains well."""
+    needed = rows.long_characters / CHARACTERS[language] + 32
+    most = min(LONGEST[hardware], max(shape.context, 512))
+    return max(128, min(most, 1 << (int(needed) - 1).bit_length())) if rows.kind != "documents" else shape.context
+
+
+def _tuning(rows: Rows, context: int, language: str, *, flops: float, base: str | None, shape: Shape) -> dict[str, Any]:
+    """Epochs and steps that fit the number of rows and the time."""
+    in_epoch = 0.8 * rows.count * min(context, rows.characters / CHARACTERS[language] + 8)
+    epochs = next((number for number, most in ((12, 500), (8, 2000), (4, 10_000), (2, 100_000)) if rows.count < most), 1)
+    affordable = flops / (6 * (1.35e8 if base else shape.parameters))
+    epochs = max(1, min(epochs, int(affordable / max(1.0, in_epoch))))
+    batch = 1 << max(9, min(13, int(in_epoch / 24)).bit_length() - 1) if in_epoch < 2e5 else 8192
+    return {
+        "epochs": epochs,
+        "tokens": int(affordable // 1000 * 1000) if affordable < in_epoch else None,
+        "batch": max(batch, context),
+        "learning_rate": "5e-4" if base else "2e-3",
+    }

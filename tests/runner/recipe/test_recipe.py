@@ -107,7 +107,7 @@ def test_a_cycle_is_shown_whole(tmp_path: Path) -> None:
         ),
         ('name = "x"\n[stage.c]\n', "stage.c.kind: is missing; expected one of"),
         (GOOD + "[stage.tokenzer]\nvocab_size = 400\n", "trunk; did you mean stage 'tokenizer'?"),
-        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: expected one of checkpoint, corpus, dpo, "),
+        ('name = "x"\n[stage.c]\nkind = 3\n', "stage.c.kind: expected one of baseline, checkpoint, corpus, dpo, "),
         ('name = "x"\n[stage.c]\nkind = "corpus"\n', "stage.c.sources: is missing"),
         ("extends = 3", "extends: expected the path of a recipe"),
         ('extends = "gone.toml"', "gone.toml: no such recipe, which recipe.toml extends"),
