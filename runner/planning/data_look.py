@@ -5,7 +5,6 @@ of them, without tokens. All faults are reported together, with counts. It is do
 data of a stranger is not parsed before the user agrees.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from llm.text.readers import FileFormat, field_names
 from llm.text.readers.sample import Sample
 from llm.text.templates import split_text, text_of
 from runner.errors import RecipeError
-from runner.graph import ancestors, sources_of, tables
+from runner.graph import tables
 from runner.input_files import InputFile
 from runner.planning.plan import Plan
 from runner.recipe.validation import nearest
@@ -28,7 +27,6 @@ from runner.stages.fields.data_tables import PreferenceTable, RowTable
 from runner.stages.fields.eval_tasks.multiple_choice import MultipleChoiceTask
 from runner.stages.fields.eval_tasks.questions import ChatTask, ClassificationTask, TextTask
 from runner.stages.fields.reading import PartOfRows, form_of
-from runner.stages.tokenizer import TrainTokenizer
 
 AHEAD = ("run", "resume", "waiting", "paused")
 Chats = Sequence[Sequence[Any]]  # turns of `llm.data.conversations`
@@ -144,7 +142,6 @@ def _fields(path: Path, form: FileFormat) -> list[str] | None:
 def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
     """The tables of rows of a stage that lie in files."""
     stage = stages[name]
-    special = _special_tokens(name, stages)
     for field, table in tables(stage):
         place = f"stage.{name}.{field}"
         match table:
@@ -154,12 +151,11 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
                 yield Table(place, files, form_of(table.read, table.part), fields, _Document(table), skips)
             case TextTask() | RowTable() | PreferenceTable() | MultipleChoiceTask() | MixTable(files=InputFile()):
                 template, skips = table.template, table.on_bad_row == "skip"
-                refused = None if isinstance(table, TextTask) or getattr(table, "text", None) is not None else special
                 labels = None
                 if isinstance(table, ClassificationTask):
                     words = table.words
                     labels = frozenset(words.get(label, label) for label in table.labels or ())
-                use = _Chats(template, refused, isinstance(table, ChatTask))
+                use = _Chats(template, isinstance(table, ChatTask))
                 assert table.files is not None
                 yield Table(
                     place,
@@ -193,7 +189,6 @@ class _Chats:
     """What a training or a task makes of a row; equal for equal tables."""
 
     template: Any  # with `chats`
-    refused: re.Pattern[str] | None  # special tokens, which no turn may hold
     is_scored: bool  # whether the last turn is scored
 
     def __call__(self, row: Mapping[str, Any]) -> Chats:
@@ -201,15 +196,4 @@ class _Chats:
         for turns in chats:
             if self.is_scored and turns[-1].role != "assistant":
                 raise InputError(f"expected the assistant's turn last, the answer to score, got the {turns[-1].role}'s")
-            for turn in turns if self.refused else ():
-                if self.refused and (found := self.refused.search(turn.content)):
-                    raise InputError(f"the {turn.role}'s turn: expected text without special tokens, got {found[0]!r}")
         return chats
-
-
-def _special_tokens(name: str, stages: Mapping[str, Stage]) -> re.Pattern[str] | None:
-    """The special tokens of the tokenizers that a stage reads, as far as the recipe says them."""
-    above = ancestors(sources_of(stages), name)
-    made = [stage.all_special_tokens for other in above if isinstance(stage := stages[other], TrainTokenizer)]
-    tokens = sorted({token for one in made for token in one}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None

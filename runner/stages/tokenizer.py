@@ -53,11 +53,6 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
             )
         return self
 
-    @property
-    def all_special_tokens(self) -> tuple[str, ...]:
-        """The special tokens, which no turn of a chat may hold."""
-        return (*SPECIAL_TOKENS, *self.special_tokens)
-
     def run(self, context: Context) -> Metrics:
         """Train, save and measure the tokenizer."""
         from llm.tokenizer.report import measured_documents, report

@@ -75,7 +75,7 @@ def test_a_field_missing_in_the_first_row_is_reported_before_anything_runs(
 def test_rows_that_cannot_be_used_are_counted_and_the_first_of_each_cause_is_named(look: Look, tmp_path: Path) -> None:
     rows = [{"question": "" if n in range(35, 72) else f"why {n}", "answer": f"because {n}"} for n in range(920)]
     rows[100]["answer"] = None  # type: ignore[assignment]
-    rows[200]["question"] = "what is <|end|> for"
+    rows[200] = {"answer": "because"}
     text = "".join(json.dumps(row) + "\n" for row in rows).replace('"because 300"', "NaN").replace('"because 400"', '["x"]')
     (tmp_path / "rows.jsonl").write_text(text)
     found, notes = look(TAUGHT.replace("BAD", "fail"))

@@ -66,7 +66,7 @@ context = "long"
     assert "did you mean 'seed'?" in text
     assert "stage.corpus.sources[0].wieght: is not known here" in text
     assert "did you mean 'weight'?" in text
-    assert "stage.tokenizer.kind: expected one of checkpoint, " in text
+    assert "stage.tokenizer.kind: expected one of baseline, checkpoint, " in text
     assert "got 'tokenizr'; did you mean 'tokenizer'?" in text
     assert "stage.tokens.context: expected a valid integer, got 'long'" in text
     assert all(line.startswith(str(tmp_path / "recipe.toml")) for line in lines)
