@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.hub.files import SCHEME, HubFiles
+from runner.hub.languages import language_of
 from runner.hub.model_card_usage import usage
 from runner.stage import Verdict
 
@@ -60,7 +61,8 @@ def languages_of(records: Iterable[Record]) -> list[str]:
     counts: Counter[str] = Counter()
     for source in _sources(records):
         counts.update(source.get("languages", {}))
-    return [language for language, _ in counts.most_common()]
+    found = (language_of(language) for language, _ in counts.most_common())
+    return list(dict.fromkeys(code for code in found if code))  # the Hub refuses a card with another
 
 
 def _sources(records: Iterable[Record]) -> Iterator[Mapping[str, Any]]:
@@ -89,7 +91,7 @@ def _metadata(model: Model) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["stockpot", *(tag for tag, name in (("gguf", "gguf"), ("lora", "adapter")) if model.publish.get(name))],
-        base_model=[record["metrics"]["repo"] for record in _imported(model.records) if "repo" in record["metrics"]] or None,
+        base_model=[base.name for base in _bases(model.recipe, model.records) if base.name] or None,
         datasets=sorted(_datasets(model)) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
@@ -125,19 +127,52 @@ def _imported(records: Mapping[str, Record]) -> list[Record]:
     return [record for record in records.values() if record["kind"] == "checkpoint"]
 
 
+@dataclass(frozen=True)
+class Base:
+    """A model that was made elsewhere, on which this one is built."""
+
+    name: str | None  # on the Hub
+    commit: str | None
+    license: str | None
+
+
+def _bases(recipe: Mapping[str, Any], records: Mapping[str, Record]) -> list[Base]:
+    found = []
+    for stage, record in records.items():
+        if record["kind"] == "checkpoint":
+            fields, metrics = recipe["stage"].get(stage, {}), record["metrics"]
+            found.append(Base(metrics.get("repo") or fields.get("model_id"), metrics.get("commit"), fields.get("license")))
+    return found
+
+
+def base_license(recipe: Mapping[str, Any], records: Mapping[str, Record]) -> str | None:
+    """The licence of what the model is built on, where the recipe names it."""
+    return next((base.license for base in reversed(_bases(recipe, records)) if base.license), None)
+
+
+def _adapted_from(base: Base, license: str) -> str:
+    """The base, its licence, and a warning if the release has another."""
+    if base.name is None:
+        origin = "Adapted from a model that was made elsewhere"
+    else:
+        commit = f", commit `{base.commit[:12]}`" if base.commit else ""
+        origin = f"Adapted from [{base.name}](https://huggingface.co/{base.name}){commit}"
+    if base.license is None:
+        return f"{origin}.\n"
+    other = (
+        "" if base.license == license else f", this release under {license}: whether that is allowed is for its makers to say"
+    )
+    return f"{origin}, which is under {base.license}{other}.\n"
+
+
 def _summary(model: Model) -> str:
     """The base model of an adapted one, or the size of one trained from scratch."""
-    if imported := _imported(model.records):
-        metrics = imported[-1]["metrics"]
-        if "repo" not in metrics:
-            return "Adapted from a model that was made elsewhere.\n"
-        return (
-            f"Adapted from [{metrics['repo']}](https://huggingface.co/{metrics['repo']}), commit `{metrics['commit'][:12]}`.\n"
-        )
-    bases = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
-    if not bases:
+    if bases := _bases(model.recipe, model.records):
+        return _adapted_from(bases[-1], model.license)
+    trainings = [stage for stage, record in model.records.items() if record["kind"] == "pretrain"]
+    if not trainings:
         return ""
-    fields, metrics = model.recipe["stage"][bases[-1]], model.records[bases[-1]]["metrics"]
+    fields, metrics = model.recipe["stage"][trainings[-1]], model.records[trainings[-1]]["metrics"]
     shape = fields.get("architecture", {})
     context = shape.get("context") or model.recipe["stage"].get(fields.get("tokens"), {}).get("context")
     vocabularies = [record["metrics"]["vocab_size"] for record in model.records.values() if record["kind"] == "tokenizer"]
@@ -255,13 +290,27 @@ def learned_from(stage: str, record: Record, fields: Mapping[str, Any]) -> Itera
         )
         used = f"{source['train']:,}" + (f" + {source['validation']:,} held out" if source["validation"] else "")
         yield [stage, place, used, _listed(source["licenses"]), _listed(source["origins"])]
-    for table, spec in zip(metrics.get("data", {}).get("tables", ()), fields.get("data", ()), strict=False):
-        used = f"{table['rows'] - table['bad'] - table['unselected'] - table['dropped']:,}"
-        yield [stage, _place(spec["files"]), used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
-    for mixed, spec in zip(metrics.get("mix", ()), fields.get("mix", ()), strict=False):
-        if table := mixed.get("table"):  # for tokens, the row of the corpus says it
-            used = f"{table['rows'] - table['bad'] - table['dropped']:,}"
-            yield [stage, _place(spec["files"]), used, _listed(table["licenses"]), _listed(table["origins"])]
+    mixed = [one.get("table") for one in metrics.get("mix", ())]  # for tokens, the row of the corpus says it
+    shares = [float(one["share"]) for one in metrics.get("mix", ())]
+    own = metrics.get("data", {}).get("tables", ())
+    learned = sum(table.get("learned_tokens", 0) for table in own)
+    parts = [(table, spec, learned, 1 - sum(shares)) for table, spec in zip(own, fields.get("data", ()), strict=False)]
+    parts += [
+        (table, spec, table.get("learned_tokens", 0), share)
+        for table, spec, share in zip(mixed, fields.get("mix", ()), shares, strict=False)
+        if table
+    ]
+    for table, spec, tokens, share in parts:
+        rows = table["rows"] - table["bad"] - table.get("unselected", 0) - table["dropped"]
+        if used := _used(rows, tokens, metrics.get("tokens", 0) * share):
+            yield [stage, _place(spec["files"]), used, _listed(table.get("licenses", {})), _listed(table.get("origins", {}))]
+
+
+def _used(rows: int, tokens: int, learned: float) -> str:
+    """How many of `rows` with `tokens` targets a training that learned from `learned` of them has read; empty if none."""
+    if not tokens or not learned or learned >= tokens:
+        return f"{rows:,}"
+    return f"about {count:,} of {rows:,}" if (count := round(rows * learned / tokens)) else ""
 
 
 def _listed(counts: Mapping[str, int]) -> str:

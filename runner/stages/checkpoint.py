@@ -10,11 +10,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from runner.artifacts import Checkpoint
+from runner.hub.target import repository_name
 from runner.input_files import InputFile, InputFolder
-from runner.stage import Context, Metrics, Semantic, Stage
+from runner.stage import Context, Execution, Metrics, Semantic, Stage
 
 if TYPE_CHECKING:
     from runner.hub.download import Snapshot
@@ -43,14 +44,17 @@ class ImportCheckpoint(Stage, kind="checkpoint", version=2, makes=Checkpoint):
 
     folder: Semantic[ModelFolder | None] = None
     """A folder as Transformers saves it: config.json, tokenizer.json and safetensors."""
-    repo: Semantic[Annotated[str, Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$")] | None] = None
+    repo: Semantic[Annotated[str, AfterValidator(repository_name), Field(pattern="/")] | None] = None
     """Instead of a folder: a model on the Hub, "owner/name"."""
     revision: Semantic[str] = Field("main", min_length=1)
     """Branch, tag or commit of the model on the Hub; resolved to a commit, which the record has."""
     chat_template: Semantic[Annotated[str, Field(min_length=1)] | None] = None
     """A chat template to replace the model's own. It marks what the assistant says with {% generation %}, including the end
     token. A model without a template gets one with "User:" and "Assistant:" between its own begin and end tokens."""
-
+    model_id: Execution[Annotated[str, AfterValidator(repository_name)] | None] = None
+    """For the card of a release: the name on the Hub of the model that a folder holds."""
+    license: Execution[Annotated[str, Field(min_length=1)] | None] = None
+    """For the card of a release: the licence of the model, by its name on the Hub; also the default of `publish`."""
     add_tokens: Semantic[Annotated[list[Word], Field(min_length=1)] | None] = None
     """Words that become tokens, each wherever it occurs: terms that the tokenizer cuts into many pieces. Their rows in the
     embedding start as the mean of those pieces, so they are to be learned: by `pretrain` with this stage as its `base`, or by

@@ -20,14 +20,15 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from runner import credentials
 from runner.artifacts import Adapter, Checkpoint, Corpus, Gguf, Parity, Release, Scores, TrainingState
 from runner.files import link_or_copy
 from runner.graph import ancestors, edges, inputs_of, plain
+from runner.hub.languages import is_language
 from runner.hub.receipts import Journal
-from runner.hub.target import Target, how_to_push
+from runner.hub.target import Target, how_to_push, repository_name
 from runner.stage import Context, Effect, EffectContext, Execution, Lineage, Metrics, Ref, Semantic, Stage, Verdict
 from runner.stages.evaluate import Evaluate
 from runner.stages.fields.chat_training import RowTraining
@@ -37,7 +38,13 @@ from runner.stages.parity import CheckParity
 LOCKED = ("kind", "key", "digest", "files", "inputs", "code", "seconds", "processes", "versions", "hardware")
 
 
-class Publish(Stage, kind="publish", version=3, makes=Release):
+def _language(code: str) -> str:
+    if not is_language(code):
+        raise ValueError(f'expected an ISO 639 code that the Hub takes, such as "en" or "zh", got {code!r}')
+    return code
+
+
+class Publish(Stage, kind="publish", version=4, makes=Release):
     """Assembles a release (weights, tokenizer, card, recipe, lock file, scores); pushes it to the Hub if `repo` is named."""
 
     holds_recipe = True
@@ -53,11 +60,12 @@ class Publish(Stage, kind="publish", version=3, makes=Release):
     """An adapter to release with it, in the folder `adapter`."""
     parity: Semantic[Ref[Parity] | None] = None
     """The comparison of the model in every system that opens it; by default a stage that is added for it."""
-    license: Semantic[str] = "other"
-    """Licence of the model, by its name on the Hub: "apache-2.0", "mit", "cc-by-4.0"."""
-    languages: Semantic[list[str] | None] = None
-    """ISO 639 codes for the card; by default the languages of the corpus."""
-    repo: Execution[Annotated[str, Field(pattern=r"^(\w[\w.-]*/)?\w[\w.-]*$")] | None] = None
+    license: Semantic[str | None] = None
+    """Licence of the model, by its name on the Hub: "apache-2.0", "mit", "cc-by-4.0". By default that of its base where the
+    stage `checkpoint` names one, else "other"."""
+    languages: Semantic[list[Annotated[str, AfterValidator(_language)]] | None] = None
+    """ISO 639 codes for the card, "code" or "multilingual"; by default the languages of the corpus."""
+    repo: Execution[Annotated[str, AfterValidator(repository_name)] | None] = None
     """Repository to push to: "owner/name", or "name" for the owner of the token; by default nothing is pushed."""
     private: Execution[bool] = True
     """Whether the repository is private if it has to be created."""
@@ -111,7 +119,7 @@ class Publish(Stage, kind="publish", version=3, makes=Release):
 
     def run(self, context: Context) -> Metrics:
         """Write the release folder."""
-        from runner.hub.model_card import Model, languages_of, model_card
+        from runner.hub.model_card import Model, base_license, languages_of, model_card
         from runner.tracking.curves import draw
 
         release, checkpoint = Release(context.work), context.open(self.model)
@@ -143,7 +151,7 @@ class Publish(Stage, kind="publish", version=3, makes=Release):
                 publish=plain(self),
                 records=records,
                 scores={name: of_one["scores"] for name, of_one in scores.items()},
-                license=self.license,
+                license=self.license or base_license(recipe, records) or "other",
                 languages=languages,
                 version=records[self.model]["versions"].get("stockpot", ""),
                 settings=context.settings,

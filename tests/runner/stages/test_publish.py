@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from hub_server import OWNER, TOKEN, Hub
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import ValidationError
 
 from llm.errors import InputError
 from llm.models.checkpoint import save_checkpoint
@@ -19,7 +22,8 @@ from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Release
 from runner.cache.store import digest_of
 from runner.errors import StageError
-from runner.hub.model_card import Model, model_card
+from runner.hub.model_card import Model, languages_of, learned_from, model_card
+from runner.hub.target import repository_name
 from runner.stage import Context, EffectContext
 from runner.stages.publish import Publish
 
@@ -179,6 +183,9 @@ def publish(**fields: Any) -> Publish:
     return Publish.model_validate({"model": "base", "scores": ["before", "after"], "license": "apache-2.0", **fields})
 
 
+NAMES_THAT_THE_HUB_REFUSES = [
+    *("a/b--c", "a/b..c", "a/.b", "a/b-", "-a/b", "a/b.git", "ä/b", "a/模型", "a/" + "b" * 97),
+]
 WHOLE = {"gguf": "gguf", "adapter": "tuned", "parity": "parity"}
 
 
@@ -324,6 +331,56 @@ def test_a_model_that_was_made_elsewhere_is_credited() -> None:
     assert "It knows nothing but this" not in card and "trained from nothing" not in card
 
 
+def test_a_local_base_is_credited_by_its_name_and_licence(make_context: Callable[..., Context], context: Context) -> None:
+    base = '[stage.base]\nkind = "checkpoint"\nfolder = "smol"\nmodel_id = "ada/smol"\nlicense = "apache-2.0"\n'
+    recipe = RECIPE[: RECIPE.index("[stage.base]")] + base + RECIPE[RECIPE.index("[stage.chat]") :]
+    records = {**RECORDS, "base": record("checkpoint")}
+    for number, (wanted, told) in enumerate(
+        [
+            ({"license": None}, "which is under apache-2.0."),
+            ({"license": "apache-2.0"}, "which is under apache-2.0."),
+            (
+                {"license": "mit"},
+                "which is under apache-2.0, this release under mit: whether that is allowed is for its makers to say.",
+            ),
+        ]
+    ):
+        here = make_context(f"local-{number}", inputs=context.inputs, records=records, recipe=recipe)
+        publish(**wanted).run(here)
+        card = (here.work / "README.md").read_text()
+        assert f"Adapted from [ada/smol](https://huggingface.co/ada/smol), {told}" in card
+        assert metadata(card)["base_model"] == ["ada/smol"]
+        assert metadata(card)["license"] == (wanted["license"] or "apache-2.0")
+
+
+def test_rows_that_a_training_did_not_reach_are_not_listed_as_learned() -> None:
+    tables = [{"rows": 1000, "bad": 0, "unselected": 0, "dropped": 0, "learned_tokens": 50_000}]
+    mixed = {"rows": 40_000, "bad": 0, "dropped": 0, "licenses": {}, "origins": {}, "learned_tokens": 4_000_000}
+    fields = {"data": [{"files": "own.jsonl"}], "mix": [{"files": "general.jsonl"}, {"files": "rare.jsonl"}]}
+    metrics = {
+        "tokens": 40_000,
+        "data": {"tables": tables},
+        "mix": [{"share": 0.2, "table": mixed}, {"share": 1e-6, "table": mixed}],
+    }
+    rows = [line[1:3] for line in learned_from("tuned", record("lora", **metrics), fields)]
+    assert rows == [["own.jsonl", "about 640 of 1,000"], ["general.jsonl", "about 80 of 40,000"]]
+    metrics["tokens"] = 10**9
+    rows = [line[2] for line in learned_from("tuned", record("lora", **metrics), fields)]
+    assert rows == ["1,000", "40,000", "about 10 of 40,000"]
+
+
+@pytest.mark.parametrize("code", ["English", "Python", "py", "EN", "zh-CN", "", "e n"])
+def test_a_language_that_the_hub_refuses_is_refused_before_training(code: str) -> None:
+    with pytest.raises(ValidationError, match="expected an ISO 639 code that the Hub takes"):
+        publish(languages=["en", code])
+    assert publish(languages=["en", "zh", "yue", "code", "multilingual"]).languages
+
+
+def test_languages_of_rows_that_the_hub_refuses_are_left_off_the_card() -> None:
+    counts = {"English": 9, "zh-CN": 5, "en": 4, "zh": 3, "Python": 2, "pt_BR": 1}
+    assert languages_of([record("corpus", sources={"s": {"languages": counts}})]) == ["zh", "en", "pt"]
+
+
 def test_a_release_without_scores_has_a_valid_card(context: Context) -> None:
     publish(scores=[], languages=["de"]).run(context)
     found = metadata(Release(context.work).card.read_text())
@@ -394,7 +451,21 @@ def test_a_failed_push_is_repeated(hub: Hub, context: Context, tmp_path: Path) -
             effect.act(EffectContext())
 
 
-@pytest.mark.parametrize("repo", ["a/b/c", "", "a b", "/a", "a/"])
+@pytest.mark.parametrize("repo", [*NAMES_THAT_THE_HUB_REFUSES, "a/b/c", "", "a b", "/a", "a/"])
 def test_a_repository_is_a_name_or_owner_and_name(repo: str) -> None:
-    with pytest.raises(ValueError, match="repo"):
+    with pytest.raises(ValueError, match=r'repo\n.*expected "owner/name" or "name" as the Hub takes it'):
         publish(repo=repo)
+
+
+@pytest.mark.parametrize("repo", [*NAMES_THAT_THE_HUB_REFUSES, "a-b/C_d.e-0", "model", "a/" + "b" * 96])
+def test_a_name_is_refused_where_the_client_of_the_hub_refuses_it(repo: str) -> None:
+    ours = theirs = True
+    try:
+        repository_name(repo)
+    except ValueError:
+        ours = False
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        theirs = False
+    assert ours == (theirs and repo.isascii())  # the Hub itself takes no other letters
