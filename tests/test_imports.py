@@ -24,8 +24,8 @@ def ruff(root: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A copy of the two packages and of their rules."""
-    for name in ("llm", "runner"):
+    """A copy of the packages and of their rules."""
+    for name in ("llm", "runner", "stockpot"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -45,6 +45,7 @@ def test_the_rules_hold(copied: Path) -> None:
         ("llm/export/gguf.py", "import llm.evaluation.scoring", "llm: each layer imports those below it alone"),
         ("runner/cache/store.py", "import runner.planning.plan", "runner: each layer imports those below it alone"),
         ("runner/execution/scheduler.py", "import runner.commands.run", "runner: each layer imports those below it alone"),
+        ("runner/commands/run.py", "import stockpot.recipe", "The names for Python are above all"),
         ("llm/layers/fused_attention.py", "import llm.layers.attention", "No circles, in any folder"),
         ("runner/planning/plan.py", "import llm.inference.generate", "meet the model's code"),
     ],

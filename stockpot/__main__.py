@@ -1,0 +1,7 @@
+"""`python -m stockpot` is `run`."""
+
+import sys
+
+from runner.cli import main
+
+sys.exit(main())
