@@ -81,8 +81,12 @@ def from_transformers(found: Mapping[str, Any], *, dropout: float) -> DecoderCon
     model_type = found.get("model_type")
     if (known := family_of(model_type)) is None:
         raise refused("model_type", " or ".join(map(repr, families())), model_type)
-    family, renamed = known
-    fields = {renamed.get(field, field): value for field, value in found.items()}
+    family, alias = known
+    fields = {alias.renamed.get(field, field): value for field, value in found.items()}
+    fields = {
+        **alias.missing,
+        **{field: value for field, value in fields.items() if value is not None or field not in alias.missing},
+    }
     try:
         return DecoderConfig.model_validate({"name": family.name, "dropout": dropout, **family.fields_of(fields)})
     except ValidationError as error:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from llm.errors import InputError
 from llm.files import write_json, write_tensors
 from llm.models import architectures, from_transformers
+from llm.models.families import families
 from llm.models.interface import LanguageModel, ModelConfig
 from llm.models.sampling_defaults import FILE, Sampling, read_sampling
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -188,6 +189,7 @@ def read_weights(
             raise InputError(f"{path}: expected a file, since {INDEX} names it, got none") from None
         except SafetensorError as error:
             raise InputError(f"{path}: expected a whole safetensors file, got one that cannot be read: {error}") from error
+    weights = {families()[config.name].weight_name(name): weight for name, weight in weights.items()}
     for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:  # older Transformers wrote it
         del weights[name]
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")

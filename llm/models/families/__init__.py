@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 
-from llm.models.families.family import Family
+from llm.models.families.family import Alias, Family
 
 
 @cache
@@ -21,11 +21,11 @@ def families() -> Mapping[str, Family]:
     return dict(sorted(found.items()))
 
 
-def family_of(model_type: object) -> tuple[Family, Mapping[str, str]] | None:
-    """The family that computes models of Transformers' `model_type`, and its fields of other names; None if there is none."""
+def family_of(model_type: object) -> tuple[Family, Alias] | None:
+    """The family that computes models of Transformers' `model_type`, and how it is written there; None if there is none."""
     for family in families().values():
         if model_type == family.name:
-            return family, {}
+            return family, Alias()
         if isinstance(model_type, str) and model_type in family.aliases:
             return family, family.aliases[model_type]
     return None

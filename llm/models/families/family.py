@@ -4,7 +4,9 @@ The class itself has what most families share with LLaMA; a family is a subclass
 differs. `llm.models.families.config_json` reads and writes the parts of a `config.json`.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llm.errors import InputError
@@ -17,12 +19,23 @@ if TYPE_CHECKING:
 LAYER_TYPES: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "window"}
 
 
+@dataclass(frozen=True)
+class Alias:
+    """Another `model_type` that a family computes: its fields of other names, and what Transformers takes where one is missing."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Family:
     """LLaMA and what a subclass changes of it."""
 
     name: ClassVar[str]  # in recipes, and the `model_type` in config.json
     transformers_class: ClassVar[str]
-    aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # other `model_type`s that compute the same, with fields renamed
+    aliases: ClassVar[Mapping[str, Alias]] = {}  # by `model_type`; an imported one is written as one of this family
+    renamed_weights: ClassVar[
+        Mapping[str, str]
+    ] = {}  # parts of names of weights in checkpoints of aliases, to those of this family
     own: ClassVar[Options] = Options()
     defaults: ClassVar[Mapping[str, Any]] = {}  # of a recipe's other fields
     free: ClassVar[frozenset[str]] = frozenset()  # options that its config.json can express
@@ -43,17 +56,17 @@ class Family:
 
         InputError names a field that is missing or not supported.
         """
-        for field, expected in {self.activation[0]: self.activation[1], **self.fixed}.items():
-            if found.get(field, expected) != expected:
-                raise refused(field, repr(expected), found[field])
-        for field in self.unset:
-            if found.get(field) is not None:
-                raise refused(field, "nothing", found[field])
-        for field in SIZES:
-            if not isinstance(size := found.get(field), int) or size < 1:
-                raise InputError(f"{field}: expected a whole number above 0, got {size!r}")
+        for name, expected in {self.activation[0]: self.activation[1], **self.fixed}.items():
+            if found.get(name, expected) != expected:
+                raise refused(name, repr(expected), found[name])
+        for name in self.unset:
+            if found.get(name) is not None:
+                raise refused(name, "nothing", found[name])
+        for name in SIZES:
+            if not isinstance(size := found.get(name), int) or size < 1:
+                raise InputError(f"{name}: expected a whole number above 0, got {size!r}")
         missing = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **self.missing}
-        known = missing | {field: value for field, value in found.items() if value is not None}
+        known = missing | {name: value for name, value in found.items() if value is not None}
         heads = known["num_attention_heads"]
         rope_base, rope_scaling = self.rope_of(found, known)
         return {
@@ -76,6 +89,12 @@ class Family:
         return read_rope(
             found, kinds=self.rope_kinds, context=known["max_position_embeddings"], base=known.get("default_theta", 10000.0)
         )
+
+    def weight_name(self, name: str) -> str:
+        """The name here of a weight in a checkpoint."""
+        for old, new in self.renamed_weights.items():
+            name = re.sub(old, new, name)
+        return name
 
     def options_of(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """The options in the fields of a config.json that differ from its own."""

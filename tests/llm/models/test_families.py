@@ -264,3 +264,34 @@ def test_a_frozen_base_in_bf16_learns_an_adapter_as_the_same_base_in_fp32_does(c
             loss = model(tokens(1, 20)).float().square().sum()
         found.append(torch.autograd.grad(loss, [weight for weight in model.parameters() if weight.requires_grad]))
     assert all(torch.equal(*gradients) for gradients in zip(*found, strict=True))
+
+
+ALIASES: dict[str, dict[str, Any]] = {
+    "internlm3": {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "exaone": {},
+    "iquestcoder": {"head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", ALIASES)
+def test_a_checkpoint_of_an_alias_is_opened_as_its_family(model_type: str, tokenizer: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields = {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3}
+    config = AutoConfig.for_model(model_type, **sizes, **special, **fields, **ALIASES[model_type])
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config)
+    stock.save_pretrained(tmp_path)
+    opened = load_checkpoint(tmp_path)
+    assert opened.config.name == "llama"
+    with torch.no_grad():
+        torch.testing.assert_close(opened(tokens(1, 40)), stock.eval()(tokens(1, 40)).logits, **EQUAL)
+
+
+@pytest.mark.parametrize("model_type", ALIASES)
+def test_fields_that_an_alias_leaves_out_have_transformers_defaults(model_type: str) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 12, "num_attention_heads": 64}
+    stock = AutoConfig.for_model(model_type, **sizes).to_dict()
+    found = architectures()["llama"].to_transformers(from_transformers({"model_type": model_type, **sizes}, dropout=0.0))
+    for field in found.keys() & stock.keys() - {"architectures", "attention_dropout", "initializer_range", "model_type"}:
+        assert stock[field] is None or found[field] == stock[field], field
