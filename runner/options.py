@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from runner.reporting.progress import JsonView, PlainView, RunView
 
 if TYPE_CHECKING:
     from runner.cache.remote import Remote
+    from runner.planning.plan import Entry, Plan
 
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -188,6 +189,16 @@ def open_remote_of(options: argparse.Namespace, recipe: Recipe) -> "Remote":
             "--remote, got none"
         )
     return open_remote(address)
+
+
+def plan_of(options: argparse.Namespace, recipe: Recipe, *, needed: "Callable[[Plan], Iterable[Entry]]") -> "Plan":
+    """The plan; what `needed` gives is fetched from the remote of the options, the environment or the recipe."""
+    from runner.planning.fetched import fetched_plan
+
+    def note(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
+    return fetched_plan(recipe, store_of(options), remote_of(options, recipe), needed=needed, note=note)
 
 
 def store_of(options: argparse.Namespace, recipe: Path | None = None) -> Store:

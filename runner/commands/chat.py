@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, store_of
-from runner.planning.plan import Plan
-from runner.serving.models import servable_models
+from runner.options import add_recipe_argument, add_remote_option, add_sampling_options, add_stage_argument, plan_of, recipe_of
+from runner.serving.models import needed_for, servable_models
 
 if TYPE_CHECKING:
     from llm.inference.chat_session import AnswerOptions, ChatSession
@@ -21,6 +20,7 @@ HELP = "/new starts a new conversation, /exit (or Ctrl-D) quits, Ctrl-C stops an
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add_recipe_argument(sub)
+    add_remote_option(sub)
     add_stage_argument(sub, nargs="?", help="the stage whose model to use (default: the last finished one)")
     sub.add_argument("--system", metavar="TEXT", help="a system message at the start")
     add_sampling_options(sub)
@@ -28,8 +28,10 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Chats with a finished model in the terminal. In a pipe, each line of the input is a message."""
-    recipe, store = recipe_of(options), store_of(options)
-    (model,) = servable_models(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
+    recipe = recipe_of(options)
+    names = [options.stage] if options.stage else []
+    plan = plan_of(options, recipe, needed=lambda plan: needed_for(plan, names))
+    (model,) = servable_models(recipe, plan, names)
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
 

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from runner.errors import RecipeError
-from runner.options import add_recipe_argument, add_sampling_options, add_stage_argument, recipe_of, store_of
-from runner.planning.plan import Plan
-from runner.serving.models import servable_models
+from runner.options import add_recipe_argument, add_remote_option, add_sampling_options, add_stage_argument, plan_of, recipe_of
+from runner.serving.models import needed_for, servable_models
 
 SHORTEST_KEY = 16  # characters
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -18,6 +17,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def add_options(sub: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     add_recipe_argument(sub)
+    add_remote_option(sub)
     add_stage_argument(
         sub,
         "stages",
@@ -53,8 +53,9 @@ def _hosts(host: str, more: Sequence[str]) -> Iterator[str]:
 
 def main(options: argparse.Namespace) -> int:
     """Serves finished models: a chat page, and /v1/chat/completions, /v1/completions, /v1/models."""
-    recipe, store = recipe_of(options), store_of(options)
-    found = servable_models(recipe, Plan(recipe, store), options.stages)
+    recipe = recipe_of(options)
+    plan = plan_of(options, recipe, needed=lambda plan: needed_for(plan, options.stages))
+    found = servable_models(recipe, plan, options.stages)
     key = os.environ.get("STOCKPOT_API_KEY", "").strip()
     if options.host not in LOOPBACK and len(key) < SHORTEST_KEY:
         raise RecipeError(

@@ -104,7 +104,7 @@ class LiveView:
         if shown[1] < len(self._order):
             table.add_row("", Text(f"{len(self._order) - shown[1]} more", style="dim"), "")
         left = self.seconds_left()
-        foot = [Text(f"about {duration(left)} left", style="dim")] if left is not None and self._running else []
+        foot = [Text(f"about {duration(max(1.0, left))} left", style="dim")] if left is not None and self._running else []
         notes = [Text(f"• {note}", style="yellow") for note in self._notes]
         return Group(table, *foot, *notes)
 

@@ -44,6 +44,17 @@ def finished_checkpoints(plan: Plan) -> list[Entry]:
     return [entry for entry in plan if entry.path and entry.stage.makes is Checkpoint and plan.is_in_use(entry.name)]
 
 
+def needed_for(plan: Plan, names: Sequence[str] = ()) -> list[Entry]:
+    """The stages whose artifacts `servable_models` opens: `names`, by default the last one known to have made a checkpoint."""
+    made = [entry for entry in plan if entry.record and entry.stage.makes is Checkpoint and plan.is_in_use(entry.name)]
+    chosen = [plan.named(name) for name in names] or made[-1:]
+    adapters = [entry for entry in chosen if issubclass(entry.stage.makes, Adapter)]
+    bases = [
+        plan.entries[str(ref)] for entry in adapters for _, ref in edges(entry.stage) if issubclass(ref.artifact, Checkpoint)
+    ]
+    return [*chosen, *bases]
+
+
 def servable_models(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> list[ServableModel]:
     """The finished stages `names`, by default the last one that makes a checkpoint. RecipeError if there is none."""
     candidates = [entry for entry in plan if issubclass(entry.stage.makes, SERVABLE) and plan.is_in_use(entry.name)]
@@ -51,7 +62,9 @@ def servable_models(recipe: Recipe, plan: Plan, names: Sequence[str] = ()) -> li
     if not names:
         checkpoints = finished_checkpoints(plan)
         if not checkpoints:
-            raise RecipeError(f"{recipe.path}: expected a finished model, got none; `run {recipe.path}` makes one")
+            known = any(entry.record and entry.stage.makes is Checkpoint for entry in plan)
+            pull = ", and `run pull` fetches it from a remote that has it" if known else ""
+            raise RecipeError(f"{recipe.path}: expected a finished model, got none; `run {recipe.path}` makes one{pull}")
         names = [checkpoints[-1].name]
     return [_servable_model(recipe, plan, name, finished) for name in names]
 
@@ -64,7 +77,8 @@ def _servable_model(recipe: Recipe, plan: Plan, name: str, finished: Sequence[st
             f"{name}: expected a stage that makes a model, got one that makes {entry.stage.makes.__name__}{hint}"
         )
     if entry.path is None:
-        raise RecipeError(f"{name}: expected a finished model, got the state {entry.state!r}{hint}")
+        pull = "; `run pull` fetches it from a remote that has it" if entry.record else ""
+        raise RecipeError(f"{name}: expected a finished model, got the state {entry.state!r}{pull}{hint}")
     if not issubclass(entry.stage.makes, Adapter):
         return ServableModel(name, entry.path, made=_made(entry))
     base = next(str(ref) for _, ref in edges(entry.stage) if issubclass(ref.artifact, Checkpoint))

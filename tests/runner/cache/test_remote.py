@@ -356,3 +356,23 @@ def test_a_hub_repository_is_a_remote_and_an_artifact_is_one_commit(folder: Fold
     assert pulled.returncode == 0, pulled.stderr
     assert there.states() == ALL_CACHED
     assert main(["verify", "--cache", str(there.cache)]) == 0
+
+
+def test_what_reads_an_artifact_fetches_it_or_names_the_command_that_does(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, there = str(tmp_path / "shared"), elsewhere(folder)
+    assert call("push", folder, "--remote", remote) == 0
+    assert call("path", there, "tokens") == 1
+    capsys.readouterr()
+    assert call("path", there, "tokens", "--remote", remote) == 0
+    told = capsys.readouterr()
+    assert Path(told.out.strip()).is_dir() and "tokens: fetched from the remote" in told.err
+    assert "corpus: fetched" not in told.err  # records are enough for what is not read
+    assert call("path", there, "corpus") == 1
+    assert "`run pull` fetches it from a remote that has it" in capsys.readouterr().err
+    monkeypatch.setenv("STOCKPOT_REMOTE", remote)
+    other = elsewhere(folder, "other")
+    assert call("report", other, "--out", str(tmp_path / "report.md")) == 0
+    assert "finished; " in (tmp_path / "report.md").read_text() and not list((other.cache / "stages").glob("*"))
+    assert call("chat", other) == 2 and "expected a finished model, got none" in capsys.readouterr().err

@@ -101,6 +101,14 @@ def test_notes_stay_in_view(plan: Plan) -> None:
     view.close()
 
 
+def test_a_stage_that_takes_longer_than_expected_is_never_said_to_have_no_time_left(plan: Plan) -> None:
+    view = make_view({entry.name: 0.0 for entry in plan})
+    view.planned(plan)
+    view.started(plan.entries["tokens"])
+    assert "0s left" not in seen(view) and "about 1s left" in seen(view)
+    view.close()
+
+
 def test_the_time_left_is_unknown_if_that_of_a_stage_is(plan: Plan) -> None:
     view = make_view({"corpus": 10.0})
     view.planned(plan)
