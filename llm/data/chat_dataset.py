@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from llm.data.conversations import PreferenceTemplate, Template, TextTemplate, Turn
+from llm.data.conversations import PreferenceTemplate, Template, TextTemplate
 from llm.data.packing import STATISTICS, StreamWriter
 from llm.data.truncation import Stream, fit, fit_all
+from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
 from llm.text.attribution import Attribution, count_value
@@ -26,6 +27,9 @@ MANY_CUT = 0.05  # share of the rows above which a cut is a warning
 SHORTEST_ROW = 64  # positions
 
 
+Reasoning = Literal["all", "last", "none"]
+
+
 @dataclass(frozen=True)
 class Table:
     """Files of rows to train on, and how to use them."""
@@ -34,6 +38,7 @@ class Table:
     template: Template | PreferenceTemplate  # of the same type in all tables of a training
     weight: float = 1.0  # passes per epoch; a fraction selects rows by the hash of their content
     skip_bad: bool = False  # count rows that cannot be used instead of raising
+    reasoning: Reasoning = "all"  # of which answers it is learned
 
 
 @dataclass
@@ -66,7 +71,10 @@ class TurnsOfRow(NamedTuple):
 def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
     """The rows of `files` as turns, in order."""
     for place, chats, attribution in read_chats(files, template):
-        yield TurnsOfRow(place, chats if isinstance(chats, InputError) else chats[0], attribution)
+        if not isinstance(chats, InputError):  # the last answer is scored, whatever its weight in a training
+            yield TurnsOfRow(place, [*chats[0][:-1], chats[0][-1].learned(True)], attribution)
+        else:
+            yield TurnsOfRow(place, chats, attribution)
 
 
 class ChatsOfRow(NamedTuple):
@@ -79,7 +87,7 @@ class ChatsOfRow(NamedTuple):
 
 def read_chats(files: Sequence[Path], template: Template | TextTemplate | PreferenceTemplate) -> Iterator[ChatsOfRow]:
     """The rows of `files` as chats, in order."""
-    for row in read_rows(files, template.fields, template.form):
+    for row in read_rows(files, template.columns, template.form):
         attribution = Attribution()
         chats: list[list[Turn]] | InputError
         try:
@@ -175,9 +183,17 @@ def _selected(table: Table, count: Counts) -> Iterator[_SelectedRow]:
                 raise chats
             count.bad += 1
         elif times := _passes(chats, table.weight):
-            yield _SelectedRow(place, chats, attribution, times)
+            yield _SelectedRow(place, [with_reasoning(turns, table.reasoning) for turns in chats], attribution, times)
         else:
             count.unselected += 1
+
+
+def with_reasoning(turns: Sequence[Turn], of: Reasoning) -> list[Turn]:
+    """The turns of a chat, in which only these answers keep the reasoning before them."""
+    if of == "all":
+        return list(turns)
+    last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    return [turn if of == "last" and number == last else turn.without_reasoning() for number, turn in enumerate(turns)]
 
 
 def _fitted(
@@ -190,7 +206,7 @@ def _fitted(
                 raise InputError(f"{row.place}: {encoded}") from encoded
             count.bad += 1
             continue
-        found = list(_groups(row.chats, encoded, tokenizer, positions=positions))
+        found = list(fitted_groups(row.chats, encoded, tokenizer, positions=positions))
         streams = [stream for group in found for stream in group]
         count.cut_prompts += any(stream.cut_prompt for stream in streams)
         count.cut_responses += any(stream.cut_response for stream in streams)
@@ -208,7 +224,7 @@ def _fitted(
             count.dropped += 1
 
 
-def _groups(
+def fitted_groups(
     chats: Sequence[Sequence[Turn]], encoded: Sequence[list[ChatPart]], tokenizer: TextTokenizer, *, positions: int
 ) -> Iterator[list[Stream]]:
     """The chats of a row as streams: a preference's together; of a single chat, each part by itself."""

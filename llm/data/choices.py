@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm.data.conversations import Template, Turn
+from llm.data.conversations import Template
+from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.text.readers import AS_FOUND, FileFormat
 from llm.text.templates import split_template
@@ -30,6 +31,11 @@ class ChoiceTemplate:
         if isinstance(self.choices, str):
             return {*split_template(self.prompt)[1::2], self.choices, self.answer}
         return {self.answer}.union(*(split_template(one)[1::2] for one in (self.prompt, *self.choices)))
+
+    @property
+    def columns(self) -> set[str]:
+        """The same."""
+        return self.fields
 
     def read(self, row: Mapping[str, Any]) -> tuple[list[list[Turn]], int]:
         """A chat for each choice, and the index of the right one; InputError if the row cannot be used.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm.data.conversations import Turn
+from llm.data.turn import Turn
 from llm.tokenizer.tokenizer import TextTokenizer
 
 Encoded = tuple[list[int], list[bool]]  # ids and loss mask

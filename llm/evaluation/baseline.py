@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm.data.conversations import Turn
+from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.evaluation.scoring import Outcome, Question, judged_labels, label_names
 

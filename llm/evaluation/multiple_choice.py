@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from llm.data.choices import ChoiceTemplate
-from llm.data.conversations import Turn
 from llm.data.truncation import Stream, fit_all
+from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, resample, rounded
 from llm.evaluation.scoring import Outcome, speeds

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.data.batch import IGNORE
-from llm.data.conversations import Turn
 from llm.data.truncation import Stream, fit
+from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import ChrfBleu

@@ -6,26 +6,17 @@ answer; `tool_calls`, as OpenAI has them, but with arguments as a value, not as 
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm.errors import InputError
+from llm.text.reasoning import split_reasoning
 from llm.tokenizer.control_tokens import ControlTokens
 from llm.tokenizer.template_abilities import Abilities, with_think_block
 
 ChatMessage = Mapping[str, Any]
 Chat = Sequence[ChatMessage]
-# A block, or what a model writes after a prompt that opens one.
-_REASONED = re.compile(r"\s*(?:<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n)\s*", re.DOTALL)
-
-
-def split_reasoning(content: str) -> tuple[str | None, str]:
-    """The reasoning at the beginning of an answer, which a model writes before `</think>`, and the rest; None without any."""
-    if "</think>" not in content or (found := _REASONED.match(content)) is None:
-        return None, content
-    return (found[1] or found[2] or "").strip() or None, content[found.end() :]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from runner.stages.tokenizer import TrainTokenizer
 from runner.terminal import console
 
 if TYPE_CHECKING:
-    from llm.tokenizer.tokenizer import TextTokenizer
+    from llm.data.turn import Turn
+    from llm.tokenizer.tokenizer import ChatPart, TextTokenizer
 
 HEADING, QUIET, GOOD, BAD = "bold", "dim", "green", "red"
 PIECES = ("black on bright_cyan", "black on bright_yellow")  # adjacent tokens
@@ -177,10 +178,11 @@ def _packed(folder: Path, count: int, *, seed: int) -> Iterator[Text]:
 
 
 def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Iterator[Text]:
-    from llm.data.chat_dataset import read_chats
-    from llm.data.truncation import fit_all
+    from llm.data.chat_dataset import fitted_groups, read_chats, with_reasoning
     from llm.errors import InputError
 
+    if stage.learn_empty_think:
+        tokenizer = tokenizer.with_empty_think_learned()
     positions = stage.context or 1 << 20
     yield Text.assemble(("with the chat template: ", HEADING), ("[in the loss]", LEARNED), " ", ("masked", MASKED))
     if stage.context is None:
@@ -191,15 +193,27 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
             try:
                 if isinstance(chats, InputError):
                     raise chats
-                encoded = [tokenizer.encode_chat([turn.message for turn in turns]) for turns in chats]
-                streams = fit_all(chats, encoded, tokenizer, positions=positions)
+                chats = [with_reasoning(turns, stage.reasoning) for turns in chats]
+                encoded = [_parts(tokenizer, turns) for turns in chats]
+                groups = list(fitted_groups(chats, encoded, tokenizer, positions=positions))
             except InputError as error:
                 yield Text(f"cannot be used: {error}", style=BAD)
                 continue
-            for stream, name in zip(streams, ("chosen, ", "rejected, ") if len(streams) > 1 else ("",), strict=True):
-                cut = (", prompt cut" if stream.cut_prompt else "") + (", answer cut" if stream.cut_response else "")
-                yield Text(f"{Path(place).name}  {name}{len(stream.ids)} tokens{cut}", style=QUIET)
-                yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.loss_mask))
+            for number, streams in enumerate(groups, start=1):
+                part = f"part {number} of {len(groups)}, " if len(groups) > 1 else ""
+                for stream, name in zip(streams, ("chosen, ", "rejected, ") if len(streams) > 1 else (part,), strict=True):
+                    cut = (", prompt cut" if stream.cut_prompt else "") + (", answer cut" if stream.cut_response else "")
+                    yield Text(f"{Path(place).name}  {name}{len(stream.ids)} tokens{cut}", style=QUIET)
+                    yield _joined(Text("  "), _runs(tokenizer, stream.ids, stream.loss_mask))
+
+
+def _parts(tokenizer: "TextTokenizer", turns: "Sequence[Turn]") -> "list[ChatPart]":
+    from llm.errors import InputError
+
+    (parts,) = tokenizer.encode_parts([[turn.message for turn in turns]])
+    if isinstance(parts, InputError):
+        raise parts
+    return parts
 
 
 def _runs(tokenizer: "TextTokenizer", ids: Sequence[int], loss_mask: Sequence[bool]) -> Iterator[Text]:

@@ -38,7 +38,8 @@ class Table(NamedTuple):
     place: str  # stage.chat.data[0]
     files: InputFile
     form: FileFormat
-    fields: frozenset[str]
+    fields: frozenset[str]  # that rows must have
+    columns: frozenset[str] | None  # that are read; None: all
     use: Callable[[Mapping[str, Any]], Chats]  # InputError for a row that cannot be used
     skips: bool  # whether rows that cannot be used are left out
     labels: frozenset[str] | None = None  # that a row may have; empty: any, but at least two of them
@@ -86,7 +87,8 @@ def look(table: Table, files: Sequence[Path] | None = None) -> Iterator[Fault]:
             f"{', '.join(map(repr, found)) or 'no field at all'}{nearest(missing[0], found)}"
         )
         return
-    sample, faults, first, labels = Sample(paths, set(table.fields), table.form), Counter[str](), dict[str, str](), set[str]()
+    columns = None if table.columns is None else set(table.columns)
+    sample, faults, first, labels = Sample(paths, columns, table.form), Counter[str](), dict[str, str](), set[str]()
     rows = 0
     try:
         for row in sample:
@@ -148,7 +150,7 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
             case SourceSpec(files=InputFile() as files):
                 fields = frozenset({*split_text(table.text)[1::2], *table.where, *_split_fields(table.part)})
                 skips = isinstance(stage, MakeCorpus) and stage.on_bad_row == "skip"
-                yield Table(place, files, form_of(table.read, table.part), fields, _Document(table), skips)
+                yield Table(place, files, form_of(table.read, table.part), fields, fields, _Document(table), skips)
             case TextTask() | RowTable() | PreferenceTable() | MultipleChoiceTask() | MixTable(files=InputFile()):
                 template, skips = table.template, table.on_bad_row == "skip"
                 labels = None
@@ -162,6 +164,7 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
                     table.files,
                     template.form,
                     frozenset(template.fields) | _split_fields(table.split),
+                    None if template.columns is None else frozenset(template.columns) | _split_fields(table.split),
                     use,
                     skips,
                     labels,

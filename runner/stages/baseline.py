@@ -20,7 +20,7 @@ from runner.stages.fields.eval_tasks.questions import ClassificationTask
 from runner.stages.fields.score_files import write_scores
 
 if TYPE_CHECKING:
-    from llm.data.conversations import Turn
+    from llm.data.turn import Turn
 
 
 class Baseline(Stage, kind="baseline", version=1, makes=Scores):

@@ -43,16 +43,16 @@ class FileFormat:
 AS_FOUND = FileFormat()
 
 
-def read_rows(files: Iterable[Path], needed: set[str], form: FileFormat = AS_FOUND) -> Iterator[FileRow]:
+def read_rows(files: Iterable[Path], needed: set[str] | None, form: FileFormat = AS_FOUND) -> Iterator[FileRow]:
     """The rows of `files`, in order. `needed` are the fields that the caller uses: InputError for a table without one of them.
-    Of a Parquet file, only these columns and those of `llm.text.attribution` are read.
+    Of a Parquet file, only these columns and those of `llm.text.attribution` are read; all if `needed` is None.
     """
     if form.split is None:
         for path in files:
             yield from _rows(path, needed, form)
         return
     paths, whole = list(files), replace(form, split=None)
-    told = needed | form.split.fields
+    told = None if needed is None else needed | form.split.fields
     everything = (row for path in paths for row in _rows(path, _read_to_split(path, form.split, whole), whole))
     wanted = rows_of_part(everything, form.split)
     yield from (row for index, row in enumerate(read_rows(paths, told, whole)) if index in wanted)
@@ -100,7 +100,8 @@ def encoding_notes(files: Iterable[Path], form: FileFormat = AS_FOUND) -> Iterat
             yield f'{path.name}: is read as {found}; if that is wrong, name it: read = {{ encoding = "..." }}'
 
 
-def _rows(path: Path, needed: set[str], form: FileFormat) -> Iterator[FileRow]:
+def _rows(path: Path, wanted: set[str] | None, form: FileFormat) -> Iterator[FileRow]:
+    needed = wanted or set()
     match format_of(path):
         case ".jsonl" | ".ndjson":
             return _json_lines(path, form.encoding)
@@ -111,7 +112,7 @@ def _rows(path: Path, needed: set[str], form: FileFormat) -> Iterator[FileRow]:
         case ".tsv":
             return read_tsv(path, needed, encoding=form.encoding or text_encoding(path))
         case ".parquet":
-            return read_parquet(path, needed)
+            return read_parquet(path, wanted)
         case ".txt" | ".md":
             return _whole_text(path, form.encoding or text_encoding(path))
         case ".docx":

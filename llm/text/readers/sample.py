@@ -23,7 +23,7 @@ FEW_DOCUMENTS = 5
 class Sample:
     """Rows of `files` in order. `is_whole` says, once they were all taken, whether there are no others."""
 
-    def __init__(self, files: Sequence[Path], needed: set[str], form: FileFormat = AS_FOUND) -> None:
+    def __init__(self, files: Sequence[Path], needed: set[str] | None, form: FileFormat = AS_FOUND) -> None:
         self._needed, self._form = needed, replace(form, split=None)  # the other parts are read by other tables
         self._files = evenly_spaced(files, MOST_FILES)
         self.is_whole = len(self._files) == len(files)

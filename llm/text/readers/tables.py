@@ -63,16 +63,16 @@ def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[F
             yield FileRow(str(path), number, {name: _cell(value) for name, value in zip(columns, row, strict=True) if name})
 
 
-def read_parquet(path: Path, needed: set[str]) -> Iterator[FileRow]:
-    """The rows of a Parquet file; only the columns `needed` and those of `llm.text.attribution` are read."""
+def read_parquet(path: Path, needed: set[str] | None) -> Iterator[FileRow]:
+    """The rows of a Parquet file; only the columns `needed` and those of `llm.text.attribution` are read, or all for None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _check_columns(path, names, needed)
-            columns = [name for name in names if name in {*needed, *attribution.FIELDS}]
+            _check_columns(path, names, needed or set())
+            columns = [name for name in names if needed is None or name in {*needed, *attribution.FIELDS}]
             number = 1
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for content in _contents(batch):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,13 @@ class PackedTraining(TrainingStage):
     """Maximum positions of a chat; longer ones are cut. By default those of the model, and rows are no longer than the longest
     chat needs."""
 
+    reasoning: Semantic[Literal["all", "last", "none"]] = "all"
+    """Of which answers the reasoning is learned (`reasoning_content`, or `<think>` in the text): of all, each with the chat
+    before it as the chat template writes it at inference; of the last one of a chat; or of none."""
+    learn_empty_think: Semantic[bool] = False
+    """Whether a model that reasons also learns the empty think block that its template writes before an answer without
+    reasoning, so that it answers at once without being asked to."""
+
     def tables(self) -> tuple[Sequence[TrainingTable | PreferenceTable], Sequence[TrainingTable | PreferenceTable]]:
         """The tables to learn from, and the held-out ones."""
         raise NotImplementedError
@@ -54,7 +61,13 @@ class PackedTraining(TrainingStage):
 
         positions = self.positions(base)
         tokenizer = TextTokenizer.load(base.tokenizer.folder)
-        lengths: dict[str, Any] = {"follow_lengths": self.context is None, "longest_row": self.batch_tokens // MIN_ROWS}
+        if self.learn_empty_think:
+            tokenizer = tokenizer.with_empty_think_learned()
+        lengths: dict[str, Any] = {
+            "reasoning": self.reasoning,
+            "follow_lengths": self.context is None,
+            "longest_row": self.batch_tokens // MIN_ROWS,
+        }
         for name, tables in zip((ROWS, VALIDATION_ROWS), self.tables(), strict=True):
             if tables:
                 pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, **lengths)

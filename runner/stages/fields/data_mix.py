@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llm.data.conversations import Template, TextTemplate
+from llm.data.row_forms import Format
 from runner.artifacts import Checkpoint, Tokens
 from runner.input_files import InputFile
 from runner.stage import Context, Ref, Semantic, Spec
@@ -44,6 +45,8 @@ class MixTable(Spec):
     """For files of chats: what the assistant answers; loss is on this alone."""
     messages: Semantic[str | None] = None
     """For files of chats, instead of prompt and response: the field that holds a list of {role, content}."""
+    format: Semantic[Format] = "auto"
+    """For files of chats without prompt, response and messages: what the rows are, as in `data`."""
     on_bad_row: Semantic[Literal["fail", "skip"]] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or go on."""
 
@@ -66,7 +69,7 @@ class MixTable(Spec):
         form = form_of(self.read, self.split)
         if self.text is not None:
             return TextTemplate(self.text, form)
-        return Template(self.prompt, self.response, self.messages, form=form)
+        return Template(self.prompt, self.response, self.messages, form=form, format=self.format)
 
     def prepare(self, context: Context, base: Checkpoint, name: str, *, positions: int, row_length: int) -> None:
         """Tokenize the files into the folder `name` of scratch, unless it exists."""
@@ -102,6 +105,7 @@ class MixTable(Spec):
                 prompt=self.prompt,
                 response=self.response,
                 messages=self.messages,
+                format=self.format,
                 on_bad_row=self.on_bad_row,
             )
             tokenizer = TextTokenizer.load(base.tokenizer.folder)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from llm.data.conversations import PreferenceTemplate, Template
+from llm.data.row_forms import Format
 from llm.text.templates import split_template, split_text, with_field
 from runner.input_files import InputFile
 from runner.stage import Context, Semantic, Spec
 from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
+    from llm.data.chat_dataset import Reasoning
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
@@ -52,7 +54,11 @@ class RowTable(Spec):
     response: Semantic[ResponseTemplate] = "{response}"
     """What the assistant answers: the text that is learned or scored."""
     messages: Semantic[str | None] = None
-    """Instead of prompt and response: the field that holds a list of {role, content}."""
+    """Instead of prompt and response: the field that holds a list of {role, content}, or ShareGPT's {from, value}."""
+    format: Semantic[Format] = "auto"
+    """Without prompt, response and messages, what the rows are: "pairs" (prompt and response or completion, question and
+    answer), "messages" (OpenAI's, with tools and tool_calls), "sharegpt" (conversations), or "alpaca" (instruction, input,
+    output); "auto" goes by the names of their fields."""
     words: Semantic[dict[str, str]] = Field(default_factory=dict)
     """Words in place of responses that are labels, as { "0" = "no", "1" = "yes" }; by default the label itself."""
     on_bad_row: Semantic[OnBadRow] = "fail"
@@ -63,12 +69,15 @@ class RowTable(Spec):
         # Compared with the defaults, since a resolved recipe writes those out.
         if self.messages is not None and (self.prompt, self.response) != ("{prompt}", "{response}"):
             raise ValueError("expected either messages or prompt and response, got both")
+        if self.format != "auto" and not self.template.is_recognised:
+            raise ValueError("expected format without prompt, response and messages, got both")
         return self
 
     @property
     def template(self) -> Template:
         """How a row becomes the turns of a chat."""
-        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), form_of(self.read, self.split))
+        form = form_of(self.read, self.split)
+        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), form, self.format)
 
 
 class PreferenceTable(Spec):
@@ -84,7 +93,8 @@ class PreferenceTable(Spec):
     """What the user says; {name} stands for the field of a row. If a row is too long for the model, the end of what was
     substituted here is cut, for both answers alike."""
     chosen: Semantic[ResponseTemplate] = "{chosen}"
-    """The preferred answer."""
+    """The preferred answer. If none of prompt, chosen, rejected and messages is given, each may be a text or messages, and the
+    prompt a field of its own (prompt, messages, question, instruction) or the beginning of both answers, as in TRL."""
     rejected: Semantic[ResponseTemplate] = "{rejected}"
     """The rejected answer."""
     messages: Semantic[Annotated[list[str], Field(min_length=2, max_length=2)] | None] = None
@@ -122,6 +132,7 @@ def pack_tables(
     *,
     tokenizer: "TextTokenizer",
     positions: int,
+    reasoning: "Reasoning" = "all",
     follow_lengths: bool = False,
     longest_row: int | None = None,
     row_length: int | None = None,
@@ -134,7 +145,13 @@ def pack_tables(
     write_rows(
         context.scratch / name,
         [
-            Table(tuple(table.files.fetched()), table.template, getattr(table, "weight", 1.0), table.on_bad_row == "skip")
+            Table(
+                tuple(table.files.fetched()),
+                table.template,
+                getattr(table, "weight", 1.0),
+                skip_bad=table.on_bad_row == "skip",
+                reasoning=reasoning,
+            )
             for table in tables
         ],
         tokenizer=tokenizer,

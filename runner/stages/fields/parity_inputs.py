@@ -9,7 +9,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.data.conversations import TextTemplate, Turn
+from llm.data.conversations import TextTemplate
+from llm.data.turn import Turn
 from llm.text.selection import evenly_spaced
 from runner.input_files import InputFile
 from runner.stage import Semantic, Spec

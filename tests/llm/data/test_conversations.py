@@ -47,7 +47,7 @@ def test_messages_become_turns_and_only_the_assistants_cannot_be_cut() -> None:
         ({"prompt": None, "response": "a"}, "expected text or a number in 'prompt', got null"),
         ({"prompt": ["q"], "response": "a"}, "got a list"),
         ({"prompt": True, "response": "a"}, "got true or false"),
-        ({"prompt": "q", "response": " \n"}, "the response: expected text, got only white space"),
+        ({"prompt": "q", "response": " \n"}, "the field 'response': expected text, got only white space"),
         ({"prompt": "a \ud83d", "response": "a"}, r"in 'prompt', got '\\ud83d', half of a surrogate pair"),
     ],
 )
@@ -64,15 +64,15 @@ def test_a_row_that_cannot_fill_a_template_is_an_error_with_the_reason(row: dict
         ("hello", "got a string"),
         ([{"role": "user", "content": "q"}], "at least one turn of the assistant"),
         (
-            [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}],
-            r"chat\[0\].role: expected one of system, user, assistant, got 'human'",
+            [{"role": "alien", "content": "q"}, {"role": "assistant", "content": "a"}],
+            r"chat\[0\].role: expected one of system, user, assistant, tool, got 'alien'",
         ),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], "chat\\[0\\].content: expected text, got null"),
         (
             [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}],
             "chat\\[1\\].content: expected the assistant's text, got none",
         ),
-        (["q", {"role": "assistant", "content": "a"}], "got None"),
+        (["q", {"role": "assistant", "content": "a"}], r"chat\[0\]: expected a message with role and content, got a string"),
         ([{"role": "assistant", "content": "\udca9"}], r"in chat\[0\], got '\\udca9', half of a surrogate pair"),
     ],
 )

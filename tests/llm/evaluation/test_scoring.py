@@ -10,7 +10,7 @@ import torch
 import llm.inference.likelihood
 import llm.layers.log_probabilities
 from llm.data.batch import IGNORE
-from llm.data.conversations import Turn
+from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.evaluation.pairwise import compare_models
