@@ -199,9 +199,7 @@ def read_weights(
                 f"{folder / CONFIG}: tie_word_embeddings: expected false, got true: lm_head.weight is not the embedding"
             )
         del weights["lm_head.weight"]
-    expected = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
-    if config.tied:
-        del expected["lm_head.weight"]
+    expected = tensor_shapes(config, vocab_size=vocab_size)
     got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in [*expected, *got]:
         if expected.get(name) != got.get(name):
@@ -210,6 +208,14 @@ def read_weights(
                 "those of its config.json"
             )
     return weights
+
+
+def tensor_shapes(config: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's weights by name; of a tied head only the embedding."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in _without_weights(config, vocab_size).state_dict().items()}
+    if config.tied:
+        del shapes["lm_head.weight"]
+    return shapes
 
 
 def _read_tensors(path: Path, *, device: str) -> dict[str, Tensor]:

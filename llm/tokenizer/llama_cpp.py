@@ -21,67 +21,15 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")  # the piece of a single byte
 # (llama-vocab.cpp, "set attributes by model/tokenizer/architecture name")
 PHI_3, _KEEP_SPACES = "phi-3", frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # Added tokens that it takes for special ones by their text, whatever their type, and those that it takes for plain ones.
-_SPECIAL_BY_TEXT = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|calls|>",
-        "<|flush|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-        "<|fim_prefix|>",
-        "<fim-prefix>",
-        "<fim_prefix>",
-        "<｜fim▁begin｜>",
-        "<PRE>",
-        "▁<PRE>",
-        "<|code_prefix|>",
-        "<|prefix|>",
-        "<|fim_suffix|>",
-        "<fim-suffix>",
-        "<fim_suffix>",
-        "<｜fim▁hole｜>",
-        "<SUF>",
-        "▁<SUF>",
-        "<|code_suffix|>",
-        "<|suffix|>",
-        "<|fim_middle|>",
-        "<fim-middle>",
-        "<fim_middle>",
-        "<｜fim▁end｜>",
-        "<MID>",
-        "▁<MID>",
-        "<|code_middle|>",
-        "<|middle|>",
-        "<|fim_pad|>",
-        "<fim-pad>",
-        "<fim_pad>",
-        "<PAD>",
-        "[PAD]",
-        "<|fim_repo|>",
-        "<|repo_name|>",
-        "<fim-repo>",
-        "<REPO>",
-        "<reponame>",
-        "<|file_sep|>",
-    ]
-)
+_BY_TEXT = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|>
+<fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|> <|fim_middle|> <fim-middle>
+<fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]
+<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+"""
+_SPECIAL_BY_TEXT = frozenset(_BY_TEXT.split())
 _PLAIN_BY_TEXT = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
 
 # Other spellings of the same expressions, as replacements. A possessive quantifier in front of what its class excludes, and a
@@ -159,7 +107,7 @@ def _words(tokenizer: Mapping[str, Any], thorough: bool) -> LlamaCppTokenizer:
         differences.append("it sees case in ASCII alone, and splits words at combining marks")
     as_run = _plainly_added(tokenizer) | {
         "normalizer": None,
-        "pre_tokenizer": _byte_level(APPROXIMATIONS.get(name, EXPRESSIONS[name])),
+        "pre_tokenizer": byte_level(APPROXIMATIONS.get(name, EXPRESSIONS[name])),
         "model": {**tokenizer["model"], "ignore_merges": whole_there},
     }
     return LlamaCppTokenizer("gpt2", name, as_run, tuple(differences))
@@ -313,7 +261,8 @@ def _shown(expressions: tuple[str, ...]) -> str:
     return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
-def _byte_level(expressions: Iterable[str]) -> dict[str, Any]:
+def byte_level(expressions: Iterable[str]) -> dict[str, Any]:
+    """A pre-tokenizer of a `tokenizer.json` that splits by `expressions`, into words in the byte alphabet."""
     splits = [
         {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         for expression in expressions

@@ -5,8 +5,8 @@ of q and k are put in that order. Letters: E head size, D hidden size.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from llm.models.options import LinearScaling, Llama3Scaling, LongRope, YarnScali
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+T = TypeVar("T")
 
 
 def architecture_of(config: DecoderConfig) -> str:
@@ -76,22 +78,10 @@ def _write_scaling(writer: "GGUFWriter", config: DecoderConfig) -> None:
 
 def tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Every weight under llama.cpp's name; without a tied head, where llama.cpp takes the embedding."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
-
     family = families()[config.name]
-    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(MODEL_ARCH(numbers[family.gguf_architecture]), config.layers)
-    offset = 1 if config.parts.norm_weight == "1 + w" else 0
-    for name, weight in weights.items():
-        stem, _, kind = name.rpartition(".")
-        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(stem.rpartition(".")[2])
-        found = names.get_name(stem)
-        assert found is not None, name  # the weights are those of the architecture
-        if heads is not None and family.gguf_interleaved:
-            weight = interleaved(weight, heads)
-        elif stem.endswith("norm"):
-            weight = weight + offset
-        yield f"{found}.{kind}", weight
+    for name, (found, heads, offset) in _places(config, weights).items():
+        weight = weights[name]
+        yield found, (interleaved(weight, heads) if heads else weight) + offset if heads or offset else weight
     if config.tied and not family.gguf_ties:
         yield "output.weight", weights["model.embed_tokens.weight"]
     cpu = torch.device("cpu")
@@ -101,6 +91,48 @@ def tensors(config: DecoderConfig, weights: Mapping[str, Tensor]) -> Iterator[tu
     if isinstance(config.rope_scaling, LongRope):
         yield "rope_factors_long.weight", torch.tensor(config.rope_scaling.long_divisors)
         yield "rope_factors_short.weight", torch.tensor(config.rope_scaling.short_divisors)
+
+
+def _places(config: DecoderConfig, names: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+    """For each weight its name in llama.cpp, the heads whose channels have another order there, and what is added to it."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    family = families()[config.name]
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    known = get_tensor_name_map(MODEL_ARCH(numbers[family.gguf_architecture]), config.layers)
+    offset = 1 if config.parts.norm_weight == "1 + w" else 0
+    places = {}
+    for name in names:
+        stem, _, kind = name.rpartition(".")
+        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(stem.rpartition(".")[2], 0)
+        found = known.get_name(stem)
+        assert found is not None, name  # the weights are those of the architecture
+        places[name] = (f"{found}.{kind}", heads if family.gguf_interleaved else 0, offset if stem.endswith("norm") else 0)
+    return places
+
+
+def read_tensors(
+    config: DecoderConfig, names: Iterable[str], stored: Mapping[str, T], numbers: Callable[[T], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of these names from the tensors of a file; `numbers` reads one. InputError unless it has exactly them."""
+    places = _places(config, names)
+    left = {name for name in stored if not name.startswith("rope_f")}
+    for name, (found, heads, offset) in places.items():
+        if found not in stored:
+            raise InputError(f"{found}: expected a tensor of a {config.name}, got none")
+        left.discard(found)
+        weight = numbers(stored[found])
+        yield name, (in_halves(weight, heads) if heads else weight) - offset if heads or offset else weight
+    if config.tied and not families()[config.name].gguf_ties:
+        left.discard("output.weight")
+    if left:
+        raise InputError(f"{min(left)}: expected only the tensors of a {config.name}, got this one too")
+
+
+def in_halves(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `interleaved`."""
+    pairs = weight.view(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -142,6 +142,10 @@ class Family:
     def write_gguf(self, writer: "GGUFWriter", config: Any) -> None:
         """Write the fields of a GGUF file that only this family has."""
 
+    def gguf_fields(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json in those of a GGUF file that only this family has; `known` are the others."""
+        return {}
+
 
 def read_pattern(known: Mapping[str, Any], *, otherwise: list[str]) -> tuple[Kind, ...]:
     """The kinds of layers by `layer_types`, or by default those of `otherwise`."""

@@ -95,6 +95,13 @@ class Gemma3Text(Family):
         writer.add_sliding_window(config.parts.window or WINDOW)
         writer.add_rope_freq_base_swa(config.parts.window_rope_base or WINDOW_BASE)
 
+    def gguf_fields(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        return {
+            "query_pre_attn_scalar": known["head_dim"],
+            "sliding_window": found.get("attention.sliding_window", WINDOW),
+            "rope_local_base_freq": float(found.get("rope.freq_base_swa", WINDOW_BASE)),
+        }
+
 
 def _query_size(options: Options, head_size: int) -> int:
     """`query_pre_attn_scalar`: scores are divided by its square root."""

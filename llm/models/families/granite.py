@@ -56,3 +56,12 @@ class Granite(Family):
         writer.add_residual_scale(config.parts.residual_scale)
         writer.add_attention_scale(config.parts.attention_scale or config.head_size**-0.5)
         writer.add_logit_scale(config.parts.logit_divisor)
+
+    def gguf_fields(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        names = {
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+        }
+        return {field: float(found[name]) for name, field in names.items() if name in found}

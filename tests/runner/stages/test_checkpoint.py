@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llm.errors import InputError, Interrupted
+from llm.export.gguf import write_gguf
 from llm.models.checkpoint import load_checkpoint
 from llm.tokenizer.tokenizer import TextTokenizer
 from runner.artifacts import Checkpoint
@@ -63,6 +64,29 @@ def put(hub: Hub, folder: Path, *, private: bool = False, gated: bool = False, *
     files = {path.name: File(path.read_bytes(), lfs=path.suffix == ".safetensors") for path in folder.iterdir()}
     files |= {name.replace("__", "."): File(data, lfs=name.endswith("bin")) for name, data in more.items()}
     return repository.commit("main", "a model", files).oid
+
+
+def test_a_gguf_file_in_a_folder_and_in_a_repository_becomes_the_same_checkpoint(
+    published: Callable[[str], Path], hub: Hub, make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    of_folder(published("smollm")).run(source := make_context("source"))
+    (tmp_path / "files").mkdir()
+    path = tmp_path / "files" / "smol-Q8_0.gguf"
+    write_gguf(source.work, path, precision="q8_0")
+    commit = put(hub, tmp_path / "files")
+    local, remote = make_context("local"), make_context("remote")
+    facts = of_folder(path).run(local)
+    assert of_repo(gguf=path.name).run(remote) == {**facts, "repo": REPO, "revision": "main", "commit": commit}
+    made = {name: (local.work / name).read_bytes() for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert made == {name: (remote.work / name).read_bytes() for name in made}
+    assert facts["dtype"] == "float16"
+    for place in (path, path.parent):  # the only one of a folder stands for it
+        assert of_folder(place).folder.matches() == [path]  # type: ignore[union-attr]  # it has a folder
+    assert of_folder(path.parent).run(make_context("whole")) == facts
+    with pytest.raises(InputError, match=r"expected the file other\.gguf, got none; its GGUF files: smol-Q8_0\.gguf"):
+        of_repo(gguf="other.gguf").run(make_context("other"))
+    with pytest.raises(ValidationError, match="expected a repo on the Hub beside it"):
+        of_folder(path, gguf="smol-Q8_0.gguf")
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused_before_anything_runs(
