@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llm.layers import blocked_attention, fused_attention
+from llm.layers.ops import capped
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,38 @@ def _document_starts(length: int, documents: Tensor | None) -> Tensor:
     return begins.cummax(1).values
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask) -> Tensor:
-    """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `mask`. Returns (B, H, T, E)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, softcap: float = 0.0) -> Tensor:
+    """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E), under `mask`. Returns (B, H, T, E).
+
+    With `softcap`, c, a scaled score s becomes c tanh(s / c) (Gemma 2, Riviere et al. 2024); the kernel does not compute it.
+    """
     if mask.starts is not None:
         if mask.fused:
+            assert not softcap
             return fused_attention.attend(q, k, v, starts=mask.starts)
-        return blocked_attention.attend(q, k, v, starts=mask.starts)
+        return blocked_attention.attend(q, k, v, starts=mask.starts, softcap=softcap)
     group = q.shape[1] // k.shape[1]
-    if mask.dense is None:
+    if mask.dense is None and not softcap:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
     # With a mask and heads that share keys, SDPA on a GPU has only its slow kernel, which holds all scores.
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
+    if not softcap:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask.dense is None else mask.dense
+    return _capped(q, k, v, bias=torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf), softcap=softcap)
 
 
-def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor) -> Tensor:
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, softcap: float = 0.0) -> Tensor:
     """Attention of new queries q (B, H, T, E) over cached k and v (B, K, S, E), all of one dtype, plus `bias` (B, 1, G T, S)
     on the scores, the same T rows for each of the G query heads that share keys. Returns (B, H, T, E)."""
     # Queries that share keys become queries of one head: no key is repeated, and every SDPA kernel supports it.
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, K, G T, E)
+    if softcap:
+        return _capped(grouped, k, v, bias=bias, softcap=softcap).view(q.shape)
     return scaled_dot_product_attention(grouped, k, v, attn_mask=bias).view(q.shape)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor, softcap: float) -> Tensor:
+    """Attention with capped scores, by plain operations: no kernel of torch has them."""
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    return (capped(scores, softcap) + bias).softmax(-1).to(v.dtype) @ v

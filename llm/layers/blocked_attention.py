@@ -23,13 +23,13 @@ QUERIES = 64  # of a tile: best of 64, 96, 128 at T = 256 and 512 in fp32, on on
 SCORES = 2**19  # of a tile, at least one head's: best of 2^17 to 2^20 and all at T = 512 and 2048, likewise
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor, softcap: float = 0.0) -> Tensor:
     """Attention of q (B, H, T, E) over k and v (B, K, T, E), scaled by 1/sqrt(E); each position sees those from `starts`
-    (1 or B, T) up to itself. Returns (B, H, T, E).
+    (1 or B, T) up to itself. Scores are capped by `softcap`. Returns (B, H, T, E).
     """
     k, v = k.to(q.dtype), v.to(q.dtype)  # PEFT's layers may return another dtype
     with torch.autocast(q.device.type, enabled=False):  # it would round scores to bf16
-        out: Tensor = BlockedAttention.apply(q, k, v, starts)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+        out: Tensor = BlockedAttention.apply(q, k, v, starts, softcap)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
 
 
@@ -41,37 +41,41 @@ class BlockedAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:  # noqa: D102
+    def forward(  # noqa: D102
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, softcap: float
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, starts)
+        ctx.softcap = softcap
         shape = q.shape
         q, k, v, starts = _by_key_head(q, k, v, starts)
         out = torch.empty_like(q)
         scaled = q.to(_wide(q)) * q.shape[-1] ** -0.5
         for tile in _tiles(starts, group=q.shape[1]):
-            mixed = torch.bmm(tile.weights(scaled, k, starts).to(v.dtype), tile.keys_of(v))
+            mixed = torch.bmm(tile.weights(scaled, k, starts, softcap)[0].to(v.dtype), tile.keys_of(v))
             tile.queries_of(out).copy_(mixed.view(tile.shape(q)))
         return out.view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # noqa: D102
         saved = ctx.saved_tensors  # read once: a second access would recompute a checkpointed layer again
         q, k, v, starts = _by_key_head(*saved)
         grad, scale, wide = grad.reshape(q.shape), q.shape[-1] ** -0.5, _wide(q)
         scaled = q.to(wide) * scale
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for tile in _tiles(starts, group=q.shape[1]):
-            weights = tile.weights(scaled, k, starts)
+            weights, slope = tile.weights(scaled, k, starts, ctx.softcap)
             dout = tile.queries_of(grad).flatten(1, 2)
             _add_product(tile.keys_of(dv), weights.to(v.dtype).mT, dout)
             dweights = torch.bmm(dout.to(wide), tile.keys_of(v).mT.to(wide))
-            dscores = torch._softmax_backward_data(dweights, weights, -1, wide, grad_input=dweights).to(q.dtype)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, wide, grad_input=dweights)
+            dscores = (dscores if slope is None else dscores.mul_(slope)).to(q.dtype)
             tile.queries_of(dq).copy_(torch.bmm(dscores, tile.keys_of(k)).view(tile.shape(q)))
             _add_product(tile.keys_of(dk), dscores.mT, tile.queries_of(q).flatten(1, 2))
         dq, dk, dv = (
             x.to(like.dtype).view(like.shape) for x, like in zip((dq.mul_(scale), dk.mul_(scale), dv), saved, strict=False)
         )
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,20 @@ class _Tile:
         """(N, G, W, E) for q (B K, G, T, E)."""
         return (self.pairs.stop - self.pairs.start, q.shape[1], self.stop - self.start, q.shape[3])
 
-    def weights(self, q: Tensor, k: Tensor, starts: Tensor) -> Tensor:
-        """Probabilities (N, G W, keys) of scaled q (B K, G, T, E) over k (B K, T, E), documents from `starts` (B K, T)."""
+    def weights(self, q: Tensor, k: Tensor, starts: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+        """Probabilities (N, G W, keys) of scaled q (B K, G, T, E) over k (B K, T, E), documents from `starts` (B K, T), and the
+        slope of the cap on scores, if there is one."""
         count, group, width, _ = self.shape(q)
-        scores = torch.bmm(self.queries_of(q).flatten(1, 2), self.keys_of(k).mT.to(q.dtype))
+        scores, slope = torch.bmm(self.queries_of(q).flatten(1, 2), self.keys_of(k).mT.to(q.dtype)), None
+        if softcap:
+            share = scores.div_(softcap).tanh_()
+            scores, slope = share * softcap, share.square_().neg_().add_(1)
         seen = scores.view(count, group, width, -1)
         seen[..., self.start - self.first :] += torch.full((width, width), -torch.inf).triu_(1)
         if self.latest > self.first:
             hidden = torch.arange(self.first, self.latest) < starts[self.pairs, self.start : self.stop, None]
             seen[..., : self.latest - self.first].masked_fill_(hidden[:, None], -torch.inf)
-        return torch.softmax(scores, -1, out=scores)
+        return torch.softmax(scores, -1, out=scores), slope
 
 
 def _tiles(starts: Tensor, *, group: int) -> Iterator[_Tile]:

@@ -123,3 +123,8 @@ def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     """f(gate) * up."""
     out: Tensor = GatedProduct.apply(gate, up, function)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return out
+
+
+def capped(x: Tensor, softcap: float) -> Tensor:
+    """c tanh(x / c) for a `softcap` c; x itself for 0 (Gemma 2, Riviere et al. 2024)."""
+    return softcap * (x / softcap).tanh() if softcap else x

@@ -129,6 +129,10 @@ class Options(Table):
     """What scores of attention are multiplied by; default: 1 / sqrt(head_size)."""
     logit_divisor: float = Field(default=1.0, gt=0)
     """What logits are divided by."""
+    attention_softcap: float = Field(default=0.0, ge=0)
+    """c, by which a score s of attention becomes c tanh(s / c); 0: as it is."""
+    final_softcap: float = Field(default=0.0, ge=0)
+    """The same of logits."""
 
     @model_validator(mode="after")
     def _window_is_there(self) -> "Options":

@@ -59,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
         "options": SLIDING | {"window_rope_base": 300.0, "attention_scale": 24**-0.5},
         "tied": False,
     },
+    "gemma2": {"layers": 3, "head_size": 16, "options": {"window": 9, "attention_softcap": 2.0, "final_softcap": 1.5}},
+    "gemma2 without caps": {"options": {"window": 9, "attention_softcap": 0.0, "final_softcap": 0.0}},
 }
 
 CASES |= {name: {} for name in architectures() if name not in CASES}

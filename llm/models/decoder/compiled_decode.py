@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llm.layers.ops import Gate, activate
+from llm.layers.ops import Gate, activate, capped
 from llm.models.decoder.model import Decoder, Layer
 from llm.models.options import Kind
 
@@ -32,6 +32,7 @@ class Shape(NamedTuple):
     gate: Gate
     norm_over_heads: bool  # whether queries and keys are normalized over all heads
     has_windows: bool
+    softcap: float  # of scores
 
 
 class LayerWeights(NamedTuple):
@@ -72,7 +73,9 @@ class CompiledRow:
             parts.gate,
             parts.qk_norm == "whole",
             parts.window is not None,
+            parts.attention_softcap,
         )
+        self._final_softcap = parts.final_softcap
         # Each shape of a model is compiled once; beyond its default limit of 8, torch would run uncompiled, and slowly.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._layer, self._logits = (torch.compile(function, dynamic=False) for function in (_layer, _logits))
@@ -90,7 +93,8 @@ class CompiledRow:
         everything = torch.zeros_like(position)
         for weights, stored, kind in zip(self._layers, self.cache.unbind(0), self.kinds, strict=True):
             x = self._layer(x, weights, stored, seen, position, first.get(kind, everything), *angles[kind], self._shape)
-        return self._logits(x, self._final_norm, self._head, self._shape.epsilon, self._logit_divisor)[None]
+        logits = self._logits(x, self._final_norm, self._head, self._shape.epsilon, self._logit_divisor)[None]
+        return capped(logits, self._final_softcap)
 
 
 def _weights(layer: Layer) -> LayerWeights:
@@ -146,6 +150,7 @@ def _layer(
     keys, values = stored[:, : len(seen)].chunk(2)  # (K, seen, E)
     grouped = q.view(kv_heads, heads // kv_heads, 1, size)  # the queries that share keys
     scores = (grouped * keys[:, None]).sum(-1) * (size**-0.5 * shape.query_scale)  # (K, G, seen)
+    scores = capped(scores, shape.softcap)
     if shape.has_windows:
         scores = scores.masked_fill(seen < first, -torch.inf)
     mixed = (scores.softmax(-1)[..., None] * values[:, None]).sum(-2).flatten()

@@ -106,6 +106,8 @@ class DecoderConfig(Table):
             raise ValueError(f"head_size: expected an even number, because rotary embeddings turn pairs, got {self.head_size}")
         if self.rotated_size % 2:
             raise ValueError(f"rotary_share: expected one that gives an even number of channels, got {self.rotated_size}")
+        if self.parts.final_softcap and not self.tied:  # an adapter of such a head would add after the cap
+            raise ValueError("tied: expected true beside a final_softcap, got false")
         if self.rope_scaling is not None and self.rope_scaling.kind not in families()[self.name].rope_kinds:
             known = ", ".join(families()[self.name].rope_kinds)
             raise ValueError(f"rope_scaling.kind: expected one of {known}, got {self.rope_scaling.kind!r}")

@@ -22,7 +22,7 @@ from llm.device import has_compiler
 from llm.errors import InputError
 from llm.layers.attention import attend, attend_cached, attention_mask
 from llm.layers.log_probabilities import log_probabilities
-from llm.layers.ops import activate
+from llm.layers.ops import activate, capped
 from llm.models.decoder.compiled_decode import CompiledRow
 from llm.models.decoder.decoding_layer import DecodingLayer, is_matrix, projection
 from llm.models.decoder.model import Decoder
@@ -213,7 +213,9 @@ class DecoderDecoding:
         """Logits (..., V) of hidden states (..., D)."""
         normal = self._rms_norm(hidden.reshape(-1, 1, hidden.shape[-1]), self._final_norm)
         logits: Tensor = self._head(normal).float().view(*hidden.shape[:-1], -1)
-        return logits if self.model.logit_divisor == 1 else logits.div_(self.model.logit_divisor)
+        if self.model.logit_divisor != 1:
+            logits.div_(self.model.logit_divisor)
+        return capped(logits, self.model.config.parts.final_softcap)
 
     def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMSNorm of x (N, 1, D), in the dtype of the products; x itself where there is no norm."""
@@ -281,7 +283,7 @@ class DecoderDecoding:
         `biases` are those of `_biases`; without them, each sees these tokens up to itself.
         """
         config = self.model.config
-        kv_heads, scale = config.kv_heads, config.parts.residual_scale
+        kv_heads, scale, softcap = config.kv_heads, config.parts.residual_scale, config.parts.attention_softcap
         flat = (tokens.numel(), 1, -1)
         rotations = {kind: self._rotation(kind, positions) for kind in self._angles}
         places, rows = positions if slots is None else slots, self._batch.rows[: len(tokens)]
@@ -301,9 +303,9 @@ class DecoderDecoding:
             cache[rows, :, places] = new
             if biases is None:
                 q, k, v = (part.to(self._dtype) for part in (q, *new.transpose(1, 2).chunk(2, 1)))
-                mixed = attend(q, k, v, mask=masks[layer.kind == "window"])
+                mixed = attend(q, k, v, mask=masks[layer.kind == "window"], softcap=softcap)
             else:
-                mixed = attend_cached(q, keys, values, bias=biases[layer.kind == "window"])
+                mixed = attend_cached(q, keys, values, bias=biases[layer.kind == "window"], softcap=softcap)
             mixed = layer.output(mixed.transpose(1, 2).reshape(flat).to(self._dtype))
             x = torch.add(x, mixed if layer.norms[1] is None else self._rms_norm(mixed, layer.norms[1]), alpha=scale)
             gate, up = layer.gate_up(self._rms_norm(x, layer.norms[2])).chunk(2, -1)

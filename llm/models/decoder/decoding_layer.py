@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Layer, RMSNorm
+from llm.models.decoder.model import CappedHead, Layer, RMSNorm
 from llm.models.options import Kind
 
 Projection = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
@@ -90,7 +90,7 @@ def _can_pack(weight: Tensor) -> bool:
 
 def is_matrix(layer: nn.Module) -> bool:
     """Whether a layer is a matrix, with a bias or without, and nothing else: an adapter may be a subclass."""
-    return type(layer) is nn.Linear
+    return type(layer) in (nn.Linear, CappedHead)  # decoding caps logits itself
 
 
 def _swapped(x: Tensor, rotated: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import is_supported
-from llm.layers.ops import compute_dtype, gated, rms_norm, rotate
+from llm.layers.ops import capped, compute_dtype, gated, rms_norm, rotate
 from llm.models.decoder.config import DecoderConfig, attention_flops
 from llm.models.decoder.rope import Angles, rope_angles
 from llm.models.interface import LanguageModel, element_count
@@ -127,6 +127,18 @@ class FeedForward(nn.Module):
         return out
 
 
+class CappedHead(nn.Linear):
+    """An output head whose logits y are c tanh(y / c), in fp32."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, softcap: float) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.softcap = softcap
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., V)."""
+        return capped(super().forward(input).float(), self.softcap)
+
+
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches; norms stand where `norms` says."""
 
@@ -135,6 +147,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
         self.norms, self.residual_scale = NORMS[config.parts.norms], config.parts.residual_scale
+        self.softcap = config.parts.attention_softcap
         for name in filter(None, self.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
         self.attention_dropout = Dropout(config.dropout)
@@ -144,7 +157,7 @@ class Layer(nn.Module):
         """x (B, T, D) to (B, T, D)."""
         before, after = _compiled_halves() if compiled else (Layer.before_attention, Layer.after_attention)
         q, k, v = before(self, x, angles)
-        out: Tensor = after(self, x, attend(q, k, v, mask=mask))
+        out: Tensor = after(self, x, attend(q, k, v, mask=mask, softcap=self.softcap))
         return out
 
     def before_attention(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +212,9 @@ class Decoder(LanguageModel):
     def __init__(self, config: DecoderConfig, *, vocab_size: int) -> None:
         super().__init__(config, vocab_size=vocab_size)
         self.model = Stack(config, vocab_size=vocab_size)
-        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        cap = config.parts.final_softcap
+        sizes = config.hidden_size, vocab_size
+        self.lm_head = CappedHead(*sizes, cap) if cap else nn.Linear(*sizes, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.kinds = config.kinds
@@ -245,7 +260,8 @@ class Decoder(LanguageModel):
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
         angles = {kind: rope_angles(self.config, positions, kind=kind) for kind in set(self.kinds)}
-        fused = self.fused_attention and is_supported(length, self.config.head_size, compute_dtype(x))
+        fused = self.fused_attention and not self.config.parts.attention_softcap
+        fused = fused and is_supported(length, self.config.head_size, compute_dtype(x))
         masks = {
             window: attention_mask(length, documents=documents, device=tokens.device, fused=fused, window=window)
             for window in {None, self.config.parts.window}

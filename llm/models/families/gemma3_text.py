@@ -73,7 +73,7 @@ class Gemma3Text(Family):
             "attention_bias": options.attention_bias == "all",
             "layer_types": layer_types(config.kinds),
             "sliding_window": options.window or WINDOW,
-            "query_pre_attn_scalar": _query_size(options, config.head_size),
+            "query_pre_attn_scalar": query_size(options, config.head_size),
         }
 
     def rope_for(self, config: Any) -> dict[str, Any]:  # noqa: D102
@@ -87,9 +87,7 @@ class Gemma3Text(Family):
             return 'pattern: expected "full" and "window", as in a config.json of gemma3_text, got "unrotated"'
         if options.window is not None and options.window_rope_base is None:
             return "window_rope_base: expected a number, as in a config.json of gemma3_text, got none"
-        if options.attention_scale not in (None, _query_size(options, 1) ** -0.5):
-            return f"attention_scale: expected 1 / sqrt(n) of a whole number n, got {options.attention_scale}"
-        return all_or_no_biases(self.name, options) or super().fault_of(options, config)
+        return scale_fault(options) or all_or_no_biases(self.name, options) or super().fault_of(options, config)
 
     def write_gguf(self, writer: "GGUFWriter", config: Any) -> None:  # noqa: D102
         writer.add_sliding_window(config.parts.window or WINDOW)
@@ -103,6 +101,13 @@ class Gemma3Text(Family):
         }
 
 
-def _query_size(options: Options, head_size: int) -> int:
+def query_size(options: Options, head_size: int) -> int:
     """`query_pre_attn_scalar`: scores are divided by its square root."""
     return head_size if options.attention_scale is None else round(options.attention_scale**-2)
+
+
+def scale_fault(options: Options) -> str | None:
+    """What `query_pre_attn_scalar`, a whole number, cannot express."""
+    if options.attention_scale in (None, query_size(options, 1) ** -0.5):
+        return None
+    return f"attention_scale: expected 1 / sqrt(n) of a whole number n, got {options.attention_scale}"

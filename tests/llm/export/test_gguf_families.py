@@ -24,6 +24,7 @@ REFUSED = {
     "smollm3 with other layers": "pattern",
     "phi3 with a window": "pattern",
     "gemma3_text with other layers": "pattern",
+    "gemma2 without caps": "attention_softcap",
 }
 
 

@@ -52,7 +52,10 @@ def test_blocked_attention_equals_sdpa_in_values_and_gradients(
 
 @pytest.mark.parametrize("window", [1, 9, 64, 100, 300])
 @pytest.mark.parametrize("lengths", [None, *DOCUMENTS[2:]])
-def test_a_window_hides_what_is_farther_back_in_values_and_gradients(window: int, lengths: list[list[int]] | None) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_a_window_hides_what_is_farther_back_in_values_and_gradients(
+    window: int, lengths: list[list[int]] | None, softcap: float
+) -> None:
     torch.manual_seed(0)
     documents = None if lengths is None else documents_of(lengths)
     rows, length = (1, 200) if documents is None else documents.shape
@@ -66,7 +69,7 @@ def test_a_window_hides_what_is_farther_back_in_values_and_gradients(window: int
     grad = torch.randn_like(q)
     found = []
     for mask in (blocks, AttentionMask(None, seen[:, None])):  # the second as on a GPU
-        out = attend(q, k, v, mask=mask)
+        out = attend(q, k, v, mask=mask, softcap=softcap)
         found.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     for ours, sdpa in zip(*found, strict=True):
         torch.testing.assert_close(ours, sdpa, atol=1e-5, rtol=1e-5)

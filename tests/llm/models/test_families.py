@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_families import CASES, CONTEXT, SIZES, VOCABULARY, config_of, drawn, pair, stock_of, tokens
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from llm.adapters.frozen import hold_once
 from llm.adapters.lora import LoraConfig, adapted_layers, attach, copy_dequantized, quantize, save_adapter
+from llm.errors import InputError
 from llm.models import architectures, from_transformers
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.decoder import compiled_decode
@@ -191,6 +193,78 @@ def test_fields_that_config_json_leaves_out_have_transformers_defaults(name: str
     for field in found.keys() & stock.keys() - {"architectures", "attention_dropout", "initializer_range"}:
         if stock[field] is not None and (field != "sliding_window" or found[field] is not None):
             assert found[field] == stock[field], field
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("llama", {"qk_norm": "head"}, "options.*qk_norm: expected 'none', as every llama has it, got 'head'"),
+        ("llama", {"attention_bias": "qkv"}, 'attention_bias: expected "none" or "all"'),
+        ("qwen2", {"attention_bias": "none"}, "attention_bias: expected 'qkv', as every qwen2 has it, got 'none'"),
+        ("qwen3", {"pattern": ["unrotated"]}, 'pattern: expected "full" and "window"'),
+        ("qwen3", {"pattern": ["window"]}, "window: expected a number of positions"),
+        ("mistral", {"pattern": ["full", "window"], "window": 9}, "pattern: expected"),
+        ("smollm3", {"pattern": ["window"], "window": 9}, "pattern: expected"),
+        ("granite", {"embedding_scale": "sqrt"}, "embedding_scale: expected a number"),
+        ("phi3", {"fused": False}, "fused: expected True, as every phi3 has it, got False"),
+        ("olmo2", {"norms": "before"}, "norms: expected 'after'"),
+        ("gemma3_text", {"attention_scale": 0.3}, "attention_scale: expected 1 / sqrt"),
+        ("gemma3_text", {"final_softcap": 30.0}, "final_softcap: expected 0.0"),
+    ],
+)
+def test_an_option_that_config_json_cannot_say_is_refused_by_its_name(name: str, options: Any, complaint: str) -> None:
+    with pytest.raises(ValidationError, match=f"(?s){complaint}"):
+        DecoderConfig.model_validate({"name": name, "options": options} | SIZES)
+
+
+def test_an_option_that_is_the_familys_own_is_the_same_as_none() -> None:
+    sizes = {"name": "gemma3_text"} | SIZES
+    assert DecoderConfig.model_validate(sizes | {"options": {"gate": "gelu", "pattern": ["window"]}}).options is None
+    assert DecoderConfig.model_validate(sizes) == DecoderConfig.model_validate(sizes | {"options": {"window": 512}})
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "complaint"),
+    [
+        ("qwen2", {"model_type": "qwen2_moe"}, "model_type: expected .*'qwen2'.*got 'qwen2_moe'"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: expected nothing"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "linear_attention"], "use_sliding_window": True},
+            "layer_types: expected",
+        ),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected nothing, got 30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation: expected 'gelu_pytorch_tanh', got 'gelu'"),
+        ("phi3", {"rope_scaling": {"type": "llama3"}}, "rope_scaling.type: expected 'default' or 'longrope'"),
+        ("phi3 with longrope", {"rope_parameters": {"rope_type": "longrope"}}, "short_divisors: expected"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window: expected False"),
+        ("granite", {"attention_multiplier": -1.0}, "attention_scale: expected greater than 0"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_its_field(case: str, fields: dict[str, Any], complaint: str) -> None:
+    config = config_of(case)
+    with pytest.raises(InputError, match=complaint):
+        from_transformers(architectures()[config.name].to_transformers(config) | fields, dropout=0.0)
+
+
+def test_a_window_that_is_written_but_switched_off_is_none() -> None:
+    """As in every Qwen2.5; the first Phi-3 calls its scaling "su"."""
+    fields = architectures()["qwen2"].to_transformers(config_of("qwen2"))
+    del fields["layer_types"]
+    off = fields | {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 1}
+    assert from_transformers(off, dropout=0.0) == config_of("qwen2")
+    on = from_transformers(off | {"use_sliding_window": True, "sliding_window": 9}, dropout=0.0)
+    assert on.kinds == ("full", "window") and on.parts.window == 9
+    config = config_of("phi3 with longrope")
+    fields = architectures()["phi3"].to_transformers(config)
+    rope = fields.pop("rope_parameters")
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": {name: rope[name] for name in ("short_factor", "long_factor")}}
+    for name in ("su", "yarn", "longrope"):
+        assert (
+            from_transformers(fields | {**older, "rope_scaling": older["rope_scaling"] | {"type": name}}, dropout=0.0)
+            == config
+        )
 
 
 @pytest.fixture(scope="module")
