@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from llm.data.conversations import PreferenceTemplate, Template, TextTemplate
 from llm.data.packing import STATISTICS, StreamWriter
-from llm.data.truncation import Stream, fit, fit_all
+from llm.data.truncation import Long, Stream, fit, fit_all, windows
 from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.files import whole_folder
@@ -39,6 +39,7 @@ class Table:
     weight: float = 1.0  # passes per epoch; a fraction selects rows by the hash of their content
     skip_bad: bool = False  # count rows that cannot be used instead of raising
     reasoning: Reasoning = "all"  # of which answers it is learned
+    long: Long = "cut"  # what to do with a row that is too long
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Counts:
     cut_responses: int = 0
     cut_turns: int = 0  # rows that lost turns at their end
     truncated: int = 0  # rows that were cut in any of these ways
+    windowed: int = 0  # rows that became several, each with a piece of the text
     cut_tokens: int = 0
     full_tokens: int = 0  # of the rows before they were cut
     dropped: int = 0  # no target was left within the context
@@ -164,7 +166,7 @@ def cut_sentence(counts: Mapping[str, int], context: int) -> str | None:
     )
     if share <= MANY_CUT:
         return told
-    return f"warning: {told}; a larger `context`, or shorter rows, keeps the rest"
+    return f'warning: {told}; a larger `context` keeps more of them, and so does long = "window" of documents to classify'
 
 
 class _SelectedRow(NamedTuple):
@@ -206,7 +208,14 @@ def _fitted(
                 raise InputError(f"{row.place}: {encoded}") from encoded
             count.bad += 1
             continue
-        found = list(fitted_groups(row.chats, encoded, tokenizer, positions=positions))
+        try:
+            found = list(fitted_groups(row.chats, encoded, tokenizer, positions=positions, long=table.long))
+        except InputError as error:
+            if not table.skip_bad:
+                raise InputError(f"{row.place}: {error}") from error
+            count.bad += 1
+            continue
+        count.windowed += len(found) > len(encoded[0]) and len(row.chats) == 1
         streams = [stream for group in found for stream in group]
         count.cut_prompts += any(stream.cut_prompt for stream in streams)
         count.cut_responses += any(stream.cut_response for stream in streams)
@@ -225,12 +234,26 @@ def _fitted(
 
 
 def fitted_groups(
-    chats: Sequence[Sequence[Turn]], encoded: Sequence[list[ChatPart]], tokenizer: TextTokenizer, *, positions: int
+    chats: Sequence[Sequence[Turn]],
+    encoded: Sequence[list[ChatPart]],
+    tokenizer: TextTokenizer,
+    *,
+    positions: int,
+    long: Long = "cut",
 ) -> Iterator[list[Stream]]:
-    """The chats of a row as streams: a preference's together; of a single chat, each part by itself."""
+    """The chats of a row as streams: a preference's together; of a single chat, each part by itself. InputError for one that is
+    too long if it is to fail.
+    """
     if len(chats) > 1:  # of which the last answers alone are compared
         whole = [(parts[-1].ids, parts[-1].loss_mask) for parts in encoded]
         yield fit_all(chats, whole, tokenizer, positions=positions)
+        return
+    longest = max(len(part.ids) for part in encoded[0]) - 1
+    if long == "fail" and longest > positions:
+        raise InputError(f'expected at most {positions:,} positions, as long = "fail" asks, got {longest:,}')
+    if long == "window" and longest > positions and len(encoded[0]) == 1:
+        for piece in windows(chats[0], tokenizer, positions=positions):
+            yield [fit(piece, tokenizer, positions=positions)]
         return
     for part in encoded[0]:
         turns = [turn.learned(number in part.answers) for number, turn in enumerate(chats[0][: part.stop])]

@@ -5,12 +5,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from llm.data.turn import Turn
 from llm.tokenizer.tokenizer import TextTokenizer
 
 Encoded = tuple[list[int], list[bool]]  # ids and loss mask
+Long = Literal["cut", "window", "fail"]  # what to do with a document to classify that is too long
+SLACK = 2  # tokens of a window that are left free, since the ends of a piece may split into other tokens
+SHORTEST_WINDOW = 8  # tokens of the document
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,25 @@ def fit(
         cut_prompt=cut_texts != texts,
         cut_response=excess > 0,
     )
+
+
+def windows(turns: Sequence[Turn], tokenizer: TextTokenizer, *, positions: int) -> list[list[Turn]]:
+    """A chat with one answer as chats that fit, each with a piece of its longest substituted text and the same answer; the pieces
+    follow each other. The chat itself if it fits, has several answers, or leaves no room for a piece.
+    """
+    texts = [text for turn in turns for text in turn.substituted()]
+    fits = len(_encode(turns, tokenizer)[0]) <= positions + 1
+    if fits or not texts or sum(turn.role == "assistant" for turn in turns) != 1:
+        return [list(turns)]
+    cuts = tokenizer.cuts(texts)
+    place = max(range(len(texts)), key=lambda index: len(cuts[index]))
+    text, ends = texts[place], [0, *cuts[place]]
+    alone = len(_encode(_refilled(turns, [*texts[:place], "", *texts[place + 1 :]]), tokenizer)[0])
+    room = positions + 1 - alone - SLACK
+    if room < SHORTEST_WINDOW:
+        return [list(turns)]
+    pieces = [text[ends[at] : ends[min(at + room, len(ends) - 1)]] for at in range(0, len(ends) - 1, room)]
+    return [_refilled(turns, [*texts[:place], piece, *texts[place + 1 :]]) for piece in pieces if piece.strip()]
 
 
 def _first_answers(turns: Sequence[Turn], tokenizer: TextTokenizer, *, limit: int) -> Sequence[Turn]:

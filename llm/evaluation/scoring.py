@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.data.batch import IGNORE
-from llm.data.truncation import Stream, fit
+from llm.data.truncation import Long, Stream, fit, windows
 from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
@@ -130,6 +130,7 @@ def classify(
     *,
     questions: Sequence[Question],
     labels: Sequence[str] | None = None,
+    long: Long = "cut",
     progress: OnProgress,
     processes: Processes = ALONE,
 ) -> Outcome:
@@ -137,24 +138,39 @@ def classify(
     token included, after the prompt. By default the labels are those that occur.
 
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
-    training. InputError for a label that is not in `labels`, or if there are fewer than two labels.
+    training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a label that is not in `labels`, or if there are fewer than two labels.
     """
     names = label_names(questions, labels)
     spelled = [_label_tokens(tokenizer, name) for name in names]
     longest = max(range(len(names)), key=lambda index: len(spelled[index]))
-    streams = [_fit(question.with_answer(names[longest]), tokenizer, model.context) for question in questions]
+    asked = [question.with_answer(names[longest]) for question in questions]
+    pieces = [_pieces(question, tokenizer, model.context, long) for question in asked]
+    rows = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])  # (windows,)
+    streams = [_fit(piece, tokenizer, model.context) for of_row in pieces for piece in of_row]
     prompts = [stream.ids[: -len(spelled[longest])] for stream in streams]
     timer = GenerationTimer()
     number = {name: index for index, name in enumerate(names)}
     expected = [number[question.expected] for question in questions]
     choices = [Choice(prompt, spelled) for prompt in prompts]
     found = continuation_likelihoods(model, choices, timer=timer, processes=processes, progress=progress)
-    likelihoods = np.array(found)  # (N, L)
+    likelihoods = np.zeros((len(questions), len(names)))  # (N, L)
+    np.add.at(likelihoods, rows, np.array(found))
+    likelihoods /= np.bincount(rows)[:, None]
     chosen = [number[names[index]] for index in likelihoods.argmax(1)]
     margins = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
     facts = {"cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
-    shown = ["\n".join(message["content"] for message in stream.messages[:-1]) for stream in streams]
+    first = np.searchsorted(rows, np.arange(len(questions)))  # windows
+    shown = ["\n".join(message["content"] for message in streams[at].messages[:-1]) for at in first]
     return judged_labels(names, expected, chosen, prompts=shown, facts=facts, nats_behind=margins.tolist())
+
+
+def _pieces(question: Question, tokenizer: TextTokenizer, context: int, long: Long) -> list[Question]:
+    """The question, or its windows; InputError for one that is too long if it is to fail."""
+    if long == "window":
+        return [replace(question, turns=turns) for turns in windows(question.turns, tokenizer, positions=context)]
+    if long == "fail" and (length := len(tokenizer.encode_chat([turn.message for turn in question.turns])[0]) - 1) > context:
+        raise InputError(f'{question.place}: expected at most {context:,} positions, as long = "fail" asks, got {length:,}')
+    return [question]
 
 
 def judged_labels(

@@ -120,9 +120,12 @@ def _settings(answers: Answers) -> dict[str, Any]:
         "tokens": tokens,
         "rows": rows,
         "tune": _tuning(rows, context, languages[0], flops=TUNING * flops, base=answers.base, shape=shape) if rows else None,
+        # Documents that do not fit are read piece by piece.
+        "windows": rows is not None and rows.kind == "labels" and rows.long_characters / CHARACTERS[languages[0]] > context,
         "base": answers.base,
         "base_is_folder": answers.base is not None and Path(answers.base).is_dir(),
         "repo": answers.repo,
+        "mixes": answers.minutes >= 5,  # reading other chats takes a minute
         "most_labels": MOST_LABELS,
     }
 

@@ -16,7 +16,7 @@ from llm.data.batch import IGNORE, PackedRow
 from llm.data.chat_dataset import Table, write_rows
 from llm.data.conversations import Template
 from llm.data.packing import PackedRows
-from llm.data.truncation import fit, fit_all
+from llm.data.truncation import fit, fit_all, windows
 from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.tokenizer.chat_template import PLAIN_TEMPLATE
@@ -360,3 +360,22 @@ def test_answers_that_reason_are_rows_of_their_own_and_nothing_said_by_the_user_
         found.append(tokenizer.decode(row.targets[chosen].tolist(), special=True))
     assert sorted(found) == sorted(learned)
     assert (statistics["rows"], statistics["bad"], statistics["dropped"]) == (1, 0, 0)
+
+
+def test_long_documents_are_cut_read_in_windows_or_refused(pack: Any) -> None:
+    text = " ".join(f"the heart and the liver {n}" for n in range(30))
+    template = Template("Which organ?\n{prompt}\nSay it.", "{response}")
+    table = [pair(text, "liver"), pair("short", "heart")]
+    _, statistics = pack(table, context=64, template=template, long="window", longest_row=1 << 20)
+    assert (statistics["windowed"], statistics["truncated"], statistics["rows"]) == (1, 0, 2)
+    assert statistics["chats"] > 6 and "cut" not in statistics
+    turns = template.turns(table[0])
+    pieces = windows(turns, TOKENIZER, positions=64)
+    assert "".join(piece[0].parts[1] for piece in pieces) == text and len(pieces) == statistics["chats"] - 1
+    for piece in pieces:
+        assert (piece[0].parts[0], piece[0].parts[2], piece[-1]) == ("Which organ?\n", "\nSay it.", turns[-1])
+        assert 30 < len(TOKENIZER.encode_chat([turn.message for turn in piece])[0]) <= 65 or piece is pieces[-1]
+    with pytest.raises(InputError, match=r'rows-0\.jsonl:1: expected at most 64 positions, as long = "fail" asks, got'):
+        pack(table, context=64, template=template, long="fail", name="fail")
+    _, statistics = pack(table, context=64, template=template, long="fail", skip_bad=True, name="skip")
+    assert (statistics["bad"], statistics["chats"]) == (1, 1)

@@ -10,6 +10,7 @@ import torch
 import llm.inference.likelihood
 import llm.layers.log_probabilities
 from llm.data.batch import IGNORE
+from llm.data.truncation import windows
 from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.evaluation.chrf_bleu import ChrfBleu
@@ -54,6 +55,9 @@ def indifferent(model: Decoder) -> Decoder:
 
 def question(prompt: str, answer: str, *, place: str = "rows.jsonl:1") -> Question:
     return Question(place, [Turn("user", ("Say: ", prompt, "")), Turn("assistant", (answer,))])
+
+
+LABELS = ["blood", "heart"]
 
 
 def silent(done: int, total: int) -> None:
@@ -129,6 +133,33 @@ def test_the_likeliest_label_is_chosen_and_wrong_rows_are_examples(model: Decode
     assert outcome.examples[0]["nats_behind"] > 0
 
     assert classify(model, tokenizer, questions=questions, labels=labels, progress=silent).facts["cut_prompts"] == 1
+
+
+def test_a_long_document_is_classified_by_the_mean_over_its_windows(model: Decoder, tokenizer: TextTokenizer) -> None:
+    text = " ".join(f"red blood and the heart {n}" for n in range(20))
+
+    def lead(turns: list[Turn]) -> float:
+        """By how many nats "blood" is likelier than "heart"."""
+        one = Question("rows.jsonl:1", turns)
+        behind = [
+            sum(
+                error["nats_behind"]
+                for error in classify(model, tokenizer, questions=[wanted], labels=LABELS, progress=silent).examples
+            )
+            for wanted in (one.with_answer("heart"), one.with_answer("blood"))
+        ]
+        return behind[0] - behind[1]
+
+    long = question(text, "heart")
+    pieces = windows(long.turns, tokenizer, positions=model.context)
+    wanted = sum(map(lead, pieces)) / len(pieces)
+    other = question("short", "blood")
+    outcome = classify(model, tokenizer, questions=[other, long, other], labels=LABELS, long="window", progress=silent)
+    found = sum(error["nats_behind"] for error in outcome.examples if error["row"] == 2)
+    assert len(pieces) > 3 and found == pytest.approx(max(0.0, wanted), abs=2e-3)
+    assert outcome.facts["cut_prompts"] == 0 and outcome.rows == 3
+    with pytest.raises(InputError, match=r'rows.jsonl:1: expected at most \d+ positions, as long = "fail" asks'):
+        classify(model, tokenizer, questions=[other, long], labels=LABELS, long="fail", progress=silent)
 
 
 def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Decoder, tokenizer: TextTokenizer) -> None:

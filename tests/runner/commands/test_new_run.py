@@ -36,4 +36,4 @@ def test_two_commands_lead_from_a_messy_file_to_a_model_with_scores(tmp_path: Pa
         name.partition(".")[0] in ("labels", "answers", "own", "general-en", "general-zh") for name in scores
     )
     if name == "texts of 4,000 tokens":
-        assert "warning: 48 of 48 rows (100%) are longer than" in ran.stderr
+        assert 'long = "window"' in (tmp_path / "mine.toml").read_text()
