@@ -104,7 +104,8 @@ def _answers(options: argparse.Namespace, path: Path, given: dict[str, str]) -> 
         minutes=float(minutes),
         repo=repo or None,
         base=None if base == NOTHING else str(folder.resolve()) if folder.is_dir() else base,
-        shipped=_shipped(path, language) if base == NOTHING else None,
+        # Preferences that hold their prompts inside are learned after general questions.
+        shipped=_shipped(path) if base == NOTHING or (rows and rows.kind == "preferences" and not rows.prompt) else None,
     )
 
 
@@ -119,6 +120,7 @@ def _rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile"
         if name and name not in profile.fields:
             raise RecipeError(f"{data}: expected one of the fields {', '.join(map(repr, profile.fields))}, got {name!r}")
     _show(data, profile)
+    known = None if options.text or options.label else _known_form(profile)
     first = guess(profile, kind=options.kind, text=options.text or "", label=options.label or "")
     if first is None:
         raise RecipeError(
@@ -133,20 +135,40 @@ def _rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile"
         raise RecipeError(
             f"{data}: expected rows for {kind}, got fields {', '.join(map(repr, profile.fields))}; see --text, --label"
         )
-    if kind in ("labels", "pairs", "documents"):
+    if kind in ("labels", "documents") or (kind == "pairs" and known != "pairs"):
         fields = tuple(profile.fields)
         text = ask("text", "the field that is read", made.text, lambda name: _one_of(name, fields))
         label = made.label
         if kind != "documents":
             label = ask("label", "the field that is learned", made.label, lambda name: _one_of(name, fields))
         made = guess(profile, kind=made.kind, text=text, label=label) or made
-    return _as_rows(options, path, data, profile, made)
+    return _as_rows(options, path, data, profile, made, is_known=known == kind)
 
 
-def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile", made: "Guess") -> Rows:
-    of_text = profile.fields[made.text]
+def _known_form(profile: "Profile") -> str | None:
+    """The kind of the rows if a recipe knows their form by the names of fields: pairs, chats or preferences."""
+    from llm.data.row_forms import read_chat, read_preference
+    from llm.errors import InputError
+
+    def all_read(read: Callable[[Any], object]) -> bool:
+        try:
+            return all(read(row) for row in profile.examples)
+        except InputError:
+            return False
+
+    if all_read(read_preference):
+        return "preferences"
+    if not all_read(read_chat):
+        return None
+    return "chats" if any(isinstance(value, list) for row in profile.examples for value in row.values()) else "pairs"
+
+
+def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile", made: "Guess", *, is_known: bool) -> Rows:
+    """`is_known`: the names of the fields say how rows are read."""
+    inside = made.kind == "preferences" and (made.text not in profile.fields or not profile.fields[made.text].types["text"])
+    of_text = profile.fields["chosen" if inside else made.text]  # a prompt may be inside both answers
     values = profile.fields[made.label].values if made.kind == "labels" else None
-    missing = {name: profile.fields[name] for name in (made.text, made.label) if name and made.kind != "chats"}
+    missing = {name: profile.fields[name] for name in (made.text, made.label) if name and made.kind != "chats" and not inside}
     usable = profile.rows - profile.faults.counts.total()
     bad = profile.faults.counts.total() + sum(
         max(0, usable - one.present)
@@ -161,11 +183,12 @@ def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profi
     return Rows(
         files=os.path.relpath(Path(data).expanduser().absolute(), path.parent.absolute()),
         kind=made.kind,
-        prompt=made.prompt,
+        prompt="" if inside else made.prompt,
         response=f"{{{made.label}}}" if made.kind in ("labels", "pairs") else "",
-        text=made.text if made.kind in ("labels", "pairs", "documents", "preferences") else "",
+        text="" if inside or made.kind == "chats" else made.text,
         label=made.label if made.kind == "labels" else "",
         messages=made.text if made.kind == "chats" else "",
+        is_known=is_known and made.kind != "labels",
         labels=tuple(values or ()),
         count=usable if profile.rows < LOOKED_AT else max(usable, _estimate(profile)),
         characters=of_text.lengths.quantile(0.5) or 400,
@@ -200,7 +223,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= WIDEST else f"{text[:WIDEST]}…"
 
 
-def _shipped(path: Path, language: str) -> str | None:
+def _shipped(path: Path) -> str | None:
     """The folder with the text of Stockpot that the recipe names, relative to it; None where it did not come along."""
     if not (SHIPPED / "data").is_dir():
         return None

@@ -56,6 +56,7 @@ class Rows:
     text: str = ""  # the field that rows are grouped by
     label: str = ""  # the field that the rows are split by
     messages: str = ""
+    is_known: bool = False  # of chats: whether the names of the fields say how rows are read
     labels: Sequence[str] = ()
     count: int = 0
     characters: int = 0  # of half of the rows at most

@@ -54,6 +54,26 @@ MESSY: dict[str, tuple[str, bytes, str]] = {  # by name: the file, its content, 
         lines([{"prompt": text, "chosen": f"yes {n}", "rejected": "no"} for n, text in enumerate(SENTENCES)]),
         "preferences",
     ),
+    "ShareGPT": (
+        "a.json",
+        json.dumps(
+            [
+                {"id": f"{n}", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "fine"}]}
+                for n, text in enumerate(SENTENCES)
+            ]
+        ).encode(),
+        "chats",
+    ),
+    "preferences with the prompt inside": (
+        "a.jsonl",
+        lines(
+            [
+                {"chosen": f"\n\nHuman: {text}?\n\nAssistant: yes {n}", "rejected": f"\n\nHuman: {text}?\n\nAssistant: no"}
+                for n, text in enumerate(SENTENCES)
+            ]
+        ),
+        "preferences",
+    ),
     "40% empty cells": ("a.csv", HALF_EMPTY.encode(), "labels"),
     "int labels": ("a.jsonl", lines([{"Review Text": text, "stars": n % 3} for n, text in enumerate(SENTENCES)]), "labels"),
     "list labels": (

@@ -81,6 +81,10 @@ def test_a_messy_file_becomes_a_recipe_whose_data_can_be_used(tmp_path: Path, na
     file, content, kind = MESSY[name]
     (tmp_path / file).write_bytes(content)
     recipe = new(tmp_path / "mine", tmp_path / file)
+    if name in ("Alpaca", "ShareGPT", "messages", "preferences with the prompt inside"):  # known by their fields
+        assert (
+            " prompt = " not in (tmp_path / "mine.toml").read_text().partition("[stage.own]")[2].partition("[stage.scores]")[0]
+        )
     assert {"labels": "baseline", "preferences": "preferred"}.get(kind, "scores") in recipe.stages
     task = recipe.resolved()["stage"]["scores"]["tasks"][0]
     assert task["task"] == {"labels": "classification", "documents": "text"}.get(kind, "answers")
@@ -119,7 +123,7 @@ def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
     rows.write_text("question,answer\n" + "".join(f"why {n},because {n}\n" for n in range(9)), encoding="utf-8")
     new(tmp_path / "deeper" / "mine", rows)
     assert f"--allow-path '{rows.parent}'" in capsys.readouterr().out
-    assert 'prompt = "{question}", response = "{answer}"' in (tmp_path / "deeper" / "mine.toml").read_text(encoding="utf-8")
+    assert rows.name in (tmp_path / "deeper" / "mine.toml").read_text(encoding="utf-8")
     assert (tmp_path / "deeper" / "stockpot-data" / "NOTICE").exists()
 
 
