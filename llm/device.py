@@ -1,6 +1,7 @@
 """This machine as training sees it: memory, precision, compiler."""
 
 import contextlib
+import ctypes
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ from torch.utils import deterministic
 
 Precision = Literal["fp32", "bf16"]
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -82,6 +84,16 @@ def free_memory(device: torch.device) -> float:
     if soft != resource.RLIM_INFINITY:
         limits.append(float(soft - psutil.Process().memory_info().vms))
     return max(0.0, min(limits))
+
+
+def return_freed_blocks() -> None:
+    """From now on give blocks of 1 MiB and more back to the system when they are freed, where the C library is glibc.
+
+    For work that goes over a model weight by weight: glibc before 2.38 does not use an aligned block that was freed for the next
+    one, and merging an adapter into 128 MB of weights left 75 MB behind.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 # What libraries say when memory runs out, in an error that has no type of its own: torch's allocator of main memory, oneDNN,

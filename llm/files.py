@@ -3,10 +3,9 @@
 import errno
 import json
 import os
-import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # this module is also used where torch is not imported
     from torch import Tensor
 
+# Of safetensors, for dtypes of torch.
+KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+KINDS |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 TEMPORARY = ".tmp"  # ends the name of what is not complete
 
 
@@ -65,18 +67,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def write_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
-    """Write `tensors` to `path` as safetensors. A full disk raises OSError, as it does for any other file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", *, read: "Callable[[str], Tensor] | None" = None) -> None:
+    """Write `tensors` to `path` as safetensors (https://huggingface.co/docs/safetensors), one after the other.
 
-    with whole_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))  # safetensors gives it only in its message
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(path)) from error
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it readable by its owner only
+    The bytes are those that the library writes, which would hold a copy of all of them. With `read`, `tensors` only say dtypes
+    and shapes, and each content is asked for when it is written.
+    """
+    import torch
+    from safetensors.torch import save
+
+    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    written = save(empty)
+    order = list(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in order:
+        stop = place + tensors[name].numel() * tensors[name].element_size()
+        kind = KINDS[str(tensors[name].dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [place, stop]}
+        place = stop
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with whole_file(path) as temporary, temporary.open("wb", buffering=0) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            content = (read(name) if read else tensors[name]).detach().to("cpu").contiguous()
+            assert content.dtype == tensors[name].dtype and content.shape == tensors[name].shape
+            bytes_left = content.reshape(-1).view(torch.uint8).numpy().data
+            while bytes_left:
+                bytes_left = bytes_left[file.write(bytes_left) :]

@@ -249,6 +249,16 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     """Put the adapter of `folder` into `model`: any LoRA adapter that PEFT wrote for this architecture. InputError where it
     does not fit.
     """
+    full = load_low_rank(model, folder, with_modules=True)
+    _copy_saved_modules(model, full)
+    model.eval()
+
+
+def load_low_rank(model: LanguageModel, folder: Path, *, with_modules: bool = False) -> dict[str, Tensor]:
+    """Put the low-rank matrices of an adapter into `model`; returns the weights of the modules that were trained in full.
+
+    Linear layers may hold nothing meanwhile, unless `with_modules`, which says that those weights are the model's, too.
+    """
     import peft
 
     check_config(folder)
@@ -258,13 +268,13 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     full = {name: weights.pop(name) for name in list(weights) if name in plain}
     if model.config.tied:
         _check_tied(config, weights, full, folder)
-    config.modules_to_save = sorted({name.rpartition(".")[0] for name in full}) or None
-    _inject(model, config)
-    _check_fit(_state(model), weights, folder)
     _check_fit({name: plain[name] for name in full}, full, folder)
-    peft.set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
-    _copy_saved_modules(model, full)
-    model.eval()
+    config.modules_to_save = (sorted({name.rpartition(".")[0] for name in full}) or None) if with_modules else None
+    with contextlib.nullcontext() if with_modules or config.use_dora else hidden_weights(model):
+        _inject(model, config)
+        _check_fit(_state(model), weights, folder)
+        peft.set_peft_model_state_dict(model, {_PREFIX + name: tensor for name, tensor in weights.items()})
+    return full
 
 
 def check_config(folder: Path) -> None:
@@ -283,6 +293,11 @@ def check_config(folder: Path) -> None:
             f"{path}: auto_mapping, megatron_config: expected a model of Transformers and none of Megatron, since PEFT "
             f"imports the module that is named, got {library!r:.80} and {found.get('megatron_config')!r:.80}"
         )
+
+
+def uses_dora(folder: Path) -> bool:
+    """Whether the adapter learns lengths and directions of rows apart."""
+    return bool(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("use_dora"))
 
 
 def _check_tied(config: Any, weights: dict[str, Tensor], full: dict[str, Tensor], folder: Path) -> None:

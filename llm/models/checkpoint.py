@@ -7,7 +7,7 @@ field. `llm.models.import_checkpoint` takes over folders from elsewhere.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
     Weights are stored in `dtype` (None: that of each), and in several files where they have more than `shard_bytes`. Where
-    `tokenizer_folder` is a checkpoint, the tokens that end its answers and its sampling defaults are copied too.
+    `tokenizer_folder` is a checkpoint, the tokens that end its answers and its sampling defaults are copied too. With `read`, a
+    weight is what that gives for its name when it is written, in fp32 or as it is stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -51,7 +53,8 @@ def save_checkpoint(
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tokenizer = TextTokenizer.load(tokenizer_folder)
     sampling = read_sampling(tokenizer_folder)
-    write_model(folder, model.config, weights, tokenizer=tokenizer, sampling=sampling, dtype=dtype, shard_bytes=shard_bytes)
+    how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "read": read}
+    write_model(folder, model.config, weights, tokenizer=tokenizer, sampling=sampling, **how)
 
 
 def write_model(
@@ -63,6 +66,7 @@ def write_model(
     sampling: Sampling | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write everything but the tokenizer's own files; of a tied head only the embedding."""
     embedding = weights["model.embed_tokens.weight"]
@@ -71,10 +75,17 @@ def write_model(
     write_json(folder / CONFIG, fields | tokenizer.special_ids)
     write_json(folder / FILE, tokenizer.special_ids | {"do_sample": False} | dict(sampling or {}))
     kept = {name: tensor for name, tensor in weights.items() if not (config.tied and name == "lm_head.weight")}
-    _write_weights(folder, kept, dtype=dtype, shard_bytes=shard_bytes)
+    _write_weights(folder, kept, dtype=dtype, shard_bytes=shard_bytes, read=read or kept.__getitem__)
 
 
-def _write_weights(folder: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    read: Callable[[str], Tensor],
+) -> None:
     """Write one file, or shards and then the index that names them: without it, shards are no model."""
     for old in (folder / INDEX, folder / WEIGHTS, *folder.glob(SHARDS.format("*", "*"))):
         old.unlink(missing_ok=True)
@@ -88,8 +99,9 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], *, dtype: torch.
         shards[-1].append(name)
         filled += size
     files = [WEIGHTS] if len(shards) == 1 else [_shard_name(index, len(shards)) for index in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):  # one shard at a time is cast and in main memory
-        write_tensors(folder / file, {name: _stored(name, weights[name], dtype) for name in names})
+    for file, names in zip(files, shards, strict=True):  # one weight at a time is cast
+        shapes = {name: torch.empty_like(weights[name], dtype=dtype, device="meta") for name in names}
+        write_tensors(folder / file, shapes, read=lambda name: _stored(name, read(name), dtype or weights[name].dtype))
     if len(shards) > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
@@ -122,7 +134,8 @@ def load_checkpoint(
     """
     config, vocab_size = read_config(folder / CONFIG, dropout=dropout)
     stored = read_weights(folder, config, vocab_size=vocab_size, device=device)
-    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in stored.items()}
+    # Each goes when it is cast, and with it the pages of the file.
+    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in _popped(stored)}
     if config.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = _without_weights(config, vocab_size)
@@ -130,6 +143,11 @@ def load_checkpoint(
     if config.tied:
         model.lm_head.weight = model.embedding.weight
     return model.eval()
+
+
+def _popped(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name in list(tensors):
+        yield name, tensors.pop(name)
 
 
 def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:

@@ -41,19 +41,17 @@ class Merge(Stage, kind="merge", version=1, makes=Checkpoint):
 
     def run(self, context: Context) -> Metrics:
         """Merge, and write the checkpoint."""
-        from llm.adapters.merge import merge_adapters, mix_adapters
-        from llm.models.checkpoint import load_checkpoint, save_checkpoint
+        from llm.adapters.merge import MergedWeights
+        from llm.device import return_freed_blocks
+        from llm.models.checkpoint import save_checkpoint
 
         base = context.open(self.base)
         folders = [context.open(adapter).folder for adapter in self.adapters]
         self._check_origins(context)
-        model = load_checkpoint(base.folder)
-        if self.weights is None:
-            merge_adapters(model, folders)
-        else:
-            mix_adapters(model, folders, self.weights)
+        return_freed_blocks()
+        merged = MergedWeights(base.folder, folders, self.weights)
         dtype = resolve_dtype(self.dtype, base.folder)
-        save_checkpoint(context.work, model, base.tokenizer.folder, dtype=dtype)
+        save_checkpoint(context.work, merged.model, base.tokenizer.folder, dtype=dtype, read=merged)
         metrics = {name: context.records[name].get("metrics", {}) for name in self.adapters}
         losses = {name: found["merge_losses"] for name, found in metrics.items() if found.get("merge_losses")}
         return {"adapters": len(folders)} | ({"losses": losses} if losses else {})

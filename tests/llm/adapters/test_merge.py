@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from llm.adapters import lora
-from llm.adapters.merge import merge_adapters, mix_adapters
+from llm.adapters.merge import MergedWeights, merge_adapters
 from llm.errors import InputError
+from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.decoder.config import DecoderConfig
 from llm.models.decoder.model import Decoder
+from llm.tokenizer.train_bpe import train_bpe
 
 
 def model_of(hidden_size: int = 32, tied: bool = True) -> Decoder:
@@ -84,21 +86,46 @@ def test_a_chain_is_merged_in_order_each_on_the_result_of_those_before(tmp_path:
     torch.testing.assert_close(logits(merged), logits(middle), atol=1e-4, rtol=0)
 
 
-def test_a_mix_changes_the_base_by_the_weighted_sum_of_what_each_adapter_changes(tmp_path: Path) -> None:
-    first = adapter(tmp_path / "first", model_of(), seed=1, modules_to_save=["norm"])
-    second = adapter(tmp_path / "second", model_of(), seed=2, dora=True, target_modules=["v_proj", "up_proj"])
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of the base, in bf16."""
+    tokenizer = train_bpe(["a b c"], 260, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    tokenizer.save(tmp_path / "tokenizer")
+    save_checkpoint(tmp_path / "base", model_of(), tmp_path / "tokenizer", dtype=torch.bfloat16)
+    return tmp_path / "base"
+
+
+def test_weights_that_are_merged_one_by_one_are_those_of_a_whole_merge(base: Path, tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [{"modules_to_save": ["norm"]}, {"dora": True, "target_modules": ["v_proj", "up_proj"]}, {}]
+    chain, whole = [], load_checkpoint(base)
+    for number, kind in enumerate(kinds):
+        adapted = load_checkpoint(base)
+        merge_adapters(adapted, chain)
+        chain.append(adapter(tmp_path / str(number), adapted, seed=number, **kind))
+    merge_adapters(whole, chain)
+    merged = MergedWeights(base, chain)
+    for name, weight in whole.named_parameters():
+        assert torch.equal(merged(name).float(), weight), name
+    save_checkpoint(tmp_path / "merged", merged.model, base, dtype=torch.bfloat16, read=merged)
+    save_checkpoint(tmp_path / "whole", whole, base, dtype=torch.bfloat16)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("merged", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+    assert merged("model.embed_tokens.weight").dtype == torch.bfloat16  # what no adapter changes stays as it is
+
+
+def test_a_mix_changes_the_base_by_the_weighted_sum_of_what_each_adapter_changes(base: Path, tmp_path: Path) -> None:
+    first = adapter(tmp_path / "first", load_checkpoint(base), seed=1, modules_to_save=["norm"])
+    second = adapter(tmp_path / "second", load_checkpoint(base), seed=2, dora=True, target_modules=["v_proj", "up_proj"])
     alone = []
     for folder in (first, second):
-        alone.append(model_of())
+        alone.append(load_checkpoint(base))
         merge_adapters(alone[-1], [folder])
-    mixed, base = model_of(), model_of().state_dict()
-    mix_adapters(mixed, [first, second], [0.7, -0.3])
-    one, two = (model.state_dict() for model in alone)
-    for name, weight in mixed.state_dict().items():
-        expected = base[name] + 0.7 * (one[name] - base[name]) - 0.3 * (two[name] - base[name])
-        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
-    assert (logits(mixed) - logits(model_of())).abs().max() > 0.05
-    assert mixed.lm_head.weight is mixed.model.embed_tokens.weight
+    mixed, plain = MergedWeights(base, [first, second], [0.7, -0.3]), dict(load_checkpoint(base).named_parameters())
+    one, two = (dict(model.named_parameters()) for model in alone)
+    for name, weight in plain.items():
+        expected = weight + 0.7 * (one[name] - weight) - 0.3 * (two[name] - weight)
+        torch.testing.assert_close(mixed(name).float(), expected, atol=1e-6, rtol=0)
+    assert not torch.equal(mixed("model.norm.weight").float(), plain["model.norm.weight"])
 
 
 def test_an_adapter_of_a_base_of_other_sizes_is_refused_by_name_and_shape(tmp_path: Path) -> None:
