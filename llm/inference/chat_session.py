@@ -3,7 +3,7 @@
 Terminals and servers use it; the model comes from a checkpoint folder, and from an adapter's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,14 +120,17 @@ class ChatSession:
 
     def continuation(self, text: str | Sequence[int], options: AnswerOptions) -> Answer:
         """The model's continuation of plain text, or of tokens as they are; InputError where they fill the context."""
-        prompt = [self.tokenizer.begin, *self.tokenizer.encode(text)] if isinstance(text, str) else list(text)
+        prompt = self.tokenizer.encode_document(text)[:-1] if isinstance(text, str) else list(text)
         if unknown := [token for token in prompt if not 0 <= token < self._decoding.vocab_size]:
             raise InputError(f"prompt: expected tokens from 0 to {self._decoding.vocab_size - 1}, got {unknown[0]}")
         if len(prompt) >= self.context:
             raise InputError(f"prompt: expected fewer than the model's context of {self.context} tokens, got {len(prompt)}")
-        return self._generate(prompt, options, forgotten=0)
+        ends = (*self.tokenizer.ends, self.tokenizer.document_end)
+        return self._generate(prompt, options, forgotten=0, ends=ends)
 
-    def _generate(self, prompt: list[int], options: AnswerOptions, *, forgotten: int) -> Answer:
+    def _generate(
+        self, prompt: list[int], options: AnswerOptions, *, forgotten: int, ends: Collection[int] | None = None
+    ) -> Answer:
         constraint = None
         if options.schema is not None:
             self._grammars = self._grammars or JsonGrammars(self.tokenizer, vocab_size=self._decoding.vocab_size)
@@ -138,6 +141,7 @@ class ChatSession:
             prompt,
             tokenizer=self.tokenizer,
             max_new_tokens=options.max_new_tokens,
+            end=ends,
             stop=options.stop,
             sampling=options.sampling,
             index=options.index,

@@ -207,9 +207,11 @@ class ChatRenderer:
         found = None
         if not isinstance(following, InputError) and following[0].startswith(text):
             found = self.control.any.match(following[0], len(text) + _spaces(following[0], len(text)))
-        if found is not None and found.group() in self.control.special:
-            calls = "tool_calls" in message.fields
-            end = found.group() if not calls or found.group() in self.ends or not self.ends else self.ends[0]
+        if found is not None and (found.group() in self.ends or "tool_calls" not in message.fields):
+            end = found.group() if found.group() in self.control.special else ""
+        else:  # what follows a call may be a result's token, by which no generation ends (DeepSeek-V3)
+            end = self.ends[0] if found is not None and self.ends else ""
+        if end:
             return _Answer(answer.number, text + end, answer.start, len(text) + len(end))
         raise _unmarked("no end token follows the assistant's text")
 

@@ -30,7 +30,11 @@ SPECIAL_FILE = "special_tokens_map.json"  # the special tokens, in older version
 GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens is used
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 NO_LENGTH_LIMIT = int(1e30)  # Transformers' value for "no limit"; the model has the limit
-_DERIVED = ("control", "_renderer")  # computed when they are needed, from the template
+# Tokens that end a document in a model whose end token ends a turn of a chat: of GPT-2, Qwen, SmolLM and Phi; Llama 3; Gemma;
+# Llama 2 and Mistral; DeepSeek.
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
+ENDS_OF_TURNS = ("eot_token", "eom_token")  # names in tokenizer_config.json for further tokens that end an answer
+_DERIVED = ("control", "_renderer", "document_begin", "document_end")  # computed when they are needed, from the template
 
 __all__ = ["ChatMessage", "ChatPart", "TextTokenizer", "open_tokenizer"]
 
@@ -47,9 +51,10 @@ class ChatPart(NamedTuple):
 class TextTokenizer:
     """Text to token ids and back.
 
-    `end` ends a document; `ends` are all tokens that end an answer. In a vocabulary without a begin token `begin` is the end
-    token, so that each document follows the end of another; without a padding token `padding` is the end token, since neither
-    attention nor the loss sees padding.
+    `end` is the end token, `ends` are all tokens that end an answer. Plain text is between `document_begin` and `document_end`,
+    which a model of chats may have besides its end token. In a vocabulary without a begin token `begin` is the end token, so that
+    each document follows the end of another; without a padding token `padding` is the end token, since neither attention nor
+    the loss sees padding.
     """
 
     def __init__(
@@ -88,7 +93,8 @@ class TextTokenizer:
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         if unmarked := [token for token in dict.fromkeys(named.values()) if token not in special]:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
-        return cls(tokenizer, named, _template(folder), ends=_ends(folder))
+        turns = (tokenizer.token_to_id(token) for token in _ends_of_turns(folder))
+        return cls(tokenizer, named, _template(folder), ends=[*_ends(folder), *(end for end in turns if end is not None)])
 
     @property
     def special_ids(self) -> dict[str, int | list[int] | None]:
@@ -169,13 +175,34 @@ class TextTokenizer:
             found.append([min(end, start) for (_, end), start in zip(encoding.offsets, starts, strict=True)])
         return found
 
+    @cached_property
+    def document_end(self) -> int:
+        """The token that ends a document: the end token, unless that ends turns and the vocabulary has another for documents."""
+        end = self._named["eos_token"]
+        if end in DOCUMENT_ENDS or end not in (self.template or ""):  # a template that does not spell it means `eos_token`
+            return self.end
+        return next((self.token_id(token) for token in DOCUMENT_ENDS if token in self.special_tokens), self.end)
+
+    @cached_property
+    def document_begin(self) -> int:
+        """The token that begins a document: the begin token, unless that begins turns, or else the one that ends documents."""
+        begin = self._named.get("bos_token")
+        if begin is None:
+            return self.document_end
+        if begin in (self.template or ""):
+            said = ({"role": role, "content": "x"} for role in ("user", "assistant", "user"))
+            with contextlib.suppress(InputError):  # a template that refuses a chat so simple
+                if self.render(list(said)).count(begin) > 1:
+                    return self.document_end
+        return self.begin
+
     def encode_document(self, text: str) -> list[int]:
-        """The text as a whole document, between the begin and the end token."""
-        return [self.begin, *self.encode(text), self.end]
+        """The text as a whole document, between the tokens that begin and end one."""
+        return [self.document_begin, *self.encode(text), self.document_end]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_document` of many, on all cores."""
-        return [[self.begin, *ids, self.end] for ids in self.encode_batch(texts)]
+        return [[self.document_begin, *ids, self.document_end] for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of the ids, without special tokens unless `special`."""
@@ -264,6 +291,7 @@ class TextTokenizer:
         config = {
             "additional_special_tokens": [token for token in self.special_tokens if token not in self._named.values()],
             **self._named,
+            **self._ends_of_turns(),
             **({} if self.template is None else {"chat_template": self.template}),
             "clean_up_tokenization_spaces": False,  # or decoding loses spaces before punctuation
             "model_max_length": NO_LENGTH_LIMIT,
@@ -273,6 +301,12 @@ class TextTokenizer:
         whole.post_processor = self._post_processor
         write_text(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def _ends_of_turns(self) -> dict[str, Any]:
+        """The tokens that end an answer beside the end token, with the names that Transformers gives to a model's own tokens."""
+        tokens = [self._marked.id_to_token(end) or "" for end in self.ends[1:]]
+        named = dict(zip(ENDS_OF_TURNS, tokens, strict=False))
+        return {"extra_special_tokens": named} if named else {}
 
 
 @contextlib.contextmanager
@@ -328,6 +362,14 @@ def _ends(folder: Path) -> list[int]:
         if found is not None:
             return list(found) if isinstance(found, list) else [found]
     return []
+
+
+def _ends_of_turns(folder: Path) -> list[str]:
+    """The tokens that end an answer, by their names in tokenizer_config.json."""
+    config = _json(folder / CONFIG_FILE)
+    own = config.get("extra_special_tokens")
+    found = (own if isinstance(own, dict) else {}) | config
+    return [str(found[name]) for name in ENDS_OF_TURNS if isinstance(found.get(name), str)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BATCH_BYTES = 4 * 2**20  # of lines that are tokenized at once: enough for many cores; takes about 30 times as much memory
 
 
-class Pack(Stage, kind="pack", version=2, makes=Tokens):
+class Pack(Stage, kind="pack", version=3, makes=Tokens):
     """Tokenizes the training and the validation documents of a corpus. Every document ends with the end token."""
 
     corpus: Semantic[Ref[Corpus]]

@@ -39,6 +39,14 @@ LEARNED = {
 }
 
 
+DOCUMENTS = {  # what begins and ends plain text
+    "llama-2": ["<s>", "</s>"],
+    "llama-3": ["<|begin_of_text|>", "<|end_of_text|>"],
+    "smollm": ["<|endoftext|>", "<|endoftext|>"],
+    "tinyllama": ["<s>", "</s>"],
+}
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's model, as its publisher saved it."""
@@ -111,7 +119,7 @@ def test_transformers_tokenizes_alike_before_and_after(
     for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(after, special) == getattr(before, special)
     document = ours.encode_document("The heart")
-    assert (document[0], document[-1]) == (before.bos_token_id, before.eos_token_id)
+    assert [ours.decode([document[place]], special=True) for place in (0, -1)] == DOCUMENTS[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

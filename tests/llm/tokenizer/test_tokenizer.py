@@ -7,12 +7,14 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from llm.errors import InputError
-from llm.tokenizer.chat_template import SPECIAL_TOKENS
+from llm.tokenizer.chat_template import CHAT_TEMPLATE, SPECIAL_TOKENS
 from llm.tokenizer.pretokenizers import PreTokenizerName
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
+from tests.support.chat_templates import CHATML, tokenizer_with
 
 TEXTS = [
     "The patient's fever began 3 days ago; it's 39.5 degrees, and they're worried.",
@@ -116,6 +118,40 @@ def test_a_document_is_between_begin_and_end_tokens(tokenizer: TextTokenizer) ->
     assert (ids[0], ids[-1]) == (tokenizer.begin, tokenizer.end)
     assert ids[1:-1] == tokenizer.encode(TEXTS[0])
     assert tokenizer.encode_documents(TEXTS) == [tokenizer.encode_document(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("named", "template", "frame"),
+    [
+        # As in SmolLM2, whose begin token begins every turn; Qwen, which has none; Llama 3; and a model of documents.
+        ({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, CHATML, ["<|endoftext|>", "<|endoftext|>"]),
+        ({"eos_token": "<|im_end|>"}, CHATML, ["<|endoftext|>", "<|endoftext|>"]),
+        ({"bos_token": "<|begin|>", "eos_token": "<|im_end|>"}, "{{ bos_token }}" + CHATML, ["<|begin|>", "<|endoftext|>"]),
+        ({"bos_token": "<|begin|>", "eos_token": "<|im_end|>"}, "<|begin|>" + CHATML, ["<|begin|>", "<|endoftext|>"]),
+        ({"bos_token": "<|begin|>", "eos_token": "<|end|>"}, None, ["<|begin|>", "<|end|>"]),
+        ({"bos_token": "<|begin|>", "eos_token": "<|end|>"}, CHAT_TEMPLATE, ["<|begin|>", "<|end|>"]),
+    ],
+)
+def test_plain_text_is_not_framed_by_the_tokens_of_a_chat(
+    named: dict[str, str], template: str | None, frame: list[str]
+) -> None:
+    whole = tokenizer_with(CHATML)
+    tokenizer = TextTokenizer(Tokenizer.from_str(whole.to_json()), named, template)
+    ids = tokenizer.encode_document("a chat")
+    assert [tokenizer.decode([ids[place]], special=True) for place in (0, -1)] == frame
+    assert tokenizer.encode_documents(["a chat"]) == [ids]
+
+
+def test_all_tokens_that_end_an_answer_are_in_the_tokenizers_own_files(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    whole = tokenizer_with(CHATML, end="<|endoftext|>")
+    whole.with_template(CHATML, ends=[whole.token_id("<|im_end|>")]).save(tmp_path)
+    again = TextTokenizer.load(tmp_path)
+    assert [again.decode([end], special=True) for end in again.ends] == ["<|endoftext|>", "<|im_end|>"]
+    stock: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert (stock.eos_token, stock.eot_token) == ("<|endoftext|>", "<|im_end|>")
+    assert stock("a <|im_end|>")["input_ids"][-1] == whole.token_id("<|im_end|>")
 
 
 def test_a_special_token_in_a_document_is_plain_text(tokenizer: TextTokenizer) -> None:
