@@ -60,6 +60,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             return RecipeError.exit_code
         words.insert(0, "run")
     options = _parser(words[:1]).parse_args(words)
+    options.words = words
     try:
         return int(_module(options.command).main(options))
     except StockpotError as error:

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.cache.running import noted
 from runner.cache.store import Store
 from runner.errors import GateError, RecipeError
 from runner.options import (
@@ -46,6 +48,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_stage_argument(sub, "--until", help="only this stage and what it needs")
     add_stage_argument(sub, "--force", help="run this stage even if its result is cached", action="append", default=[])
     add_remote_option(sub)
+    sub.add_argument("--detach", action="store_true", help="run in the background; `run watch` and `run stop` reach it")
     sub.add_argument("--json", action="store_true", help="print one JSON object per event on standard output")
     sub.add_argument("--overwrite", action="store_true", help="push even if somebody else changed the Hub repository")
     published = sub.add_argument_group("published models")
@@ -89,9 +92,11 @@ def main(options: argparse.Namespace) -> int:
             confirm.refuse_if_stuck(published, plan)
         if not confirm.agreed(published, yes=options.yes):
             return NOT_RUN
+    if options.detach:
+        return _detached(options, recipe, store, until=options.until)
     view = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
-        with contextlib.closing(view):
+        with contextlib.closing(view), noted(store.root, recipe.path):
             last = _execute(options, recipe, store, view, layout=layout, remote=remote)
     except GateError:
         if not options.json:
@@ -104,6 +109,32 @@ def main(options: argparse.Namespace) -> int:
 
         print(results(published.lock, Plan(recipe, store, until=options.until)), file=sys.stderr)
     return 0
+
+
+def _detached(options: argparse.Namespace, recipe: Recipe, store: Store, *, until: str | None) -> int:
+    """Starts the same command in the background, after a look at the data, whose faults are told here."""
+    from runner.cache.run_log import FOLDER
+    from runner.execution.launch import PYTHON
+    from runner.planning.data_look import check_data
+    from runner.planning.plan import Plan
+
+    check_data(Plan(recipe, store, until=until), lambda sentence: print(sentence, file=sys.stderr))
+    log = store.root / FOLDER / f"{recipe.head.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [word for word in options.words if word != "--detach"]
+    command = [*PYTHON, "-m", "runner.cli", *words]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    print(f"runs in the background as process {process.pid}; what it says goes to {log}", file=sys.stderr)
+    for verb in ("watch", "stop"):
+        print(f"  {shlex.join(['run', verb, str(options.recipe), *_cache_words(options)])}", file=sys.stderr)
+    return 0
+
+
+def _cache_words(options: argparse.Namespace) -> list[str]:
+    return ["--cache", str(options.cache)] if options.cache else []
 
 
 def _execute(
@@ -159,7 +190,7 @@ def _print_ending(options: argparse.Namespace, plan: "Plan") -> None:
     if not (checkpoints := finished_checkpoints(plan)):
         return
     words = [str(options.recipe), *(word for override in options.overrides for word in ("--set", override))]
-    words += ["--cache", str(options.cache)] if options.cache else []
+    words += _cache_words(options)
     print(f"\n{checkpoints[-1].name}: the model is in {checkpoints[-1].path}", file=sys.stderr)
     for command in ("chat", "report", "serve"):
         print(f"  {shlex.join(['run', command, *words])}", file=sys.stderr)
