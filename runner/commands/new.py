@@ -15,7 +15,7 @@ from runner.commands.check import read_profile
 from runner.errors import RecipeError
 from runner.files import write_whole
 from runner.options import SHIPPED
-from runner.recipe.new_recipe import CHAT, GENERAL, HELD_OUT, SMALL, Answers, Hardware, Rows, recipe_text
+from runner.recipe.new_recipe import CHAT, FEWEST_ROWS, GENERAL, HELD_OUT, SMALL, Answers, Hardware, Rows, recipe_text
 from runner.recipe.recipe import load_recipe
 from runner.resources import gpu_count
 
@@ -179,6 +179,8 @@ def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profi
         + one.types["true or false"]
         for one in missing.values()
     )
+    if usable < FEWEST_ROWS and (made.kind != "documents" or (options.base or NOTHING) != NOTHING):
+        raise RecipeError(f"{data}: expected at least {FEWEST_ROWS} rows, to test on one of them, got {usable}")
     named = {name: getattr(options, name) for name in ("encoding", "delimiter", "sheet") if getattr(options, name)}
     return Rows(
         files=os.path.relpath(Path(data).expanduser().absolute(), path.parent.absolute()),

@@ -114,9 +114,9 @@ def main(options: argparse.Namespace) -> int:
 def _detached(options: argparse.Namespace, recipe: Recipe, store: Store, *, until: str | None) -> int:
     """Starts the same command in the background, after a look at the data, whose faults are told here."""
     from runner.cache.run_log import FOLDER
-    from runner.execution.launch import PYTHON
     from runner.planning.data_look import check_data
     from runner.planning.plan import Plan
+    from runner.safe_path import PYTHON
 
     check_data(Plan(recipe, store, until=until), lambda sentence: print(sentence, file=sys.stderr))
     log = store.root / FOLDER / f"{recipe.head.name}.log"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.errors import InputError
-from llm.text.readers import FileFormat, field_names
+from llm.text.readers import FileFormat, field_names, read_rows
 from llm.text.readers.sample import Sample
 from llm.text.templates import split_text, text_of
 from runner.errors import RecipeError
@@ -104,6 +104,10 @@ def look(table: Table, files: Sequence[Path] | None = None) -> Iterator[Fault]:
         yield Fault(str(error))
         return
     yield from _told(table, sample, rows, faults, first)
+    if table.form.split and sample.is_whole and rows and not any(True for _ in read_rows(paths, None, table.form)):
+        yield Fault(
+            f"split: expected rows in the part {table.form.split.part!r}, got none of {rows:,}; more rows, or a larger share of them"
+        )
     if table.labels is not None and sample.is_whole and len(labels) == 1 and not faults:
         yield Fault(
             f"expected rows of at least two distinct labels to choose from, got {labels.pop()!r} alone in {rows:,} rows"

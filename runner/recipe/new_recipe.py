@@ -42,6 +42,7 @@ HELD_OUT = {"en": "general_en_val.jsonl.gz", "zh": "general_zh_val.jsonl.gz"}
 CHAT = {"en": "chat_en.jsonl.gz", "zh": "chat_zh.jsonl.gz"}
 GENERAL_BYTES = {"en": 8.4e6, "zh": 5.2e6}  # of text
 SMALL = {"en": "HuggingFaceTB/SmolLM2-135M", "zh": "Qwen/Qwen2.5-0.5B"}  # models to start from
+FEWEST_ROWS = 3  # of which one can be held out
 MOST_LABELS = 50  # that are written into a recipe
 
 
@@ -126,6 +127,7 @@ def _settings(answers: Answers) -> dict[str, Any]:
         "base": answers.base,
         "base_is_folder": answers.base is not None and Path(answers.base).is_dir(),
         "repo": answers.repo,
+        "splits": rows is not None and rows.count >= FEWEST_ROWS,
         "mixes": answers.minutes >= 5,  # reading other chats takes a minute
         "most_labels": MOST_LABELS,
     }

@@ -88,6 +88,8 @@ def test_a_messy_file_becomes_a_recipe_whose_data_can_be_used(tmp_path: Path, na
     assert {"labels": "baseline", "preferences": "preferred"}.get(kind, "scores") in recipe.stages
     task = recipe.resolved()["stage"]["scores"]["tasks"][0]
     assert task["task"] == {"labels": "classification", "documents": "text"}.get(kind, "answers")
+    if name == "a log":  # one document, of which nothing can be held out
+        assert "split =" not in (tmp_path / "mine.toml").read_text() and task["name"] == "general-en"
     notes = look(recipe, tmp_path / "cache")
     assert bool(notes) == (name in ("40% empty cells", "broken lines", "numbers of 5,000 digits"))
     assert not [path for path in tmp_path.iterdir() if "draft" in path.name]
@@ -135,6 +137,7 @@ def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
         (["--repo", "a/b/c"], "owner/name"),
         (["--data", "a.csv", "--text", "c"], "expected one of the fields 'a', 'b', got 'c'"),
         (["--data", "empty.csv"], "expected rows that can be used, got none"),
+        (["--data", "a.csv", "--text", "a", "--label", "b"], "expected at least 3 rows, to test on one of them, got 1"),
         (["--language", "English"], "expected a code of two or three letters"),
         (["--base", "a/b/c"], "expected nothing, owner/name"),
     ],

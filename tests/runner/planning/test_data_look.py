@@ -111,6 +111,14 @@ def test_everything_that_is_wrong_in_any_stage_is_told_at_once(look: Look, tmp_p
     assert "expected the text or letter of one of 2 choices" in found[4]
 
 
+def test_a_part_without_rows_is_a_fault(look: Look, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\nwhy,because\nwho,me\n")
+    recipe = TAUGHT.replace("BAD", "fail").replace('on_bad_row = "fail"', 'split = { part = "test" }')
+    ((told,), _) = look(recipe)
+    assert "stage.chat.data[0]: split: expected rows in the part 'test', got none of 2" in told
+    assert look(recipe.replace('"test"', '"train"')) == ([], [])
+
+
 @pytest.mark.parametrize("skip", ["fail", "skip"])
 @pytest.mark.parametrize(("name", "content"), [("rows.jsonl", b"no JSON\n"), ("rows.jsonl", b""), ("rows.parquet", b"PAR1")])
 def test_files_of_which_no_row_can_be_used_are_faults_even_where_rows_may_be_left_out(
