@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm.errors import InputError
-from llm.files import write_json, write_tensors
+from llm.files import KINDS, write_json, write_tensors
 from llm.models import architectures, from_transformers
 from llm.models.families import families
 from llm.models.interface import LanguageModel, ModelConfig
@@ -237,16 +238,31 @@ def tensor_shapes(config: ModelConfig, *, vocab_size: int) -> dict[str, tuple[in
 
 
 def _read_tensors(path: Path, *, device: str) -> dict[str, Tensor]:
-    """The tensors of a file; on a CPU each is a mapping of its own into it, whose pages go when the tensor does."""
+    """The tensors of a file; on a CPU each is a mapping of its own part of it, whose pages go when the tensor does.
 
-    def read(name: str) -> Tensor:
-        with safe_open(path, framework="pt", device=device) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    with safe_open(path, framework="pt", device=device) as file:
+    The library would map the whole file for each, which a limit of address space does not allow.
+    """
+    with safe_open(path, framework="pt", device=device) as file:  # which checks what the file says of itself
         names = list(file.keys())
-    return {name: read(name) for name in names}
+        if device != "cpu":
+            return {name: file.get_tensor(name) for name in names}
+    with path.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {name: _mapped(path, 8 + size, header[name]) for name in names}
+
+
+def _mapped(path: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """The tensor of an entry of a safetensors file, whose contents begin at `start`; writing to it does not change the file."""
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    kind = next((name for name, kind in KINDS.items() if kind == entry["dtype"]), None)
+    if kind is None:
+        raise InputError(f"{path}: expected weights of {', '.join(KINDS.values())}, got {entry['dtype']}")
+    dtype: torch.dtype = getattr(torch, kind)
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    content = np.memmap(path, dtype=np.uint8, mode="c", offset=start + begin, shape=(end - begin,))
+    return torch.from_numpy(content).view(dtype).view(shape)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_release import tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm.errors import InputError
@@ -281,3 +283,15 @@ def test_weights_have_the_read_permissions_of_their_folder(tmp_path: Path) -> No
     tmp_path.chmod(0o755)
     write_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(2)})
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_open_checkpoint_takes_no_more_address_space_than_its_files(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", layers=24)
+    size = (folder / "model.safetensors").stat().st_size
+    load_checkpoint(folder, dtype=None)  # imports what it needs
+    before = psutil.Process().memory_info().vms
+    model = load_checkpoint(folder, dtype=None)
+    assert psutil.Process().memory_info().vms - before < 4 * size + 2**24  # not once for each of its 200 tensors
+    changed = model.layers[0].mlp.up_proj.weight.data.add_(1)  # type: ignore[operator, union-attr]  # a linear layer
+    again = load_checkpoint(folder, dtype=None).layers[0].mlp.up_proj.weight  # type: ignore[union-attr]
+    assert torch.equal(changed, again + 1)  # the file is as it was
