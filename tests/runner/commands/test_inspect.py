@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,34 @@ def test_a_stage_that_is_not_finished_is_an_error(recipe: Path, capsys: pytest.C
     assert "tokens: expected a finished stage" in capsys.readouterr().err
     assert main(["inspect", str(recipe), "chat", "--cache", empty]) == 2
     assert "expected a finished tokenizer above it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "learned"),
+    [
+        ({}, ["[Two.<|im_end|>]", "[<think>↵Since 3.↵</think>↵↵Four.<|im_end|>]"]),
+        (
+            {"reasoning": "none", "learn_empty_think": True},
+            ["[<think>↵↵</think>↵↵Two.<|im_end|>]", "↵↵</think>↵↵Four.<|im_end|>]"],
+        ),
+    ],
+)
+def test_a_chat_whose_answers_are_learned_by_themselves_is_shown_in_parts(
+    tmp_path: Path, fields: dict[str, Any], learned: list[str]
+) -> None:
+    from runner.commands.inspect import _chats
+    from runner.input_files import InputFile
+    from runner.stages.sft import FineTune
+    from tests.support.chat_templates import HYBRID, tokenizer_with
+
+    said = [("human", "One?"), ("gpt", "Two."), ("human", "Three?"), ("gpt", "<think>\nSince 3.\n</think>\n\nFour.")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": [{"from": who, "value": text} for who, text in said]}))
+    table = {"files": InputFile("rows.jsonl", tmp_path)}
+    stage = FineTune.model_validate({"model": "base", "data": [table], "budget": {"steps": 1}, "seed": 1, **fields})
+    lines = [line.plain for line in _chats(stage, tokenizer_with(HYBRID), 1)]
+    assert [line.partition(", ")[0] for line in lines if line.startswith("rows.jsonl:1")] == [
+        "rows.jsonl:1  part 1 of 2",
+        "rows.jsonl:1  part 2 of 2",
+    ]
+    shown = [line for line in lines if "<|im_start|>" in line]
+    assert all(line.endswith(end) for line, end in zip(shown, learned, strict=True))
