@@ -26,7 +26,7 @@ from llm.inference.generate import generate
 from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
 from llm.inference.processes import ALONE, Processes
 from llm.inference.timer import GenerationTimer
-from llm.models.interface import LanguageModel
+from llm.models.interface import Decoding, LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 SAMPLES = 20  # answers kept as examples
@@ -141,27 +141,43 @@ def classify(
     training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a label that is not in `labels`, or if there are fewer than two labels.
     """
     names = label_names(questions, labels)
-    spelled = [_label_tokens(tokenizer, name) for name in names]
-    longest = max(range(len(names)), key=lambda index: len(spelled[index]))
-    asked = [question.with_answer(names[longest]) for question in questions]
-    pieces = [_pieces(question, tokenizer, model.context, long) for question in asked]
-    rows = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])  # (windows,)
-    streams = [_fit(piece, tokenizer, model.context) for of_row in pieces for piece in of_row]
-    prompts = [stream.ids[: -len(spelled[longest])] for stream in streams]
     timer = GenerationTimer()
+    likelihoods, streams, rows = label_likelihoods(
+        model, tokenizer, questions, names, long=long, timer=timer, progress=progress, processes=processes
+    )
     number = {name: index for index, name in enumerate(names)}
     expected = [number[question.expected] for question in questions]
-    choices = [Choice(prompt, spelled) for prompt in prompts]
-    found = continuation_likelihoods(model, choices, timer=timer, processes=processes, progress=progress)
-    likelihoods = np.zeros((len(questions), len(names)))  # (N, L)
-    np.add.at(likelihoods, rows, np.array(found))
-    likelihoods /= np.bincount(rows)[:, None]
     chosen = [number[names[index]] for index in likelihoods.argmax(1)]
     margins = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
     facts = {"cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
     first = np.searchsorted(rows, np.arange(len(questions)))  # windows
     shown = ["\n".join(message["content"] for message in streams[at].messages[:-1]) for at in first]
     return judged_labels(names, expected, chosen, prompts=shown, facts=facts, nats_behind=margins.tolist())
+
+
+def label_likelihoods(
+    model: LanguageModel | Decoding,
+    tokenizer: TextTokenizer,
+    questions: Sequence[Question],
+    labels: Sequence[str],
+    *,
+    long: Long,
+    progress: OnProgress,
+    timer: GenerationTimer | None = None,
+    processes: Processes = ALONE,
+) -> tuple[npt.NDArray[np.float64], list[Stream], npt.NDArray[np.int64]]:
+    """log P of each label after each question, (N, L); and its windows, with the longest label, and the question of each."""
+    spelled = [_label_tokens(tokenizer, label) for label in labels]
+    longest = max(range(len(labels)), key=lambda index: len(spelled[index]))
+    asked = [question.with_answer(labels[longest]) for question in questions]
+    pieces = [_pieces(question, tokenizer, model.context, long) for question in asked]
+    rows = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])  # (windows,)
+    streams = [_fit(piece, tokenizer, model.context) for of_row in pieces for piece in of_row]
+    choices = [Choice(stream.ids[: -len(spelled[longest])], spelled) for stream in streams]
+    found = continuation_likelihoods(model, choices, timer=timer, processes=processes, progress=progress)
+    likelihoods = np.zeros((len(questions), len(labels)))
+    np.add.at(likelihoods, rows, np.array(found))
+    return likelihoods / np.bincount(rows)[:, None], streams, rows
 
 
 def _pieces(question: Question, tokenizer: TextTokenizer, context: int, long: Long) -> list[Question]:
@@ -354,7 +370,7 @@ def answer_questions(
     }
     generated: list[str] = []
     if max_new_tokens:
-        prompts = [_prompt(question, tokenizer, context - max_new_tokens) for question in questions]
+        prompts = [prompt_tokens(question, tokenizer, context - max_new_tokens) for question in questions]
         written = generate(
             model,
             prompts,
@@ -401,7 +417,7 @@ def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_resp
     return stream
 
 
-def _prompt(question: Question, tokenizer: TextTokenizer, room: int) -> list[int]:
+def prompt_tokens(question: Question, tokenizer: TextTokenizer, room: int) -> list[int]:
     """The chat up to the answer, as at most `room` tokens."""
     if room < 1:
         raise InputError(

@@ -19,7 +19,7 @@ from llm.inference.streaming import Ending, stream
 from llm.inference.timer import GenerationTimer
 from llm.inference.token_report import TokenReport, reporter
 from llm.models.checkpoint import load_checkpoint
-from llm.models.interface import Decoding, dtype_of
+from llm.models.interface import Decoding, LanguageModel, dtype_of
 from llm.tokenizer.tokenizer import TextTokenizer
 
 ROOM = 4  # old turns are dropped so that an answer has a quarter of the context
@@ -64,6 +64,19 @@ class Answer:
         return self.ending.reason == "length"
 
 
+def load_model(
+    checkpoint: Path, adapter: Path | None = None, *, precision: Literal["auto", "fp32", "bf16"] = "auto"
+) -> tuple[LanguageModel, TextTokenizer]:
+    """The model of a checkpoint, with an adapter merged if there is one, ready to generate, and its tokenizer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_of(resolve_precision(precision, device=device))
+    model = load_checkpoint(checkpoint, dtype=dtype if adapter is None else torch.float32, device=device)
+    if adapter is not None:
+        merge_adapters(model, [adapter])  # in fp32: what an adapter changes may be less than a step of bf16
+        model.to(dtype)
+    return model.eval(), TextTokenizer.load(checkpoint)
+
+
 class ChatSession:
     """A checkpoint, with an adapter or without, ready to generate; `compiled` compiles the decoding step first."""
 
@@ -75,15 +88,9 @@ class ChatSession:
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         compiled: bool = False,
     ) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype_of(resolve_precision(precision, device=device))
-        model = load_checkpoint(checkpoint, dtype=dtype if adapter is None else torch.float32, device=device)
-        if adapter is not None:
-            merge_adapters(model, [adapter])  # in fp32: what an adapter changes may be less than a step of bf16
-            model.to(dtype)
+        model, self.tokenizer = load_model(checkpoint, adapter, precision=precision)
         self.context = model.context
-        self.tokenizer = TextTokenizer.load(checkpoint)
-        self._decoding: Decoding = model.eval().decoding()
+        self._decoding: Decoding = model.decoding()
         self._grammars: JsonGrammars | None = None  # made for the first answer that needs one
         if compiled:
             with torch.inference_mode():

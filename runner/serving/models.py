@@ -15,6 +15,7 @@ from runner.recipe.recipe import Recipe
 from runner.resources import available_cores
 
 if TYPE_CHECKING:
+    from llm.evaluation.prediction import Predictor
     from llm.inference.chat_session import ChatSession
 
 SERVABLE = (Checkpoint, Release, Adapter)
@@ -33,10 +34,23 @@ class ServableModel:
         """Loads the model; imports torch. `compiled` compiles the decoding step first."""
         if compiled:
             os.environ[VARIABLE] = str(compiled_folder())
-        os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+        _use_cores()
         from llm.inference.chat_session import ChatSession
 
         return ChatSession(self.checkpoint, self.adapter, precision=precision, compiled=compiled)
+
+    def predictor(self, *, precision: Literal["auto", "fp32", "bf16"] = "auto") -> "Predictor":
+        """Loads the model to predict for many rows; imports torch."""
+        _use_cores()
+        from llm.evaluation.prediction import Predictor
+        from llm.inference.chat_session import load_model
+
+        model, tokenizer = load_model(self.checkpoint, self.adapter, precision=precision)
+        return Predictor(model, tokenizer, model.decoding())
+
+
+def _use_cores() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
 
 
 def finished_checkpoints(plan: Plan) -> list[Entry]:
