@@ -14,6 +14,7 @@ from llm.models.decoder.config import DecoderConfig
 from llm.models.decoder.model import CappedHead, Layer, RMSNorm
 from llm.models.options import Kind
 
+MANY_ROWS = 16  # of a product that is worth widening its weight
 Projection = Callable[[Tensor], Tensor]  # (B, T, inputs) to (B, T, outputs)
 
 
@@ -65,10 +66,23 @@ def projection(*layers: nn.Linear) -> Projection:
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = _joined(biases) if biases else None
     if not _can_pack(weight):
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            return partial(_linear_in_bf16, weight=weight, bias=bias)
         return partial(linear, weight=weight, bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     product = torch.ops.mkldnn._linear_pointwise.default  # as torch.compile does for a frozen nn.Linear
     return lambda x: product(x, packed, bias, "none", [], "")
+
+
+def _linear_in_bf16(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` on a CPU without units for bf16: the products of many rows in fp32, in which such a CPU is fast.
+
+    Measured on one AVX2 core, a weight of 3,072 x 576, widened over bf16: 18 ms to 2.1 with 16 rows, 52 to 2.7 with 32, 289 to
+    27 with 128.
+    """
+    if x.numel() < MANY_ROWS * x.shape[-1]:
+        return linear(x, weight, bias)
+    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from decoded_rows import LENGTHS, computed, decoded, rows_of, small, texts
 
 from llm.adapters.lora import LoraConfig, adapted_layers, attach, quantize
+from llm.models.decoder import decoding_layer
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 2}, {"kv_heads": 1}, {"tied": False, "head_size": 12}])
@@ -30,6 +31,23 @@ def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
     own = (torch.cat(computed(model, rows, read=LENGTHS)) - exact).square().mean().sqrt()
     found = (torch.cat(decoded(model.decoding(), rows, read=LENGTHS)) - exact).square().mean().sqrt()
     assert 0 < found < 1.1 * own
+
+
+@pytest.mark.parametrize("rows", [1, decoding_layer.MANY_ROWS - 1, decoding_layer.MANY_ROWS, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_bf16_without_units_for_it_are_those_in_fp32_rounded_once(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding_layer, "_can_pack", lambda weight: False)  # as on a CPU without them
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(32, size, bias=bias).bfloat16() for size in (48, 16)]
+    x = torch.randn(rows, 1, 32).bfloat16()
+    exact = torch.cat(
+        [torch.nn.functional.linear(x.double(), *(part.double() for part in one.parameters())) for one in layers], -1
+    )
+    found = decoding_layer.projection(*layers)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6 if rows >= decoding_layer.MANY_ROWS else 2**-8)
 
 
 def test_a_model_with_an_adapter_decodes_with_it() -> None:
