@@ -92,6 +92,11 @@ class LlamaCppBackend:
         written = (self._complete(prompt, n_predict=max_new_tokens)["tokens"] for prompt in prompts)
         return [list(takewhile(lambda token: token not in self._ends, tokens)) for tokens in written]
 
+    def written(self, prompt: Sequence[int], *, count: int) -> list[int]:
+        """`count` greedy tokens after a prompt, whatever ends an answer."""
+        tokens: list[int] = self._complete(prompt, n_predict=count, ignore_eos=True)["tokens"]
+        return tokens
+
     def _complete(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
         greedy = {"temperature": 0, "repeat_penalty": 1.0}  # whatever the defaults in the file are
         return self._ask("/completion", prompt=list(prompt), return_tokens=True, cache_prompt=False, **greedy, **options)

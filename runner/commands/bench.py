@@ -22,8 +22,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="DIR",
-        help="with --only lora: a model folder, whose fine-tuning is compared with stock Transformers and PEFT on the chats of "
-        "the RECIPE's first lora stage",
+        help="a model folder. With --only lora: its fine-tuning beside stock Transformers and PEFT, on the chats of the RECIPE's "
+        "first lora stage; with --only decode: decoding and prefill beside Transformers and llama.cpp",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--seconds", type=float, default=10.0, help="per measurement (default: 10), at least three rounds")
@@ -39,13 +39,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measures speed and memory on this machine, compared with stock Transformers."""
-    from runner.diagnostics.bench import LORA, chosen, measure, model_job, recipe_job, reference_job
+    from runner.diagnostics.bench import DECODE, LORA, chosen, measure, model_job, recipe_job, reference_job
     from runner.diagnostics.bench_tables import show
 
     settings = {"seconds": options.seconds, "compiled": not options.no_compile, "only": chosen(options.only)}
     if options.model is not None:
-        if settings["only"] != [LORA]:
-            raise RecipeError("--model: expected --only lora beside it, got another choice")
+        if not {*settings["only"]} <= {LORA, DECODE}:
+            raise RecipeError("--model: expected --only lora or --only decode beside it, got another choice")
         job = model_job(options.model, recipe_of(options) if options.recipe else None, store_of(options), **settings)
     elif options.recipe is not None:
         job = recipe_job(recipe_of(options), store_of(options), **settings)

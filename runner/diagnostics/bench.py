@@ -28,7 +28,8 @@ from runner.stages.fields.training import TrainingStage
 from runner.stages.lora import TrainAdapter
 from runner.stages.pretrain import Pretrain
 
-MEASUREMENTS = ("matmul", "train", "decode", "memory", "machinery")
+DECODE = "decode"
+MEASUREMENTS = ("matmul", "train", DECODE, "memory", "machinery")
 # Only by --only: classification; three trainings in memory at once; fine-tuning; large heads; rows of up to 16,384 positions;
 # two trainings on a recipe's tokens for the whole time.
 LABELS, PROCESSES, LORA, HEAD, CONTEXT, LEARNING = "labels", "processes", "lora", "head", "context", "learning"

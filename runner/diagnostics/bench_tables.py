@@ -11,6 +11,13 @@ from runner.terminal import console
 Result = Mapping[str, Any]
 Titled = tuple[str, Table]
 
+DECODERS = {
+    "ours": "ours, bf16",
+    "ours_compiled": "ours, bf16, compiled",
+    "transformers": "Transformers, bf16",
+    "llama_cpp_bf16": "llama.cpp, bf16",
+    "llama_cpp_q8_0": "llama.cpp, q8_0",
+}
 CANDIDATES = {
     "ours": "ours, AdamW",
     "ours_muon": "ours, Muon",  # if the recipe uses it
@@ -65,6 +72,24 @@ def _decode(found: Result) -> Iterator[Titled]:
     headings = ["batch", "ours", "Transformers", "ours is x times", "same tokens"]
     lengths = f"{found['prompt_tokens']} tokens read, {found['new_tokens']} made"
     yield f"Decoding, tokens/s: greedy, {found['dtype']}, {lengths}", _table(headings, rows)
+
+
+def _decode_model(found: Result) -> Iterator[Titled]:
+    candidates = found["candidates"]
+    rows = [
+        [
+            DECODERS[name],
+            f"{one['tokens_per_second']:,.1f}",
+            f"{one['tokens_per_second'] * found['weight_bytes'] / 1e9:,.1f} GB/s" if name != "llama_cpp_q8_0" else "",
+            f"{one['prefill_tokens_per_second']:,.0f}",
+        ]
+        for name, one in candidates.items()
+    ]
+    title = (
+        f"Decoding of one text, tokens/s: greedy, {found['threads']} threads, {found['prompt_tokens']} tokens read, "
+        f"{found['new_tokens']} made; the fastest turn of each"
+    )
+    yield title, _table(["", "decoding", "of weights", f"prefill of {found['prefill_tokens']}"], rows)
 
 
 def _labels(found: Result) -> Iterator[Titled]:
@@ -180,6 +205,7 @@ TABLES = {
     "processes": _processes,
     "lora": _lora,
     "peft": _peft,
+    "decode_model": _decode_model,
     "head": _head,
     "context": _context,
     "learning": _learning,

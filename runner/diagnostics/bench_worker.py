@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from llm.errors import InputError
 from runner.artifacts import METRICS
-from runner.diagnostics.bench import CONTEXT, HEAD, JOB, LABELS, LEARNING, LORA, PACE, PEFT, PROCESSES, RESULT, BenchJob
+from runner.diagnostics.bench import (
+    CONTEXT,
+    DECODE,
+    HEAD,
+    JOB,
+    LABELS,
+    LEARNING,
+    LORA,
+    PACE,
+    PEFT,
+    PROCESSES,
+    RESULT,
+    BenchJob,
+)
 from runner.execution.worker import EXIT_FAILED, watch_parent
 from runner.files import write_whole
 from runner.resources import hardware, versions
@@ -50,7 +63,7 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """Runs the measurements of the job, in the order of this function."""
     import torch
 
-    from llm.bench import data_parallel, head, lora, memory, peft_step, train_step
+    from llm.bench import data_parallel, decode_model, head, lora, memory, peft_step, train_step
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
     from llm.models.interface import count_parameters
@@ -74,6 +87,11 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         "seconds": job.seconds,
     }
     result |= _model_speeds(job, workload, model, group)
+    if DECODE in job.only and workload.folder is not None:
+        _say("decoding and prefill beside Transformers and llama.cpp")
+        result["decode_model"] = decode_model.measure_decode_model(
+            Path(workload.folder), scratch=folder, seconds=job.seconds, compiled=job.compiled, threads=workload.cores
+        )
     del model
     if "memory" in job.only:
         _say("peak memory")
@@ -131,7 +149,7 @@ def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", g
         found["train"] = train_step.measure_train_step(
             workload, found["matmul"], seconds=job.seconds, compiled=job.compiled, group=group
         )
-    if "decode" in job.only:
+    if DECODE in job.only and workload.folder is None:
         _say("decoding, after teaching the model to count")
         found["decode"] = decode.measure_decode(workload, model, seconds=job.seconds, compiled=job.compiled, group=group)
     if LABELS in job.only:

@@ -216,6 +216,16 @@ def test_an_adapter_of_a_model_in_a_folder_is_compared_with_stock_peft(adapted: 
         assert one["tokens_per_second"] > 0 and one["peak_memory_bytes"] > 0
 
 
+@pytest.mark.long
+def test_decoding_of_a_model_in_a_folder_is_compared_with_transformers_and_llama_cpp(adapted: Path, tmp_path: Path) -> None:
+    source = llama_3(tmp_path / "long", max_position_embeddings=640)
+    done = run(adapted, "--only", "decode", "--model", str(source), "--seconds", "0.1", "--json", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["decode_model"]
+    assert set(found["candidates"]) == {"ours", "transformers", "llama_cpp_bf16", "llama_cpp_q8_0"}
+    assert all(one["prefill_tokens_per_second"] > 0 and one["rounds"] for one in found["candidates"].values())
+
+
 def test_overrides_without_a_recipe_are_refused(recipe: Path) -> None:
     done = run(recipe, "--set", "stage.base.seed=1")
     assert done.returncode == 2 and "expected a RECIPE" in done.stderr
