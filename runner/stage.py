@@ -269,6 +269,10 @@ class Stage(Spec):
         """What does not fit the other stages of the recipe, each fault with its place: `gates[0].above: expected ...`."""
         yield from ()
 
+    def lacks(self) -> Iterator[str]:
+        """What this machine lacks to run the stage, each with its place and the cure; asked only if it is about to run."""
+        yield from ()
+
     def prepare(self, context: Context) -> None:
         """Work for one process before a process group is formed, such as tokenizing; writes into context.scratch."""
 

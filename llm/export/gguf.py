@@ -5,6 +5,7 @@ weights and sizes are written, `llm.export.gguf_tokenizer` writes the tokenizer;
 """
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,13 @@ def write_gguf(checkpoint: Path, target: Path, *, precision: GgufPrecision) -> d
         "tokenizer_differences": list(tokenizer.differences),
         "context": config.context,
     }
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """How many tensors of a file have each type."""
+    from gguf import GGUFReader
+
+    return dict(Counter(tensor.tensor_type.name.lower() for tensor in GGUFReader(path).tensors))
 
 
 def _write_sampling(writer: "GGUFWriter", sampling: Sampling) -> None:

@@ -1,4 +1,5 @@
 """A look at the rows that stages will read, before anything runs: what can fail at the fourth stage is told in the first second.
+What the machine lacks for a stage is told with it.
 
 For every table of data of a stage that is not finished, the first rows and some of the others become what the stage will make
 of them, without tokens. All faults are reported together, with counts. It is done only when a recipe is about to run, since
@@ -46,13 +47,14 @@ class Table(NamedTuple):
 
 
 def check_data(plan: Plan, note: Callable[[str], None]) -> None:
-    """RecipeError with all that is wrong in the data of stages that will run; `note` gets what is left out."""
+    """RecipeError with all that is wrong in the data of stages that will run, and what they lack; `note` gets what is left out."""
     names = [entry.name for entry in plan if entry.state in AHEAD]
     stages = {entry.name: entry.stage for entry in plan}
     faults: list[str] = []
     left_out: dict[str, list[str]] = {}  # places by sentence: a recipe names the same rows in several tables
     done: set[tuple[Any, ...]] = set()  # evaluations share tables
     for name in names:
+        faults += [f"stage.{name}.{lack}" for lack in stages[name].lacks()]
         for table in data_tables(name, stages):
             what = (table.files.pattern, table.form, table.fields, table.skips, repr(table.use), table.labels)
             if what not in done:

@@ -59,7 +59,7 @@ def parity(rows: Path, **fields: Any) -> CheckParity:
 def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
     checkpoint: Path, rows: Path, make_context: Callable[..., Context]
 ) -> None:
-    files = written(checkpoint, make_context, "f32", "q8_0")
+    files = written(checkpoint, make_context, "f32", "q4_0")
     context = make_context(inputs={"release": checkpoint, "gguf": files})
     stage = parity(rows, gguf="gguf")
     metrics = stage.run(context)
@@ -67,7 +67,7 @@ def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
     assert [check["name"] for check in told] == [
         *(f"Transformers: {what}" for what in [*WORDS, "likelihoods", "answers"]),
         *(f"llama.cpp f32: {what}" for what in [*WORDS, "likelihoods", "answers"]),
-        *(f"llama.cpp q8_0: {what}" for what in [*WORDS, "likelihoods"]),
+        *(f"llama.cpp q4_0: {what}" for what in [*WORDS, "likelihoods", "weights", "computation"]),
     ]
     assert all(check["passed"] and check["compared"] for check in told)
     assert metrics["prompts"] == 5  # the last was cut
@@ -75,7 +75,7 @@ def test_everything_is_compared_in_transformers_and_in_every_file_for_llama_cpp(
     assert metrics["checks"][2]["measured"]["largest_difference"] < 1e-4
     (verdict,) = stage.verdicts(metrics, ALONE)
     assert verdict.passed
-    assert str(verdict) == "11 comparisons equal, in Transformers, llama.cpp f32, llama.cpp q8_0"
+    assert str(verdict) == "13 comparisons equal, in Transformers, llama.cpp f32, llama.cpp q4_0"
 
 
 def test_without_llama_cpp_its_files_are_reported_as_not_checked(
@@ -92,6 +92,56 @@ def test_without_llama_cpp_its_files_are_reported_as_not_checked(
     assert str(verdict).startswith("llama.cpp f32: not checked: it is not installed here")
     last = json.loads(Parity(context.work).results.read_text())["checks"][-1]
     assert last == {"name": "llama.cpp f32", "passed": None, "compared": 0}
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
+def test_a_fault_that_rounding_could_hide_is_found_in_the_weights(
+    precision: str, checkpoint: Path, rows: Path, make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(gguf, "interleaved", lambda weight, heads: weight)
+        files = written(checkpoint, make_context, precision)
+    context = make_context(inputs={"release": checkpoint, "gguf": files})
+    stage = parity(rows, gguf="gguf")
+    failed = [str(verdict) for verdict in stage.verdicts(stage.run(context), ALONE) if not verdict.passed]
+    found = [
+        sentence for sentence in failed if sentence.startswith(f"llama.cpp {precision}: weights: not equal: model.layers.")
+    ]
+    assert len(found) == 1
+
+
+def test_k_quants_want_the_tools_of_llama_cpp_and_say_so_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stage = WriteGguf.model_validate({"model": "release", "precisions": ["q8_0", "q4_k_m"]})
+    (lack,) = stage.lacks()
+    assert lack.startswith("precisions: expected llama-quantize for 'q4_k_m', got no such program: install llama.cpp")
+    tool = tmp_path / "llama-quantize"
+    tool.write_text("#!/bin/sh")
+    tool.chmod(0o755)
+    assert not list(stage.lacks())
+    (lack,) = stage.model_copy(update={"importance": [{"files": "text.jsonl"}]}).lacks()
+    assert lack.startswith("precisions: expected llama-imatrix")
+    assert not list(WriteGguf.model_validate({"model": "release", "precisions": ["q4_0"]}).lacks())
+
+
+@pytest.mark.long
+def test_k_quants_are_made_by_the_tools_and_are_the_same_bytes_twice(
+    checkpoint: Path, rows: Path, make_context: Callable[..., Context]
+) -> None:
+    """With `llama-quantize` and `llama-imatrix` of llama.cpp on PATH."""
+    table = {"files": str(rows)}
+    stage = WriteGguf.model_validate({"model": "release", "precisions": ["q4_k_m", "q6_k"], "importance": [table] * 8})
+    first, second = (make_context(name, inputs={"release": checkpoint}) for name in ("first", "second"))
+    facts = stage.run(first)["files"]
+    assert stage.run(second)["files"] == facts
+    for path in Gguf(first.work).files().values():
+        assert path.read_bytes() == (second.work / path.name).read_bytes()
+    assert list(facts) == ["q4_k_m", "q6_k"]
+    context = make_context("parity", inputs={"release": checkpoint, "gguf": first.work})
+    checks = parity(rows, gguf="gguf").run(context)["checks"]
+    assert all(check["passed"] for check in checks), [check for check in checks if not check["passed"]]
 
 
 def test_a_fault_in_one_file_fails_its_verdicts_alone(
