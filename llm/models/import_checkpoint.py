@@ -46,6 +46,8 @@ def inspect_checkpoint(folder: Path, *, chat_template: str | None = None) -> Can
     """
     config, vocab_size = read_config(folder / CONFIG)
     tokenizer = TextTokenizer.load(folder)
+    if tokenizer.vocab_size > vocab_size and tokenizer.end < vocab_size:
+        tokenizer = tokenizer.within(vocab_size)  # Gemma 3's text models have no row for the token of pictures
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"{folder / CONFIG}: vocab_size: expected room for all {tokenizer.vocab_size:,} tokens of tokenizer.json, "

@@ -132,6 +132,14 @@ class TextTokenizer:
         whole.post_processor = self._post_processor
         return type(self)(whole, self._named, self.template, ends=self.ends)
 
+    def within(self, rows: int) -> Self:
+        """The same tokenizer without special tokens of an id of `rows` or above: an embedding of so many rows never saw them."""
+        stored = json.loads(self._marked.to_str())
+        stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < rows or not token["special"]]
+        whole = Tokenizer.from_str(json.dumps(stored))
+        whole.post_processor = self._post_processor
+        return type(self)(whole, self._named, self.template, ends=[end for end in self.ends if end < rows])
+
     @cached_property
     def control(self) -> ControlTokens:
         """The tokens that only the chat template writes."""

@@ -273,6 +273,22 @@ def test_a_tokenizer_in_another_form_is_refused(published: Callable[[str], Path]
         inspect_checkpoint(folder)
 
 
+def test_special_tokens_without_a_row_of_the_embedding_are_left_out(published: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Gemma 3's token of pictures, which its text models have no row for."""
+    folder = copied(published("tinyllama"), tmp_path / "base")
+    (folder / "chat_template.jinja").write_text((published("tinyllama") / "chat_template.jinja").read_text())
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    picture = stored["added_tokens"][0] | {"id": rows, "content": "<picture>"}
+    (folder / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": [*stored["added_tokens"], picture]}))
+    candidate = inspect_checkpoint(folder)
+    assert candidate.tokenizer.vocab_size == candidate.vocab_size == rows
+    assert "<picture>" not in candidate.tokenizer.special_tokens
+    plain = inspect_checkpoint(published("tinyllama")).tokenizer
+    assert candidate.tokenizer.encode_chat(CHAT) == plain.encode_chat(CHAT)
+    assert candidate.tokenizer.encode_document("a <picture>") == plain.encode_document("a <picture>")
+
+
 def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copied(published("llama-2"), tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
