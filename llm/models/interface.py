@@ -69,6 +69,7 @@ class LanguageModel(nn.Module, ABC):
         self.context = config.resolved_context  # longest sequence
         self.recompute = False  # compute layers again in the backward pass: less memory, a third more work
         self.compiled = False  # whether training runs the layers as torch.compile makes them
+        self.exact_in_llama_cpp = True  # whether llama.cpp computes all of it in fp32, from weights in fp32
         self.fused_attention = False  # whether attention is that of `llm.layers.fused_attention`, where it fits
 
     @property

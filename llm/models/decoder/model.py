@@ -218,6 +218,7 @@ class Decoder(LanguageModel):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.kinds = config.kinds
+        self.exact_in_llama_cpp = config.parts.gate != "gelu"  # ggml reads GELU from a table in fp16
         self.embedding_scale, self.logit_divisor = config.embedding_scale, config.parts.logit_divisor
         self._initialize()
 

@@ -248,6 +248,12 @@ def test_what_is_not_computed_is_refused_by_its_field(case: str, fields: dict[st
         from_transformers(architectures()[config.name].to_transformers(config) | fields, dropout=0.0)
 
 
+def test_models_with_a_gelu_are_not_exact_in_llama_cpp_which_reads_it_from_a_table_in_fp16() -> None:
+    """Gemma-3-270m in f32: log-probabilities differ by up to 0.1, and 0.3% of the probability moves (2026-11, xllamacpp)."""
+    exact = {case for case in CASES if pair(case)[0].exact_in_llama_cpp}
+    assert exact == {case for case in CASES if not case.startswith("gemma")}
+
+
 def test_a_window_that_is_written_but_switched_off_is_none() -> None:
     """As in every Qwen2.5; the first Phi-3 calls its scaling "su"."""
     fields = architectures()["qwen2"].to_transformers(config_of("qwen2"))
