@@ -31,6 +31,8 @@ from llm.training.step import LOG_EVERY, Loop, Progress
 from llm.training.task import CheckpointConfig, ComputeConfig, TrainingTask
 from llm.training.validation import Validation
 
+SHOW_SECONDS = 15.0  # between two reports, where steps take long
+
 
 def train(
     model: LanguageModel,
@@ -154,7 +156,7 @@ class _Run:
     def __post_init__(self) -> None:
         now = time.monotonic()
         self.began = now - self.progress.seconds  # as if the runs before it had been part of this one
-        self.saved = now
+        self.saved = self.shown = now
 
     def finish(self) -> None:
         """Take all steps that are left; Interrupted or Paused after a checkpoint."""
@@ -191,6 +193,10 @@ class _Run:
                 progress.targets += int(total)
                 if self._is_over() or progress.step % LOG_EVERY == 0:
                     loop.report_steps(progress)
+                    self.shown = time.monotonic()
+                elif time.monotonic() - self.shown > SHOW_SECONDS:  # only how far it is, since the clock decides when
+                    loop.report(step=progress.step, steps=progress.steps)
+                    self.shown = time.monotonic()
                 self._validate_if_due()
                 every = self.checkpoints.every
                 if saving or (every is not None and progress.step % every == 0):

@@ -53,6 +53,20 @@ def test_a_training_learns(tmp_path: Path) -> None:
     assert metrics["tokens"] == 80 * 5 * 24
 
 
+def test_steps_that_take_long_are_shown_one_by_one_and_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, shown = [], []
+    for seconds in (1e9, -1.0):
+        monkeypatch.setattr("llm.training.trainer.SHOW_SECONDS", seconds)
+        lines: list[dict[str, Any]] = []
+        model = tiny_model()
+        tiny_training(model, tmp_path / str(seconds), lines=lines, budget=Budget(steps=12))
+        weights.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+        shown.append([line["step"] for line in lines if line.keys() == {"step", "steps"}])
+        assert [line["step"] for line in lines if "learning_rate" in line] == [10, 12]
+    assert torch.equal(*weights)
+    assert shown == [[], [1, 2, 3, 4, 5, 6, 7, 8, 9, 11]]
+
+
 def test_validation_loss_is_the_mean_over_all_targets(tmp_path: Path) -> None:
     model, rows = tiny_model(), MadeUpRows(rows_per_epoch=6, seed=9)
     metrics = tiny_training(model, tmp_path, micro_batch=4)
