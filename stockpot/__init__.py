@@ -8,6 +8,7 @@
     recipe.scores()                                      # {"scores": {"answers.chrf": 21.3}}
     recipe.path("chat")                                  # a folder that Transformers opens
     recipe.chat("What is a fever?")
+    recipe.predict("new.csv")                            # a table of labels with their probabilities
 
 It is what the command line does, with the same cache: names over `runner`, and nothing of its own. Importing it loads neither
 torch nor any other slow library. Errors are of `stockpot.StockpotError`.

@@ -6,6 +6,7 @@ import datetime
 import json
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
@@ -54,6 +55,7 @@ class LoadedRecipe:
 
     def __init__(self, options: argparse.Namespace) -> None:
         """As the options of the command line say; use `load`."""
+        self._options = options
         self._recipe, self._store = recipe_of(options), store_of(options)
         self._sessions: dict[str, ChatSession] = {}
 
@@ -119,6 +121,29 @@ class LoadedRecipe:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         options = AnswerOptions(max_new_tokens=max_new_tokens, sampling=Sampling(temperature=temperature, seed=seed))
         return "".join(self._session(stage).answer(turns, options).pieces)
+
+    def predict(
+        self,
+        *data: str | Path,
+        stage: str | None = None,
+        task: str | None = None,
+        prompt: str | None = None,
+        text: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """For each row of files its fields and what a model predicts, as `run predict` does; for many rows, use that with --out.
+
+        A task of the recipe's evaluations says what, by default the first of labels; or `prompt`, a template to answer; or
+        `text`, a field whose likelihood is told.
+        """
+        from runner.commands import predict
+
+        asked = {"stage": stage, "task": task, "prompt": prompt, "text": text, "max_new_tokens": max_new_tokens}
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "predicted.jsonl")
+            files = [Path(path) for path in data]
+            predict.main(argparse.Namespace(**vars(self._options), **asked, data=files, out=out))
+            return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
     def report(self) -> "Report":
         """Scores, curves, data and cost on one page; in a notebook it is shown."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import stockpot
 from llm.evaluation.calibration import best_temperature, calibration_error, probabilities
 from llm.evaluation.prediction import Predictor
 from llm.evaluation.scoring import Question, classify, score_texts
@@ -220,3 +221,14 @@ def test_a_temperature_mends_scores_that_are_too_sure_and_changes_no_choice() ->
     before, after = (calibration_error(probabilities(scores, one), expected) for one in (1.0, temperature))
     assert after < 0.03 < 0.2 < before
     assert (probabilities(scores, temperature).argmax(1) == scores.argmax(1)).all()
+
+
+def test_python_gets_the_same_predictions_and_answers(run: Run, folder: Path) -> None:
+    recipe = stockpot.load(folder / "recipe.toml", cache=folder / "cache")
+    assert recipe.predict(folder / "new.jsonl") == run(folder / "new.jsonl")
+    assert recipe.predict(folder / "new.jsonl", text="text")[0].keys() == run(folder / "new.jsonl", "--text", "text")[0].keys()
+    model, tokenizer = opened(folder)
+    (ids,) = generate(
+        model, [tokenizer.encode_prompt([{"role": "user", "content": "row 3"}])], max_new_tokens=4, end=tokenizer.ends
+    )
+    assert recipe.chat("row 3", max_new_tokens=4) == tokenizer.decode(ids)

@@ -154,12 +154,22 @@ def test_planning_writes_only_the_digests_of_files_that_are_not_new(tmp_path: Pa
     assert [path.name for path in folder.cache.rglob("*")] == ["digests.json"]
 
 
-def test_a_bad_row_fails_with_stage_file_and_line_and_keeps_finished_stages(folder: Folder) -> None:
+def test_a_bad_row_is_told_before_anything_runs(folder: Folder) -> None:
     with (folder.root / "text.jsonl").open("a") as file:
         file.write("{not json\n")
     done = folder.run()
+    assert done.returncode == 2
+    assert f"stage.corpus.sources[0]: 1 of {len(WORDS) ** 2 + 1} rows" in done.stderr
+    assert f"First {folder.root}/text.jsonl:{len(WORDS) ** 2 + 1}: expected one JSON object per line" in done.stderr
+
+
+def test_a_bad_row_far_behind_the_first_ones_fails_with_stage_file_and_line_and_keeps_finished_stages(folder: Folder) -> None:
+    with (folder.root / "text.jsonl").open("a") as file:
+        file.writelines(f'{{"text": "row {number}"}}\n' for number in range(9_000))
+        file.write("{not json\n")
+    done = folder.run()
     assert done.returncode == 3
-    assert f"stage 'corpus': {folder.root}/text.jsonl:{len(WORDS) ** 2 + 1}" in done.stderr
+    assert f"stage 'corpus': {folder.root}/text.jsonl:{len(WORDS) ** 2 + 9_001}" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list((folder.cache / "stages").iterdir())) == 3
 
