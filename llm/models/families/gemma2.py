@@ -82,3 +82,11 @@ class Gemma2(Family):
                 raise InputError(f"{cap}: expected a number above 0, as llama.cpp has it in every gemma2, got 0")
         writer.add_attn_logit_softcapping(config.parts.attention_softcap)
         writer.add_final_logit_softcapping(config.parts.final_softcap)
+
+    def gguf_fields(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        return {
+            "query_pre_attn_scalar": known["head_dim"],
+            "sliding_window": found.get("attention.sliding_window", WINDOW),
+            "attn_logit_softcapping": float(found.get("attn_logit_softcapping", 50.0)),
+            "final_logit_softcapping": float(found.get("final_logit_softcapping", 30.0)),
+        }
