@@ -80,8 +80,8 @@ class LoadedRecipe:
     ) -> "ShownPlan":
         """Run the stages whose results are not in the cache, as `run RECIPE` does; returns the last plan.
 
-        `on_event` gets each event that `run --json` prints; without it, progress is shown: in a notebook as a bar. Interrupting
-        the cell, or Ctrl-C, checkpoints and raises KeyboardInterrupt. StageError if a stage fails, GateError if a gate does.
+        `on_event` gets each event that `run --json` prints; without it, progress is shown: in a notebook as a bar.
+        Interrupting the cell, or Ctrl-C, checkpoints and raises KeyboardInterrupt. StageError if a stage fails, GateError if a gate does.
         """
         from runner.execution.scheduler import Scheduler
         from runner.execution.stop import StopRequest
@@ -131,7 +131,7 @@ class LoadedRecipe:
         text: str | None = None,
         max_new_tokens: int | None = None,
     ) -> list[dict[str, Any]]:
-        """For each row of files its fields and what a model predicts, as `run predict` does; for many rows, use that with --out.
+        """For each row of files its fields and what a model predicts, as `run predict` does; for many rows use that.
 
         A task of the recipe's evaluations says what, by default the first of labels; or `prompt`, a template to answer; or
         `text`, a field whose likelihood is told.

@@ -155,14 +155,14 @@ def write_rows(
 
 
 def cut_sentence(counts: Mapping[str, int], context: int) -> str | None:
-    """What the user should know of rows that were cut, if there are any: how many, by how much, and what helps if many were."""
+    """What the user should know of rows that were cut, if any were: how many, by how much, and what helps against many."""
     used = counts["rows"] - counts["bad"] - counts["unselected"]
     if not counts["truncated"]:
         return None
     share = counts["truncated"] / used
     told = (
-        f"{counts['truncated']:,} of {used:,} rows ({100 * share:.3g}%) are longer than {context:,} positions and were cut, by "
-        f"{counts['cut_tokens']:,} of {counts['full_tokens']:,} tokens"
+        f"{counts['truncated']:,} of {used:,} rows ({100 * share:.3g}%) are longer than {context:,} positions and were cut, "
+        f"by {counts['cut_tokens']:,} of {counts['full_tokens']:,} tokens"
     )
     if share <= MANY_CUT:
         return told
@@ -241,8 +241,8 @@ def fitted_groups(
     positions: int,
     long: Long = "cut",
 ) -> Iterator[list[Stream]]:
-    """The chats of a row as streams: a preference's together; of a single chat, each part by itself. InputError for one that is
-    too long if it is to fail.
+    """The chats of a row as streams: a preference's together; of a single chat, each part by itself. InputError for one
+    that is too long if it is to fail.
     """
     if len(chats) > 1:  # of which the last answers alone are compared
         whole = [(parts[-1].ids, parts[-1].loss_mask) for parts in encoded]

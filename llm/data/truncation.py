@@ -1,4 +1,4 @@
-"""Chats cut to the length of a row: later turns first, then text of the data that the assistant does not say, never its response.
+"""Chats cut to the length of a row: later turns first, then text of the data that the assistant does not say.
 
 `fit` cuts one chat, `fit_all` the chats that share a prompt, such as the two answers of a preference.
 """
@@ -52,12 +52,12 @@ def fit(
 ) -> Stream:
     """The chat as at most `positions` + 1 tokens. `encoded` is the whole chat, if it is known already.
 
-    With `leave_out_turns`, a longer chat keeps its first learned answers whole, with what is said before them, and loses the turns
-    after those; only a first answer that does not fit is treated like the answer of a chat that has no other.
+    With `leave_out_turns`, a longer chat keeps its first learned answers whole, with what is said before them, and loses the
+    turns after those; only a first answer that does not fit is treated like the answer of a chat that has no other.
 
-    Otherwise a longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the longest
-    first, until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and the
-    stream is cut at the end of the row: it then has no end token, because the answer goes on.
+    Otherwise a longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the
+    longest first, until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and
+    the stream is cut at the end of the row: it then has no end token, because the answer goes on.
     """
     whole = encoded or _encode(turns, tokenizer)
     full_length = len(whole[0])
@@ -93,8 +93,8 @@ def fit(
 
 
 def windows(turns: Sequence[Turn], tokenizer: TextTokenizer, *, positions: int) -> list[list[Turn]]:
-    """A chat with one answer as chats that fit, each with a piece of its longest substituted text and the same answer; the pieces
-    follow each other. The chat itself if it fits, has several answers, or leaves no room for a piece.
+    """A chat with one answer as chats that fit, each with a piece of its longest substituted text and the same answer; the
+    pieces follow each other. The chat itself if it fits, has several answers, or leaves no room for a piece.
     """
     texts = [text for turn in turns for text in turn.substituted()]
     fits = len(_encode(turns, tokenizer)[0]) <= positions + 1
@@ -155,7 +155,7 @@ def _cuttable(message: dict[str, Any]) -> Turn:
 def fit_all(
     chats: Sequence[Sequence[Turn]], encoded: Sequence[Encoded], tokenizer: TextTokenizer, *, positions: int
 ) -> list[Stream]:
-    """`fit` for chats that share their prompt, which is cut in all of them as in the longest chat; one alone may lose turns."""
+    """`fit` for chats that share their prompt, cut in all of them as in the longest one; a chat alone may lose turns."""
     if len(chats) == 1:
         return [fit(chats[0], tokenizer, positions=positions, encoded=encoded[0], leave_out_turns=True)]
     order = sorted(range(len(chats)), key=lambda index: -len(encoded[index][0]))

@@ -1,6 +1,6 @@
 """What a classification without a language model reaches: TF-IDF of words and characters, and logistic regression.
 
-A model that is not better than this has learned nothing that is worth its size (Wang and Manning 2012, "Baselines and Bigrams").
+A model that is not better has learned nothing that is worth its size (Wang and Manning 2012, "Baselines and Bigrams").
 """
 
 from collections.abc import Sequence

@@ -138,7 +138,8 @@ def classify(
     token included, after the prompt. By default the labels are those that occur.
 
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
-    training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a label that is not in `labels`, or if there are fewer than two labels.
+    training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a
+    label that is not in `labels`, or if there are fewer than two labels.
     """
     names = label_names(questions, labels)
     timer = GenerationTimer()

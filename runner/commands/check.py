@@ -165,8 +165,8 @@ def _classes(name: str, values: dict[str, int] | None) -> Iterator[str]:
     yield f"{name!r} has {len(values)} values: {', '.join(shown[:SHOWN_CLASSES])}{more}"
     if max(values.values()) > IMBALANCE * min(values.values()):
         yield (
-            f"  the most frequent one has {max(values.values()) / min(values.values()):.0f} times the rows of the rarest: look at "
-            "macro-F1, not at accuracy"
+            f"  the most frequent one has {max(values.values()) / min(values.values()):.0f} times the rows of the rarest: "
+            "look at macro-F1, not at accuracy"
         )
 
 

@@ -124,8 +124,8 @@ def _rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile"
     first = guess(profile, kind=options.kind, text=options.text or "", label=options.label or "")
     if first is None:
         raise RecipeError(
-            f"{data}: expected a field with text, got {', '.join(map(repr, profile.fields))}; name it by --text, and the one to "
-            "learn by --label"
+            f"{data}: expected a field with text, got {', '.join(map(repr, profile.fields))}; name it by --text, and the one "
+            "to learn by --label"
         )
     if first.why:
         print(first.why, file=sys.stderr)

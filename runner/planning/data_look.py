@@ -1,4 +1,4 @@
-"""A look at the rows that stages will read, before anything runs: what can fail at the fourth stage is told in the first second.
+"""A look at the rows that stages will read, before anything runs: what would fail at a late stage is told at once.
 What the machine lacks for a stage is told with it.
 
 For every table of data of a stage that is not finished, the first rows and some of the others become what the stage will make
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 
 def check_data(plan: Plan, note: Callable[[str], None]) -> None:
-    """RecipeError with all that is wrong in the data of stages that will run, and what they lack; `note` gets what is left out."""
+    """RecipeError with all that is wrong in data of stages that will run; `note` gets what they leave out."""
     names = [entry.name for entry in plan if entry.state in AHEAD]
     stages = {entry.name: entry.stage for entry in plan}
     faults: list[str] = []
@@ -108,7 +108,7 @@ def look(table: Table, files: Sequence[Path] | None = None) -> Iterator[Fault]:
     yield from _told(table, sample, rows, faults, first)
     if table.form.split and sample.is_whole and rows and not any(True for _ in read_rows(paths, None, table.form)):
         yield Fault(
-            f"split: expected rows in the part {table.form.split.part!r}, got none of {rows:,}; more rows, or a larger share of them"
+            f"split: expected rows in the part {table.form.split.part!r}, got none of {rows:,}; take more, or a larger share"
         )
     if table.labels is not None and sample.is_whole and len(labels) == 1 and not faults:
         yield Fault(

@@ -16,8 +16,8 @@ def fetched_plan(
     needed: Callable[[Plan], Iterable[Entry]],
     note: Callable[[str], None],
 ) -> Plan:
-    """The plan after the records of stages that would run, and then the artifacts of `needed`, were taken from a remote, if one
-    is named and has them. A remote that fails is told by `note`, and does without.
+    """The plan after the records of stages that would run, and then the artifacts of `needed`, were taken from a remote,
+    if one is named and has them. A remote that fails is told by `note`, and does without.
     """
     mirror = Mirror(remote, note=note, tick=lambda: None, upload=False)
     while True:

@@ -88,7 +88,10 @@ def test_errors_are_those_of_the_command_line(ran: Ran, tmp_path: Path) -> None:
 
 def test_importing_it_is_fast_and_the_module_is_the_command(ran: Ran) -> None:
     folder, *_ = ran
-    code = "import sys, stockpot; stockpot.load(sys.argv[1]).plan(); print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, stockpot; stockpot.load(sys.argv[1]).plan(); "
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     done = subprocess.run([sys.executable, "-c", code, str(folder.recipe)], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,4 +1,4 @@
-"""A guess of what rows are for, by the names, types and values of their fields: documents, pairs, chats, labels, preferences."""
+"""A guess of what rows are for, by names, types and values of their fields: documents, pairs, chats, labels, preferences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

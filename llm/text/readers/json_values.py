@@ -62,7 +62,7 @@ def _taken(
 
 
 def _value(text: str, place: int) -> tuple[dict[str, Any] | RowFault, int]:
-    """The object that begins at `place`, or why the value there cannot be used, and its end; JSONDecodeError if it has none."""
+    """The object that begins at `place`, or why the value cannot be used, and its end; JSONDecodeError if it has none."""
     try:
         value, end = _DECODER.raw_decode(text, place)
     except json.JSONDecodeError:

@@ -45,7 +45,7 @@ class _Group:
 
 
 def rows_of_part(rows: Iterable[FileRow], split: Split) -> set[int]:
-    """The indices of the rows in the part. Rows that cannot be read, or have no time, are trained on, so that they are told."""
+    """The indices of the rows in the part. Those that cannot be read, or have no time, are trained on, and so told."""
     groups: dict[bytes, _Group] = {}
     train: list[int] = []
     for index, row in enumerate(rows):

@@ -127,7 +127,7 @@ def _fewest_columns(rows: Sequence[str], delimiter: str) -> int:
 def _table(
     path: Path, table: Any, needed: set[str], faults: Mapping[int, RowFault], *, name: str, skipped: int = 0
 ) -> Iterator[FileRow]:
-    """The rows below the one that names the columns. What is wrong in a row, bytes and quotation marks too, is its own fault."""
+    """The rows below the one that names the columns. What is wrong in a row, also bytes and quotes, is its own fault."""
     csv.field_size_limit(WIDEST_FIELD)
     try:
         names: list[str] = next((row for row in table if row), [])

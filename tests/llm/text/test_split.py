@@ -1,4 +1,4 @@
-"""Rows split into parts: every row in one of them, groups whole, labels in their shares, time in order, whatever the order of rows."""
+"""Rows split into parts: every row in one of them, groups whole, labels in their shares, time in order."""
 
 import csv
 import json

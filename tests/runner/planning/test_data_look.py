@@ -32,7 +32,8 @@ SCORED = """
 kind = "evaluate"
 model = "chat"
 tasks = [
-  { name = "kinds", task = "classification", files = "test.csv", prompt = "{text}", response = "{label}", labels = ["a", "b"] },
+  { name = "kinds", task = "classification", files = "test.csv", prompt = "{text}", response = "{label}",
+    labels = ["a", "b"] },
   { name = "one", task = "classification", files = "one.csv", prompt = "{text}", response = "{label}" },
   { name = "exam", task = "multiple_choice", files = "exam.jsonl" },
 ]

@@ -134,8 +134,8 @@ class ClassificationTask(ChatTask):
     labels: Semantic[Annotated[list[str], Field(min_length=2)] | None] = None
     """The labels to choose from; by default those that occur in the rows."""
     long: Semantic[Literal["cut", "window", "fail"]] = "cut"
-    """What to do with a row that is longer than the context: cut the end of what was filled into its prompt; or read it window by
-    window and average the log-probabilities of each label; or fail."""
+    """What to do with a row that is longer than the context: cut the end of what was filled into its prompt; or read it window
+    by window and average the log-probabilities of each label; or fail."""
 
     @field_validator("labels")
     @classmethod
