@@ -37,7 +37,9 @@ def test_llama_cpp_gives_the_log_probabilities_and_greedy_answers_of_every_archi
     with torch.inference_mode():
         for prompt in prompts:
             ours = model(torch.tensor([prompt]))[0, -1:].log_softmax(-1)
-            torch.testing.assert_close(stranger.log_probabilities(prompt), ours, atol=1e-4, rtol=0)
+            # A GELU comes from a table in fp16 there: what one number in fp16 is rounded by.
+            limit = 1e-4 if model.exact_in_llama_cpp else 2**-11 * float(ours.abs().max())
+            torch.testing.assert_close(stranger.log_probabilities(prompt), ours, atol=limit, rtol=0)
     answers = generate(model, prompts, max_new_tokens=20, end=tokenizer.ends)
     assert stranger.answers(prompts, max_new_tokens=20) == answers
 
