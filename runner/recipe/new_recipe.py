@@ -142,7 +142,9 @@ def _context(rows: Rows, shape: Shape, language: str, hardware: Hardware) -> int
 
 def _tuning(rows: Rows, context: int, language: str, *, flops: float, base: str | None, shape: Shape) -> dict[str, Any]:
     """Epochs and steps that fit the number of rows and the time."""
-    in_epoch = 0.8 * rows.count * min(context, rows.characters / CHARACTERS[language] + 8)
+    length = rows.characters / CHARACTERS[language] + 8
+    # Windows of documents to classify are all learned; of other rows what does not fit is cut.
+    in_epoch = 0.8 * rows.count * (length if rows.kind == "labels" else min(context, length))
     epochs = next((number for number, most in ((12, 500), (8, 2000), (4, 10_000), (2, 100_000)) if rows.count < most), 1)
     affordable = flops / (6 * (1.35e8 if base else shape.parameters))
     epochs = max(1, min(epochs, int(affordable / max(1.0, in_epoch))))
