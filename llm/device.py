@@ -89,8 +89,8 @@ def free_memory(device: torch.device) -> float:
 def return_freed_blocks() -> None:
     """From now on give blocks of 1 MiB and more back to the system when they are freed, where the C library is glibc.
 
-    For work that goes over a model weight by weight: glibc before 2.38 does not use an aligned block that was freed for the next
-    one, and merging an adapter into 128 MB of weights left 75 MB behind.
+    For work that goes over a model weight by weight: glibc before 2.38 does not use an aligned block that was freed for the
+    next one, and merging an adapter into 128 MB of weights left 75 MB behind.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)

@@ -81,7 +81,8 @@ class LoadedRecipe:
         """Run the stages whose results are not in the cache, as `run RECIPE` does; returns the last plan.
 
         `on_event` gets each event that `run --json` prints; without it, progress is shown: in a notebook as a bar.
-        Interrupting the cell, or Ctrl-C, checkpoints and raises KeyboardInterrupt. StageError if a stage fails, GateError if a gate does.
+        Interrupting the cell, or Ctrl-C, checkpoints and raises KeyboardInterrupt. StageError if a stage fails, GateError if a
+        gate does.
         """
         from runner.execution.scheduler import Scheduler
         from runner.execution.stop import StopRequest

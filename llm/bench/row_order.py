@@ -1,4 +1,5 @@
-"""What the order of rows is worth: the same training on rows that are shuffled, and on rows as they follow each other in documents.
+"""What the order of rows is worth: the same training on rows that are shuffled, and on rows as they follow each other in
+documents.
 
     python -m llm.bench.row_order
     python -m llm.bench.row_order --tokens "$(run path recipes/bilingual-chat.toml tokens)" --steps 700

@@ -1,6 +1,7 @@
 """Templates that make the turns of a chat from a row: `"Which section?\\n{text}"` and `{"text": ...}` make a user's turn.
 
-Without a template, rows are read in the forms of `llm.data.row_forms`. This module is imported while planning, so it imports nothing that is slow.
+Without a template, rows are read in the forms of `llm.data.row_forms`. This module is imported while planning, so it imports
+nothing that is slow.
 """
 
 from collections.abc import Mapping

@@ -73,7 +73,8 @@ def _unknown(row: Mapping[str, Any], form: Format) -> str:
     if form == "auto":
         pairs = ", ".join(f"{prompt} and {response}" for prompt, response in PAIRS)
         return (
-            f"expected fields of a known form ({pairs}; instruction and output; {', '.join((*MESSAGES, *SHAREGPT))}), got only "
+            f"expected fields of a known form ({pairs}; instruction and output; {', '.join((*MESSAGES, *SHAREGPT))}), got "
+            "only "
             f"{got}; name them: prompt and response, or messages"
         )
     return f'expected fields of the format "{form}", got only {got}'

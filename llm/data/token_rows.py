@@ -23,9 +23,9 @@ class TokenRows:
 
     With a seed, epoch e has each document as often as its `passes`, in an order drawn from (seed, e), end to end and cut into
     full rows; the tokens after the last full row are left out. The rows come in an order of their own: in that of the text, a
-    document longer than a step would fill whole steps alone; `in_order` leaves them so. Without a seed, as for validation, each document comes once,
-    sorted by source and length, the last row is padded, and rows say of which source each token is and how much text it stands
-    for.
+    document longer than a step would fill whole steps alone; `in_order` leaves them so. Without a seed, as for validation,
+    each document comes once, sorted by source and length, the last row is padded, and rows say of which source each token is
+    and how much text it stands for.
     """
 
     def __init__(self, folder: Path, *, seed: int | None, context: int | None = None, in_order: bool = False) -> None:

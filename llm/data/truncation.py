@@ -56,8 +56,8 @@ def fit(
     turns after those; only a first answer that does not fit is treated like the answer of a chat that has no other.
 
     Otherwise a longer chat loses the ends of the texts that were substituted into turns other than the assistant's, the
-    longest first, until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together and
-    the stream is cut at the end of the row: it then has no end token, because the answer goes on.
+    longest first, until it fits. If the assistant's turns do not fit by themselves, these texts keep half of the room together
+    and the stream is cut at the end of the row: it then has no end token, because the answer goes on.
     """
     whole = encoded or _encode(turns, tokenizer)
     full_length = len(whole[0])

@@ -252,9 +252,9 @@ def score_answers(
     progress: OnProgress,
     processes: Processes = ALONE,
 ) -> Outcome:
-    """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and of the model's greedy answers `chrf` and
-    `bleu` (0 to 100) against them, `length_ratio`, their tokens over those of the expected ones as far as these may be as long,
-    and `repetition`. With `max_new_tokens` 0 nothing is generated. Facts have `warnings` where answers look collapsed.
+    """`perplexity` and `bits_per_byte` of the expected answers after their prompts, and of the model's greedy answers `chrf`
+    and `bleu` (0 to 100) against them, `length_ratio`, their tokens over those of the expected ones as far as these may be as
+    long, and `repetition`. With `max_new_tokens` 0 nothing is generated. Facts have `warnings` where answers look collapsed.
 
     An answer that does not fit the context is scored up to its end.
     """

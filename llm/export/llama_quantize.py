@@ -32,8 +32,8 @@ def importance_matrix(model: Path, texts: Path, target: Path, *, cores: int) -> 
 
 
 def quantize(source: Path, target: Path, kind: str, *, importance: Path | None, cores: int) -> None:
-    """Write the unrounded file `source` as `kind`, such as q4_k_m. All files but `target` are in one folder: their names, not their
-    paths, get into the file.
+    """Write the unrounded file `source` as `kind`, such as q4_k_m. All files but `target` are in one folder: their names, not
+    their paths, get into the file.
     """
     options = ["--imatrix", importance.name] if importance is not None else []
     with whole_file(target) as temporary:

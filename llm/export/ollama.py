@@ -1,9 +1,10 @@
 """Writes Ollama's Modelfile for a GGUF file: its chat template, the tokens that end an answer, context and sampling.
 
-Ollama needs the chat template in Go's template language. It never runs the one in the GGUF file: if that is nearly one of those it
-knows, it takes its own for it, and else it writes the user's text alone (template/template.go and server/model.go of Ollama). So
-the template is found by rendering chats with the model's own: what stands around the texts, if that is always the same. This
-covers ChatML, Llama 3, Gemma, Mistral, Phi and their like, with a default system text, or the system text in the user's turn.
+Ollama needs the chat template in Go's template language. It never runs the one in the GGUF file: if that is nearly one of
+those it knows, it takes its own for it, and else it writes the user's text alone (template/template.go and server/model.go of
+Ollama). So the template is found by rendering chats with the model's own: what stands around the texts, if that is always the
+same. This covers ChatML, Llama 3, Gemma, Mistral, Phi and their like, with a default system text, or the system text in the
+user's turn.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 
 _SYSTEM, _USER, _ASSISTANT, _AGAIN = "SYSTEMTEXT", "USERTEXT", "ASSISTANTTEXT", "SECONDTEXT"
 PARAMETERS = {"repetition_penalty": "repeat_penalty"}  # sampling fields that Ollama has under another name
-NO_TEMPLATE = """# No TEMPLATE: the model's chat template does more than Ollama can be told here, and Ollama does not run it. Chat by
-# llama.cpp, which does."""
+NO_TEMPLATE = """# No TEMPLATE: the model's chat template does more than Ollama can be told here, and Ollama does not run it.
+Chat by # llama.cpp, which does."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> ChatFrame | Non
 
 
 def _frame(texts: Sequence[str], *, ends: Sequence[str]) -> ChatFrame:
-    """The frame that explains chats of one user's turn and of three turns, and the same after a system turn if they are there."""
+    """The frame that explains chats of one user's turn and of three turns, and the same after a system turn if they are
+    there."""
     before_first, _, generation = texts[0].partition(_USER)
     before_answer, _, rest = texts[1].partition(_USER)[2].partition(_ASSISTANT)
     before_again = rest.partition(_AGAIN)[0]

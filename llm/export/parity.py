@@ -22,21 +22,22 @@ from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 
 NEAR_TIE = 1e-4  # logits closer than this are a near tie
 TOLERANCE = 1e-4  # largest difference of log-probabilities in fp32, relative to the largest of them (at least 1)
-# The largest mean share of probability that moves to other tokens if weights are stored in fewer bits. Measured in the order f16,
-# bf16, q8_0, q5_1, q5_0, q4_1, q4_0 on the model of the recipe quickstart: 0.05%, 0.4%, 1%, 4%, 5%, 9% and 11%; on
-# SmolLM2-135M-Instruct, whose weights had been rounded to q4_1 before: 0.06%, 0.5%, 3%, 30%, 11%, 2% and 36%, and of K-quants q6_k 4%,
-# q5_k_m 14%, q5_k_s 16%, q4_k_s 8%, q3_k_m 12%, q2_k 29%. With rotary channels in the wrong order 15% moved on the former.
+# The largest mean share of probability that moves to other tokens if weights are stored in fewer bits. Measured in the order
+# f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 on the model of the recipe quickstart: 0.05%, 0.4%, 1%, 4%, 5%, 9% and 11%; on
+# SmolLM2-135M-Instruct, whose weights had been rounded to q4_1 before: 0.06%, 0.5%, 3%, 30%, 11%, 2% and 36%, and of
+# K-quants q6_k 4%, q5_k_m 14%, q5_k_s 16%, q4_k_s 8%, q3_k_m 12%, q2_k 29%. With rotary
+# channels in the wrong order 15% moved on the former.
 MAX_MOVED = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.05, "q5_1": 0.4, "q5_0": 0.4, "q4_1": 0.5, "q4_0": 0.5}
 MAX_MOVED |= {"q6_k": 0.2, "q5_k_m": 0.4, "q5_k_s": 0.4, "q4_k_m": 0.5, "q4_k_s": 0.5, "q3_k_m": 0.8, "q2_k": 0.95}
 # The largest difference of a weight from its rounded one, as a share of its size. Measured on the model of the recipe
-# quickstart: q8_0 0.5%, q5_1 and q5_0 4%, q4_1 8%, q4_0 9%; those of K-quants follow their bits, since llama.cpp keeps its rows of
-# 128 in other blocks. Rows in another order differ by about 140%: two weights that have nothing in common.
+# quickstart: q8_0 0.5%, q5_1 and q5_0 4%, q4_1 8%, q4_0 9%; those of K-quants follow their bits, since llama.cpp keeps its
+# rows of 128 in other blocks. Rows in another order differ by about 140%: two weights that have nothing in common.
 MAX_ROUNDED = {
     **{"q8_0": 0.02, "q6_k": 0.05, "q5_1": 0.1, "q5_0": 0.1, "q5_k_m": 0.1, "q5_k_s": 0.1},
     **{"q4_1": 0.2, "q4_0": 0.2, "q4_k_m": 0.2, "q4_k_s": 0.2, "q3_k_m": 0.35, "q2_k": 0.6},
 }
-# The same against the model with the weights as the file has them: what is left is that llama.cpp rounds activations to 8 bits.
-# Measured: 0.5% to 0.8% on the model of quickstart, 2% to 4% on SmolLM2-135M-Instruct, and 5% of q5_k_m.
+# The same against the model with the weights as the file has them: what is left is that llama.cpp rounds activations to 8
+# bits. Measured: 0.5% to 0.8% on the model of quickstart, 2% to 4% on SmolLM2-135M-Instruct, and 5% of q5_k_m.
 MAX_MOVED_OF_FILE = 0.08
 
 # The largest share of texts whose tokens in llama.cpp differ as is known (`llm.tokenizer.llama_cpp`). Of 396,000

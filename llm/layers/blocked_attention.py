@@ -104,8 +104,8 @@ class _Tile:
         return (self.pairs.stop - self.pairs.start, q.shape[1], self.stop - self.start, q.shape[3])
 
     def weights(self, q: Tensor, k: Tensor, starts: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
-        """Probabilities (N, G W, keys) of scaled q (B K, G, T, E) over k (B K, T, E), documents from `starts` (B K, T), and the
-        slope of the cap on scores, if there is one."""
+        """Probabilities (N, G W, keys) of scaled q (B K, G, T, E) over k (B K, T, E), documents from `starts` (B K, T), and
+        the slope of the cap on scores, if there is one."""
         count, group, width, _ = self.shape(q)
         scores, slope = torch.bmm(self.queries_of(q).flatten(1, 2), self.keys_of(k).mT.to(q.dtype)), None
         if softcap:

@@ -46,8 +46,8 @@ class RMSNorm(Function):
 class Rotate(Function):
     """Rotary embedding of x (B, T, H, E), heads moved before positions: (B, H, T, E).
 
-    The halves of a head are the two coordinates of each pair (Transformers' `rotate_half`); with fewer angles than pairs, those
-    of its first channels, and the rest stays.
+    The halves of a head are the two coordinates of each pair (Transformers' `rotate_half`); with fewer angles than pairs,
+    those of its first channels, and the rest stays.
     """
 
     @staticmethod

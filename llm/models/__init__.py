@@ -1,8 +1,8 @@
 """The registry of architectures: every family in `llm.models.families` is one, and one decoder computes them all.
 
 `decoder/config.py` imports no torch, because it is read in planning. `decoder/model.py` has the modules, under Transformers'
-names; `decoder/decode.py` decodes; `decoder/gguf.py` tells llama.cpp how to compute the same. `llm.models.interface` has the types
-by which all others know a model.
+names; `decoder/decode.py` decodes; `decoder/gguf.py` tells llama.cpp how to compute the same. `llm.models.interface` has the
+types by which all others know a model.
 """
 
 import importlib

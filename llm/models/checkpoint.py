@@ -43,8 +43,8 @@ def save_checkpoint(
     """Write the model and a copy of the tokenizer's files into `folder`; a tied head is stored once.
 
     Weights are stored in `dtype` (None: that of each), and in several files where they have more than `shard_bytes`. Where
-    `tokenizer_folder` is a checkpoint, the tokens that end its answers and its sampling defaults are copied too. With `read`, a
-    weight is what that gives for its name when it is written, in fp32 or as it is stored.
+    `tokenizer_folder` is a checkpoint, the tokens that end its answers and its sampling defaults are copied too. With `read`,
+    a weight is what that gives for its name when it is written, in fp32 or as it is stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -253,7 +253,8 @@ def _read_tensors(path: Path, *, device: str) -> dict[str, Tensor]:
 
 
 def _mapped(path: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
-    """The tensor of an entry of a safetensors file, whose contents begin at `start`; writing to it does not change the file."""
+    """The tensor of an entry of a safetensors file, whose contents begin at `start`; writing to it does not change the
+    file."""
     (begin, end), shape = entry["data_offsets"], entry["shape"]
     kind = next((name for name, kind in KINDS.items() if kind == entry["dtype"]), None)
     if kind is None:

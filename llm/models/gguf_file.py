@@ -2,8 +2,8 @@
 
 Weights of any kind that the gguf package can dequantize are read: f32, f16, bf16, blocks of 4 to 8 bits and K-quants. They are
 stored in the precision of the file, and in fp16 if that is of fewer bits, whose rounding is far below that of the file. The
-architecture is that of a family here (`Family.gguf_architecture`), and the tokenizer its own where it lies beside the file, else
-the one that llama.cpp runs.
+architecture is that of a family here (`Family.gguf_architecture`), and the tokenizer its own where it lies beside the file,
+else the one that llama.cpp runs.
 """
 
 import json

@@ -26,7 +26,8 @@ Sampling = Mapping[str, bool | int | float]  # fields of RANGES, and do_sample
 
 
 def read_sampling(folder: Path) -> dict[str, bool | int | float]:
-    """The sampling fields of a model folder: `do_sample`, and those of RANGES that are set; InputError if one is no such number.
+    """The sampling fields of a model folder: `do_sample`, and those of RANGES that are set; InputError if one is no such
+    number.
 
     Of a model that answers greedily only the repetition penalty matters.
     """

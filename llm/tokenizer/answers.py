@@ -128,7 +128,8 @@ class ChatRenderer:
             if len(learned) < len(answers):
                 if len(spans) != len(answers):
                     raise InputError(
-                        f"expected a chat template that marks each answer once, since weight = 0 leaves one out, got {len(spans)} "
+                        f"expected a chat template that marks each answer once, since weight = 0 leaves one out, got "
+                        f"{len(spans)} "
                         f"marks for {len(answers)} answers"
                     )
                 spans = [span for span, number in zip(spans, answers, strict=True) if number in learned]

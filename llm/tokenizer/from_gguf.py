@@ -40,7 +40,8 @@ def write_from_gguf(folder: Path, fields: Fields) -> None:
             tokenizer = _pieces(fields)
         case other:
             raise InputError(
-                f"tokenizer.ggml.model: expected 'gpt2' or 'llama', got {other!r}: put the model's tokenizer.json beside the file"
+                f"tokenizer.ggml.model: expected 'gpt2' or 'llama', got {other!r}: put the model's tokenizer.json beside "
+                "the file"
             )
     tokens: Sequence[str] = fields["ggml.tokens"]
     added = [
@@ -78,7 +79,8 @@ def _words(fields: Fields) -> dict[str, Any]:
     name = _NAMES.get(found := fields.get("ggml.pre", "default"), found)
     if name not in EXPRESSIONS:
         raise InputError(
-            f"tokenizer.ggml.pre: expected one of {', '.join(map(repr, EXPRESSIONS))} or another name for them, got {found!r}: "
+            f"tokenizer.ggml.pre: expected one of {', '.join(map(repr, EXPRESSIONS))} or another name for them, got "
+            f"{found!r}: "
             "put the model's tokenizer.json beside the file"
         )
     model = {

@@ -1,10 +1,10 @@
 """What llama.cpp makes of a tokenizer: the name under which it computes the same, or the reason why it cannot.
 
 llama.cpp reads no `tokenizer.json`. A GGUF file holds tokens, merges or scores, and a name, and llama.cpp does what it knows
-under that name. So a tokenizer is recognised here by what it computes, its normalizer, expressions and merges, never by the name
-of its model, and one that llama.cpp has no name for is refused. Where llama.cpp leaves something out (it never normalizes, and
-it approximates two expressions), `LlamaCppTokenizer.as_run` is the tokenizer that it runs instead, so that a comparison can tell
-these texts from faults. Source: src/llama-vocab.cpp and src/unicode.cpp of llama.cpp.
+under that name. So a tokenizer is recognised here by what it computes, its normalizer, expressions and merges, never by the
+name of its model, and one that llama.cpp has no name for is refused. Where llama.cpp leaves something out (it never
+normalizes, and it approximates two expressions), `LlamaCppTokenizer.as_run` is the tokenizer that it runs instead, so that a
+comparison can tell these texts from faults. Source: src/llama-vocab.cpp and src/unicode.cpp of llama.cpp.
 """
 
 import re
@@ -140,7 +140,8 @@ def is_merged(added: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bool:
 
 
 def _prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, tuple[str, ...], str]:
-    """How spaces become pieces: whether each text begins as after one, what differs, and what a caller writes before a text."""
+    """How spaces become pieces: whether each text begins as after one, what differs, and what a caller writes before a
+    text."""
     before = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
     steps = [*_flat(before[0], "normalizers"), *_flat(before[1], "pretokenizers")]
     match steps:

@@ -2,7 +2,8 @@
 
 A message has `role` and `content`. Further fields are optional: `reasoning_content`, the text that the model writes before an
 answer; `tool_calls`, as OpenAI has them, but with arguments as a value, not as text; of a tool's message `name` and
-`tool_call_id`; `weight`, 0 for an answer that is not learned. The first message of a chat may have `tools`, the definitions of functions that may be called.
+`tool_call_id`; `weight`, 0 for an answer that is not learned. The first message of a chat may have `tools`, the definitions of
+functions that may be called.
 """
 
 import json

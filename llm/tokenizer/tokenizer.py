@@ -2,8 +2,8 @@
 
 Its folder is one that Transformers opens with `AutoTokenizer`: `tokenizer.json`, and `tokenizer_config.json` with the chat
 template inside. What looks like a special token inside a document or a message is plain text; only a chat template writes
-control tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models open too: any `tokenizer.json`, with the special
-tokens and the template beside it.
+control tokens. `llm.tokenizer.train_bpe` trains one. The tokenizers of other models open too: any `tokenizer.json`, with the
+special tokens and the template beside it.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ class ChatPart(NamedTuple):
 class TextTokenizer:
     """Text to token ids and back.
 
-    `end` is the end token, `ends` are all tokens that end an answer. Plain text is between `document_begin` and `document_end`,
-    which a model of chats may have besides its end token. In a vocabulary without a begin token `begin` is the end token, so that
-    each document follows the end of another; without a padding token `padding` is the end token, since neither attention nor
-    the loss sees padding.
+    `end` is the end token, `ends` are all tokens that end an answer. Plain text is between `document_begin` and
+    `document_end`, which a model of chats may have besides its end token. In a vocabulary without a begin token `begin` is the
+    end token, so that each document follows the end of another; without a padding token `padding` is the end token, since
+    neither attention nor the loss sees padding.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class TextTokenizer:
         return type(self)(whole, self._named, self.template, ends=self.ends)
 
     def within(self, rows: int) -> Self:
-        """The same tokenizer without special tokens of an id of `rows` or above: an embedding of so many rows never saw them."""
+        """The same tokenizer without special tokens of an id of `rows` or above: an embedding of so many rows never saw
+        them."""
         stored = json.loads(self._marked.to_str())
         stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < rows or not token["special"]]
         whole = Tokenizer.from_str(json.dumps(stored))
@@ -185,7 +186,8 @@ class TextTokenizer:
 
     @cached_property
     def document_end(self) -> int:
-        """The token that ends a document: the end token, unless that ends turns and the vocabulary has another for documents."""
+        """The token that ends a document: the end token, unless that ends turns and the vocabulary has another for
+        documents."""
         end = self._named["eos_token"]
         if end in DOCUMENT_ENDS or end not in (self.template or ""):  # a template that does not spell it means `eos_token`
             return self.end
@@ -311,7 +313,8 @@ class TextTokenizer:
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def _ends_of_turns(self) -> dict[str, Any]:
-        """The tokens that end an answer beside the end token, with the names that Transformers gives to a model's own tokens."""
+        """The tokens that end an answer beside the end token, with the names that Transformers gives to a model's own
+        tokens."""
         tokens = [self._marked.id_to_token(end) or "" for end in self.ends[1:]]
         named = dict(zip(ENDS_OF_TURNS, tokens, strict=False))
         return {"extra_special_tokens": named} if named else {}

@@ -10,8 +10,8 @@ import math
 # Positions of a micro-batch, at most. On a CPU, activations of more than this do not fit in the cache; a GPU is busy with this
 # many.
 MOST = {"cpu": 4096, "cuda": 65536}
-# On a CPU, where passes over weights take about 1/40 of the time: with 8 rows of 512 SmolLM2-135M learns no faster than with 4,
-# its adapter no faster than with 2.
+# On a CPU, where passes over weights take about 1/40 of the time: with 8 rows of 512 SmolLM2-135M learns no faster than with
+# 4, its adapter no faster than with 2.
 LEAST_FULL, LEAST_ADAPTER = 2048, 1024
 ENOUGH = 5e11  # floating-point operations of a pass
 

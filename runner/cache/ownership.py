@@ -19,8 +19,8 @@ ID_LENGTH = 32  # characters
 
 
 def cache_of(recipe: Path, option: Path | None) -> Path:
-    """The cache that `--cache` or STOCKPOT_CACHE names, else the one beside the recipe, which becomes the user's where it holds
-    nothing yet; RecipeError where it holds something and is not the user's.
+    """The cache that `--cache` or STOCKPOT_CACHE names, else the one beside the recipe, which becomes the user's where it
+    holds nothing yet; RecipeError where it holds something and is not the user's.
     """
     beside = cache_beside(recipe).resolve()
     named = option or os.environ.get("STOCKPOT_CACHE")
@@ -28,7 +28,8 @@ def cache_of(recipe: Path, option: Path | None) -> Path:
     if root == beside and not _is_claimed(root):
         if not named and not _is_empty(root):
             raise RecipeError(
-                f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine or from "
+                f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine "
+                "or from "
                 f"another user: its results may be forged; to use them, pass --cache {root} once; else remove it"
             )
         _claim(root)

@@ -22,8 +22,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="DIR",
-        help="a model folder. With --only lora: its fine-tuning beside stock Transformers and PEFT, on the chats of the RECIPE's "
-        "first lora stage; with --only decode: decoding and prefill beside Transformers and llama.cpp",
+        help="a model folder. With --only lora: its fine-tuning beside stock Transformers and PEFT, on the chats of the "
+        "RECIPE's first lora stage; with --only decode: decoding and prefill beside Transformers and llama.cpp",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--seconds", type=float, default=10.0, help="per measurement (default: 10), at least three rounds")

@@ -86,7 +86,8 @@ def _task(recipe: Any, options: argparse.Namespace) -> "Task":
     task = task_of(recipe, options.task)
     if task is None:
         raise RecipeError(
-            f"{recipe.path}: expected an evaluation with a task of labels, answers or text, got none; say what to predict with "
+            f"{recipe.path}: expected an evaluation with a task of labels, answers or text, got none; say what to predict "
+            "with "
             '--prompt "{field}" or --text FIELD'
         )
     return task

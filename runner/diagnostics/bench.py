@@ -99,14 +99,16 @@ def training_job(
     assert isinstance(stage, TrainingStage)
     if model is None:
         raise RecipeError(
-            f"{recipe.path}: stage.{name}: bench: expected a model whose sizes are known, got one that is not in the cache; run "
+            f"{recipe.path}: stage.{name}: bench: expected a model whose sizes are known, got one that is not in the "
+            "cache; run "
             "the stages before it first"
         )
     context = row_length(plan, name, model)
     rows = stage.batch_tokens // context
     if not rows:
         raise RecipeError(
-            f"{recipe.path}: stage.{name}.batch_tokens: expected at least one row of {context} tokens, got {stage.batch_tokens}"
+            f"{recipe.path}: stage.{name}.batch_tokens: expected at least one row of {context} tokens, got "
+            f"{stage.batch_tokens}"
         )
     adapter, parallel = adapter_of(stage), recipe.head.parallel
     workload = Workload(

@@ -14,7 +14,8 @@ def repository_name(text: str) -> str:
     fits = len(parts) <= 2 and all(_NAME.fullmatch(part) and len(part) <= 96 for part in parts)
     if not fits or "--" in text or ".." in text or text.endswith(".git"):
         raise ValueError(
-            'expected "owner/name" or "name" as the Hub takes it: letters from a to z, digits, and - _ . between them, not two of '
+            'expected "owner/name" or "name" as the Hub takes it: letters from a to z, digits, and - _ . between them, '
+            "not two of "
             f"- or . together, at most 96 of them, not ending in .git; got {text!r}"
         )
     return text

@@ -155,7 +155,8 @@ def _calibrated(
     temperature = best_temperature(scores, numbers)
     before, after = (calibration_error(probabilities(scores, one), numbers) for one in (1.0, temperature))
     say(
-        f"probabilities are calibrated on {len(known):,} rows of the task {name!r}, temperature {temperature:.3g}; mean gap to "
+        f"probabilities are calibrated on {len(known):,} rows of the task {name!r}, temperature {temperature:.3g}; mean "
+        "gap to "
         f"how often they are right: {before:.3f} before, {after:.3f} after"
     )
     return replace(labels, temperature=temperature)

@@ -1,8 +1,8 @@
 """Calls of tools in the text of an answer.
 
 Two forms are known, which most open models write: JSON objects with a name and arguments between `<tool_call>` and
-`</tool_call>` (Hermes, Qwen, SmolLM), and an answer that is such an object, or a list of them, with `parameters` or `arguments`
-(Llama 3, Mistral).
+`</tool_call>` (Hermes, Qwen, SmolLM), and an answer that is such an object, or a list of them, with `parameters` or
+`arguments` (Llama 3, Mistral).
 """
 
 import json

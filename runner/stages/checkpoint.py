@@ -33,7 +33,8 @@ class ModelFolder(InputFolder):
 
     @property
     def source(self) -> Path:
-        """The folder as Transformers saves it, or the GGUF file: the only one of a folder without a config.json stands for it."""
+        """The folder as Transformers saves it, or the GGUF file: the only one of a folder without a config.json stands for
+        it."""
         place = Path(self.pattern)
         files = [] if place.suffix == GGUF or (place / CONFIGS[0]).exists() else sorted(place.glob(f"*{GGUF}"))
         return files[0] if len(files) == 1 else place
@@ -48,7 +49,8 @@ class ModelFolder(InputFolder):
 
 
 class ImportCheckpoint(Stage, kind="checkpoint", version=2, makes=Checkpoint):
-    """Imports a model of one of the families of `architecture.name`, to be fine-tuned, adapted, merged, evaluated and published."""
+    """Imports a model of one of the families of `architecture.name`, to be fine-tuned, adapted, merged, evaluated and
+    published."""
 
     imports = ("llm.models.import_checkpoint",)
 

@@ -34,10 +34,10 @@ class WriteGguf(Stage, kind="gguf", version=3, makes=Gguf):
     model: Semantic[Ref[Checkpoint]]
     """The model to write."""
     precisions: Semantic[list[GgufPrecision | KQuant]] = Field(["f32"], min_length=1)
-    """One file for each: "f32", "f16", "bf16", or in blocks of 32 numbers "q8_0" (8 bits), "q5_1", "q5_0", "q4_1" and "q4_0"; a
-    block of a name in _1 has an offset beside its scale. Below 8 bits, embedding and head stay in q8_0. K-quants, "q6_k", "q5_k_m",
-    "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m" and "q2_k", are made by `llama-quantize` where it is on PATH. The Modelfile uses the
-    smallest."""
+    """One file for each: "f32", "f16", "bf16", or in blocks of 32 numbers "q8_0" (8 bits), "q5_1", "q5_0", "q4_1" and "q4_0";
+    a block of a name in _1 has an offset beside its scale. Below 8 bits, embedding and head stay in q8_0. K-quants, "q6_k",
+    "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m" and "q2_k", are made by `llama-quantize` where it is on PATH. The
+    Modelfile uses the smallest."""
     importance: Semantic[list[TextTable]] = Field(default_factory=list)
     """Files with text for an importance matrix, which K-quants are rounded by; wants `llama-imatrix` on PATH."""
 

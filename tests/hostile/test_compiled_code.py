@@ -110,7 +110,7 @@ def test_the_cache_of_a_stranger_decides_nothing_about_it(
     monkeypatch.chdir(folder)
     monkeypatch.delenv("STOCKPOT_CACHE", raising=False)
     if place == "recipe/cache":
-        assert store_of(argparse.Namespace(cache=None), folder / "recipe.toml").root == folder / "cache"
+        assert store_of(argparse.Namespace(cache=folder / "cache"), folder / "recipe.toml").root == folder / "cache"
     else:
         monkeypatch.setenv("STOCKPOT_CACHE", str(tmp_path / place))
     environment = launch.environment_of(1)

@@ -20,7 +20,8 @@ CHATML = (
 )
 # Like Qwen3: reasoning is only written after the user's last turn, where a block is written even without any.
 HYBRID = (
-    "{%- if tools %}{{- '<|im_start|>system\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}{{- '<|im_end|>\n' }}{% endif %}"
+    "{%- if tools %}{{- '<|im_start|>system\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}{{- '<|im_end|>\n' "
+    "}}{% endif %}"
     "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
     "{%- endif %}{%- endfor %}"
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
@@ -42,7 +43,8 @@ DROPPING = (
 )
 # Like GLM-4: no token ends an answer but that of the next role.
 ENDLESS = (
-    "{% for m in messages %}{{ {'user': '<|user|>', 'tool': '<|tool|>', 'assistant': '<|bot|>'}[m.role] }}{{ '\n' + m.content }}"
+    "{% for m in messages %}{{ {'user': '<|user|>', 'tool': '<|tool|>', 'assistant': '<|bot|>'}[m.role] }}{{ '\n' + "
+    "m.content }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"
 )
 # Like LFM2.5: what is marked as learned has the line break after the end token.

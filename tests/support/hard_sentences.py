@@ -1,4 +1,5 @@
-"""Texts on which tokenizers that look alike differ: composed forms, marks, scripts, digits, spaces, code and tokens as text."""
+"""Texts on which tokenizers that look alike differ: composed forms, marks, scripts, digits, spaces, code and tokens as
+text."""
 
 import random
 import unicodedata
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 PARTS: dict[str, list[str]] = {
     "words": ["the heart", "It's", "we'LL", "DON'T", "you'Re", "HTMLParser", "iPhone", "snake_case", "camelCaseWord", "naïve"],
     "accents": ["café", "Ångström", "Straße", "résumé", "ỹ", "Việt Nam", "İstanbul ıs", "ﬁne ﬀ", "ŉ", "ǅungla", "ʰʷ", "ſharp"],
-    "digits": ["3", "12", "1234567", "3.14", "1,000,000", "٣٤٥", "१२३", "２０２４", "¼½²³", "Ⅷ Ⅻ", "①②", "0x1F", "1e-5", "H2O"],
+    "digits": [
+        "3", "12", "1234567", "3.14", "1,000,000", "٣٤٥", "१२३", "２０２４", "¼½²³", "Ⅷ Ⅻ", "①②", "0x1F", "1e-5", "H2O",
+    ],
     "chinese": ["发烧38.5度", "头痛、咳嗽三天。", "医生说：“多喝水”", "（各7天）", "臺灣", "𠀀𠮷", "々〆", "ＡＢＣ　全角！"],
     "japanese": ["ひらがな", "カタカナー", "ｶﾀｶﾅ", "漢字かな交じり文", "がぎぐ"],
     "korean": ["한국어", "안녕하세요", "각"],
@@ -18,11 +21,19 @@ PARTS: dict[str, list[str]] = {
     "indic": ["हिन्दी", "क्षत्रिय", "বাংলা", "தமிழ்", "తెలుగు", "ಕನ್ನಡ"],
     "cased": ["ПриветМир", "ЭВМ", "Ελληνικά", "ΑΒγ", "Армения", "Հայերեն", "ÀÉîõü", "ÉCOLE"],
     "emoji": ["👩‍⚕️", "💊", "🇨🇳", "👨‍👩‍👧‍👦", "1️⃣", "❤️", "🏳️‍🌈", "☕"],
-    "spaces": [" ", "  ", "   ", "\t", "\t\t ", "\n", "\n\n", "\n\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u2003", "\u2028", " " * 9],
+    "spaces": [
+        " ", "  ", "   ", "\t", "\t\t ", "\n", "\n\n", "\n\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u2003",
+        "\u2028", " " * 9,
+    ],
     "invisible": ["\u200b", "\u200d", "\u200c", "\ufeff", "\u00ad", "\u2060", "\u202e", "\ue000", "\x07", "\x7f", "\u0085"],
     "marks": ["e\u0301", "a\u0308\u0301", "Z\u0351\u0343\u0300", "\u0301", "q\u0323\u0307", "o\u0337"],
-    "code": ["def f(x):\n    return x ** 2", "if (a&&b)||!c {", "</div>", "<br/>", "a[i]->b::c", "$HOME/.bashrc", "{{ x }}", "\\n", "//", "#!"],
-    "signs": ["!!!", "?!", "...", "—", "“”", "¿¡", "€$£", "±≠∞", "→", "© ®", "`~^", "---", "=====", "_____", "%&*", "¨´", "'", "''s"],
+    "code": [
+        "def f(x):\n    return x ** 2", "if (a&&b)||!c {", "</div>", "<br/>", "a[i]->b::c", "$HOME/.bashrc",
+        "{{ x }}", "\\n", "//", "#!",
+    ],
+    "signs": [
+        "!!!", "?!", "...", "—", "“”", "¿¡", "€$£", "±≠∞", "→", "© ®", "`~^", "---", "=====", "_____", "%&*", "¨´", "'", "''s",
+    ],
     "addresses": ["https://example.org/a_b?c=d&e=%20f", "a.b@c.de", "C:\\dir\\x", "../x/y.txt", "@user #tag"],
     "metaspace": ["▁", "▁▁a", "a▁b"],
 }  # fmt: skip

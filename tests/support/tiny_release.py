@@ -47,7 +47,8 @@ def tiny_checkpoint(
 
 
 def open_in_llama_cpp(gguf: Path, checkpoint: Path, *, context: int | None = None) -> LlamaCppBackend:
-    """The file in llama.cpp; `checkpoint` is the folder that it was written from, `context` the longest text, if not its own."""
+    """The file in llama.cpp; `checkpoint` is the folder that it was written from, `context` the longest text, if not its
+    own."""
     config, vocab_size = read_config(checkpoint / "config.json")
     ends = TextTokenizer.load(checkpoint).ends
     return LlamaCppBackend(gguf, name="llama.cpp", context=context or config.context or 0, vocab_size=vocab_size, ends=ends)

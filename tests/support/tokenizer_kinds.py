@@ -1,4 +1,5 @@
-"""Tiny tokenizers of every kind that llama.cpp knows, written as their publishers write them and trained on the hard sentences."""
+"""Tiny tokenizers of every kind that llama.cpp knows, written as their publishers write them and trained on the hard
+sentences."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,8 @@ from llm.tokenizer.pretokenizers import EXPRESSIONS
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<think>", "</think>", "<filename>")  # not special: they are tokens in a text too
 ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"  # as in tiktoken
+# As in tiktoken.
+CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -126,7 +128,8 @@ def _with_added(tokenizer: Tokenizer) -> Tokenizer:
 
 KINDS: dict[str, Callable[[str], Tokenizer]] = dict.fromkeys(BYTE_LEVEL, byte_level) | dict.fromkeys(PIECES, pieces)
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

@@ -131,7 +131,8 @@ def _layer(
     sine: Tensor,
     shape: Shape,
 ) -> Tensor:
-    """x (D,) after one layer, which sees slots from `first` on; its keys and values go to `position` of `stored` (2 K, S, E)."""
+    """x (D,) after one layer, which sees slots from `first` on; its keys and values go to `position` of `stored` (2 K, S,
+    E)."""
     size, heads, kv_heads = stored.shape[-1], shape.heads, shape.kv_heads
     normal = _norm(x, weights.norms[0], shape).to(weights.output.dtype)
     parts = [_product(*pair, normal) for pair in zip(weights.inputs, weights.input_biases, strict=True)]

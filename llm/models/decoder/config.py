@@ -1,5 +1,5 @@
-"""The configuration of a decoder, in a recipe and of a model: its family, sizes and options. No torch here: recipes are checked
-without it.
+"""The configuration of a decoder, in a recipe and of a model: its family, sizes and options. No torch here: recipes are
+checked without it.
 
 A `preset` is shorthand: its values are filled in and the field itself becomes None, so a preset and the same sizes written out
 are the same configuration. `options` becomes None where it says what is the family's own; `parts` has the options in full.
@@ -35,7 +35,8 @@ def _without_required(schema: dict[str, Any]) -> None:
 
 
 class DecoderConfig(Table):
-    """A decoder of RMSNorm, rotary grouped-query attention and a gated feed-forward layer: every size that decides the weights."""
+    """A decoder of RMSNorm, rotary grouped-query attention and a gated feed-forward layer: every size that decides the
+    weights."""
 
     model_config = ConfigDict(json_schema_extra=_without_required)
 

@@ -177,7 +177,8 @@ class DecoderDecoding:
         self._batch = KVCache(self._cache, torch.zeros(0, 1, dtype=torch.int64, device=self.device))
 
     def _new_cache(self, rows: int, slots: int, *, length: int) -> KVCache:
-        """An empty cache for texts of `length`. Its memory is reused: what an earlier batch left gets weight 0, as zeros would."""
+        """An empty cache for texts of `length`. Its memory is reused: what an earlier batch left gets weight 0, as zeros
+        would."""
         config = self.model.config
         self._set_angles(slots, length=length)
         positions = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)

@@ -1,7 +1,7 @@
 """A decoder as llama.cpp computes it: names of its architecture, sizes and weights, and its order of rotary channels.
 
-Transformers rotates channel i of a head with channel i + E / 2; some of llama.cpp's architectures channel 2i with 2i + 1: the rows
-of q and k are put in that order. Letters: E head size, D hidden size.
+Transformers rotates channel i of a head with channel i + E / 2; some of llama.cpp's architectures channel 2i with 2i + 1: the
+rows of q and k are put in that order. Letters: E head size, D hidden size.
 """
 
 import math

@@ -140,7 +140,8 @@ class CappedHead(nn.Linear):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches; norms stand where `norms` says."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches; norms stand where `norms`
+    says."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The registry of families: every file in here that defines a subclass of `Family` is one. No torch here.
 
-A family says which options its models have, how they stand in Transformers' config.json, and how llama.cpp calls them. Adding a
-file adds a family; nothing else lists them.
+A family says which options its models have, how they stand in Transformers' config.json, and how llama.cpp calls them. Adding
+a file adds a family; nothing else lists them.
 """
 
 import importlib

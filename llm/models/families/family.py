@@ -21,7 +21,8 @@ LAYER_TYPES: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "
 
 @dataclass(frozen=True)
 class Alias:
-    """Another `model_type` that a family computes: its fields of other names, and what Transformers takes where one is missing."""
+    """Another `model_type` that a family computes: its fields of other names, and what Transformers takes where one is
+    missing."""
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, Any] = field(default_factory=dict)

@@ -1,5 +1,5 @@
-"""Gemma 2 (Riviere et al. 2024): four norms a layer that multiply by 1 + w, a GELU gate, scaled embeddings, windows on every other
-layer, and caps on scores and logits.
+"""Gemma 2 (Riviere et al. 2024): four norms a layer that multiply by 1 + w, a GELU gate, scaled embeddings, windows on every
+other layer, and caps on scores and logits.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
-"""Gemma 3, its text models (Kamath et al. 2025): four norms a layer that multiply by 1 + w, norms on heads, a GELU gate, scaled
-embeddings, and windows on five of six layers, whose rotary embedding has a base of its own.
+"""Gemma 3, its text models (Kamath et al. 2025): four norms a layer that multiply by 1 + w, norms on heads, a GELU gate,
+scaled embeddings, and windows on five of six layers, whose rotary embedding has a base of its own.
 """
 
 from collections.abc import Mapping

@@ -125,7 +125,8 @@ class TrainingTable(RowTable):
     """Passes over the rows per epoch; a fraction keeps rows chosen by the hash of their content."""
     long: Semantic[Literal["cut", "window", "fail"]] = "cut"
     """What to do with a row that is longer than the context: cut the end of what was filled into its prompt; or, for documents
-    to classify, learn one window after the other of it, each with the same response; or take it as a row that cannot be used."""
+    to classify, learn one window after the other of it, each with the same response; or take it as a row that cannot be
+    used."""
 
 
 def pack_tables(

@@ -1,4 +1,5 @@
-"""Tokens of `pack` stages that a training learns from: their tokenizer, the held-out part, and what is replayed beside them."""
+"""Tokens of `pack` stages that a training learns from: their tokenizer, the held-out part, and what is replayed beside
+them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated

@@ -57,7 +57,8 @@ def assert_equal_in_llama_cpp(checkpoint: Path, lengths: list[int], *, context: 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
 def test_llama_cpp_gives_the_log_probabilities_of_every_family(case: str, vocabulary: Path, tmp_path: Path) -> None:
-    # Below windows and original contexts, and above; llama.cpp decides by the context it is given, not by the text, what is long.
+    # Below windows and original contexts, and above; llama.cpp decides by the context it is given, not by the text, what is
+    # long.
     lengths = [CONTEXT - 2] if "longrope" in case else [7, CONTEXT - 2]
     assert_equal_in_llama_cpp(checkpoint_of(case, vocabulary, tmp_path / "model"), lengths)
 

@@ -1,7 +1,8 @@
 """Tokens of llama.cpp against those of the tokenizer, for every kind of tokenizer and on 1,000 hard sentences.
 
 The tokenizers of real models are compared in tests marked `long`, from the folders below STOCKPOT_REAL_TOKENIZERS, each with
-the `tokenizer.json` and `tokenizer_config.json` of a repository, named qwen3, qwen2_5, llama3_2, deepseek_v3, gemma3-tokenizer.
+the `tokenizer.json` and `tokenizer_config.json` of a repository, named qwen3, qwen2_5, llama3_2, deepseek_v3,
+gemma3-tokenizer.
 """
 
 import json

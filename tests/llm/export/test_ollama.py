@@ -1,4 +1,5 @@
-"""The Modelfile for Ollama: its template, run by a small interpreter of Go's language, renders what the model's own renders."""
+"""The Modelfile for Ollama: its template, run by a small interpreter of Go's language, renders what the model's own
+renders."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ LLAMA_3 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set text = messages[0]['content'] | trim %}"
     "{% set turns = messages[1:] %}{% else %}{% set text = '' %}{% set turns = messages %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n' + text + '<|eot_id|>' }}"
-    "{% for m in turns %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% for m in turns %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + "
+    "'<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
@@ -166,7 +168,8 @@ def test_a_default_system_text_is_that_of_the_template(tmp_path: Path) -> None:
     frame = find_frame(TextTokenizer.load(tmp_path / "model"), adds_begin=False)
     assert frame is not None
     assert frame.go_template() == (
-        '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nBe helpful.<|im_end|>\n{{ end }}{{ range .Messages }}'
+        '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nBe helpful.<|im_end|>\n{{ end }}{{ range '
+        ".Messages }}"
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}'
         '{{ else if eq .Role "assistant" }}<|im_end|>\n<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'

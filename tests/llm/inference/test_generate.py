@@ -66,11 +66,10 @@ def test_greedy_answers_are_those_of_transformers(penalty: float) -> None:
 
 
 def as_transformers(model: Decoder) -> Any:
-    from transformers import DecoderConfig as StockConfig
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = architectures()[model.config.name].to_transformers(model.config) | {"vocab_size": model.vocab_size}
-    stock = LlamaForCausalLM(StockConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+    stock = LlamaForCausalLM(LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=0))
     stock.load_state_dict(model.state_dict())
     return stock.eval()
 

@@ -1,4 +1,5 @@
-"""The layers of every family, compiled: in training and in decoding. Minutes; `test_families` runs the same code uncompiled."""
+"""The layers of every family, compiled: in training and in decoding. Minutes; `test_families` runs the same code
+uncompiled."""
 
 import copy
 

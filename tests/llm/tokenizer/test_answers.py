@@ -88,7 +88,8 @@ def test_calls_of_tools_are_learned_and_their_results_are_not() -> None:
     (text,) = learned(tokenizer_with(HYBRID), chat)
     assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "dose"')
     assert text.partition("assistant\n")[2] == (
-        '[<think>\nLook.\n</think>\n\n<tool_call>\n{"name": "dose", "arguments": {"of": "a <|im_end|>"}}\n</tool_call><|im_end|>]\n'
+        '[<think>\nLook.\n</think>\n\n<tool_call>\n{"name": "dose", "arguments": {"of": "a '
+        '<|im_end|>"}}\n</tool_call><|im_end|>]\n'
         "<|im_start|>tool\n1 mg <tool_call><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n[1 mg.<|im_end|>]"
     )
     tokenizer = tokenizer_with(CALLING, end="<|endoftext|>")

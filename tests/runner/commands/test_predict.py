@@ -35,10 +35,9 @@ folder = "model"
 kind = "evaluate"
 model = "base"
 tasks = [
-  { name = "organ", task = "classification", files = "held_out.jsonl", prompt = "Which organ?\\n{text}", response = "{label}" },
-  { name = "said", task = "answers", files = "held_out.jsonl", prompt = "{text}", response = "{label}", max_new_tokens = 4 },
-  { name = "prose", task = "text", files = "held_out.jsonl", text = "text" },
-]
+  { name = "organ", task = "classification", files = "held_out.jsonl", prompt = "Which organ?\\n{text}", response = "{label}"
+  }, { name = "said", task = "answers", files = "held_out.jsonl", prompt = "{text}", response = "{label}", max_new_tokens = 4
+  }, { name = "prose", task = "text", files = "held_out.jsonl", text = "text" }, ]
 """
 ORGANS = ["heart", "lung", "größe"]
 ROWS = [{"id": number, "text": f"row {number} of {ORGANS[number * 7 % 3]}s"} for number in range(11)]

@@ -125,7 +125,8 @@ def as_slurm_starts_it(folder: Folder, rank: int, port: int, *words: str) -> sub
     return launched([*command, "--main-address", f"localhost:{port}"], rank, **variables)  # the usual port may be taken here
 
 
-@pytest.mark.parametrize("start", [as_torchrun_starts_it, pytest.param(as_slurm_starts_it, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("start", [as_torchrun_starts_it, as_slurm_starts_it])
 def test_torchrun_and_slurm_start_runs_that_find_each_other(folder: Folder, start: Any) -> None:
     port = free_port()
     results = ended(*(start(folder, rank, port, "--until", "again") for rank in (0, 1)))

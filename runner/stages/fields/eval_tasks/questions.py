@@ -162,8 +162,8 @@ class ClassificationTask(ChatTask):
 
 
 class AnswersTask(ChatTask):
-    """Likelihood of the responses after their prompts; of the answers that the model generates chrF and BLEU, their length over
-    that of the responses, and the share of their text that repeats itself. Answers that look collapsed are warned of.
+    """Likelihood of the responses after their prompts; of the answers that the model generates chrF and BLEU, their length
+    over that of the responses, and the share of their text that repeats itself. Answers that look collapsed are warned of.
     """
 
     task: Semantic[Literal["answers"]]
