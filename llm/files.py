@@ -26,6 +26,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a write
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

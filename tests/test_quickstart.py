@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,13 @@ def command(cache: Path, *words: str) -> list[str]:
 def states(cache: Path, *options: str) -> dict[str, str]:
     plan = json.loads(call(cache, "plan", str(RECIPE), "--json", *options)[1])
     return {stage["name"]: stage["state"] for stage in plan["stages"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _may_extend_the_shipped_recipe() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STOCKPOT_ALLOW_PATH", str(SHIPPED.parent))
+        yield
 
 
 @pytest.fixture(scope="module")

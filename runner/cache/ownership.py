@@ -26,13 +26,12 @@ def cache_of(recipe: Path, option: Path | None) -> Path:
     named = option or os.environ.get("STOCKPOT_CACHE")
     root = Path(named).resolve() if named else beside
     if root == beside and not _is_claimed(root):
-        if not named and not _is_empty(root):
+        if not (empty := _is_empty(root)) and not named:
             raise RecipeError(
-                f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine "
-                "or from "
-                f"another user: its results may be forged; to use them, pass --cache {root} once; else remove it"
+                f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine or "
+                f"from another user: its results may be forged; to use them, pass --cache {root} once; else remove it"
             )
-        _claim(root)
+        _claim(root, anew=empty)
     return root
 
 
@@ -49,10 +48,12 @@ def _is_claimed(root: Path) -> bool:
     return found is not None and found == _read(_claim_of(root))
 
 
-def _claim(root: Path) -> None:
-    """Makes the cache the user's; nothing happens where the user's folder or the cache cannot be written."""
+def _claim(root: Path, *, anew: bool) -> None:
+    """Makes the cache the user's, with a number that nobody else knows if `anew`; nothing happens where the user's folder or
+    the cache cannot be written.
+    """
     with contextlib.suppress(OSError):
-        found = _read(root / ID)
+        found = None if anew else _read(root / ID)
         if found is None:
             found = os.urandom(ID_LENGTH // 2).hex()
             write_whole(root / ID, found, durable=False)
@@ -60,9 +61,9 @@ def _claim(root: Path) -> None:
 
 
 def _is_empty(root: Path) -> bool:
-    """Whether nothing but hidden files lies there."""
+    """Whether nothing but a number and hidden files lies there."""
     try:
-        return all(path.name.startswith(".") for path in root.iterdir())
+        return all(path.name == ID or path.name.startswith(".") for path in root.iterdir())
     except FileNotFoundError:
         return True
 

@@ -312,7 +312,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(published: Callable[[
         ),
         (
             lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()},
-            "expected one of float32, bfloat16, float16, got float8_e4m3fn",
+            "expected weights of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL, got F8_E4M3",
         ),
     ],
 )

@@ -71,6 +71,17 @@ def test_ones_own_cache_that_came_back_from_a_stranger_at_another_path_is_refuse
         cache_of(tmp_path / "sent-back" / "recipes" / "x.toml", None)
 
 
+def test_an_empty_cache_that_came_with_a_number_gets_another_one(recipe: Path) -> None:
+    """Else whoever sent it could send results later, under the number that the user's folder then knows."""
+    sent = recipe.parents[1] / "cache" / "id"
+    sent.parent.mkdir()
+    sent.write_text("0" * 32)
+    cache_of(recipe, None)
+    assert sent.read_text() != "0" * 32
+    fill(sent.parent)
+    assert cache_of(recipe, None) == sent.parent
+
+
 def test_a_folder_in_which_nothing_can_be_written_has_an_empty_cache(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("not a folder")
     assert cache_of(recipe, None) == recipe.parents[1] / "cache"

@@ -10,6 +10,7 @@ import pytest
 from small_cache import FILES, finish, flip, key_for, small_cache
 
 from runner.artifacts import METRICS, RECORD
+from runner.cache.ownership import cache_of
 from runner.cache.record import DamagedRecordError, Record
 from runner.cache.store import Store, Waiting
 from runner.cli import main
@@ -180,7 +181,7 @@ def test_verify_finds_the_cache_of_a_recipe_and_refuses_a_missing_recipe(
     monkeypatch.delenv("STOCKPOT_CACHE", raising=False)
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "recipe.toml").write_text("name = 'x'\n")
-    store = small_cache(tmp_path / "cache")
+    store = small_cache(cache_of(tmp_path / "recipe.toml", None))
     flip(store.folder("merge", key_for("merge")) / "config.json", 3)
     assert main(["verify", str(tmp_path / "recipe.toml")]) == IntegrityError.exit_code
     assert main(["verify", str(tmp_path / "none.toml")]) == 2

@@ -134,7 +134,7 @@ def test_rolling_back_restores_every_file_without_sending_weights_and_run_does_n
     assert world.call("run", world.recipe) == 0
     assert license_at(world.hub) == "mit"
     assert "holds another release since" in capsys.readouterr().err
-    assert world.call("plan", world.recipe) == 0
+    assert world.call("why", world.recipe, "release") == 0
     assert "`run publish` puts this one there again" in capsys.readouterr().out
     assert world.call("publish", world.recipe) == 0
     assert held_by(world.hub, "main", REPO) == held_by(world.hub, "v2", REPO)

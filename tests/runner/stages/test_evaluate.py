@@ -196,7 +196,6 @@ def test_a_limit_selects_rows_from_the_whole_file(
         ("not json", r"rows.jsonl:2: expected one JSON object per line"),
         ('{"text": "no label here"}', r"rows.jsonl:2: .*'label'"),
         ('{"text": "x", "label": "lung"}', r"rows.jsonl:2: expected one of the labels 'organ', 'symptom', got 'lung'"),
-        ('{"text": "x <|end|>", "label": "organ"}', r"rows.jsonl:2: .*'<\|end\|>'"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_an_error_with_file_and_line(
@@ -212,11 +211,13 @@ def test_bad_rows_are_counted_and_skipped_if_the_recipe_says_so(
     checkpoint: Path, make_context: Callable[..., Context], tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(f'{json.dumps(ROWS[0])}\nnot json\n{{"text": "x <|end|>", "label": "organ"}}\n{json.dumps(ROWS[1])}\n')
+    bad = ["not json", '{"text": "no label"}']
+    lines = [json.dumps(ROWS[0]), *bad, '{"text": "x <|end|>", "label": "organ"}', json.dumps(ROWS[1])]
+    path.write_text("\n".join(lines) + "\n")
     context = make_context(inputs={"base": checkpoint})
     metrics = stage(classification(path, on_bad_row="skip")).run(context)
     assert metrics["tasks"]["section"]["skipped_rows"] == 2
-    assert metrics["tasks"]["section"]["rows"] == 2
+    assert metrics["tasks"]["section"]["rows"] == 3  # a special token in a text is text
 
 
 def test_a_chat_without_an_answer_at_its_end_is_a_bad_row(
