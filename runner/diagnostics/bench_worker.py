@@ -66,7 +66,6 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     from llm.bench import data_parallel, decode_model, head, lora, memory, peft_step, train_step
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
-    from llm.models.interface import count_parameters
     from llm.training.distributed.process_group import ProcessGroup
 
     workload = Workload.model_validate_json(json.dumps(job.workload))
@@ -75,18 +74,7 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     group = ProcessGroup()
     torch.set_num_threads(workload.cores)
     model = build_stockpot_model(workload)
-    device = torch.cuda.get_device_name() if group.device.type == "cuda" else "cpu"
-    result: dict[str, Any] = {
-        "machine": {"device": device, "threads": workload.cores, "versions": versions(), **hardware()},
-        "model": {
-            **job.about,
-            **job.workload,
-            "parameters": count_parameters(model)[1],
-            "tokens_per_step": workload.tokens_per_step,
-        },
-        "seconds": job.seconds,
-    }
-    result |= _model_speeds(job, workload, model, group)
+    result = _what_is_measured(job, workload, model, group) | _model_speeds(job, workload, model, group)
     if DECODE in job.only and workload.folder is not None:
         _say("decoding and prefill beside Transformers and llama.cpp")
         result["decode_model"] = decode_model.measure_decode_model(
@@ -120,6 +108,21 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
         _say(f"learning, twice for {job.seconds:.0f} s")
         result[LEARNING] = _learning(job, workload, folder)
     return result
+
+
+def _what_is_measured(job: BenchJob, workload: "Workload", model: "LanguageModel", group: "ProcessGroup") -> dict[str, Any]:
+    """The machine, the model and the time of each measurement."""
+    import torch
+
+    from llm.models.interface import count_parameters
+
+    device = torch.cuda.get_device_name() if group.device.type == "cuda" else "cpu"
+    parameters = {"parameters": count_parameters(model)[1], "tokens_per_step": workload.tokens_per_step}
+    return {
+        "machine": {"device": device, "threads": workload.cores, "versions": versions(), **hardware()},
+        "model": {**job.about, **job.workload, **parameters},
+        "seconds": job.seconds,
+    }
 
 
 def _with_model(job: BenchJob, workload: "Workload", folder: Path) -> "Workload":
