@@ -9,16 +9,18 @@ import numpy as np
 
 from llm.data.turn import Turn
 from llm.errors import InputError
-from llm.evaluation.scoring import Outcome, Question, judged_labels, label_names
+from llm.evaluation.classification import judged_labels, label_names
+from llm.evaluation.scoring import Outcome, Question
 
 MOST_FEATURES = 200_000  # of words, and of runs of characters
+NEVER = -1e3  # log P of a label that was never learned
 C = 10.0  # inverse of the strength of regularization: texts are short, and weights of TF-IDF small
 
 
 def classify_without_model(
     train: Sequence[Sequence[Turn]], questions: Sequence[Question], *, labels: Sequence[str] | None = None
 ) -> Outcome:
-    """Learn from chats whose last turn is the label, and score `questions` as `llm.evaluation.scoring.classify` does."""
+    """Learn from chats whose last turn is the label, and score `questions` as `llm.evaluation.classification.classify` does."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union
@@ -36,20 +38,11 @@ def classify_without_model(
     classifier.fit([_prompt(turns) for turns in train], known)
     prompts = [_prompt(question.turns) for question in questions]
     logarithms = classifier.predict_log_proba(prompts)  # (N, labels that were learned)
-    likelihoods = np.full((len(questions), len(names)), -np.inf)
+    likelihoods = np.full((len(questions), len(names)), NEVER)
     for column, name in enumerate(classifier.classes_):
         if name in names:
-            likelihoods[:, names.index(name)] = logarithms[:, column]
-    expected = [names.index(question.expected) for question in questions]
-    behind = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
-    return judged_labels(
-        names,
-        expected,
-        likelihoods.argmax(1).tolist(),
-        prompts=prompts,
-        facts={"learned_rows": len(train)},
-        nats_behind=np.minimum(behind, 1e3).tolist(),  # a label that was never learned is infinitely far behind
-    )
+            likelihoods[:, names.index(name)] = np.maximum(logarithms[:, column], NEVER)
+    return judged_labels(names, questions, likelihoods, prompts=prompts, facts={"learned_rows": len(train)})
 
 
 def _prompt(turns: Sequence[Turn]) -> str:

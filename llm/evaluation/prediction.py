@@ -7,7 +7,8 @@ from llm.data.truncation import Long
 from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.evaluation.calibration import Floats
-from llm.evaluation.scoring import Question, label_likelihoods, prompt_tokens, score_texts
+from llm.evaluation.classification import label_likelihoods
+from llm.evaluation.scoring import Question, prompt_tokens, score_texts
 from llm.inference.batches import OnProgress
 from llm.inference.generate import generate
 from llm.inference.sampling import Sampling

@@ -1,4 +1,4 @@
-"""Scores of a model on held-out data: likelihood of text, classification by the likelihood of labels, and answers.
+"""Scores of a model on held-out data: likelihood of text, and answers. `llm.evaluation.classification` scores labels.
 
 Every function returns an `Outcome`: scores that depend only on model and data (rounded, so that the order in which cores add
 numbers does not show), and facts such as speeds, which depend on the machine and are only recorded. `llm.inference.likelihood`
@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.data.batch import IGNORE
-from llm.data.truncation import Long, Stream, fit, windows
+from llm.data.truncation import Stream, fit
 from llm.data.turn import Turn
 from llm.errors import InputError
-from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
+from llm.evaluation.bootstrap import Resamples, resample, round_all, rounded
 from llm.evaluation.chrf_bleu import ChrfBleu
 from llm.inference.batches import OnProgress
 from llm.inference.generate import generate
-from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
+from llm.inference.likelihood import Window, negative_log_likelihoods
 from llm.inference.processes import ALONE, Processes
 from llm.inference.timer import GenerationTimer
-from llm.models.interface import Decoding, LanguageModel
+from llm.models.interface import LanguageModel
 from llm.tokenizer.tokenizer import TextTokenizer
 
 SAMPLES = 20  # answers kept as examples
@@ -122,125 +122,6 @@ def score_texts(
     )
     replicates = resample(len(texts), found.score)
     return Outcome(found.scores, len(texts), facts=speeds(timer), values=found.values, replicates=replicates)
-
-
-def classify(
-    model: LanguageModel,
-    tokenizer: TextTokenizer,
-    *,
-    questions: Sequence[Question],
-    labels: Sequence[str] | None = None,
-    long: Long = "cut",
-    progress: OnProgress,
-    processes: Processes = ALONE,
-) -> Outcome:
-    """`accuracy` and `macro_f1` of the likeliest label: the largest sum of the log-probabilities of the label's tokens, end
-    token included, after the prompt. By default the labels are those that occur.
-
-    The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
-    training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a
-    label that is not in `labels`, or if there are fewer than two labels.
-    """
-    names = label_names(questions, labels)
-    timer = GenerationTimer()
-    likelihoods, streams, rows = label_likelihoods(
-        model, tokenizer, questions, names, long=long, timer=timer, progress=progress, processes=processes
-    )
-    number = {name: index for index, name in enumerate(names)}
-    expected = [number[question.expected] for question in questions]
-    chosen = [number[names[index]] for index in likelihoods.argmax(1)]
-    margins = likelihoods.max(1) - likelihoods[np.arange(len(expected)), expected]
-    facts = {"cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
-    first = np.searchsorted(rows, np.arange(len(questions)))  # windows
-    shown = ["\n".join(message["content"] for message in streams[at].messages[:-1]) for at in first]
-    return judged_labels(names, expected, chosen, prompts=shown, facts=facts, nats_behind=margins.tolist())
-
-
-def label_likelihoods(
-    model: LanguageModel | Decoding,
-    tokenizer: TextTokenizer,
-    questions: Sequence[Question],
-    labels: Sequence[str],
-    *,
-    long: Long,
-    progress: OnProgress,
-    timer: GenerationTimer | None = None,
-    processes: Processes = ALONE,
-) -> tuple[npt.NDArray[np.float64], list[Stream], npt.NDArray[np.int64]]:
-    """log P of each label after each question, (N, L); and its windows, with the longest label, and the question of each."""
-    spelled = [_label_tokens(tokenizer, label) for label in labels]
-    longest = max(range(len(labels)), key=lambda index: len(spelled[index]))
-    asked = [question.with_answer(labels[longest]) for question in questions]
-    pieces = [_pieces(question, tokenizer, model.context, long) for question in asked]
-    rows = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])  # (windows,)
-    streams = [_fit(piece, tokenizer, model.context) for of_row in pieces for piece in of_row]
-    choices = [Choice(stream.ids[: -len(spelled[longest])], spelled) for stream in streams]
-    found = continuation_likelihoods(model, choices, timer=timer, processes=processes, progress=progress)
-    likelihoods = np.zeros((len(questions), len(labels)))
-    np.add.at(likelihoods, rows, np.array(found))
-    return likelihoods / np.bincount(rows)[:, None], streams, rows
-
-
-def _pieces(question: Question, tokenizer: TextTokenizer, context: int, long: Long) -> list[Question]:
-    """The question, or its windows; InputError for one that is too long if it is to fail."""
-    if long == "window":
-        return [replace(question, turns=turns) for turns in windows(question.turns, tokenizer, positions=context)]
-    if long == "fail" and (length := len(tokenizer.encode_chat([turn.message for turn in question.turns])[0]) - 1) > context:
-        raise InputError(f'{question.place}: expected at most {context:,} positions, as long = "fail" asks, got {length:,}')
-    return [question]
-
-
-def judged_labels(
-    names: Sequence[str],
-    expected: Sequence[int],
-    chosen: Sequence[int],
-    *,
-    prompts: Sequence[str],
-    facts: dict[str, Any],
-    nats_behind: Sequence[float],
-) -> Outcome:
-    """`accuracy` and `macro_f1` of chosen labels, as indices into `names`; `nats_behind` is what each lacks to be chosen."""
-    wrong = [
-        {
-            "row": row + 1,
-            "prompt": prompts[row],
-            "wanted": names[expected[row]],
-            "found": names[chosen[row]],
-            "nats_behind": round(float(nats_behind[row]), 3),
-        }
-        for row in range(len(prompts))
-        if expected[row] != chosen[row]
-    ]
-    f1 = macro_f1(np.array(expected), np.array(chosen), len(names))
-    hits = np.equal(expected, chosen).astype(np.float64)
-
-    def score(draws: Resamples) -> dict[str, float]:
-        return {"accuracy": float(draws @ hits) / len(hits), "macro_f1": f1(draws)}
-
-    values = {"wanted": list(expected), "found": list(chosen)}
-    facts = {"labels": list(names), **facts}
-    return Outcome(rounded(score(np.ones(len(hits)))), len(hits), wrong, facts, values, resample(len(hits), score))
-
-
-def label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
-    """The labels to choose from, after a check of the rows."""
-    names = sorted({question.expected for question in questions}) if labels is None else list(labels)
-    for question in questions:
-        if question.expected not in names:
-            shown = ", ".join(map(repr, names))
-            raise InputError(f"{question.place}: expected one of the labels {shown}, got {question.expected!r}")
-    if len(set(names)) < 2:
-        raise InputError(
-            f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "
-            f"{len(questions):,} rows"
-        )
-    return names
-
-
-def _label_tokens(tokenizer: TextTokenizer, label: str) -> list[int]:
-    """The tokens of a label as an answer, with the end token."""
-    ids, loss_mask = tokenizer.encode_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
-    return [token for token, counts in zip(ids, loss_mask, strict=True) if counts]
 
 
 def score_answers(
@@ -351,7 +232,7 @@ def answer_questions(
     most `max_new_tokens` tokens, or none if it is 0.
     """
     context = model.context
-    streams = [_fit(question, tokenizer, context, cut_response=True) for question in questions]
+    streams = [fit_question(question, tokenizer, context, cut_response=True) for question in questions]
     starts = [stream.answer_start for stream in streams]
     windows = [answer_window(stream) for stream in streams]
     expected = [question.expected for question in questions]
@@ -403,7 +284,7 @@ def speeds(timer: GenerationTimer) -> dict[str, Any]:
     return found
 
 
-def _fit(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:
+def fit_question(question: Question, tokenizer: TextTokenizer, context: int, *, cut_response: bool = False) -> Stream:
     """The chat cut to the context; InputError if the answer does not fit and may not be cut."""
     try:
         stream = fit(question.turns, tokenizer, positions=context)
@@ -424,5 +305,5 @@ def prompt_tokens(question: Question, tokenizer: TextTokenizer, room: int) -> li
         raise InputError(
             f"max_new_tokens: expected less than the model's context, but it leaves {room:,} tokens for the prompt"
         )
-    stream = _fit(question.with_answer(""), tokenizer, room)
+    stream = fit_question(question.with_answer(""), tokenizer, room)
     return stream.ids[: stream.answer_start]

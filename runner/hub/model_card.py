@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.hub.class_scores import class_scores
 from runner.hub.files import SCHEME, HubFiles
 from runner.hub.languages import language_of
 from runner.hub.model_card_usage import usage
@@ -197,9 +198,21 @@ def _scores(model: Model) -> str:
     return f"""## Scores
 
 {_table(["score", *scores], rows)}
-Perplexity and bits per byte are better when lower, everything else when higher. In brackets: the 95% interval of a bootstrap
+Perplexity, bits per byte and the calibration error `ece` are better when lower, everything else when higher. In brackets: the 95% interval of a bootstrap
 over the examples.
-{_tasks(model)}{_gates(model)}"""
+{_tasks(model)}{_by_class(model)}{_gates(model)}"""
+
+
+def _by_class(model: Model) -> str:
+    """The scores of each label of the last evaluation, and which labels are taken for which."""
+    found = ""
+    for one in class_scores(model.records[list(model.scores)[-1]]["metrics"]):
+        head, *rows = ([_plain(cell) for cell in line] for line in one.classes)
+        found += f"\nBy class of `{one.task}`:\n\n{_table(head, rows)}"
+        if one.confusion:
+            head, *rows = ([_plain(cell) for cell in line] for line in one.confusion_table)
+            found += f"\nRows by expected label (down) and chosen label (across):\n\n{_table(head, rows)}"
+    return found
 
 
 def _score(model: Model, evaluation: str, score: str) -> str:

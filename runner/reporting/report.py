@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from runner.artifacts import METRICS, Scores
+from runner.hub.class_scores import ClassScores, class_scores
 from runner.hub.model_card import learned_from
 from runner.planning import outcomes
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
+from runner.reporting.confusion_matrix import confusion_svg
 from runner.reporting.graph_drawing import as_svg as graph_svg
 from runner.reporting.progress import duration
 from runner.tracking.curves import as_svg, read_curves, whole_of
@@ -42,6 +44,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class ByClass:
+    """The scores by label of one task of one evaluation."""
+
+    title: str  # stage: task
+    classes: Table
+    confusion: Table | None
+    picture: str  # the confusion matrix as SVG
+
+
+@dataclass(frozen=True)
 class Sample:
     """One example of a task: the prompt, the expected answer, and the answer of each evaluated model."""
 
@@ -63,6 +75,7 @@ class RunReport:
         self.graph = graph_svg(plan)
         self.verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
         self.scores = _scores(evaluations)
+        self.by_class = [_by_class(entry, found) for entry in evaluations for found in _class_scores(entry)]
         self.plots = _plots(finished)
         self.samples = _examples(evaluations, wrong=False)
         self.wrong = _examples(evaluations, wrong=True)
@@ -91,6 +104,8 @@ def as_markdown(report: RunReport) -> str:
         parts += ["## Attempts", "```\n" + "\n".join(report.attempts).strip() + "\n```"]
     for table in [*filter(None, [report.settings, report.scores]), *report.tables]:
         parts += [f"## {table.title}", _markdown(table)]
+    for one in report.by_class:
+        parts += [f"## {table.title}\n\n{_markdown(table)}" for table in (one.classes, one.confusion) if table]
     for title, groups in (("Answers", report.samples), ("Wrong", report.wrong)):
         for task, samples in groups.items():
             rows = [[sample.prompt, sample.expected, *sample.answers.values()] for sample in samples]
@@ -110,6 +125,20 @@ def _settings(plan: Plan) -> Table | None:
 def _scores(evaluations: Sequence[Entry]) -> Table | None:
     rows = outcomes.score_table(evaluations)
     return Table("Scores", rows[0], rows[1:]) if rows else None
+
+
+def _class_scores(entry: Entry) -> list[ClassScores]:
+    return list(class_scores(entry.record.data["metrics"])) if entry.record else []
+
+
+def _by_class(entry: Entry, found: ClassScores) -> ByClass:
+    title, confusion = f"{entry.name}: {found.task}", found.confusion_table
+    return ByClass(
+        title,
+        Table(f"By class: {title}", found.classes[0], found.classes[1:]),
+        Table(f"Confusion: {title}", confusion[0], confusion[1:]) if confusion else None,
+        confusion_svg(found.labels, found.confusion) if confusion else "",
+    )
 
 
 def _plots(finished: Sequence[Entry]) -> dict[str, list[str]]:
@@ -148,7 +177,8 @@ def _examples(evaluations: Sequence[Entry], *, wrong: bool) -> dict[str, list[Sa
                 continue
             new = Sample(_short(example["prompt"]), _short(example["wanted"]), {})
             sample = samples.get(example["row"], new)
-            answers = {**sample.answers, entry.name: _short(example["found"])}
+            sure = f" ({100 * example['probability']:.3g}% sure)" if "probability" in example else ""
+            answers = {**sample.answers, entry.name: _short(example["found"]) + sure}
             samples[example["row"]] = replace(sample, answers=answers)
     return {task: list(samples.values()) for task, samples in tasks.items()}
 

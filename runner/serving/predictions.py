@@ -147,19 +147,20 @@ def prediction_of(
 def _calibrated(
     labels: Labels, name: str, prompts: Sequence[Sequence[Turn]], expected: Sequence[str], say: Callable[[str], None]
 ) -> Labels:
-    from llm.evaluation.calibration import best_temperature, calibration_error, probabilities
+    from llm.evaluation.calibration import calibrate
 
     known = [place for place, label in enumerate(expected) if label in labels.labels]
     numbers = [labels.labels.index(expected[place]) for place in known]
-    scores = labels.predictor.label_scores([prompts[place] for place in known], labels.labels, long=labels.long)
-    temperature = best_temperature(scores, numbers)
-    before, after = (calibration_error(probabilities(scores, one), numbers) for one in (1.0, temperature))
-    say(
-        f"probabilities are calibrated on {len(known):,} rows of the task {name!r}, temperature {temperature:.3g}; mean "
-        "gap to "
-        f"how often they are right: {before:.3f} before, {after:.3f} after"
+    found = calibrate(
+        labels.predictor.label_scores([prompts[place] for place in known], labels.labels, long=labels.long), numbers
     )
-    return replace(labels, temperature=temperature)
+    gap = f"mean gap to how often they are right: {found.before:.3f} before, {found.after:.3f} after"
+    if found.helps:
+        how = f"calibrated on {len(known):,} rows of the task {name!r}, temperature {found.temperature:.3g}"
+    else:
+        how = f"left as they are, since no temperature helps on {len(known):,} rows of the task {name!r}"
+    say(f"probabilities are {how}; {gap}, on rows that did not choose it")
+    return replace(labels, temperature=found.temperature)
 
 
 def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[str]]:

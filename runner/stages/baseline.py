@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm.data.turn import Turn
 
 
-class Baseline(Stage, kind="baseline", version=1, makes=Scores):
+class Baseline(Stage, kind="baseline", version=2, makes=Scores):
     """Scores TF-IDF of words and characters with logistic regression, which learns in seconds, on tasks of classification."""
 
     data: Semantic[Annotated[list[TrainingTable], Field(min_length=1)]]

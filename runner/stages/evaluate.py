@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from llm.inference.processes import Processes
 
 
-class Evaluate(Stage, kind="evaluate", version=5, makes=Scores):
+class Evaluate(Stage, kind="evaluate", version=6, makes=Scores):
     """Scores a model on held-out rows: likelihood of text, classification, multiple choice, answers, benchmarks."""
 
     imports = ("llm.evaluation.scoring",)

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from llm.data.batch import IGNORE
 from llm.data.turn import Turn
-from llm.evaluation.scoring import Outcome, Question, classify, score_answers, score_texts
+from llm.evaluation.classification import classify
+from llm.evaluation.scoring import Outcome, Question, score_answers, score_texts
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.decoder.config import DecoderConfig
 from llm.models.decoder.model import Decoder

@@ -14,8 +14,9 @@ from llm.data.truncation import windows
 from llm.data.turn import Turn
 from llm.errors import InputError, Interrupted
 from llm.evaluation.chrf_bleu import ChrfBleu
+from llm.evaluation.classification import classify
 from llm.evaluation.pairwise import compare_models
-from llm.evaluation.scoring import Answers, Form, Likelihoods, Question, classify, repetition, score_answers, score_texts
+from llm.evaluation.scoring import Answers, Form, Likelihoods, Question, repetition, score_answers, score_texts
 from llm.inference.generate import generate
 from llm.inference.likelihood import Choice, Window, continuation_likelihoods, negative_log_likelihoods
 from llm.models.decoder.config import DecoderConfig
@@ -28,7 +29,7 @@ TEXTS = ["The heart pumps blood.", "咳嗽和发热。", "Blood is red, and the 
 
 GOLDEN = {
     "text": {"perplexity": 306.978, "bits_per_byte": 2.54215},
-    "labels": {"accuracy": 0.333333, "macro_f1": 0.166667},
+    "labels": {"accuracy": 0.333333, "macro_f1": 0.166667, "ece": 0.658818},
     "answers": {"perplexity": 251.57, "bits_per_byte": 3.54436},
     "comparison": {"chrf": 85.1645, "bleu": 81.8731},
 }
@@ -168,7 +169,11 @@ def test_macro_f1_counts_a_label_that_was_never_found_as_zero(indifferent: Decod
     outcome = classify(indifferent, tokenizer, questions=questions, progress=silent)
     assert outcome.facts["labels"] == ["a", "a muscle"]
     # "a": precision 2/3, recall 1, F1 0.8; "a muscle": 0.
-    assert outcome.scores == {"accuracy": pytest.approx(2 / 3, rel=1e-5), "macro_f1": pytest.approx(0.4)}
+    assert outcome.scores == {
+        "accuracy": pytest.approx(2 / 3, rel=1e-5),
+        "macro_f1": pytest.approx(0.4),
+        "ece": pytest.approx(0.17, abs=0.2),
+    }
 
 
 def test_an_unknown_label_is_an_error_with_its_place(model: Decoder, tokenizer: TextTokenizer) -> None:

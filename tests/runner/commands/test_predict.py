@@ -14,8 +14,9 @@ import torch
 
 import stockpot
 from llm.evaluation.calibration import best_temperature, calibration_error, probabilities
+from llm.evaluation.classification import classify
 from llm.evaluation.prediction import Predictor
-from llm.evaluation.scoring import Question, classify, score_texts
+from llm.evaluation.scoring import Question, score_texts
 from llm.inference.generate import generate
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
 from llm.models.decoder.config import DecoderConfig
@@ -85,7 +86,9 @@ def test_labels_are_those_of_the_evaluation_with_calibrated_probabilities(
 ) -> None:
     found = run(folder / "new.jsonl")
     told = capsys.readouterr().err
-    assert "calibrated on 30 rows of the task 'organ', temperature " in told and "11 rows predicted" in told
+    assert (
+        "on 30 rows of the task 'organ'" in told and "on rows that did not choose it" in told and "11 rows predicted" in told
+    )
     from runner.recipe.recipe import load_recipe
     from runner.serving.predictions import task_of
 

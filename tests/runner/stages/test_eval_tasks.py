@@ -119,7 +119,7 @@ def test_glue_files_are_read_unchanged_and_labels_become_words(score: Callable[.
     )
     task = glue("mrpc", tmp_path / "dev.tsv", prompt="{sentence1}\n{sentence2}\nDo {{both}} say the same?")
     scores, facts = score(task | {"words": {"0": "no", "1": "yes"}})
-    assert set(scores) == {"mrpc.accuracy", "mrpc.macro_f1"}
+    assert set(scores) == {"mrpc.accuracy", "mrpc.macro_f1", "mrpc.ece"}
     assert facts["rows"] == 3 and facts["labels"] == ["no", "yes"]
     with pytest.raises(InputError, match=r"dev\.tsv:2: expected one of the labels in words, '0', got '1'"):
         score(task | {"name": "other", "words": {"0": "no"}})

@@ -122,12 +122,12 @@ class ChatTask(RowTable, QuestionTask):
 
 
 class ClassificationTask(ChatTask):
-    """Accuracy and macro-F1 of choosing the likeliest label; the response is the label.
+    """Accuracy, macro-F1 and expected calibration error (`ece`) of choosing the likeliest label; the response is the label.
 
     The labels of pairs of texts too, as GLUE has them (Wang et al. 2018): prompt = "{sentence1}\\n{sentence2}".
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "ece")
 
     task: Semantic[Literal["classification"]]
     """Choice among labels."""
@@ -147,7 +147,7 @@ class ClassificationTask(ChatTask):
 
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score which label is likeliest after each prompt."""
-        from llm.evaluation.scoring import classify
+        from llm.evaluation.classification import classify
 
         labels = self.labels and [self.words.get(label, label) for label in self.labels]
         return classify(
