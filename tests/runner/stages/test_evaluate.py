@@ -87,6 +87,7 @@ def test_scores_are_flat_names_in_order_with_counts(
         "general.bits_per_byte",
         "general.perplexity",
         "section.accuracy",
+        "section.ece",
         "section.macro_f1",
     ]
     assert found["counts"] == {"answers": 2, "general": 3, "section": 3}
