@@ -81,20 +81,14 @@ class Recipe:
 
         With `selected`, each family is replaced by that one of its branches, as if it alone had been written.
         """
-        folder = self.path.parent.resolve()
-
-        def relative(file: InputFile) -> str:
-            if file.hub:
-                return str(file)
-            return str(file) if Path(file).is_absolute() else os.path.relpath(file.folder / file, folder)
 
         def table(name: str, stage: Stage) -> dict[str, Any]:
             family = self.family_of(name)
             if selected is not None and family is not None:
                 stage = family.changed[selected[family.stage]].get(name, stage)
-            fields = {"kind": stage.kind, **plain(stage, file=relative)}
+            fields = {"kind": stage.kind, **self.fields_of(stage)}
             if selected is None and isinstance(family, Attempts) and name == family.stage:
-                attempts = [plain(changed[name], file=relative) for changed in family.changed]
+                attempts = [self.fields_of(changed[name]) for changed in family.changed]
                 pairs = zip(family.changes, attempts, strict=True)
                 fields["attempts"] = [{key: attempt[key] for key in change[name]} for change, attempt in pairs]
             return fields
@@ -104,11 +98,22 @@ class Recipe:
         del head["alerts"]["notify"]
         if (sweep := self.sweep) is not None:
             if selected is None:
-                tables = [{n: plain(s, file=relative) for n, s in changed.items()} for changed in sweep.changed]
+                tables = [{n: self.fields_of(s) for n, s in changed.items()} for changed in sweep.changed]
                 head["sweep"] = resolved_sweep(sweep, tables=tables)
             else:
                 del head["sweep"]
         return {**head, "stage": stages}
+
+    def fields_of(self, stage: Stage) -> dict[str, Any]:
+        """The fields of a stage as plain data, with its defaults; file names are relative to the recipe's folder."""
+        folder = self.path.parent.resolve()
+
+        def relative(file: InputFile) -> str:
+            if file.hub or Path(file).is_absolute():
+                return str(file)
+            return os.path.relpath(file.folder / file, folder)
+
+        return dict(plain(stage, file=relative))
 
     def published(self, selected: Mapping[str, int]) -> dict[str, Any]:
         """The resolved recipe for a release, without what whoever runs it decides: the cache, the processes and machines, the

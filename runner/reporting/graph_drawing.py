@@ -1,5 +1,6 @@
 """The graph of a plan as a drawing: text for terminals, Mermaid for Markdown, SVG for everything else."""
 
+from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from runner.planning.plan import Entry, Plan
@@ -19,15 +20,21 @@ MAX_NAME = 20  # characters of a name in a box
 
 
 def as_text(plan: Plan) -> str:
-    """A line per stage with what it reads, indented by the longest path to it."""
+    """A line per stage with what it reads, under the one of these that is furthest from the beginning."""
     column = columns({entry.name: plan.inputs(entry.name) for entry in plan})
-    lines = []
+    under: dict[str | None, list[Entry]] = {}
     for entry in plan:
-        sources = plan.inputs(entry.name)
-        reads = f"  <- {', '.join(sources)}" if sources else ""
-        indent = "  " * column[entry.name]
-        lines.append(f"{indent}{MARKS[entry.state]} {entry.name} ({entry.stage.kind}, {entry.state}){reads}")
-    return "\n".join(lines) + "\n"
+        furthest = max(reversed(plan.inputs(entry.name)), key=column.__getitem__, default=None)
+        under.setdefault(furthest, []).append(entry)
+
+    def lines(parent: str | None, indent: str) -> Iterator[str]:
+        for entry in under.get(parent, ()):
+            sources = plan.inputs(entry.name)
+            reads = f"  <- {', '.join(sources)}" if sources else ""
+            yield f"{indent}{MARKS[entry.state]} {entry.name} ({entry.stage.kind}, {entry.state}){reads}"
+            yield from lines(entry.name, indent + "  ")
+
+    return "\n".join(lines(None, "")) + "\n"
 
 
 def as_mermaid(plan: Plan) -> str:

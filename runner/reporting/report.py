@@ -20,10 +20,12 @@ from runner.recipe.recipe import Recipe
 from runner.reporting.confusion_matrix import confusion_svg
 from runner.reporting.graph_drawing import as_svg as graph_svg
 from runner.reporting.progress import duration
+from runner.reporting.score_meanings import meaning
 from runner.tracking.curves import as_svg, read_curves, whole_of
 
 PAGES = Path(__file__).parents[1] / "pages"
 SAMPLES, WRONG = 8, 12  # of each task
+WIDEST_GRAPH = 1056  # pixels; a wider one is drawn smaller
 MAX_CHARACTERS = 500  # of a quoted text
 # The plots of a training: title, names of metrics, and whether the axis is logarithmic.
 PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
@@ -73,6 +75,7 @@ class RunReport:
         self.made = now.strftime("%Y-%m-%d %H:%M UTC")
         self.state = f"not finished: {', '.join(missing)}" if missing else "finished"
         self.graph = graph_svg(plan)
+        self.graph_width = min(WIDEST_GRAPH, int(self.graph.split('width="', 1)[1].split('"', 1)[0]))  # pixels
         self.verdicts = [(verdict.passed, f"{entry.name}: {verdict}") for entry in plan for verdict in entry.verdicts]
         self.scores = _scores(evaluations)
         self.by_class = [_by_class(entry, found) for entry in evaluations for found in _class_scores(entry)]
@@ -124,7 +127,7 @@ def _settings(plan: Plan) -> Table | None:
 
 def _scores(evaluations: Sequence[Entry]) -> Table | None:
     rows = outcomes.score_table(evaluations)
-    return Table("Scores", rows[0], rows[1:]) if rows else None
+    return Table("Scores", [*rows[0], "meaning"], [[*row, meaning(row[0])] for row in rows[1:]]) if rows else None
 
 
 def _class_scores(entry: Entry) -> list[ClassScores]:
@@ -197,12 +200,11 @@ def _tokenizers(finished: Sequence[Entry]) -> Table:
 
 
 def _data(recipe: Recipe, finished: Sequence[Entry]) -> Table:
-    stages = recipe.resolved()["stage"]
     rows = [
         line
         for entry in finished
         if entry.record is not None
-        for line in learned_from(entry.name, entry.record.data, stages.get(entry.name, {}))
+        for line in learned_from(entry.name, entry.record.data, recipe.fields_of(entry.stage))
     ]
     return Table("Data", ["stage", "data", "rows", "licences", "origins"], rows)
 

@@ -87,7 +87,7 @@ def as_svg(curves: Mapping[str, Curve], *, title: str, logarithmic: bool = False
         axes.legend(frameon=False)
     target = io.StringIO()
     with rc_context({"svg.hashsalt": title}):  # the same curves give the same bytes
-        figure.savefig(target, format="svg", metadata={"Date": None})
+        figure.savefig(target, format="svg", metadata={"Date": None}, transparent=True)  # on light and dark pages
     return target.getvalue()[target.getvalue().index("<svg") :]
 
 

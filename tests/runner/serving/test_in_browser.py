@@ -190,7 +190,7 @@ def test_a_report_fits_its_window_and_loads_nothing(browser: "Browser", report: 
     page = watched.page
     assert watched.overflows() <= 0, "what is wider scrolls by itself"
     assert page.locator(".graph rect").count() == 13
-    assert page.locator(".pictures svg").count() == 16, "four curves of four trainings, the trunk one of them"
+    assert page.locator(".plots svg").count() == 16, "four curves of four trainings, the trunk one of them"
     small = page.locator(".graph text").evaluate_all("all => Math.min(...all.map(one => one.getBoundingClientRect().height))")
     assert small > 8, "pixels: what boxes say can be read"
     assert watched.faults == []
