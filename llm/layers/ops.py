@@ -119,6 +119,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return out
 
 
+def in_halves(x: Tensor, rotated: int) -> Tensor:
+    """x (..., E) with its first `rotated` channels in the order 0, 2, 4, ..., 1, 3, 5, ...: `rotate` turns neighbours then."""
+    return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], -1)
+
+
 def gated(gate: Tensor, up: Tensor, function: Gate) -> Tensor:
     """f(gate) * up."""
     out: Tensor = GatedProduct.apply(gate, up, function)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped

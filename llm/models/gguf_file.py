@@ -7,6 +7,7 @@ else the one that llama.cpp runs.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,9 @@ def _decimal(value: Any) -> Any:
 def _config(reader: "GGUFReader", fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config.json."""
     architecture = fields.get("general.architecture")
-    family = next((family for family in families().values() if family.gguf_architecture == architecture), None)
+    alike = [family for family in families().values() if family.gguf_architecture == architecture]
+    marked = [family for family in alike if family.gguf_marker and f"{architecture}.{family.gguf_marker}" in fields]
+    family = next((family for family in [*marked, *alike] if family in marked or family.gguf_marker is None), None)
     if family is None:
         known = sorted({family.gguf_architecture for family in families().values()})
         raise InputError(f"general.architecture: expected one of {', '.join(map(repr, known))}, got {architecture!r}")
@@ -127,6 +130,8 @@ def _scaling(own: Mapping[str, Any], tables: Mapping[str, Tensor], config: Mappi
     if kind == "yarn":
         names = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
         scaling |= {field: own[f"rope.scaling.{key}"] for key, field in names.items() if f"rope.scaling.{key}" in own}
+        if (times := own.get("rope.scaling.attn_factor", 1.0)) != 1:  # llama.cpp multiplies by that of the scaling as well
+            scaling["attention_factor"] = round(times * (0.1 * math.log(factor) + 1.0), 6)
     return scaling
 
 

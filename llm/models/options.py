@@ -111,8 +111,8 @@ class Options(Table):
     """What a norm multiplies by; 1 + w starts from w = 0 (Gemma)."""
     gate: Literal["silu", "gelu"] = "silu"
     """The function of the feed-forward layer's gate; "gelu" in its form by tanh."""
-    fused: bool = False
-    """Whether queries, keys and values are one matrix, and gate and up another (Phi-3): the same mathematics."""
+    fused: Literal["none", "gate_up", "all"] = "none"
+    """Whether gate and up are one matrix (GLM), and queries, keys and values another (Phi-3): the same mathematics."""
     pattern: Annotated[tuple[Kind, ...], Field(strict=False, min_length=1)] = ("full",)
     """Kinds of layers, repeated: they see everything before, or a window of it, or everything without rotary positions."""
     window: int | None = Field(default=None, gt=0)
@@ -121,6 +121,10 @@ class Options(Table):
     """Base of the rotary embedding in "window" layers, which is then not scaled; default: as in the others."""
     rotary_share: float = Field(default=1.0, gt=0, le=1)
     """Share of each head that is rotated: its first channels."""
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
+    """Which channels are rotated together: i and i + half of those that are, or 2i and 2i + 1 (GLM)."""
+    query_growth: float = Field(default=0.0, ge=0)
+    """b, by which queries at position p grow: times 1 + b ln(1 + floor(p / original context of the scaling)) (Ministral 3)."""
     embedding_scale: float | Literal["sqrt"] = 1.0
     """What embeddings are multiplied by; "sqrt": by sqrt(hidden_size)."""
     residual_scale: float = Field(default=1.0, gt=0)

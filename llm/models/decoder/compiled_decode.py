@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llm.layers.ops import Gate, activate, capped
+from llm.layers.ops import Gate, activate, capped, in_halves
 from llm.models.decoder.model import Decoder, Layer
 from llm.models.options import Kind
 
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     kv_heads: int
     epsilon: float
     rotated: int  # channels of a head
+    neighbours: bool  # whether these are rotated in pairs of neighbours
     query_scale: float
     residual_scale: float
     gate: Gate
@@ -38,7 +39,7 @@ class Shape(NamedTuple):
 class LayerWeights(NamedTuple):
     """The weights of a layer; None where it has none."""
 
-    norms: tuple[Tensor | None, ...]  # the four of `NORMS`
+    norms: tuple[Tensor | None, ...]  # the four of `Family.norms_of`
     inputs: tuple[Tensor, ...]  # queries, keys and values, or one that is all of them
     input_biases: tuple[Tensor | None, ...]
     head_norms: tuple[Tensor, ...]  # of queries and keys, (H or 1, E)
@@ -68,6 +69,7 @@ class CompiledRow:
             config.kv_heads,
             config.norm_eps,
             config.rotated_size,
+            parts.rotary_pairs == "neighbours",
             config.query_scale,
             parts.residual_scale,
             parts.gate,
@@ -80,9 +82,9 @@ class CompiledRow:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._layer, self._logits = (torch.compile(function, dynamic=False) for function in (_layer, _logits))
 
-    def logits(self, token: int, seen: Tensor, position: Tensor, angles: Mapping[Kind, tuple[Tensor, Tensor]]) -> Tensor:
+    def logits(self, token: int, seen: Tensor, position: Tensor, angles: Mapping[Kind, tuple[Tensor, ...]]) -> Tensor:
         """Logits (1, V) in fp32 after `token` at `position` (1,), with the cosine and the signed sine (1, E) of that position
-        for each kind of layer.
+        for queries, and for keys, of each kind of layer.
 
         `seen` has one entry for each slot that is seen: up to that of the position.
         """
@@ -127,8 +129,10 @@ def _layer(
     seen: Tensor,
     position: Tensor,
     first: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
+    query_cosine: Tensor,
+    query_sine: Tensor,
+    key_cosine: Tensor,
+    key_sine: Tensor,
     shape: Shape,
 ) -> Tensor:
     """x (D,) after one layer, which sees slots from `first` on; its keys and values go to `position` of `stored` (2 K, S,
@@ -146,7 +150,10 @@ def _layer(
             part * (part.square().mean(over, keepdim=True) + shape.epsilon).rsqrt() * weight
             for part, weight in zip((q, k), weights.head_norms, strict=True)
         )
-    q, k = (part * cosine + _swapped(part, shape.rotated) * sine for part in (q, k))
+    if shape.neighbours:
+        q, k = in_halves(q, shape.rotated), in_halves(k, shape.rotated)
+    q = q * query_cosine + _swapped(q, shape.rotated) * query_sine
+    k = k * key_cosine + _swapped(k, shape.rotated) * key_sine
     stored[:, position] = torch.cat([k, v])[:, None]
     keys, values = stored[:, : len(seen)].chunk(2)  # (K, seen, E)
     grouped = q.view(kv_heads, heads // kv_heads, 1, size)  # the queries that share keys

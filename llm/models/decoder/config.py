@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from llm.models.families import families
-from llm.models.options import Kind, LongRope, Options, RopeScaling, Table, shortest
+from llm.models.options import Kind, LongRope, Options, RopeScaling, Table, YarnScaling, shortest
 
 if TYPE_CHECKING:
     FamilyName = str
@@ -107,6 +107,8 @@ class DecoderConfig(Table):
             raise ValueError(f"head_size: expected an even number, because rotary embeddings turn pairs, got {self.head_size}")
         if self.rotated_size % 2:
             raise ValueError(f"rotary_share: expected one that gives an even number of channels, got {self.rotated_size}")
+        if self.parts.query_growth and not isinstance(self.rope_scaling, YarnScaling):
+            raise ValueError("rope_scaling: expected one of kind yarn beside a query_growth, got another one or none")
         if self.parts.final_softcap and not self.tied:  # an adapter of such a head would add after the cap
             raise ValueError("tied: expected true beside a final_softcap, got false")
         if self.rope_scaling is not None and self.rope_scaling.kind not in families()[self.name].rope_kinds:

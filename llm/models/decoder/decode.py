@@ -26,7 +26,7 @@ from llm.layers.ops import activate, capped
 from llm.models.decoder.compiled_decode import CompiledRow
 from llm.models.decoder.decoding_layer import DecodingLayer, is_matrix, projection
 from llm.models.decoder.model import Decoder
-from llm.models.decoder.rope import rope_angles
+from llm.models.decoder.rope import Waves, rope_angles
 from llm.models.options import Kind, LongRope
 
 SPARE_SLOTS = 8  # beyond the context, for the compiled step, which must never see all slots
@@ -75,7 +75,8 @@ class DecoderDecoding:
         # On a GPU every step runs over all slots: steps are then alike, and one graph serves all.
         self._over_all_slots = not self._on_cpu
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._angles: dict[Kind, tuple[Tensor, Tensor]] = {}  # cosine and signed sine of each position, (S, E)
+        # Cosine and signed sine of each position for queries, and for keys, (S, E); one where they are alike.
+        self._angles: dict[Kind, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
         self._angles_are_long = False  # whether they are those of texts above the original context
         self.release()
         named = model.layers.named_modules()
@@ -205,7 +206,7 @@ class DecoderDecoding:
     def _compiled_step(self, row: CompiledRow, token: int) -> Tensor:
         batch = self._batch
         position = batch.positions[0]
-        angles = {kind: (cosine[position], sine[position]) for kind, (cosine, sine) in self._angles.items()}
+        angles = {kind: tuple(table[position] for pair in pairs for table in pair) for kind, pairs in self._angles.items()}
         logits = row.logits(token, self._slots[: batch.filled], position, angles)
         batch.positions += 1
         return logits
@@ -238,20 +239,32 @@ class DecoderDecoding:
         self._slots = torch.arange(max(slots, len(self._slots)), device=self.device)
         self._angles_are_long = is_long
         for kind in set(self.model.kinds):
-            cosine = torch.ones(len(self._slots), config.head_size, device=self.device)
-            sine = torch.zeros_like(cosine)
-            if (angles := rope_angles(config, self._slots[None], kind=kind, lengths=length)) is not None:
-                half = config.rotated_size // 2
-                for part, sign in ((slice(half), -1), (slice(half, 2 * half), 1)):
-                    cosine[:, part], sine[:, part] = angles[0][0, 0], sign * angles[1][0, 0]
-            self._angles[kind] = cosine, sine
+            angles = rope_angles(config, self._slots[None], kind=kind, lengths=length)
+            keys = self._table(None if angles is None else angles[1])
+            self._angles[kind] = (self._table(angles[0]) if config.parts.query_growth and angles else keys), keys
+
+    def _table(self, waves: Waves | None) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine (S, E) of every channel of a head, angle 0 for those that are not rotated."""
+        cosine = torch.ones(len(self._slots), self.model.config.head_size, device=self.device)
+        sine = torch.zeros_like(cosine)
+        if waves is not None:
+            half = self.model.config.rotated_size // 2
+            for part, sign in ((slice(half), -1), (slice(half, 2 * half), 1)):
+                cosine[:, part], sine[:, part] = waves[0][0, 0], sign * waves[1][0, 0]
+        return cosine, sine
 
     def _rotation(self, kind: Kind, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B or 1, T, H + 2 K, E) at `positions`. Values get angle 0: one operation then serves all heads."""
         config = self.model.config
-        rotated, values = config.heads + config.kv_heads, config.kv_heads
-        cosine, sine = (table[positions][:, :, None].expand(-1, -1, rotated, -1) for table in self._angles[kind])
-        return pad(cosine, (0, 0, 0, values), value=1.0), pad(sine, (0, 0, 0, values))
+        queries, keys = self._angles[kind]
+        parts = [(queries, config.heads + config.kv_heads)]
+        if queries is not keys:
+            parts = [(queries, config.heads), (keys, config.kv_heads)]
+        cosine, sine = (
+            torch.cat([pair[which][positions][:, :, None].expand(-1, -1, heads, -1) for pair, heads in parts], 2)
+            for which in (0, 1)
+        )
+        return pad(cosine, (0, 0, 0, config.kv_heads), value=1.0), pad(sine, (0, 0, 0, config.kv_heads))
 
     def _biases(self, unseen: Tensor, positions: Tensor, *, held: Tensor) -> dict[bool, Tensor]:
         """What is added to scores in layers without and with a window, (B, 1, G T, S).

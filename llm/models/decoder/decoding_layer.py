@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from llm.layers.ops import in_halves
 from llm.models.decoder.config import DecoderConfig
 from llm.models.decoder.model import CappedHead, Layer, RMSNorm
 from llm.models.options import Kind
@@ -47,6 +48,9 @@ class DecodingLayer:
             parts = torch.split_with_sizes(joined, (heads, kv_heads, kv_heads), 2)[:2]
             for part, weight in zip(parts, self.head_norms, strict=True):
                 part.mul_((part.square().mean(over, keepdim=True) + config.norm_eps).rsqrt()).mul_(weight)
+        if config.parts.rotary_pairs == "neighbours":
+            rotated = in_halves(joined[:, :, : heads + kv_heads], config.rotated_size)
+            joined = torch.cat([rotated, joined[:, :, heads + kv_heads :]], 2)
         # Each channel is rotated with that half a head away (Transformers' `rotate_half`); the sine has the signs.
         joined = torch.addcmul(joined * rotation[0], _swapped(joined, config.rotated_size), rotation[1]).to(dtype)
         q, new = torch.split_with_sizes(joined, (heads, 2 * kv_heads), 2)

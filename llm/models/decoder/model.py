@@ -19,17 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import is_supported
-from llm.layers.ops import capped, compute_dtype, gated, rms_norm, rotate
+from llm.layers.ops import capped, compute_dtype, gated, in_halves, rms_norm, rotate
 from llm.models.decoder.config import DecoderConfig, attention_flops
 from llm.models.decoder.rope import Angles, rope_angles
+from llm.models.families import families
 from llm.models.interface import LanguageModel, element_count
-
-# Transformers' names of the four norms of a layer: of what attention reads, what it adds, and the feed-forward layer likewise.
-NORMS = {
-    "before": ("input_layernorm", None, "post_attention_layernorm", None),
-    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-    "around": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-}
 
 
 class RMSNorm(nn.Module):
@@ -60,8 +54,12 @@ class Attention(nn.Module):
         self.head_size, self.qk_norm, self.query_scale = config.head_size, parts.qk_norm, config.query_scale
         heads, kv_heads, bias = config.heads * self.head_size, config.kv_heads * self.head_size, parts.attention_bias != "none"
         self.sizes = [heads, kv_heads, kv_heads]
-        self.fused = parts.fused
-        if parts.fused:
+        self.fused, self.neighbours, self.rotated = (
+            parts.fused == "all",
+            parts.rotary_pairs == "neighbours",
+            config.rotated_size,
+        )
+        if self.fused:
             self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=bias)
         else:
             self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
@@ -90,7 +88,9 @@ class Attention(nn.Module):
         q, k, v = (part.view(shape) for part in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (part.transpose(1, 2) if angles is None else rotate(part, *angles) for part in (q, k))
+        if self.neighbours:  # the same scores: both change their order
+            q, k = in_halves(q, self.rotated), in_halves(k, self.rotated)
+        q, k = (q.transpose(1, 2), k.transpose(1, 2)) if angles is None else (rotate(q, *angles[0]), rotate(k, *angles[1]))
         if self.query_scale != 1:
             q = q * self.query_scale
         return q, k, v.transpose(1, 2)
@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.parts.mlp_bias
-        self.gate, self.fused = config.parts.gate, config.parts.fused
+        self.gate, self.fused = config.parts.gate, config.parts.fused != "none"
         if self.fused:
             self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
         else:
@@ -147,7 +147,7 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
-        self.norms, self.residual_scale = NORMS[config.parts.norms], config.parts.residual_scale
+        self.norms, self.residual_scale = families()[config.name].norms_of(config.parts), config.parts.residual_scale
         self.softcap = config.parts.attention_softcap
         for name in filter(None, self.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))

@@ -11,14 +11,15 @@ from torch import Tensor
 from llm.models.decoder.config import DecoderConfig
 from llm.models.options import Kind, LinearScaling, Llama3Scaling, LongRope, YarnScaling
 
-Angles = tuple[Tensor, Tensor]  # cosine and sine, (1 or B, 1, T, R / 2)
+Waves = tuple[Tensor, Tensor]  # cosine and sine, (1 or B, 1, T, R / 2)
+Angles = tuple[Waves, Waves]  # what queries are rotated by, and what keys are
 
 
 def rope_angles(
     config: DecoderConfig, positions: Tensor, *, kind: Kind = "full", lengths: Tensor | int | None = None
 ) -> Angles | None:
-    """Cosine and sine of position * frequency for positions (1 or B, T), times what the scaling multiplies them by; None in a
-    layer without rotary positions.
+    """Cosine and sine of position * frequency for positions (1 or B, T), times what the scaling multiplies them by, and those
+    for queries also times their growth; None in a layer without rotary positions.
 
     `lengths` of the texts that positions belong to, (1 or B, T) or one for all, decides frequencies that depend on it; without
     it they are taken from the positions, which count from 0 in each text.
@@ -35,9 +36,20 @@ def rope_angles(
             frequencies = rope_frequencies(config, kind=kind, device=positions.device, is_long=True)
             angle = torch.where(is_long, _angle(positions, frequencies), angle)
     factor = attention_factor(config) if kind == "full" or config.parts.window_rope_base is None else 1.0
-    if factor == 1:
-        return angle.cos(), angle.sin()
-    return angle.cos() * factor, angle.sin() * factor
+    cosine, sine = angle.cos(), angle.sin()
+    if factor != 1:
+        cosine, sine = cosine * factor, sine * factor
+    if not config.parts.query_growth:
+        return (cosine, sine), (cosine, sine)
+    growth = query_growth(config, positions)[:, None, :, None]
+    return (cosine * growth, sine * growth), (cosine, sine)
+
+
+def query_growth(config: DecoderConfig, positions: Tensor) -> Tensor:
+    """What queries at `positions` are multiplied by, in fp32 (Scalable-Softmax, Nakanishi 2025, as in Llama 4)."""
+    assert isinstance(config.rope_scaling, YarnScaling)  # the configuration is checked
+    windows = (positions // config.rope_scaling.original_context).float()
+    return 1 + config.parts.query_growth * windows.log1p()
 
 
 def _angle(positions: Tensor, frequencies: Tensor) -> Tensor:

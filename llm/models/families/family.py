@@ -16,6 +16,12 @@ from llm.models.options import Kind, Options, shortest
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+# Transformers' names of the four norms of a layer: of what attention reads, what it adds, and the feed-forward layer likewise.
+NORMS: dict[str, tuple[str | None, ...]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
 LAYER_TYPES: dict[str, Kind] = {"full_attention": "full", "sliding_attention": "window"}
 
 
@@ -48,6 +54,7 @@ class Family:
     fixed: ClassVar[Mapping[str, Any]] = {}
     unset: ClassVar[tuple[str, ...]] = ("quantization_config", "sliding_window", "auto_map")
     gguf_architecture: ClassVar[str]
+    gguf_marker: ClassVar[str | None] = None  # a field of a GGUF file that tells it from others of the architecture
     gguf_options: ClassVar[frozenset[str]] = frozenset()  # that llama.cpp computes with other values than the family's own
     gguf_ties: ClassVar[bool] = True  # whether llama.cpp takes the embedding for a head that is not in the file
     gguf_interleaved: ClassVar[bool] = False  # whether llama.cpp rotates channel 2i with 2i + 1, not i with i + half
@@ -100,6 +107,10 @@ class Family:
     def options_of(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """The options in the fields of a config.json that differ from its own."""
         return {}
+
+    def norms_of(self, options: Options) -> tuple[str | None, ...]:
+        """The names of the four norms of a layer, None where it has none."""
+        return NORMS[options.norms]
 
     def to_transformers(self, config: Any) -> dict[str, Any]:
         """The fields of a config.json for a `DecoderConfig`."""

@@ -3,31 +3,31 @@ other layer, and caps on scores and logits.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llm.errors import InputError
-from llm.models.families.family import Family, all_or_no_biases, layer_types, read_pattern
-from llm.models.families.gemma3_text import query_size, scale_fault
+from llm.models.families.windowed import Windowed
 from llm.models.options import Options
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-WINDOW = 4096
+CAPS = {"attention_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}  # -> in config.json
 
 
-class Gemma2(Family):
+class Gemma2(Windowed):
     """Gemma 2."""
 
     name = "gemma2"
     transformers_class = "Gemma2ForCausalLM"
+    every = 2
     own = Options(
         norms="around",
         norm_weight="1 + w",
         gate="gelu",
         embedding_scale="sqrt",
         pattern=("window", "full"),
-        window=WINDOW,
+        window=4096,
         attention_softcap=50.0,
         final_softcap=30.0,
     )
@@ -37,56 +37,49 @@ class Gemma2(Family):
         "head_dim": 256,
         "tie_word_embeddings": True,
         "query_pre_attn_scalar": 256,
-        "sliding_window": WINDOW,
     }
     activation = ("hidden_activation", "gelu_pytorch_tanh")
-    free = frozenset({"pattern", "window", "attention_scale", "attention_bias", "attention_softcap", "final_softcap"})
-    unset = ("quantization_config", "auto_map", "use_bidirectional_attention")
+    free = Windowed.free | {"attention_scale", *CAPS}
+    unset: ClassVar[tuple[str, ...]] = ("quantization_config", "auto_map", "use_bidirectional_attention")
     gguf_architecture = "gemma2"
-    gguf_options = frozenset({"window", "attention_softcap", "final_softcap"})
-
-    def options_of(self, known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
-        types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(known["num_hidden_layers"])]
-        size = known["query_pre_attn_scalar"]
-        return {
-            "pattern": read_pattern(known, otherwise=types),
-            "window": known["sliding_window"],
-            "attention_scale": None if size == known["head_dim"] else size**-0.5,
-            "attention_bias": "all" if known.get("attention_bias") else "none",
-            "attention_softcap": known.get("attn_logit_softcapping", 0.0),
-            "final_softcap": known.get("final_logit_softcapping", 0.0),
-        }
+    gguf_options = frozenset({"window", *CAPS})
 
     def fields_of(self, found: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
-        return super().fields_of({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **found})  # null means none
+        caps = {field: getattr(self.own, cap) or None for cap, field in CAPS.items()}
+        return super().fields_of({**caps, **found})  # null means none
+
+    def options_of(self, known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        size = known["query_pre_attn_scalar"]
+        return super().options_of(known) | {
+            "attention_scale": None if size == known["head_dim"] else size**-0.5,
+            **{cap: known.get(field, 0.0) for cap, field in CAPS.items()},
+        }
 
     def fields_for(self, options: Options, config: Any) -> dict[str, Any]:  # noqa: D102
-        return {
-            "attention_bias": options.attention_bias == "all",
-            "layer_types": layer_types(config.kinds),
-            "sliding_window": options.window or WINDOW,
+        return super().fields_for(options, config) | {
             "query_pre_attn_scalar": query_size(options, config.head_size),
-            "attn_logit_softcapping": options.attention_softcap or None,
-            "final_logit_softcapping": options.final_softcap or None,
+            **{field: getattr(options, cap) or None for cap, field in CAPS.items()},
         }
 
     def fault_of(self, options: Options, config: Mapping[str, Any]) -> str | None:  # noqa: D102
-        if "unrotated" in options.pattern:
-            return 'pattern: expected "full" and "window", as in a config.json of gemma2, got "unrotated"'
-        return scale_fault(options) or all_or_no_biases(self.name, options) or super().fault_of(options, config)
+        if options.attention_scale not in (None, query_size(options, 1) ** -0.5):
+            return f"attention_scale: expected 1 / sqrt(n) of a whole number n, got {options.attention_scale}"
+        return super().fault_of(options, config)
 
     def write_gguf(self, writer: "GGUFWriter", config: Any) -> None:  # noqa: D102
-        writer.add_sliding_window(config.parts.window or WINDOW)
-        for cap in ("attention_softcap", "final_softcap"):
+        super().write_gguf(writer, config)
+        for cap in CAPS if self.own.final_softcap else ():
             if not getattr(config.parts, cap):
-                raise InputError(f"{cap}: expected a number above 0, as llama.cpp has it in every gemma2, got 0")
-        writer.add_attn_logit_softcapping(config.parts.attention_softcap)
-        writer.add_final_logit_softcapping(config.parts.final_softcap)
+                raise InputError(f"{cap}: expected a number above 0, as llama.cpp has it in every {self.name}, got 0")
+        if self.own.final_softcap:
+            writer.add_attn_logit_softcapping(config.parts.attention_softcap)
+            writer.add_final_logit_softcapping(config.parts.final_softcap)
 
     def gguf_fields(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
-        return {
-            "query_pre_attn_scalar": known["head_dim"],
-            "sliding_window": found.get("attention.sliding_window", WINDOW),
-            "attn_logit_softcapping": float(found.get("attn_logit_softcapping", 50.0)),
-            "final_logit_softcapping": float(found.get("final_logit_softcapping", 30.0)),
-        }
+        caps = {field: float(found.get(field, getattr(self.own, cap))) or None for cap, field in CAPS.items()}
+        return super().gguf_fields(found, known) | {"query_pre_attn_scalar": known["head_dim"], **caps}
+
+
+def query_size(options: Options, head_size: int) -> int:
+    """`query_pre_attn_scalar`: scores are divided by its square root."""
+    return head_size if options.attention_scale is None else round(options.attention_scale**-2)

@@ -16,7 +16,7 @@ class Phi3(Family):
 
     name = "phi3"
     transformers_class = "Phi3ForCausalLM"
-    own = Options(fused=True)
+    own = Options(fused="all")
     missing = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     free = frozenset({"rotary_share", "pattern", "window"})
     rope_kinds = ("longrope",)

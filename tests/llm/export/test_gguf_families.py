@@ -23,6 +23,10 @@ REFUSED = {
     "qwen3 with biases": "attention_bias",
     "smollm3 with other layers": "pattern",
     "phi3 with a window": "pattern",
+    "olmo3 with other layers": "pattern",
+    "glm with larger heads": "head_size",
+    "glm4 without biases": "attention_bias",
+    "ministral3 with a window": "pattern",
     "gemma3_text with other layers": "pattern",
     "gemma2 without caps": "attention_softcap",
 }

@@ -190,7 +190,9 @@ def test_fields_that_config_json_leaves_out_have_transformers_defaults(name: str
     sizes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 12, "num_attention_heads": 64}
     stock = AutoConfig.for_model(name, **sizes).to_dict()
     found = architectures()[name].to_transformers(from_transformers({"model_type": name, **sizes}, dropout=0.0))
-    for field in found.keys() & stock.keys() - {"architectures", "attention_dropout", "initializer_range"}:
+    read, whole = (from_transformers(fields, dropout=0.0) for fields in (found, stock))
+    assert (read.rope_base, read.rope_scaling, read.options) == (whole.rope_base, whole.rope_scaling, whole.options)
+    for field in found.keys() & stock.keys() - {"architectures", "attention_dropout", "initializer_range", "rope_parameters"}:
         if stock[field] is not None and (field != "sliding_window" or found[field] is not None):
             assert found[field] == stock[field], field
 
@@ -206,8 +208,12 @@ def test_fields_that_config_json_leaves_out_have_transformers_defaults(name: str
         ("mistral", {"pattern": ["full", "window"], "window": 9}, "pattern: expected"),
         ("smollm3", {"pattern": ["window"], "window": 9}, "pattern: expected"),
         ("granite", {"embedding_scale": "sqrt"}, "embedding_scale: expected a number"),
-        ("phi3", {"fused": False}, "fused: expected True, as every phi3 has it, got False"),
+        ("phi3", {"fused": "none"}, "fused: expected 'all', as every phi3 has it, got 'none'"),
         ("olmo2", {"norms": "before"}, "norms: expected 'after'"),
+        ("glm4", {"attention_bias": "all"}, 'attention_bias: expected "qkv" or "none", as in a config.json of glm4'),
+        ("glm", {"norms": "around"}, "norms: expected 'before', as every glm has it"),
+        ("olmo3", {"window_rope_base": None}, "window_rope_base: expected a number, as in a config.json of olmo3"),
+        ("ministral3", {"query_growth": 0.1}, "rope_scaling: expected one of kind yarn beside a query_growth"),
         ("gemma3_text", {"attention_scale": 0.3}, "attention_scale: expected 1 / sqrt"),
         ("gemma3_text", {"final_softcap": 30.0}, "final_softcap: expected 0.0"),
     ],
@@ -238,6 +244,12 @@ def test_an_option_that_is_the_familys_own_is_the_same_as_none() -> None:
         ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation: expected 'gelu_pytorch_tanh', got 'gelu'"),
         ("phi3", {"rope_scaling": {"type": "llama3"}}, "rope_scaling.type: expected 'default' or 'longrope'"),
         ("phi3 with longrope", {"rope_parameters": {"rope_type": "longrope"}}, "short_divisors: expected"),
+        ("glm4", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type: expected 'default', got 'yarn'"),
+        (
+            "olmo3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            "rope_parameters.sliding_attention.rope_type: expected 'default'",
+        ),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window: expected False"),
         ("granite", {"attention_multiplier": -1.0}, "attention_scale: expected greater than 0"),
     ],

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import foreign_models
 import pytest
@@ -10,6 +11,7 @@ import tokenizer_kinds
 import torch
 from gguf import GGUFReader, GGUFWriter
 from hard_sentences import hard_sentences
+from tiny_families import YARN, config_of, drawn
 from tiny_release import PROMPTS, open_in_llama_cpp, tiny_checkpoint
 
 from llm.errors import InputError
@@ -42,6 +44,20 @@ def test_a_model_of_every_family_comes_back_from_its_file(architecture: str, tmp
     tokens = torch.tensor([TextTokenizer.load(checkpoint).encode_prompt(PROMPTS[0])])
     with torch.inference_mode():
         torch.testing.assert_close(load_checkpoint(found)(tokens), load_checkpoint(checkpoint)(tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["llama with yarn", "ministral3", "olmo3", "glm4", "gemma3_text"])
+def test_the_options_and_the_scaling_of_a_family_come_back_from_its_file(case: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"tied": False}  # the files of some have the head in any case
+    if case in ("llama with yarn", "olmo3"):
+        changes["rope_scaling"] = YARN | {"attention_factor": 1.3}
+    config = config_of(case, **changes)
+    vocabulary = tiny_checkpoint(tmp_path / "vocabulary")
+    size = TextTokenizer.load(vocabulary).vocab_size
+    save_checkpoint(tmp_path / "model", drawn(config, vocab_size=size), vocabulary)
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", precision="f32")
+    unpack_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    assert read_config(tmp_path / "again" / "config.json") == (config, size)
 
 
 @pytest.mark.parametrize("family", foreign_models.FAMILIES)
