@@ -1,6 +1,7 @@
 """`run check DATA...`: what files of data hold, what of them cannot be used, and what a recipe would make of them."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ CONTEXTS = (256, 512, 1024, 2048, 4096)  # positions that lengths are compared w
 CHARACTERS = 3  # about so many are a token, in a language with spaces, where no tokenizer is named
 SHOWN_CLASSES, SHOWN_FAULTS = 12, 20
 IMBALANCE = 10  # times more rows of the most frequent class than of the rarest one
+MOST_LANGUAGES = 8  # that are named
 WIDEST = 60  # characters of a value that are shown
 
 
@@ -120,7 +122,7 @@ def _recipe_lines(found: dict[str, list[str]]) -> Iterator[str]:
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as text."""
     bad = sum(fault["rows"] for fault in report["faults"])
-    yield f"{len(report['files']):,} files ({', '.join(report['formats'])}), {report['rows']:,} rows"
+    yield f"{_count(len(report['files']), 'file')} ({', '.join(report['formats'])}), {_count(report['rows'], 'row')}"
     for name, encoding in report["encodings"].items():
         yield f'  {name} is read as {encoding}; if that is wrong, name it: read = {{ encoding = "..." }}'
     yield ""
@@ -134,17 +136,23 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     for name, one in report["fields"].items():
         yield from _classes(name, one["values"])
     if report["duplicates"]:
-        yield f"duplicates: {report['duplicates']:,} rows are equal to an earlier one"
-    yield "languages, by script: " + ", ".join(f"{name} {count:,}" for name, count in report["languages"].items())
+        yield f"duplicates: {_count(report['duplicates'], 'row')} equal to an earlier one"
+    shown = [f"{name} {count:,}" for name, count in itertools.islice(report["languages"].items(), MOST_LANGUAGES)]
+    more = [f"{len(report['languages']) - MOST_LANGUAGES} more"] if len(report["languages"]) > MOST_LANGUAGES else []
+    yield "languages of the rows, as far as their text tells: " + ", ".join(shown + more)
     yield from _length_lines(report)
     for kind, where in report["personal_data"].items():
         yield (
-            f"perhaps personal data: {where['texts']:,} texts with {_a(kind)}, the first in {where['field']!r} of "
+            f"perhaps personal data: {_count(where['texts'], 'text')} with {_a(kind)}, the first in {where['field']!r} of "
             f"{where['first']} (a hint, by pattern)"
         )
     for fault in report["faults"][:SHOWN_FAULTS]:
-        yield f"cannot be used: {fault['rows']:,} rows, the first {fault['first']}: {fault['message']}"
+        yield f"cannot be used: {_count(fault['rows'], 'row')}, the first {fault['first']}: {fault['message']}"
     yield from _use_lines(report.get("use"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def _field_cells(name: str, one: dict[str, Any], rows: int) -> list[str]:

@@ -67,6 +67,9 @@ def main(options: argparse.Namespace) -> int:
         raise
     named = shlex.quote(os.path.relpath(path))
     allow = "".join(f" --allow-path {shlex.quote(str(folder))}" for folder in outside)
+    guessed = [word for name, answer in given.items() if getattr(options, name) is None for word in (f"--{name}", answer)]
+    if guessed and (options.yes or not sys.stdin.isatty()):
+        print(f"guessed, and an option changes each: {shlex.join(guessed)}", file=sys.stderr)
     print(f"wrote {path}\nread it, then:\n  run plan {named}{allow}\n  run {named}{allow}")
     return 0
 

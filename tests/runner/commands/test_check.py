@@ -21,14 +21,14 @@ def test_a_messy_table_is_told_field_by_field(tmp_path: Path, capsys: pytest.Cap
     text = "\r\n".join(["Text der Bewertung;Urteil;Nr", *rows, rows[0], 'a;"b"c;1', "jo@example.org und mehr;gut;9"])
     (tmp_path / "a.csv").write_bytes(text.encode("cp1252"))
     told = check(capsys, str(tmp_path / "a.csv"), "--encoding", "cp1252")
-    assert "1 files (.csv), 43 rows" in told
+    assert "1 file (.csv), 43 rows" in told
     lines = {line.split("  ")[0]: line for line in told.splitlines()}
     assert "17 (40%)" in lines["Nr"]
     assert "'Urteil' has 2 values: 'gut' 39 (93%), 'schlecht' 3 (7%)" in told
     assert "the most frequent one has 13 times the rows of the rarest" in told
-    assert "duplicates: 1 rows" in told
-    assert f"1 texts with an e-mail address, the first in 'Text der Bewertung' of {tmp_path}/a.csv:44" in told
-    assert f"cannot be used: 1 rows, the first {tmp_path}/a.csv:43" in told
+    assert "duplicates: 1 row equal" in told
+    assert f"1 text with an e-mail address, the first in 'Text der Bewertung' of {tmp_path}/a.csv:44" in told
+    assert f"cannot be used: 1 row, the first {tmp_path}/a.csv:43" in told
     assert "a recipe would take it as labels: 'Text der Bewertung' with the label 'Urteil'" in told
 
 

@@ -118,6 +118,18 @@ def test_every_choice_is_an_option_and_a_file_is_never_overwritten(tmp_path: Pat
     assert main(["plan", str(tmp_path / "mine.toml"), "--cache", str(tmp_path / "cache")]) == 0
 
 
+def test_the_language_is_guessed_from_the_rows_and_every_guess_is_told_as_an_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    german = ["Die Lieferung war schnell, und alles war heil.", "Nach zwei Tagen war das Geschenk meiner Mutter kaputt."]
+    lines = [f"{german[number % 2]} {number};{('gut', 'schlecht')[number % 2]}" for number in range(30)]
+    (tmp_path / "a.csv").write_text("\n".join(["Bewertung Text;Urteil", *lines]), encoding="utf-8")
+    recipe = new(tmp_path / "mine.toml", tmp_path / "a.csv", "--minutes", "5")
+    assert recipe.resolved()["stage"]["corpus"]["sources"][0]["language"] == "de"
+    told = capsys.readouterr().err
+    assert "--text 'Bewertung Text' --label Urteil --language de" in told and "--minutes" not in told
+
+
 def test_data_elsewhere_is_allowed_in_the_commands_that_are_shown(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
