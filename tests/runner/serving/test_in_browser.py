@@ -182,13 +182,19 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", list(SIZES))
-def test_a_report_fits_its_window_and_loads_nothing(browser: "Browser", report: Path, size: str) -> None:
+def test_a_report_fits_its_window_and_loads_nothing(browser: "Browser", report: Path, size: str, dark: bool) -> None:
     from browser import Watched
 
-    watched = Watched(browser, report.as_uri(), size=SIZES[size])
+    watched = Watched(browser, report.as_uri(), size=SIZES[size], dark=dark)
     page = watched.page
     assert watched.overflows() <= 0, "what is wider scrolls by itself"
+    cut = "all => all.filter(one => one.parentElement.scrollWidth > one.parentElement.clientWidth).length"
+    assert page.locator("table").evaluate_all(cut) == 0
+    assert page.locator(".hint").is_visible() == (size == "phone"), "of the graph, which is wider"
+    shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert shade == ("rgb(24, 24, 27)" if dark else "rgb(255, 255, 255)")
     assert page.locator(".graph rect").count() == 13
     assert page.locator(".plots svg").count() == 16, "four curves of four trainings, the trunk one of them"
     small = page.locator(".graph text").evaluate_all("all => Math.min(...all.map(one => one.getBoundingClientRect().height))")
