@@ -48,7 +48,7 @@ class AimTracker:
 
         repo.mkdir(parents=True, exist_ok=True)
         self._run = Run(repo=str(repo), experiment=facts["recipe"], capture_terminal_logs=False, system_tracking_interval=None)
-        self._run.name = f"{facts['recipe']}/{facts['stage']}"
+        self._run.name = f"{facts['recipe']}/{facts['stage']} {str(facts['key'])[:8]}"  # which tells reruns apart
         for name, value in facts.items():
             self._run[name] = value
 

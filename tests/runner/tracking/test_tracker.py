@@ -31,7 +31,7 @@ from aim import Repo
 (run,) = [found.run for found in Repo(sys.argv[1]).query_metrics('metric.name == "loss"').iter_runs()]
 names = {metric: f"{metric.context.to_dict()['subset']}/{metric.name}" for metric in run.metrics()}
 values = {name: sorted(metric.values.values_list()) for metric, name in names.items()}
-print(json.dumps({"experiment": run.experiment, "stage": run["stage"], "values": values}))
+print(json.dumps({"experiment": run.experiment, "name": run.name, "stage": run["stage"], "values": values}))
 """
 
 
@@ -63,7 +63,7 @@ def test_aim_and_tensorboard_get_the_same_values_and_a_missing_tracker_is_a_warn
     assert board["train/learning_rate"] == [[10, 0.1], [20, 0.05]]
     assert 0 <= board["system/memory_percent"][0][1] <= 100
     aim = read(READ_AIM, tmp_path / "aim")
-    assert (aim["experiment"], aim["stage"]) == ("mine", "base")
+    assert (aim["experiment"], aim["stage"], aim["name"]) == ("mine", "base", "mine/base 00000000")
     assert aim["values"]["train/loss"] == [2.0, 3.0] and aim["values"]["validation/loss"] == [3.5]
     assert "system/cpu_percent" in aim["values"]
 
