@@ -1,4 +1,4 @@
-"""Cleaning of one document: normalized characters, bounds on its length, and no repetition.
+"""Cleaning of one document: normalized characters, bounds on its length, no repetition, and what a recipe asks for besides.
 
 Pure functions of one text. `llm.text.deduplication` finds duplicates between documents.
 """
@@ -7,6 +7,10 @@ import re
 import unicodedata
 import zlib
 from dataclasses import dataclass
+
+from llm.text.language import language_of
+from llm.text.personal import PersonalKind, redact
+from llm.text.quality import RuleSet, failed_rule, keep_prose
 
 # \r, the other controls that end a line, and Unicode's two separators
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -24,6 +28,9 @@ class Rules:
     max_characters: int = 5_000_000  # the longest novels; longer is a dump, and takes much memory to tokenize
     max_repeated_lines: float = 0.4  # share of the characters that are in lines which occurred before
     min_compressed: float = 0.1  # size after zlib level 1, as a share of the UTF-8 bytes; prose is at 0.4 to 0.6
+    quality: tuple[RuleSet, ...] = ()
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes of what is kept; empty for any
+    redact: tuple[PersonalKind, ...] = ()
 
 
 def clean(text: str) -> str:
@@ -36,14 +43,29 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
+def prepared(text: str, *, rules: Rules) -> str:
+    """The text as the corpus has it: `clean`, without the lines that C4 drops, and without personal data, where asked."""
+    text = clean(text)
+    if "c4" in rules.quality:
+        text = keep_prose(text)
+    return redact(text, rules.redact) if rules.redact else text
+
+
 def drop_reason(text: str, encoded: bytes, *, rules: Rules) -> str | None:
-    """Why a cleaned text is dropped: too_short, too_long or repetition; None if it is kept. `encoded` is its UTF-8."""
+    """Why a prepared text is dropped: too_short, too_long, repetition, a rule of quality or language; None if it is kept.
+
+    `encoded` is its UTF-8.
+    """
     if len(text) < rules.min_characters:
         return "too_short"
     if len(text) > rules.max_characters:
         return "too_long"
     if repeated_line_share(text) > rules.max_repeated_lines or compressed_share(encoded) < rules.min_compressed:
         return "repetition"
+    if rules.quality and (failed := failed_rule(text, rules.quality)):
+        return failed
+    if rules.languages and language_of(text) not in rules.languages:
+        return "language"
     return None
 
 

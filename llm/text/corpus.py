@@ -23,6 +23,7 @@ from llm.text.shards import EXAMPLES, CorpusConfig, ShardFolder, process_shard
 from llm.text.sources import Source, cut_into_shards
 
 PLACES = 5  # files that an error names at most
+FEW, MOST_NEAR = 20, 0.5  # documents of a source, and the share of them that may be near-duplicates without a warning
 TOTALS = ("read", "kept", "train", "validation", "characters", "bytes", "passes")
 REASONS = {EXACT: "exact_duplicate", NEAR: "near_duplicate"}
 
@@ -65,6 +66,9 @@ def build_corpus(
     with whole_file(train) as train_path, whole_file(validation) as validation_path:
         with train_path.open("wb") as train_file, validation_path.open("wb") as validation_file:
             counts = _filter(shards, verdicts, len(sources), train=train_file, validation=validation_file)
+        for source, of_source in zip(sources, counts, strict=True):
+            if warning := _swallowed(of_source):
+                report(note=f"warning: {source.name}: {warning}")
         totals = {key: sum(of_source[key] for of_source in counts) for key in TOTALS}
         if not totals["train"]:
             raise InputError(_nothing_left(sources, totals, counts))
@@ -114,6 +118,18 @@ def _filter(
             for name, value in zip(("licenses", "origins", "languages"), values, strict=True):
                 count_value(of_source[name], value, count)
     return counts
+
+
+def _swallowed(of_source: dict[str, Any]) -> str | None:
+    """What to say of a source of which near-duplicates are the most."""
+    near = of_source["dropped"].get(REASONS[NEAR], 0)
+    documents = of_source["kept"] + near + of_source["dropped"].get(REASONS[EXACT], 0)
+    if documents < FEW or near <= MOST_NEAR * documents:
+        return None
+    return (
+        f"{near:,} of {documents:,} documents are near-duplicates of others, and were dropped; where they share a template "
+        'that is worth learning, raise "similarity" or set near_duplicates = false'
+    )
 
 
 def _nothing_left(sources: Sequence[Source], totals: dict[str, int], counts: list[dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from llm.errors import InputError
 from llm.files import whole_folder
 from llm.text import minhash
 from llm.text.attribution import Attribution
-from llm.text.cleaning import Rules, clean, drop_reason
+from llm.text.cleaning import Rules, drop_reason, prepared
 from llm.text.readers.rows import FileRow
 from llm.text.selection import passes, share_of
 from llm.text.sources import Shard, Source
@@ -118,7 +118,7 @@ def _write(folder: Path, rows: list[FileRow], source: Source, config: CorpusConf
                 if not all(fields.get(name) == value for name, value in source.where.items()):
                     dropped["filtered"] += 1
                     continue
-                text = clean(text_of(fields, parts))
+                text = prepared(text_of(fields, parts), rules=config.rules)
             except InputError as error:
                 if not config.skip_bad_rows:
                     raise InputError(f"{row.at}: {error}") from error

@@ -102,7 +102,7 @@ def _tokenizer_above(plan: Plan, name: str) -> "TextTokenizer":
 
 def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
     from llm.errors import InputError
-    from llm.text.cleaning import clean, drop_reason
+    from llm.text.cleaning import drop_reason, prepared
     from llm.text.sources import rows_of
     from llm.text.templates import split_text, text_of
 
@@ -120,7 +120,7 @@ def _corpus(stage: MakeCorpus, count: int) -> Iterator[Text]:
             if not all(fields.get(field) == value for field, value in source.where.items()):
                 yield Text.assemble(place, ("dropped: filtered by `where`", BAD))
                 continue
-            text = clean(raw)
+            text = prepared(raw, rules=stage.rules())
             reason = drop_reason(text, text.encode(), rules=stage.rules())
             verdict = (f"dropped: {reason}", BAD) if reason else ("kept", GOOD)
             yield Text.assemble(place, verdict, (f"  {len(text):,} characters", QUIET))

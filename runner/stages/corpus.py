@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from llm.text.personal import PersonalKind
+from llm.text.quality import RuleSet
 from runner.artifacts import Corpus
 from runner.files import write_whole
+from runner.hub.languages import is_language
 from runner.input_files import InputFile
 from runner.stage import Context, Execution, Metrics, Semantic, Spec, Stage
 from runner.stages.fields.data_tables import TextField
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 
 
 FORMATS = ("json", "csv", "parquet", "arrow", "text")  # of datasets on the Hub; others open archives, sound and models
+
+
+def _language(code: str) -> str:
+    if not is_language(code):
+        raise ValueError(f'expected a code as in ISO 639-1, such as "en" or "zh", got {code!r}')
+    return code
+
+
+LanguageCode = Annotated[str, AfterValidator(_language)]
 
 
 class SourceSpec(Spec):
@@ -91,6 +103,15 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
     """Maximum share of a document's characters in lines that repeat an earlier line of it; other documents are dropped."""
     min_compressed: Semantic[Annotated[float, Field(ge=0, le=1)]] = 0.1
     """Minimum size of a document after zlib, as a share of its bytes; prose has 0.4 to 0.6. Other documents are dropped."""
+    quality: Semantic[list[RuleSet]] = Field(default_factory=list)
+    """Published rules that drop what is no prose, made for pages of the web: "gopher" (length, symbols, lists, repetition),
+    "c4" (also drops lines that do not end a sentence) and "fineweb" (ends, repetition and length of lines). The record counts
+    what each rule dropped."""
+    languages: Semantic[list[LanguageCode]] = Field(default_factory=list)
+    """Keep only documents in these languages, as identified from their text: ["en", "zh"]. By default any language."""
+    redact: Semantic[list[PersonalKind]] = Field(default_factory=list)
+    """Personal data that is replaced by its name in brackets, as far as a pattern finds it: "email", "telephone", "identity"
+    (Chinese identity numbers), "social_security", "card", "account" (IBAN)."""
     near_duplicates: Semantic[bool] = True
     """Whether to drop near-duplicates of earlier documents; exact duplicates are always dropped."""
     similarity: Semantic[Annotated[float, Field(gt=0, le=1)]] = 0.8
@@ -120,6 +141,9 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
             max_characters=self.max_characters,
             max_repeated_lines=self.max_repeated_lines,
             min_compressed=self.min_compressed,
+            quality=tuple(self.quality),
+            languages=tuple(self.languages),
+            redact=tuple(self.redact),
         )
 
     def local_sources(self) -> "list[Source]":
@@ -128,11 +152,18 @@ class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
 
     def run(self, context: Context) -> Metrics:
         """Build the corpus with all cores."""
+        from llm.errors import InputError
         from llm.text.corpus import build_corpus
         from llm.text.executor import LocalProcesses
+        from llm.text.language import known_languages
         from llm.text.readers import encoding_notes
         from llm.text.shards import CorpusConfig
 
+        if self.languages and (unknown := sorted(set(self.languages) - known_languages())):
+            raise InputError(
+                'languages: expected codes as in ISO 639-1 that the identifier knows, such as "en" or "zh", '
+                f"got {unknown[0]!r}"
+            )
         corpus = Corpus(context.work)
         commits = _pin(self.sources, context.scratch / "commits.json")
         sources = [_source(spec, name, commits) for spec, name in zip(self.sources, self.names(), strict=True)]

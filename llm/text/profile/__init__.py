@@ -13,7 +13,7 @@ from typing import Any
 
 from llm.errors import InputError
 from llm.text.documents import language_by_script
-from llm.text.profile.personal import PersonalData
+from llm.text.personal import PersonalData
 from llm.text.readers import AS_FOUND, GUESSED, FileFormat, field_names, format_of, read_rows
 from llm.text.readers.rows import FileRow
 from llm.text.readers.streams import text_encoding

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from llm.text.personal import PersonalData
 from llm.text.profile import Profile, profile
 from llm.text.profile.guess import Guess, guess
-from llm.text.profile.personal import PersonalData
 
 
 def rows(path: Path, found: list[Any]) -> Profile:

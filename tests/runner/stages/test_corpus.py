@@ -33,6 +33,65 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_quality_language_and_personal_data_are_rules_of_a_corpus(
+    tmp_path: Path, make_context: Callable[..., Context]
+) -> None:
+    prose = [
+        f"{number} boats went to the river of stories that morning, and people have to be quiet with them.\n"
+        f"Nobody knew why {number * 7919 % 1009} lamps were still burning along the shore of the old harbour.\n"
+        f"They said that house {number**3 % 997} had to be sold, and the man of {number + 20} years went home with his sons.\n"
+        f"Write to reader{number}@example.org if you know more.\nThen {number} letters came, and that was the end of it."
+        for number in range(30)
+    ]
+    german = (
+        "Am Morgen war der Fluss still, und niemand hatte geschlafen, weil der Regen die ganze Nacht an die Fenster schlug. "
+        * 3
+    )
+    menu = "Home\nProducts and services\nTerms of use\nThe end of the page and of that."
+    rows = [*prose, german, menu]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    made = stage(
+        tmp_path,
+        sources=[{"files": "a.jsonl"}],
+        quality=["gopher", "c4", "fineweb"],
+        languages=["en"],
+        redact=["email"],
+        similarity=1.0,
+        validation=0.0,
+        max_repeated_lines=1,
+    )
+    context = make_context()
+    counts = made.run(context)["sources"]["source-1"]
+    texts = [row["text"] for row in read(Corpus(context.work).train)]
+    assert len(texts) == counts["kept"] == 30, counts["dropped"]
+    assert all("Write to [e-mail address] if you know" in text for text in texts)
+    assert sum(counts["dropped"].values()) == 2 and not any("fluss" in text.lower() or "Home" in text for text in texts)
+
+
+def test_languages_alone_drop_what_is_in_others_and_unknown_codes_are_told(
+    tmp_path: Path, make_context: Callable[..., Context]
+) -> None:
+    texts = [*SENTENCES, "永和九年岁在癸丑暮春之初会于会稽山阴之兰亭修禊事也群贤毕至少长咸集"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fields: dict[str, Any] = {"near_duplicates": False}
+    counts = stage(tmp_path, sources=[{"files": "a.jsonl"}], languages=["zh"], validation=0.0, **fields).run(make_context())
+    assert (counts["kept"], counts["sources"]["source-1"]["dropped"]) == (1, {"language": 60})
+    with pytest.raises(ValidationError, match="expected a code as in ISO 639-1"):
+        stage(tmp_path, sources=[{"files": "a.jsonl"}], languages=["English"])
+    with pytest.raises(InputError, match=r"languages: expected codes .* that the identifier knows.*, got 'xyz'"):
+        stage(tmp_path, sources=[{"files": "a.jsonl"}], languages=["en", "xyz"]).run(make_context())
+
+
+def test_a_source_that_is_mostly_near_duplicates_is_told(tmp_path: Path, make_context: Callable[..., Context]) -> None:
+    template = " ".join(f"clause{number}" for number in range(200))
+    texts = [*(f"{template} number {number}" for number in range(30)), *SENTENCES[:10]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    context = make_context()
+    stage(tmp_path, sources=[{"name": "contracts", "files": "a.jsonl"}], validation=0.0).run(context)
+    notes = [line.get("note", "") for line in context.report.lines]  # type: ignore[attr-defined]
+    assert any(note.startswith("warning: contracts: 29 of 40 documents are near-duplicates") for note in notes), notes
+
+
 def test_a_recipe_of_two_sources_becomes_a_corpus(tmp_path: Path, make_context: Callable[..., Context]) -> None:
     lines = "".join(json.dumps({"text": text, "license": "CC0-1.0"}) + "\n" for text in SENTENCES)
     (tmp_path / "en.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
