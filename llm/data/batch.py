@@ -31,6 +31,7 @@ class PackedRow:
     reference: NDArray[np.float32] | None = None  # (T,) a reference model's log-probability of each target
     sources: NDArray[np.int32] | None = None  # (T,) for held-out rows: the number of the source that each target counts for
     text_bytes: NDArray[np.float32] | None = None  # (T,) for held-out rows of text: the bytes that each token stands for
+    weights: NDArray[np.float32] | None = None  # (T,) how often each target counts in the loss, 0 without one; None: once
 
 
 class RowSource(Protocol):
@@ -60,10 +61,13 @@ class Batch:
     reference: "Tensor | None" = None  # (B, T), for preferences: documents 2i and 2i + 1 are the two answers of pair i
     sources: "Tensor | None" = None  # (B, T) int32, of held-out rows
     text_bytes: "Tensor | None" = None  # (B, T) float32, of held-out rows of text
+    weights: "Tensor | None" = None  # (B, T) float32: how often each target counts
 
     @property
-    def loss_count(self) -> int:
-        """The number that the loss of a step is divided by: targets, or pairs if answers are compared."""
+    def loss_count(self) -> float:
+        """The number that the loss of a step is divided by: targets, by their weights, or pairs if answers are compared."""
+        if self.weights is not None:
+            return float(self.weights.double().sum())
         if self.reference is None:
             return int((self.targets != IGNORE).sum())
         return int(((self.documents.amax(1) + 1) // 2).sum())
@@ -90,6 +94,9 @@ def collate(rows: Sequence[PackedRow], indices: Sequence[int]) -> Batch:
     for name in ("reference", "sources", "text_bytes"):
         if all(getattr(row, name) is not None for row in rows):
             optional[name] = torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+    if any(row.weights is not None for row in rows):  # those that are mixed in have none
+        weights = [(row.targets != IGNORE).astype(np.float32) if row.weights is None else row.weights for row in rows]
+        optional["weights"] = torch.from_numpy(np.stack(weights))
     return Batch(
         tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
         targets=torch.from_numpy(np.stack([row.targets for row in rows])),

@@ -5,6 +5,7 @@ rows, the tokenizer makes tokens and the loss mask from turns, and `llm.data.pac
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +24,13 @@ from llm.tokenizer.messages import Chat
 from llm.tokenizer.tokenizer import ChatPart, TextTokenizer
 
 _BATCH = 1024  # rows tokenized at a time
+MOST_LABELS = 1000  # that may be balanced: rows with more answers than this are no labels
 MANY_CUT = 0.05  # share of the rows above which a cut is a warning
 SHORTEST_ROW = 64  # positions
 
 
 Reasoning = Literal["all", "last", "none"]
+ClassWeights = Literal["balanced"] | Mapping[str, float]  # by the text of the answer
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class TurnsOfRow(NamedTuple):
     place: str  # file:line
     turns: list[Turn] | InputError  # for a row that cannot be used, the error, with the place
     attribution: Attribution
+    labels: tuple[str, ...] = ()  # what the last turn may be: several, of rows with several labels
 
 
 def read_turns(files: Sequence[Path], template: Template | TextTemplate) -> Iterator[TurnsOfRow]:
     """The rows of `files` as turns, in order."""
     for place, chats, attribution in read_chats(files, template):
         if not isinstance(chats, InputError):  # the last answer is scored, whatever its weight in a training
-            yield TurnsOfRow(place, [*chats[0][:-1], chats[0][-1].learned(True)], attribution)
+            turns, labels = [*chats[0][:-1], chats[0][-1].learned(True)], tuple(turns[-1].content for turns in chats)
+            yield TurnsOfRow(place, turns, attribution, labels)
         else:
             yield TurnsOfRow(place, chats, attribution)
 
@@ -110,6 +115,7 @@ def write_rows(
     follow_lengths: bool = False,  # whether rows are as short as the longest chat allows
     longest_row: int | None = None,  # default: the length of a row's chats
     row_length: int | None = None,  # default: the first length that fills rows
+    class_weights: ClassWeights | None = None,
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -117,9 +123,11 @@ def write_rows(
 
     A chat has at most `context` positions, and so has a row (twice as many if chats come in pairs); with `follow_lengths` only
     as many as the longest chat needs, rounded up to a power of two. Where too few positions would be real tokens, the length
-    is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows cost only memory.
+    is doubled, up to `longest_row`. Chats of a row do not see each other, so longer rows cost only memory. The targets of a
+    chat count as often as `class_weights` says of its last answer.
     """
     counts = [Counts() for _ in tables]
+    answers: list[tuple[str, float]] = []  # of each group, with how often it counts for its label
     with whole_folder(folder) as temporary, StreamWriter(temporary) as writer:
         for number, (table, count) in enumerate(zip(tables, counts, strict=True)):
             for note in encoding_notes(table.files, table.template.form):
@@ -128,11 +136,13 @@ def write_rows(
                 report(done=sum(count.rows for count in counts), unit="rows")
                 if should_stop():
                     raise Interrupted("stopped while packing rows")
-                for groups, passes in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
-                    for streams in groups:
+                for found in _fitted(batch, table, count, tokenizer=tokenizer, positions=context):
+                    for streams in found.groups:
                         for stream in streams:
                             writer.append(stream.ids, stream.loss_mask, full_length=stream.full_length)
-                        writer.end_group(passes, source=number)
+                        writer.end_group(found.passes, source=number, weight=found.weight)
+                        if class_weights:
+                            answers.append((found.answer, found.weight * found.passes / len(found.groups)))
         numbers = [name for name, value in asdict(Counts()).items() if isinstance(value, int)]
         totals = {name: sum(getattr(count, name) for count in counts) for name in numbers}
         if not len(writer):
@@ -140,6 +150,9 @@ def write_rows(
             raise InputError(
                 f"{names}: expected rows to train on, got none: {json.dumps(totals)}; `run inspect` shows why each is left out"
             )
+        if class_weights:
+            factors = class_factors(answers, class_weights)
+            writer.scale_weights([factors[answer] for answer, _ in answers])
         row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
         if follow_lengths:
             row_lengths = [min(row_lengths[0], max(SHORTEST_ROW, 1 << (writer.longest_group - 1).bit_length()))]
@@ -152,6 +165,27 @@ def write_rows(
             report(note=cut)
         (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
     return statistics
+
+
+def class_factors(answers: Sequence[tuple[str, float]], weights: ClassWeights) -> dict[str, float]:
+    """How often the targets of each label count; `answers` are the labels of rows, with how often each counts.
+
+    "balanced" is rows / (labels * rows of the label), so that all labels count alike and the mean over the rows is 1 (King and
+    Zeng 2001, and `class_weight` of scikit-learn). InputError for a weight of a label that no row has.
+    """
+    rows: Counter[str] = Counter()
+    for answer, count in answers:
+        rows[answer] += count  # type: ignore[assignment]  # a fraction, of rows with several labels
+    if weights != "balanced":
+        if unknown := sorted(set(weights) - set(rows)):
+            seen = ", ".join(map(repr, sorted(rows)[:20]))
+            raise InputError(f"class_weights: expected labels of the rows, {seen}, got {unknown[0]!r}")
+        return {answer: weights.get(answer, 1.0) for answer in rows}
+    if len(rows) > MOST_LABELS:
+        raise InputError(
+            f"class_weights: expected rows with labels, at most {MOST_LABELS:,} different ones, got {len(rows):,} answers"
+        )
+    return {answer: rows.total() / (len(rows) * count) for answer, count in rows.items()}
 
 
 def cut_sentence(counts: Mapping[str, int], context: int) -> str | None:
@@ -198,39 +232,63 @@ def with_reasoning(turns: Sequence[Turn], of: Reasoning) -> list[Turn]:
     return [turn if of == "last" and number == last else turn.without_reasoning() for number, turn in enumerate(turns)]
 
 
+class _Fitted(NamedTuple):
+    groups: list[list[Stream]]
+    passes: int
+    answer: str  # the last one of the chat
+    weight: float  # of each target
+
+
 def _fitted(
     batch: Sequence[_SelectedRow], table: Table, count: Counts, *, tokenizer: TextTokenizer, positions: int
-) -> Iterator[tuple[list[list[Stream]], int]]:
-    """Of the rows of a batch the groups of streams that have targets, and their passes."""
+) -> Iterator[_Fitted]:
+    """Of the rows of a batch the groups of streams that have targets. Each label of a row with several is a chat of its own,
+    and all of them together count as one row.
+    """
     for row, encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
         if isinstance(encoded, InputError):
             if not table.skip_bad:
                 raise InputError(f"{row.place}: {encoded}") from encoded
             count.bad += 1
             continue
+        together = isinstance(table.template, PreferenceTemplate)
+        chats = (
+            [(row.chats, encoded)] if together else [([chat], [parts]) for chat, parts in zip(row.chats, encoded, strict=True)]
+        )
         try:
-            found = list(fitted_groups(row.chats, encoded, tokenizer, positions=positions, long=table.long))
+            found = [list(fitted_groups(*one, tokenizer, positions=positions, long=table.long)) for one in chats]
         except InputError as error:
             if not table.skip_bad:
                 raise InputError(f"{row.place}: {error}") from error
             count.bad += 1
             continue
-        count.windowed += len(found) > len(encoded[0]) and len(row.chats) == 1
-        streams = [stream for group in found for stream in group]
-        count.cut_prompts += any(stream.cut_prompt for stream in streams)
-        count.cut_responses += any(stream.cut_response for stream in streams)
-        count.cut_turns += any(stream.cut_turns for stream in streams)
-        count.truncated += any(stream.is_cut for stream in streams)
-        count.cut_tokens += sum(stream.full_length - len(stream.ids) for stream in streams)
-        count.full_tokens += sum(stream.full_length for stream in streams)
-        targets = [[sum(stream.loss_mask[1:]) for stream in group] for group in found]  # the first token is never predicted
-        if groups := [group for group, numbers in zip(found, targets, strict=True) if all(numbers)]:
-            count.learned_tokens += sum(sum(numbers) for numbers in targets if all(numbers)) * row.passes
-            count_value(count.licenses, row.attribution.license)
-            count_value(count.origins, row.attribution.origin)
-            yield groups, row.passes
-        else:
+        count.windowed += not together and len(found[0]) > len(encoded[0])
+        _count_cuts(count, [stream for groups in found for group in groups for stream in group])
+        kept = [[group for group in groups if all(_targets(group))] for groups in found]
+        if not any(kept):
             count.dropped += 1
+            continue
+        count_value(count.licenses, row.attribution.license)
+        count_value(count.origins, row.attribution.origin)
+        for (turns, *_), groups in zip((one[0] for one in chats), kept, strict=True):
+            count.learned_tokens += sum(sum(_targets(group)) for group in groups) * row.passes
+            if groups:
+                yield _Fitted(groups, row.passes, turns[-1].content, 1 / len(chats))
+
+
+def _count_cuts(count: Counts, streams: Sequence[Stream]) -> None:
+    """Count a row whose streams these are."""
+    count.cut_prompts += any(stream.cut_prompt for stream in streams)
+    count.cut_responses += any(stream.cut_response for stream in streams)
+    count.cut_turns += any(stream.cut_turns for stream in streams)
+    count.truncated += any(stream.is_cut for stream in streams)
+    count.cut_tokens += sum(stream.full_length - len(stream.ids) for stream in streams)
+    count.full_tokens += sum(stream.full_length for stream in streams)
+
+
+def _targets(group: Sequence[Stream]) -> list[int]:
+    """The targets of each stream; its first token is never predicted."""
+    return [sum(stream.loss_mask[1:]) for stream in group]
 
 
 def fitted_groups(

@@ -4,16 +4,20 @@ Without a template, rows are read in the forms of `llm.data.row_forms`. This mod
 nothing that is slow.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm.data.messages import turns_of_messages
 from llm.data.row_forms import Format, read_chat, read_preference
-from llm.data.turn import Turn, field_text, missing_field
+from llm.data.turn import Turn, field_text, json_type, missing_field
 from llm.errors import InputError
 from llm.text.readers import AS_FOUND, FileFormat
 from llm.text.templates import split_template, split_text
+
+LIST = "list"
+NONE = "none"  # the label of a row that has no label, where rows may have several
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Template:
     words: tuple[tuple[str, str], ...] = ()  # (label, text): replaces a response that is a label
     form: FileFormat = AS_FOUND  # of the files
     format: Format = "auto"  # of the rows, if neither templates nor messages are given
+    several: str | None = None  # rows have several labels: LIST, or what separates them in a text
 
     @property
     def is_recognised(self) -> bool:
@@ -70,8 +75,32 @@ class Template:
         return Turn(answer.role, (words[answer.content],))
 
     def chats(self, row: Mapping[str, Any]) -> list[list[Turn]]:
-        """The one chat of `row`."""
-        return [self.turns(row)]
+        """The one chat of `row`; of a row with several labels, a chat for each."""
+        if self.several is None:
+            return [self.turns(row)]
+        name, one = split_template(self.response)[1], replace(self, several=None)
+        return [one.turns({**row, name: label}) for label in labels_of(row, name, self.several) or [NONE]]
+
+
+def labels_of(row: Mapping[str, Any], field: str, several: str) -> list[str]:
+    """The distinct labels in a field: a list, also as JSON in a text, or a text in which `several` separates them; InputError
+    for anything else.
+    """
+    if field not in row:
+        raise InputError(missing_field(row, field))
+    value = row[field]
+    if isinstance(value, str) and several == LIST and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"expected a list of labels in {field!r}, got text that is no JSON: {error}") from error
+    if isinstance(value, list | tuple):
+        found = [field_text({field: label}, field) for label in value]
+    elif several == LIST:
+        raise InputError(f"expected a list of labels in {field!r}, got {json_type(value)}")
+    else:
+        found = [] if value is None or value != value else field_text(row, field).split(several)
+    return [label for label in dict.fromkeys(label.strip() for label in found) if label]
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def write_texts(
 
 def _texts(files: Sequence[Path], template: TextTemplate, count: Counts, *, skip_bad: bool) -> Iterator[str]:
     """The usable texts of `files`, counted in `count`."""
-    for _, turns, attribution in read_turns(files, template):
+    for _, turns, attribution, _ in read_turns(files, template):
         count.rows += 1
         if isinstance(turns, InputError):
             if not skip_bad:

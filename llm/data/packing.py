@@ -62,6 +62,7 @@ class StreamWriter:
         self._lengths = array("i")  # in tokens
         self._full_lengths = array("i")  # before anything was cut
         self._passes, self._sources = array("i"), array("i")  # of each group
+        self._weights = array("f")
 
     def append(self, ids: Sequence[int], loss_mask: Sequence[bool], *, full_length: int) -> None:
         """Add one stream."""
@@ -70,10 +71,17 @@ class StreamWriter:
         self._lengths.append(len(ids))
         self._full_lengths.append(full_length)
 
-    def end_group(self, passes: int, *, source: int = 0) -> None:
-        """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times."""
+    def end_group(self, passes: int, *, source: int = 0, weight: float = 1.0) -> None:
+        """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times, and each
+        of its targets counts `weight` times in the loss.
+        """
         self._passes.append(passes)
         self._sources.append(source)
+        self._weights.append(weight)
+
+    def scale_weights(self, factors: Sequence[float]) -> None:
+        """Multiply the weight of each group by its factor."""
+        self._weights = array("f", (weight * factor for weight, factor in zip(self._weights, factors, strict=True)))
 
     def __len__(self) -> int:
         """Number of streams."""
@@ -120,6 +128,7 @@ class StreamWriter:
             sources=np.repeat(np.array(self._sources, dtype=np.int32), size),
             row_length=row_length,
             padding=padding,
+            **({} if set(self._weights) == {1.0} else {"weights": np.repeat(np.array(self._weights, np.float32), size)}),
         )
         return {
             "chats": len(groups),
@@ -134,7 +143,8 @@ class StreamWriter:
 class PackedRows:
     """Packed streams as a `RowSource`: rows in an order drawn from (seed, epoch), or as packed if `seed` is None.
 
-    As packed, the longest streams come first, and rows say which source, or table, each target is of.
+    As packed, the longest streams come first, and rows say which source, or table, each target is of; all targets then count
+    alike, whatever their weights.
     """
 
     def __init__(self, folder: Path, *, seed: int | None) -> None:
@@ -144,6 +154,9 @@ class PackedRows:
         self._padding = int(index["padding"])
         self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
         self._sources: NDArray[np.int32] | None = index["sources"] if seed is None else None  # of each stream
+        self._weights: NDArray[np.float32] | None = None  # of each stream
+        if seed is not None and "weights" in index.files:
+            self._weights = index["weights"]
         self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")
         self._loss_mask: NDArray[np.bool_] = np.memmap(folder / _LOSS_MASK, dtype=np.bool_, mode="r")
         self._reference: NDArray[np.float32] | None = None
@@ -164,6 +177,7 @@ class PackedRows:
         documents = np.full(self.context, -1, dtype=np.int32)
         reference = None if self._reference is None else np.zeros(self.context, dtype=np.float32)
         sources = None if self._sources is None else np.zeros(self.context, dtype=np.int32)
+        weights = None if self._weights is None else np.zeros(self.context, dtype=np.float32)
         filled = 0
         for document, stream in enumerate(self._streams(packed)):
             start, stop = self._span(stream)
@@ -176,8 +190,10 @@ class PackedRows:
                 reference[filled:end] = np.where(loss_mask, self._reference[start + 1 : stop], 0)
             if sources is not None and self._sources is not None:
                 sources[filled:end] = self._sources[stream]
+            if weights is not None and self._weights is not None:
+                weights[filled:end] = np.where(loss_mask, self._weights[stream], 0)
             filled = end
-        return PackedRow(tokens, targets, documents, reference, sources)
+        return PackedRow(tokens, targets, documents, reference, sources, weights=weights)
 
     def write_reference(self, log_probabilities: Callable[[range], NDArray[np.float32]], *, rows_at_a_time: int) -> None:
         """Write the reference model's log-probability of each target; `log_probabilities` maps rows as packed to (B, T)."""

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llm.data.conversations import NONE
 from llm.data.truncation import Long, Stream, windows
 from llm.errors import InputError
 from llm.evaluation.bootstrap import Resamples, macro_f1, resample, round_all, rounded
+from llm.evaluation.by_class import by_class
 from llm.evaluation.calibration import Floats, calibration_of, probabilities
+from llm.evaluation.multi_label import judged_label_sets
 from llm.evaluation.scoring import Outcome, Question, fit_question, speeds
 from llm.inference.batches import OnProgress
 from llm.inference.likelihood import Choice, continuation_likelihoods
@@ -32,6 +35,8 @@ def classify(
     questions: Sequence[Question],
     labels: Sequence[str] | None = None,
     long: Long = "cut",
+    several: bool = False,
+    threshold: float | None = None,
     progress: OnProgress,
     processes: Processes = ALONE,
 ) -> Outcome:
@@ -40,7 +45,8 @@ def classify(
 
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
     training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a
-    label that is not in `labels`, or if there are fewer than two labels.
+    label that is not in `labels`, or if there are fewer than two labels. With `several` labels of a row the scores are those of
+    `llm.evaluation.multi_label`.
     """
     names = label_names(questions, labels)
     timer = GenerationTimer()
@@ -50,6 +56,8 @@ def classify(
     facts = {"cut_prompts": sum(stream.cut_prompt for stream in streams), **speeds(timer)}
     first = np.searchsorted(rows, np.arange(len(questions)))  # windows
     shown = ["\n".join(message["content"] for message in streams[at].messages[:-1]) for at in first]
+    if several:
+        return judged_label_sets(names, questions, probabilities(likelihoods), prompts=shown, facts=facts, threshold=threshold)
     return judged_labels(names, questions, likelihoods, prompts=shown, facts=facts)
 
 
@@ -128,29 +136,15 @@ def judged_labels(
     return Outcome(rounded(score(np.ones(len(hits)))), len(hits), wrong, facts, values, resample(len(hits), score))
 
 
-def by_class(
-    names: Sequence[str], right: npt.NDArray[Any], expected: npt.NDArray[Any], chosen: npt.NDArray[Any]
-) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and support of each label, from how often (L,) it was rightly chosen, expected, and chosen.
-
-    What has no row to divide by is 0, as in scikit-learn.
-    """
-    precision, recall = right / np.maximum(1, chosen), right / np.maximum(1, expected)
-    f1 = 2 * right / np.maximum(1, expected + chosen)
-    columns = ([float(f"{value:.4g}") for value in column] for column in (precision, recall, f1))
-    return [
-        {"label": name, "precision": p, "recall": r, "f1": f, "support": int(support)}
-        for name, p, r, f, support in zip(names, *columns, expected, strict=True)
-    ]
-
-
 def label_names(questions: Sequence[Question], labels: Sequence[str] | None) -> list[str]:
     """The labels to choose from, after a check of the rows."""
-    names = sorted({question.expected for question in questions}) if labels is None else list(labels)
-    for question in questions:
-        if question.expected not in names:
-            shown = ", ".join(map(repr, names))
-            raise InputError(f"{question.place}: expected one of the labels {shown}, got {question.expected!r}")
+    expected = [(question.place, label) for question in questions for label in question.labels or (question.expected,)]
+    names = sorted({label for _, label in expected}) if labels is None else list(labels)
+    if labels is not None and NONE in (label for _, label in expected) and NONE not in names:
+        names.append(NONE)
+    for place, label in expected:
+        if label not in names:
+            raise InputError(f"{place}: expected one of the labels {', '.join(map(repr, names))}, got {label!r}")
     if len(set(names)) < 2:
         raise InputError(
             f"{questions[0].place}: expected rows of at least two distinct labels to choose from, got {names[0]!r} alone in "

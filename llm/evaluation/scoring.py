@@ -41,6 +41,7 @@ class Question:
 
     place: str
     turns: Sequence[Turn]
+    labels: tuple[str, ...] = ()  # all expected ones, where rows have several labels
 
     @property
     def expected(self) -> str:

@@ -22,16 +22,16 @@ def feed(
     rows_per_step: int,
     steps: range,
     place: Callable[[int], int] = lambda step: step,  # the step whose rows a step learns from
-) -> Generator[tuple[list[Batch], int], None, None]:
-    """This process's micro-batches of each step, and how many targets they have."""
+) -> Generator[tuple[list[Batch], float], None, None]:
+    """This process's micro-batches of each step, and how many targets they have, by their weights."""
     mine = range(group.rank, rows_per_step, group.size)
     readers = _readers()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
 
-        def load(step: int) -> tuple[list[Batch], int]:
+        def load(step: int) -> tuple[list[Batch], float]:
             first = place(step) * rows_per_step
             found = list(readers.map(rows.row, [first + index for index in mine]))
-            parts, targets = [], 0
+            parts, targets = [], 0.0
             for start in range(0, len(mine), micro_batch):
                 batch = collate(found[start : start + micro_batch], mine[start : start + micro_batch])
                 targets += batch.loss_count

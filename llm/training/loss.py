@@ -48,7 +48,8 @@ class Learner(nn.Module):
 
 
 def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, ...]:
-    """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors).
+    """Cross-entropy of the next token, summed over the batch's targets, and their number (both 0-dimensional tensors), each by
+    the weights of the targets if they have some.
 
     Where the batch says of which source each target is, the loss (B, T) of each position, too.
     """
@@ -59,22 +60,26 @@ def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, ...]:
         losses = hidden.new_zeros(targets.shape, dtype=torch.float32)
         losses[learned] = token_losses(model.lm_head, hidden[learned], targets[learned])
         return losses.sum(dtype=torch.float64), learned.sum(), losses.view_as(batch.targets)
+    weights = None if batch.weights is None else batch.weights.flatten()
     # Boolean indexing asks the device how many there are. On a GPU that would stall the queue, so there all are computed.
     if hidden.device.type == "cpu" and not bool(learned.all()):
         hidden, targets = hidden[learned], targets[learned]
-    return cross_entropy_sum(model.lm_head, hidden, targets), learned.sum()
+        weights = None if weights is None else weights[learned]
+    counted = learned.sum() if weights is None else weights.sum()
+    return cross_entropy_sum(model.lm_head, hidden, targets, weights), counted
 
 
-def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(head(hidden))[target] over hidden (N, D), targets (N,); IGNORE counts nothing."""
+def cross_entropy_sum(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum of -log softmax(head(hidden))[target] over hidden (N, D), targets (N,), by weights (N,); IGNORE counts nothing."""
     if type(head) in (nn.Linear, FrozenLinear) and head.bias is None and not head._forward_hooks:
         weight: Any = head.weight
         if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
             hidden, weight = hidden.detach(), weight.detach()
-        total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
+        total: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden), weights)
         return total
     # A wrapped head (with an adapter, say) is called as a module; its logits are computed again in the backward pass.
-    return token_losses(head, hidden, targets).sum()
+    losses = token_losses(head, hidden, targets)
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -105,7 +110,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, counts: Tensor | None
     ) -> Tensor:
         rows = chunk_rows(weight.shape[0])
         x, w = hidden.to(dtype), weight.to(dtype)
@@ -115,7 +120,8 @@ class LinearCrossEntropy(Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(x), rows):
                 chunk = slice(start, start + rows)
-                loss, dlogits = _chunk_loss(x[chunk], w, targets[chunk], wanted=dhidden is not None)
+                counted = targets[chunk] != IGNORE if counts is None else counts[chunk] * (targets[chunk] != IGNORE)
+                loss, dlogits = _chunk_loss(x[chunk], w, targets[chunk], counted[:, None], wanted=dhidden is not None)
                 total += loss
                 if dlogits is None or dhidden is None:
                     continue
@@ -131,7 +137,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # noqa: D102
         # Scaled where they are, and not held any longer, so that autograd takes them for its own instead of copying them: in
         # fp32 a gradient of the head is 2 GB with 128k tokens and 4,096 channels.
         (dhidden, dweight), ctx.gradients = ctx.gradients, None
@@ -140,20 +146,22 @@ class LinearCrossEntropy(Function):
             dweight.mul_(grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
             None,
             None,
+            None,
         )
 
 
-def _chunk_loss(x: Tensor, w: Tensor, target: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The sum of the losses of x (rows, D), and its gradient by the logits (rows, V) if that is `wanted`."""
+def _chunk_loss(x: Tensor, w: Tensor, target: Tensor, counted: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the losses of x (rows, D), each as often as `counted` (rows, 1) says, and its gradient by the logits
+    (rows, V) if that is `wanted`.
+    """
     logits = (x @ w.t()).float()  # (rows, V)
-    learned = (target != IGNORE)[:, None]
     index = target.clamp(min=0)[:, None]
     # One softmax, and log(sum(exp)) from its largest term: exp on its own costs more than all of this on CPU.
     p = torch.softmax(logits, -1)
     log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-    loss = ((log_sum - logits.gather(1, index)) * learned).sum()
+    loss = ((log_sum - logits.gather(1, index)) * counted).sum()
     if not wanted:
         return loss, None
     del logits
     # d loss / d logits = softmax - one-hot, and 0 where nothing is learned
-    return loss, p.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(learned).to(x.dtype)
+    return loss, p.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).mul_(counted).to(x.dtype)

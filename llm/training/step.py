@@ -91,7 +91,8 @@ class Loop:
         self._peak: dict[str, float] | None = None  # what goes into the next report, once
 
     def step(self, progress: Progress, parts: list[Batch], *, targets: float, rounds: int) -> None:
-        """One optimizer step over this process's micro-batches; `targets` is their number over all processes.
+        """One optimizer step over this process's micro-batches; `targets` is their number over all processes,
+        by their weights.
 
         No process has more micro-batches than `rounds`. A process with fewer starts later, so that all compute their last one,
         which sums the gradients, together; before each round they may agree to stop.
@@ -114,7 +115,7 @@ class Loop:
             self.step(progress, parts, targets=targets, rounds=rounds)
             return
         try:
-            self._update(progress, loss / max(1.0, targets))
+            self._update(progress, loss / (targets or 1.0))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -168,7 +169,7 @@ class Loop:
         torch.manual_seed((self.seed * 0x9E3779B1 + progress.step) % 2**63)
         loss = torch.zeros((), device=self.group.device)
         # DDP averages gradients over processes, and the loss needs their sum: hence the factor.
-        scale = self.group.size / max(1.0, targets)
+        scale = self.group.size / (targets or 1.0)
         late = rounds - len(parts)
         full = False
         for index in range(rounds):

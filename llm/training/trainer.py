@@ -190,7 +190,7 @@ class _Run:
                     self.row_log(progress.step, parts)
                 progress.step += 1
                 progress.tokens += task.tokens_per_step
-                progress.targets += int(total)
+                progress.targets += round(total)
                 if self._is_over() or progress.step % LOG_EVERY == 0:
                     loop.report_steps(progress)
                     self.shown = time.monotonic()

@@ -195,7 +195,11 @@ def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Ite
                     raise chats
                 chats = [with_reasoning(turns, stage.reasoning) for turns in chats]
                 encoded = [_parts(tokenizer, turns) for turns in chats]
-                groups = list(fitted_groups(chats, encoded, tokenizer, positions=positions))
+                # The two chats of a preference are fitted together; those of several labels are rows of their own.
+                pairs = (
+                    [(chats, encoded)] if stage.kind == "dpo" else [([c], [e]) for c, e in zip(chats, encoded, strict=True)]
+                )
+                groups = [group for pair in pairs for group in fitted_groups(*pair, tokenizer, positions=positions)]
             except InputError as error:
                 yield Text(f"cannot be used: {error}", style=BAD)
                 continue

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm.data.conversations import NONE
 from llm.errors import InputError
 from llm.text.readers import FileFormat, field_names, read_rows
 from llm.text.readers.sample import Sample
@@ -44,6 +45,7 @@ class Table(NamedTuple):
     use: Callable[[Mapping[str, Any]], Chats]  # InputError for a row that cannot be used
     skips: bool  # whether rows that cannot be used are left out
     labels: frozenset[str] | None = None  # that a row may have; empty: any, but at least two of them
+    has_several_labels: bool = False
 
 
 def check_data(plan: Plan, note: Callable[[str], None]) -> None:
@@ -132,11 +134,11 @@ def _check_label(table: Table, chats: Chats, labels: set[str]) -> None:
     """InputError for a row to classify whose label is not among those of the task; a label is added to `labels`."""
     if table.labels is None:
         return
-    label = chats[0][-1].content
-    if table.labels and label not in table.labels:
-        raise InputError(f"expected one of the labels {', '.join(sorted(table.labels))}, got {label!r}")
-    if len(labels) < 2:
-        labels.add(label)
+    for label in (turns[-1].content for turns in chats):  # several, if a row may have several
+        if table.labels and label not in table.labels and not (label == NONE and table.has_several_labels):
+            raise InputError(f"expected one of the labels {', '.join(sorted(table.labels))}, got {label!r}")
+        if len(labels) < 2:
+            labels.add(label)
 
 
 def _fields(path: Path, form: FileFormat) -> list[str] | None:
@@ -174,6 +176,7 @@ def data_tables(name: str, stages: Mapping[str, Stage]) -> Iterator[Table]:
                     use,
                     skips,
                     labels,
+                    getattr(table, "multi_label", None) is not None,
                 )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm.data.conversations import Template, TextTemplate
+from llm.data.conversations import LIST, NONE, Template, TextTemplate
 from llm.data.turn import Turn
 from llm.errors import InputError
 from llm.text.templates import split_template
@@ -22,6 +22,7 @@ from runner.stages.evaluate import Evaluate
 from runner.stages.fields.eval_tasks.questions import AnswersTask, ChatTask, ClassificationTask, TextTask
 
 if TYPE_CHECKING:
+    from llm.evaluation.calibration import Floats
     from llm.evaluation.prediction import Predictor
 
 CALIBRATED_ON = 512  # rows, at most
@@ -72,6 +73,7 @@ class Labels:
     shown: Mapping[str, str] = field(default_factory=dict)  # what the rows call them, where that differs
     long: Literal["cut", "window", "fail"] = "cut"
     temperature: float = 1.0
+    threshold: float | None = None  # rows may have several labels
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         """The label of each row, its probability, and those of all labels."""
@@ -81,10 +83,21 @@ class Labels:
         names = [self.shown.get(label, label) for label in self.labels]
         found = []
         for shares in probabilities(scores, self.temperature):
-            best = int(shares.argmax())
             each = {f"probability_{name}": float(f"{share:.6g}") for name, share in zip(names, shares, strict=True)}
-            found.append({"prediction": names[best], "probability": float(f"{shares[best]:.6g}"), **each})
+            found.append({**self._chosen(shares, names), **each})
         return found
+
+    def _chosen(self, shares: "Floats", names: Sequence[str]) -> Row:
+        """The label with its probability; or all labels, in a list, or as the rows of the task write them."""
+        from llm.evaluation.multi_label import chosen_labels
+
+        if self.threshold is None:
+            best = int(shares.argmax())
+            return {"prediction": names[best], "probability": float(f"{shares[best]:.6g}")}
+        chosen = chosen_labels(shares[None], self.threshold, self.labels)[0]
+        several = [name for name, label, one in zip(names, self.labels, chosen, strict=True) if one and label != NONE]
+        separator = self.template.several
+        return {"prediction": several if separator in (LIST, None) else separator.join(several)}
 
 
 @dataclass(frozen=True)
@@ -138,41 +151,62 @@ def prediction_of(
         return Answered(predictor, task.template, min(limit, predictor.model.context // 2))
     prompts, expected = _known_rows(task)
     shown = {word: label for label, word in task.words.items()}
-    labels = [task.words.get(label, label) for label in task.labels] if task.labels else sorted(set(expected))
+    seen = sorted({label for of_row in expected for label in of_row})
+    labels = [task.words.get(label, label) for label in task.labels] if task.labels else seen
+    if NONE in seen and NONE not in labels:
+        labels.append(NONE)
     if len(labels) < 2:
         raise InputError(f"{task.files.pattern}: expected rows of at least two labels, got {len(labels)}")
-    return _calibrated(Labels(predictor, task.template, labels, shown, task.long), task.name, prompts, expected, say)
+    found = Labels(predictor, task.template, labels, shown, task.long)
+    known = [place for place, of_row in enumerate(expected) if set(of_row) <= set(labels)]
+    scores = predictor.label_scores([prompts[place] for place in known], labels, long=task.long)
+    if task.has_several_labels:
+        return _with_threshold(found, task, [expected[place] for place in known], scores, say)
+    return _calibrated(found, task.name, [labels.index(expected[place][0]) for place in known], scores, say)
 
 
-def _calibrated(
-    labels: Labels, name: str, prompts: Sequence[Sequence[Turn]], expected: Sequence[str], say: Callable[[str], None]
-) -> Labels:
+def _calibrated(labels: Labels, name: str, numbers: Sequence[int], scores: "Floats", say: Callable[[str], None]) -> Labels:
     from llm.evaluation.calibration import calibrate
 
-    known = [place for place, label in enumerate(expected) if label in labels.labels]
-    numbers = [labels.labels.index(expected[place]) for place in known]
-    found = calibrate(
-        labels.predictor.label_scores([prompts[place] for place in known], labels.labels, long=labels.long), numbers
-    )
+    found = calibrate(scores, numbers)
     gap = f"mean gap to how often they are right: {found.before:.3f} before, {found.after:.3f} after"
     if found.helps:
-        how = f"calibrated on {len(known):,} rows of the task {name!r}, temperature {found.temperature:.3g}"
+        how = f"calibrated on {len(numbers):,} rows of the task {name!r}, temperature {found.temperature:.3g}"
     else:
-        how = f"left as they are, since no temperature helps on {len(known):,} rows of the task {name!r}"
+        how = f"left as they are, since no temperature helps on {len(numbers):,} rows of the task {name!r}"
     say(f"probabilities are {how}; {gap}, on rows that did not choose it")
     return replace(labels, temperature=found.temperature)
 
 
-def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[str]]:
+def _with_threshold(
+    labels: Labels, task: ClassificationTask, expected: Sequence[Sequence[str]], scores: "Floats", say: Callable[[str], None]
+) -> Labels:
+    """Labels that are chosen by the threshold of the task, or else by the best one for its rows."""
+    import numpy as np
+
+    from llm.evaluation.calibration import probabilities
+    from llm.evaluation.multi_label import best_threshold
+
+    wanted = np.array([[label in of_row for label in labels.labels] for of_row in expected])
+    threshold = task.threshold or best_threshold(probabilities(scores), wanted, labels.labels)
+    say(
+        f"rows have every label that is at least {threshold:.2g} times as likely as the likeliest one"
+        + ("" if task.threshold else f": best on {len(expected):,} rows of the task {task.name!r}")
+    )
+    return replace(labels, threshold=threshold)
+
+
+def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[tuple[str, ...]]]:
     """The prompts of the task's own rows, at most CALIBRATED_ON spread evenly, and their labels."""
     from llm.data.chat_dataset import read_turns
     from llm.text.selection import evenly_spaced
 
-    usable = [turns for _, turns, _ in read_turns(task.files.fetched(), task.template) if not isinstance(turns, InputError)]
+    rows = read_turns(task.files.fetched(), task.template)
+    usable = [(turns[:-1], labels) for _, turns, _, labels in rows if not isinstance(turns, InputError)]
     if not usable:
         raise InputError(f"{task.files.pattern}: expected rows of the task {task.name!r}, got none that can be used")
     chosen = evenly_spaced(usable, min(CALIBRATED_ON, len(usable)))
-    return [turns[:-1] for turns in chosen], [turns[-1].content for turns in chosen]
+    return [turns for turns, _ in chosen], [labels for _, labels in chosen]
 
 
 def prompt_of(template: Template, row: Mapping[str, Any]) -> list[Turn]:

@@ -47,27 +47,29 @@ class Baseline(Stage, kind="baseline", version=2, makes=Scores):
         """Learn and score, in one process without torch."""
         from llm.evaluation.baseline import classify_without_model
 
-        train = [turns for table in self.data for turns in _rows(table)]
+        train = [row for table in self.data for row in _rows(table)]
         outcomes = {}
         for task in self.tasks:
             context.report(note=f"{task.name}: learning from {len(train):,} rows")
             questions, skipped, examples = task.questions(None)
             labels = task.labels and [task.words.get(label, label) for label in task.labels]
-            outcome = classify_without_model(train, questions, labels=labels)
+            outcome = classify_without_model(
+                train, questions, labels=labels, several=task.has_several_labels, threshold=task.threshold
+            )
             outcome.facts.update(skipped_rows=skipped, examples=examples)
             outcomes[task.name] = outcome
         return write_scores(Scores(context.work), outcomes)
 
 
-def _rows(table: RowTable) -> "list[list[Turn]]":
-    """The usable rows of a table as chats that end with a label; InputError for another one unless it may be skipped."""
+def _rows(table: RowTable) -> "list[tuple[list[Turn], tuple[str, ...]]]":
+    """The usable rows of a table as chats, with their labels; InputError for another one unless it may be skipped."""
     from llm.data.chat_dataset import read_turns
     from llm.errors import InputError
 
     found = []
-    for _, turns, _ in read_turns(table.files.fetched(), table.template):
+    for _, turns, _, labels in read_turns(table.files.fetched(), table.template):
         if not isinstance(turns, InputError):
-            found.append(turns)
+            found.append((turns, labels))
         elif table.on_bad_row == "fail":
             raise turns
     return found

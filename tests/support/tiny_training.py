@@ -49,6 +49,7 @@ class MadeUpRows:
     rows_per_epoch: int = 64
     seed: int = 0
     bytes_per_token: float | None = None
+    is_weighted: bool = False  # the documents of each row count in the loss 0.02 to 0.3 times
 
     def row(self, index: int) -> PackedRow:
         random = np.random.default_rng([self.seed, index])
@@ -60,6 +61,9 @@ class MadeUpRows:
         targets[border - 1] = IGNORE
         targets[: int(random.integers(self.context - 3))] = IGNORE  # as in a chat: the prompt is not learned
         row = PackedRow(tokens.astype(np.int64), targets.astype(np.int64), documents)
+        if self.is_weighted:
+            weights = random.uniform(0.02, 0.3, size=2)[documents] * (targets != IGNORE)
+            return replace(row, weights=weights.astype(np.float32))
         if self.bytes_per_token is None:
             return row
         text_bytes = np.full(self.context, self.bytes_per_token, dtype=np.float32)
@@ -168,6 +172,8 @@ def run_case(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     changes |= {name: folder / case[name] for name in ("start_from", "leave_in") if name in case}
     if "schedule" in case:
         changes["schedule"] = Schedule.model_validate(case["schedule"])
+    if case.get("weighted"):
+        changes["rows"] = MadeUpRows(is_weighted=True)
     if case.get("adapter"):
         from llm.adapters import lora
 

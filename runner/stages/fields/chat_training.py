@@ -14,6 +14,7 @@ from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
     from llm.data.batch import RowSource
+    from llm.data.chat_dataset import ClassWeights
     from llm.models.interface import LanguageModel
     from llm.training.loss import Objective
     from llm.training.validation import Validation
@@ -39,6 +40,11 @@ class PackedTraining(TrainingStage):
     def tables(self) -> tuple[Sequence[TrainingTable | PreferenceTable], Sequence[TrainingTable | PreferenceTable]]:
         """The tables to learn from, and the held-out ones."""
         raise NotImplementedError
+
+    @property
+    def weights_of_classes(self) -> "ClassWeights | None":
+        """How often the targets of each label count."""
+        return None
 
     @property
     def holds_out(self) -> bool:
@@ -70,7 +76,8 @@ class PackedTraining(TrainingStage):
         }
         for name, tables in zip((ROWS, VALIDATION_ROWS), self.tables(), strict=True):
             if tables:
-                pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, **lengths)
+                weights = self.weights_of_classes if name == ROWS else None
+                pack_tables(context, name, tables, tokenizer=tokenizer, positions=positions, class_weights=weights, **lengths)
                 # A held-out chat is cut where a learned one would be, so that memory suffices for it, too.
                 positions = min(positions, PackedRows(context.scratch / name, seed=None).context)
 
@@ -120,6 +127,9 @@ class RowTraining(PackedTraining):
     """The rows to learn from. Loss is on the assistant's text and the end of its turns."""
     validation: Semantic[list[TrainingTable]] = Field(default_factory=list)
     """Held-out rows, to measure the loss on while training."""
+    class_weights: Semantic[Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, le=1000)]] | None] = None
+    """How much rows of each label count in the loss: "balanced", so that rare labels count as much as frequent ones, or by
+    label, such as { urgent = 5.0 }; others count 1. The loss on held-out rows counts all rows alike."""
     mix: Semantic[list[MixTable]] = Field(default_factory=list)
     """Other data to learn from, against forgetting: each has a share of the rows of every step."""
 
@@ -129,6 +139,11 @@ class RowTraining(PackedTraining):
         if (total := sum(table.share for table in mix)) >= 1:
             raise ValueError(f"expected shares with a sum below 1, since data has the rest, got {total:g}")
         return mix
+
+    @property
+    def weights_of_classes(self) -> "ClassWeights | None":
+        """How often the targets of each label count."""
+        return self.class_weights
 
     def tables(self) -> tuple[list[TrainingTable], list[TrainingTable]]:
         """The tables to learn from, and the held-out ones."""

@@ -16,7 +16,7 @@ from runner.stage import Context, Semantic, Spec
 from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
-    from llm.data.chat_dataset import Reasoning
+    from llm.data.chat_dataset import ClassWeights, Reasoning
     from llm.tokenizer.tokenizer import TextTokenizer
 
 
@@ -61,8 +61,17 @@ class RowTable(Spec):
     output); "auto" goes by the names of their fields."""
     words: Semantic[dict[str, str]] = Field(default_factory=dict)
     """Words in place of responses that are labels, as { "0" = "no", "1" = "yes" }; by default the label itself."""
+    multi_label: Semantic[Annotated[str, Field(min_length=1)] | None] = None
+    """Rows have several labels, or none, in the field of the response: "list", or what separates them in a text, such as ";".
+    Each label of a row is learned after its prompt, all of them together as much as the one label of another row."""
     on_bad_row: Semantic[OnBadRow] = "fail"
     """What to do with a row that cannot be used: stop with its file and line, or count it and go on."""
+
+    @model_validator(mode="after")
+    def _one_field_of_labels(self) -> Self:
+        if self.multi_label is not None and (self.messages is not None or len(split_template(self.response)) != 3):
+            raise ValueError('multi_label: expected a response with one field, as response = "{labels}", got another')
+        return self
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -77,7 +86,8 @@ class RowTable(Spec):
     def template(self) -> Template:
         """How a row becomes the turns of a chat."""
         form = form_of(self.read, self.split)
-        return Template(self.prompt, self.response, self.messages, tuple(self.words.items()), form, self.format)
+        words = tuple(self.words.items())
+        return Template(self.prompt, self.response, self.messages, words, form, self.format, self.multi_label)
 
 
 class PreferenceTable(Spec):
@@ -140,6 +150,7 @@ def pack_tables(
     follow_lengths: bool = False,
     longest_row: int | None = None,
     row_length: int | None = None,
+    class_weights: "ClassWeights | None" = None,
 ) -> None:
     """Pack `tables` into the folder `name` of scratch, unless it exists."""
     from llm.data.chat_dataset import Table, write_rows
@@ -164,6 +175,7 @@ def pack_tables(
         follow_lengths=follow_lengths,
         longest_row=longest_row,
         row_length=row_length,
+        class_weights=class_weights,
         report=context.report,
         should_stop=context.should_stop,
     )

@@ -99,7 +99,7 @@ def read_rows(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
     from llm.errors import InputError
 
     for table in tables:
-        for _, turns, _ in islice(read_turns(table.files.fetched(), table.template), MAX_ROWS):
+        for _, turns, *_ in islice(read_turns(table.files.fetched(), table.template), MAX_ROWS):
             if isinstance(turns, InputError):
                 if table.on_bad_row == "fail":
                     raise turns

@@ -67,7 +67,14 @@ REST = STABLE | {"strategy": "ddp", "start_from": "trunk"}
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    cases = {"plain": {"steps": STEPS}, "muon": MUON, "spare": SPARE, "stable": STABLE, **LEARNING}
+    cases = {
+        "plain": {"steps": STEPS},
+        "weighted": {"steps": STEPS, "weighted": True},
+        "muon": MUON,
+        "spare": SPARE,
+        "stable": STABLE,
+        **LEARNING,
+    }
     return {name: run_case(folder, case | {"scratch": f"one-{name}"}) for name, case in cases.items()}
 
 
@@ -77,6 +84,7 @@ def two(folder: Path) -> dict[str, list[Any]]:
     cases |= {"shares-adamw": {"shares": "adamw"}, "shares-muon": {"shares": "muon"}, "spare": SPARE, "muon": MUON}
     cases |= {"held": {"held": True}}
     for strategy in ("ddp", "fsdp"):
+        cases[f"weighted-{strategy}"] = {"steps": STEPS, "strategy": strategy, "weighted": True}
         cases[f"bf16-{strategy}"] = {"steps": STEPS, "strategy": strategy, "precision": "bf16"}
         cases[f"adapter-{strategy}"] = cases[f"bf16-{strategy}"] | {"adapter": True, "model": {"tied": False}}
     cases |= {f"pairs-{strategy}": {"objective": "preferences", "strategy": strategy} for strategy in ("ddp", "fsdp")}
@@ -93,6 +101,16 @@ def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
     shutil.copytree(folder / "killed", folder / "four")
     cases: dict[str, dict[str, Any]] = {strategy: {"steps": STEPS, "strategy": strategy} for strategy in ("ddp", "fsdp")}
     return launch(folder, 4, cases | {"four": MUON | {"strategy": "ddp"}})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_weighted_rows_teach_several_processes_what_they_teach_one(
+    one: dict[str, Any], two: dict[str, list[Any]], strategy: str
+) -> None:
+    """The weights of a step are summed over all processes, of which each has other rows."""
+    assert_same_curve(one["weighted"]["lines"], two[f"weighted-{strategy}"][0]["lines"])
+    pairs = zip(one["weighted"]["lines"], one["plain"]["lines"], strict=True)
+    assert any(abs(line["loss"] - other["loss"]) > 10 * ENOUGH for line, other in pairs if "loss" in line)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

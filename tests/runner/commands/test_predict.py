@@ -106,6 +106,29 @@ def test_labels_are_those_of_the_evaluation_with_calibrated_probabilities(
         assert row["probability"] == max(each.values()) == each[row["prediction"]]
 
 
+def test_rows_with_several_labels_get_every_label_that_is_nearly_as_likely(
+    run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"row {n}", "tags": ";".join(ORGANS[: n % 3])} for n in range(24)]
+    (folder / "tags.csv").write_text(
+        "text,tags\n" + "".join(f"{row['text']},{row['tags']}\n" for row in rows), encoding="utf-8"
+    )
+    recipe = RECIPE.replace("held_out.jsonl", "tags.csv").replace("{label}", "{tags}")
+    recipe = recipe.replace('response = "{tags}"', 'response = "{tags}", multi_label = ";"', 1)
+    (folder / "tags.toml").write_text(recipe, encoding="utf-8")
+    words = ["predict", str(folder / "tags.toml"), str(folder / "new.jsonl"), "--cache", str(folder / "cache")]
+    assert main([*words, "--out", str(tmp_path / "tags.jsonl")]) == 0
+    told = capsys.readouterr().err
+    threshold = float(told.partition("at least ")[2].split()[0])
+    assert "best on 24 rows of the task 'organ'" in told
+    for line in (tmp_path / "tags.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        shares = {name: row[f"probability_{name}"] for name in [*ORGANS[:2], "none"]}
+        likeliest = max(shares, key=lambda name: shares[name])
+        wanted = [name for name in sorted(ORGANS[:2]) if shares[name] >= threshold * shares[likeliest] - 1e-6]
+        assert row["prediction"] == ("" if likeliest == "none" else ";".join(wanted))
+
+
 def test_answers_and_likelihoods_are_those_of_the_model(run: Run, folder: Path) -> None:
     model, tokenizer = opened(folder)
     answers = run(folder / "new.jsonl", "--task", "said")

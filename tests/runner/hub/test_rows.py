@@ -150,7 +150,7 @@ def test_rows_of_every_format_are_read_with_label_names(dataset: Repository, tmp
         response="{label}",
         words={"0": "负面", "1": "正面"},
     )
-    turns = [turns for _, turns, _ in read_turns(table.files.fetched(), table.template)]
+    turns = [turns for _, turns, *_ in read_turns(table.files.fetched(), table.template)]
     output = [tuple(turn.content for turn in row) for row in turns if not isinstance(row, InputError)]
     assert output == [("很好", "正面"), ("太差, 不买", "负面")] * (3 if "*" in path else 1)
 
@@ -160,7 +160,7 @@ def test_a_label_without_a_name_is_reported_with_its_row(tmp_path: Path) -> None
     table = TrainingTable(
         files=InputFile("rows.csv", tmp_path), prompt="{text}", response="{label}", words={"0": "no", "1": "yes"}
     )
-    *_, (_, bad, _) = read_turns(table.files.fetched(), table.template)
+    *_, (_, bad, *_) = read_turns(table.files.fetched(), table.template)
     assert "rows.csv:3: expected one of the labels in words, '0', '1', got '2'" in str(bad)
 
 

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm.data.conversations import Template, TextTemplate
 from runner.artifacts import Checkpoint
@@ -33,6 +33,11 @@ class QuestionTask(EvalTask):
         """How a row becomes a chat or a document."""
         raise NotImplementedError
 
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a row may have several."""
+        return False
+
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score the model on `questions`."""
         raise NotImplementedError
@@ -48,7 +53,8 @@ class QuestionTask(EvalTask):
         from llm.evaluation.bootstrap import fingerprint
 
         found, skipped = self._questions(tokenizer)
-        return found, skipped, fingerprint(json.dumps([turn.message for turn in question.turns]) for question in found)
+        texts = ([*(turn.message for turn in question.turns), *question.labels] for question in found)
+        return found, skipped, fingerprint(map(json.dumps, texts))
 
     def _questions(self, tokenizer: "TextTokenizer | None") -> tuple[list["Question"], int]:
         """The rows to score, and how many were skipped because they cannot be used."""
@@ -58,7 +64,7 @@ class QuestionTask(EvalTask):
 
         questions: list[Question] = []
         skipped = 0
-        for place, turns, _ in read_turns(self.files.fetched(), self.template):
+        for place, turns, _, labels in read_turns(self.files.fetched(), self.template):
             try:
                 if isinstance(turns, InputError):
                     raise turns
@@ -73,7 +79,7 @@ class QuestionTask(EvalTask):
                     raise
                 skipped += 1
             else:
-                questions.append(Question(place, turns))
+                questions.append(Question(place, turns, labels if self.has_several_labels else ()))
         return self.limited(questions, self.files.pattern), skipped
 
 
@@ -122,12 +128,11 @@ class ChatTask(RowTable, QuestionTask):
 
 
 class ClassificationTask(ChatTask):
-    """Accuracy, macro-F1 and expected calibration error (`ece`) of choosing the likeliest label; the response is the label.
+    """Accuracy, macro-F1 and expected calibration error (`ece`) of choosing the likeliest label; the response is the label. With
+    `multi_label` micro-F1, macro-F1 and the share of rows of which all labels are right (`subset_accuracy`).
 
     The labels of pairs of texts too, as GLUE has them (Wang et al. 2018): prompt = "{sentence1}\\n{sentence2}".
     """
-
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "ece")
 
     task: Semantic[Literal["classification"]]
     """Choice among labels."""
@@ -137,6 +142,10 @@ class ClassificationTask(ChatTask):
     """What to do with a row that is longer than the context: cut the end of what was filled into its prompt; or read it window
     by window and average the log-probabilities of each label; or fail."""
 
+    threshold: Semantic[Annotated[float, Field(gt=0, le=1)] | None] = None
+    """With `multi_label`: a label is chosen if it is at least this share as likely as the likeliest one; by default the share with
+    the highest micro-F1, that of each half of the rows chosen on the other half."""
+
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: list[str] | None) -> list[str] | None:
@@ -144,6 +153,22 @@ class ClassificationTask(ChatTask):
             if labels and label in labels[:number]:
                 raise ValueError(f"expected labels that differ, got {label!r} twice")
         return labels
+
+    @model_validator(mode="after")
+    def _threshold_of_several(self) -> Self:
+        if self.threshold is not None and self.multi_label is None:
+            raise ValueError("threshold: expected it only with multi_label, got it without")
+        return self
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether a row may have several."""
+        return self.multi_label is not None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The second parts of the names of its scores."""
+        return ("micro_f1", "macro_f1", "subset_accuracy") if self.has_several_labels else ("accuracy", "macro_f1", "ece")
 
     def score(self, evaluated: EvaluatedModel, questions: "Sequence[Question]", progress: "OnProgress") -> "Outcome":
         """Score which label is likeliest after each prompt."""
@@ -156,6 +181,8 @@ class ClassificationTask(ChatTask):
             questions=questions,
             labels=labels,
             long=self.long,
+            several=self.has_several_labels,
+            threshold=self.threshold,
             progress=progress,
             processes=evaluated.processes,
         )
