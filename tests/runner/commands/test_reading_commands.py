@@ -1,4 +1,4 @@
-"""The commands that only read: diff, graph, list."""
+"""The commands that only read: compare, graph, list."""
 
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
@@ -84,17 +84,17 @@ def test_a_recipe_may_be_called_by_any_word(
 
 
 def test_a_recipe_does_not_differ_from_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", str(QUICKSTART), str(QUICKSTART)]) == 0
+    assert main(["compare", str(QUICKSTART), str(QUICKSTART)]) == 0
     assert capsys.readouterr().out == ""
 
 
 def test_a_difference_is_shown_by_its_dotted_name_with_both_values(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.r=5"]) == 1
+    assert main(["compare", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.r=5"]) == 1
     assert capsys.readouterr().out == "stage.medical.r: 8 -> 5\n"
 
 
 def test_a_default_that_is_written_out_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diff", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.rslora=false"]) == 0
+    assert main(["compare", str(QUICKSTART), str(QUICKSTART), "--set", "stage.medical.rslora=false"]) == 0
 
 
 @pytest.mark.parametrize("form", ["text", "mermaid", "svg"])
