@@ -63,8 +63,10 @@ def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[F
             yield FileRow(str(path), number, {name: _cell(value) for name, value in zip(columns, row, strict=True) if name})
 
 
-def read_parquet(path: Path, needed: set[str] | None) -> Iterator[FileRow]:
-    """The rows of a Parquet file; only the columns `needed` and those of `llm.text.attribution` are read, or all for None."""
+def read_parquet(path: Path, needed: set[str] | None, *, row_group: int | None = None) -> Iterator[FileRow]:
+    """The rows of a Parquet file, or of a group of them; only the columns `needed` and those of `llm.text.attribution` are
+    read, or all for None.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -73,8 +75,9 @@ def read_parquet(path: Path, needed: set[str] | None) -> Iterator[FileRow]:
             names = file.schema_arrow.names
             _check_columns(path, names, needed or set())
             columns = [name for name in names if needed is None or name in {*needed, *attribution.FIELDS}]
-            number = 1
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            groups = None if row_group is None else [row_group]
+            number = 1 + sum(file.metadata.row_group(before).num_rows for before in range(row_group or 0))
+            for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
                 for content in _contents(batch):
                     yield FileRow(str(path), number, content)
                     number += 1
