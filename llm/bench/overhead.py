@@ -120,7 +120,7 @@ def made_up_rows(folder: Path, workload: Workload) -> TokenRows:
     return TokenRows(folder, seed=0)
 
 
-def _batches(ours: StockpotTraining) -> Generator[tuple[list[Batch], int], None, None]:
+def _batches(ours: StockpotTraining) -> Generator[tuple[list[Batch], float], None, None]:
     yield from feed(ours.task.rows, ours.group, ours.runtime.micro_batch, ours.workload.rows, range(MANY))
 
 

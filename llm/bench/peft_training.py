@@ -56,7 +56,7 @@ class PeftTraining:
         """Mean over the targets of `batch`; nothing is learned."""
         return float(self._loss(batch, batch.loss_count))
 
-    def _loss(self, batch: Batch, total: int) -> Any:
+    def _loss(self, batch: Batch, total: float) -> Any:
         with autocast(self._precision, device=self._device):
             return self.model(
                 input_ids=batch.tokens,

@@ -128,7 +128,7 @@ class StreamWriter:
             sources=np.repeat(np.array(self._sources, dtype=np.int32), size),
             row_length=row_length,
             padding=padding,
-            **({} if set(self._weights) == {1.0} else {"weights": np.repeat(np.array(self._weights, np.float32), size)}),
+            weights=np.repeat(np.array(self._weights, dtype=np.float32), size),
         )
         return {
             "chats": len(groups),
@@ -155,7 +155,7 @@ class PackedRows:
         self._starts, self._members, self._rows = index["starts"], index["members"], index["rows"]
         self._sources: NDArray[np.int32] | None = index["sources"] if seed is None else None  # of each stream
         self._weights: NDArray[np.float32] | None = None  # of each stream
-        if seed is not None and "weights" in index.files:
+        if seed is not None and (index["weights"] != 1).any():
             self._weights = index["weights"]
         self._ids: NDArray[np.int32] = np.memmap(folder / _IDS, dtype=np.int32, mode="r")
         self._loss_mask: NDArray[np.bool_] = np.memmap(folder / _LOSS_MASK, dtype=np.bool_, mode="r")

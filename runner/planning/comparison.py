@@ -50,9 +50,9 @@ def differences(a: Records, b: Records) -> Iterator[Difference]:
             yield from _scores(name, one, other)
         else:
             for loss in LOSSES:
-                found = [metrics.get(loss) if "trained_parameters" in metrics else None for metrics in (one, other)]
-                if found != [None, None]:
-                    yield Difference(f"{name}: {loss}", *found)
+                before, after = (metrics.get(loss) if "trained_parameters" in metrics else None for metrics in (one, other))
+                if before is not None or after is not None:
+                    yield Difference(f"{name}: {loss}", before, after)
 
 
 def _pairs(a: Records, b: Records) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

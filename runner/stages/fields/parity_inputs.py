@@ -90,7 +90,7 @@ def read_sentences(corpora: Iterable[Path], tables: Iterable[TextTable]) -> Iter
         yield from sentences(document.text for document in sample_documents(documents, CORPUS_BYTES))
     for table in tables:
         rows = islice(read_turns(table.files.fetched(), TextTemplate(table.text, form_of(table.read))), MAX_ROWS)
-        yield from sentences(turns[-1].content for _, turns, _ in rows if not isinstance(turns, InputError))
+        yield from sentences(turns[-1].content for _, turns, *_ in rows if not isinstance(turns, InputError))
 
 
 def read_rows(tables: Iterable[RowTable]) -> Iterator[Sequence[Turn]]:
