@@ -50,6 +50,7 @@ def main(options: argparse.Namespace) -> int:
     recipe, store = recipe_of(options), store_of(options)
     (model,) = servable_models(recipe, Plan(recipe, store), [options.stage] if options.stage else [])
     task = _task(recipe, options)
+    _say(f"predicts by the model of the stage {model.name!r}, for the task {task.name!r}")
     for path in options.data:
         if not path.is_file():
             raise RecipeError(f"{path}: expected a file of rows, got none")

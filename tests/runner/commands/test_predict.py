@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import stockpot
+from llm.data.conversations import Template
 from llm.evaluation.calibration import best_temperature, calibration_error, probabilities
-from llm.evaluation.classification import classify
+from llm.evaluation.classification import classify, label_likelihoods
 from llm.evaluation.prediction import Predictor
 from llm.evaluation.scoring import Question, score_texts
 from llm.inference.generate import generate
@@ -104,6 +106,30 @@ def test_labels_are_those_of_the_evaluation_with_calibrated_probabilities(
         each = {organ: row[f"probability_{organ}"] for organ in ORGANS}
         assert math.isclose(sum(each.values()), 1, abs_tol=1e-4)
         assert row["probability"] == max(each.values()) == each[row["prediction"]]
+
+
+def test_a_long_row_is_predicted_from_all_its_windows(run: Run, folder: Path, tmp_path: Path) -> None:
+    text = " ".join(f"row {n} of lungs and hearts" for n in range(12))
+    (folder / "windows.toml").write_text(RECIPE.replace('"{label}"', '"{label}", long = "window"', 1), encoding="utf-8")
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"}) + "\n", encoding="utf-8"
+    )
+    out = tmp_path / "out.jsonl"
+    words = ["predict", str(folder / "windows.toml"), str(tmp_path / "long.jsonl"), "--out", str(out)]
+    assert main([*words, "--cache", str(folder / "cache")]) == 0
+    row = json.loads(out.read_text(encoding="utf-8").splitlines()[0])
+    model, tokenizer = opened(folder)
+    turns = prompt_of(Template("Which organ?\n{text}", "{label}"), {"text": text})
+    asked = Question("row", [*turns, turns[-1]]).with_answer(ORGANS[0])
+    found = {
+        long: label_likelihoods(model, tokenizer, [asked], sorted(ORGANS), long=long, progress=lambda done, total: None)
+        for long in ("window", "cut")
+    }
+    assert len(found["window"][1]) > 2 and not np.allclose(found["window"][0], found["cut"][0], atol=1e-3)
+    logs = np.log([row[f"probability_{organ}"] for organ in sorted(ORGANS)])
+    gaps, wanted = logs - logs[0], found["window"][0][0] - found["window"][0][0][0]
+    temperature = wanted[1] / gaps[1]
+    assert np.allclose(gaps * temperature, wanted, atol=2e-3)  # of all windows, but for the temperature
 
 
 def test_rows_with_several_labels_get_every_label_that_is_nearly_as_likely(
