@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.commands.check import read_profile
+from runner.diagnostics.machine_speed import machine_speed
 from runner.errors import RecipeError
 from runner.files import write_whole
 from runner.options import SHIPPED
@@ -29,6 +30,8 @@ LOOKED_AT = 50_000  # rows
 WIDEST = 100  # characters of a cell that are shown
 COPIES = "stockpot-data"  # the folder beside a recipe for the text that comes with Stockpot
 NOTHING = "nothing"
+WORTH_MEASURING = 5.0  # minutes from which on it matters how fast this machine is
+UNEQUAL = 3  # times the rows of the rarest label that the most frequent one may have
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -43,6 +46,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--hardware", choices=HARDWARE, help="for training")
     sub.add_argument("--minutes", type=float, metavar="N", help="time limit of the whole recipe")
     sub.add_argument("--repo", metavar="OWNER/NAME", help="Hub repository to publish to; '' for none")
+    sub.add_argument("--separator", metavar="TEXT", help="between the labels of a row, if it may have several, such as ';'")
     sub.add_argument("--encoding", metavar="NAME", help="of text files, instead of the one that is found")
     sub.add_argument("--delimiter", metavar="CHARACTER", help="of .csv files, instead of the one that is found")
     sub.add_argument("--sheet", metavar="NAME", help="of workbooks, instead of the first")
@@ -105,6 +109,7 @@ def _answers(options: argparse.Namespace, path: Path, given: dict[str, str]) -> 
         rows=rows,
         hardware=hardware,  # type: ignore[arg-type]  # one of HARDWARE
         minutes=float(minutes),
+        speed=machine_speed(say=_say if float(minutes) >= WORTH_MEASURING else None) if hardware == best else None,
         repo=repo or None,
         base=None if base == NOTHING else str(folder.resolve()) if folder.is_dir() else base,
         # Preferences that hold their prompts inside are learned after general questions.
@@ -124,7 +129,8 @@ def _rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile"
             raise RecipeError(f"{data}: expected one of the fields {', '.join(map(repr, profile.fields))}, got {name!r}")
     _show(data, profile)
     known = None if options.text or options.label else _known_form(profile)
-    first = guess(profile, kind=options.kind, text=options.text or "", label=options.label or "")
+    asked = options.kind or ("labels" if options.separator else None)
+    first = guess(profile, kind=asked, text=options.text or "", label=options.label or "")
     if first is None:
         raise RecipeError(
             f"{data}: expected a field with text, got {', '.join(map(repr, profile.fields))}; name it by --text, and the one "
@@ -170,17 +176,18 @@ def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profi
     """`is_known`: the names of the fields say how rows are read."""
     inside = made.kind == "preferences" and (made.text not in profile.fields or not profile.fields[made.text].types["text"])
     of_text = profile.fields["chosen" if inside else made.text]  # a prompt may be inside both answers
-    values = profile.fields[made.label].values if made.kind == "labels" else None
+    several = options.separator or made.several if made.kind == "labels" else ""
+    values = profile.fields[made.label].values if made.kind == "labels" and not several else None
+    empty_labels = {made.label} if several else set()  # a row may have none
     missing = {name: profile.fields[name] for name in (made.text, made.label) if name and made.kind != "chats" and not inside}
     usable = profile.rows - profile.faults.counts.total()
     bad = profile.faults.counts.total() + sum(
         max(0, usable - one.present)
-        + one.null
-        + one.empty
-        + one.types["a list"]
+        + (0 if name in empty_labels else one.null + one.empty)
+        + (0 if several else one.types["a list"])
         + one.types["an object"]
         + one.types["true or false"]
-        for one in missing.values()
+        for name, one in missing.items()
     )
     if usable < FEWEST_ROWS and (made.kind != "documents" or (options.base or NOTHING) != NOTHING):
         raise RecipeError(f"{data}: expected at least {FEWEST_ROWS} rows, to test on one of them, got {usable}")
@@ -195,6 +202,8 @@ def _as_rows(options: argparse.Namespace, path: Path, data: str, profile: "Profi
         messages=made.text if made.kind == "chats" else "",
         is_known=is_known and made.kind != "labels",
         labels=tuple(values or ()),
+        is_unequal=values is not None and len(values) > 1 and max(values.values()) > UNEQUAL * min(values.values()),
+        several=several,
         count=usable if profile.rows < LOOKED_AT else max(usable, _estimate(profile)),
         characters=of_text.lengths.quantile(0.5) or 400,
         long_characters=of_text.lengths.quantile(0.95) or 800,
@@ -283,6 +292,10 @@ def _answer(given: str | None, question: str, default: str, check: Callable[[str
         if found is None:
             return text
         print(f"  {found}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _one_of(text: str, choices: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from runner.diagnostics.machine_speed import machine_speed
 from runner.options import add_check_inputs_option, add_recipe_argument, add_stage_argument, recipe_of, store_of
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, kinds_ahead, spare_stages, total
@@ -39,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
 
         print("measuring ...", file=sys.stderr)
         measured = measured_speeds(plan)
-    found = costs(plan, store.records(kinds_ahead(plan)), measured=measured)
+    found = costs(plan, store.records(kinds_ahead(plan)), measured=measured, machine=machine_speed())
     if options.json:
         shown = as_json(plan)
         for stage in shown["stages"]:

@@ -100,7 +100,11 @@ def main(options: argparse.Namespace) -> int:
             last = _execute(options, recipe, store, view, layout=layout, remote=remote)
     except GateError:
         if not options.json:
-            _print_scores(Plan(recipe, store, until=options.until))
+            from runner.planning.outcomes import cures
+
+            plan = Plan(recipe, store, until=options.until)
+            _print_scores(plan)
+            print("", *cures(plan), sep="\n", file=sys.stderr)
         raise
     if last and not options.json:
         _print_ending(options, last)

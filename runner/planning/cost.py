@@ -16,6 +16,7 @@ from runner.planning.model_shape import Shape, adapter_of, shape_of_stage, text_
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.branches import Attempts
 from runner.recipe.recipe import Recipe
+from runner.recipe.training_work import training_work
 from runner.resources import available_cores, gpu_count
 from runner.stages.fields.chat_training import PackedTraining, RowTraining
 from runner.stages.fields.training import TrainingStage
@@ -29,10 +30,7 @@ STATE_BYTES = 16  # per trained weight: the weight, its gradient and two moments
 FROZEN_BYTES = 4  # per weight that does not learn, at most
 ACTIVATION_BYTES = 40  # per position of a micro-batch, layer and channel; measured on models of 2.6M to 29M parameters
 LOGIT_BYTES, LOGIT_ROWS = 12, 512  # per token of the vocabulary, for as many positions as have their logits at a time
-# Time of a step besides its matrix products, as the operations that take as long: per step, and per position. Measured on
-# 2 idle cores in bf16: 2,048 positions of 9.3 and 33.8 GFLOP in 0.073 and 0.211 s, 4,096 of 18.5 and 67.7 in 0.105 and
-# 0.311 s, with an adapter 9.8 and 35.3 in 0.057 and 0.153 s. Not measured on a GPU.
-STEP_FLOPS, POSITION_FLOPS = 2.5e9, 1.0e6
+START_SECONDS = 5.0  # of a training without a record of its kind, before its first step and after its last
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,17 @@ class Cost:
     runs: int = 0  # records that the time comes from
 
 
-def costs(plan: Plan, records: Sequence[Record], *, measured: Mapping[str, float] | None = None) -> dict[str, Cost]:
+def costs(
+    plan: Plan, records: Sequence[Record], *, measured: Mapping[str, float] | None = None, machine: float | None = None
+) -> dict[str, Cost]:
     """The cost of each stage that will run.
 
     `measured` has the speeds of trainings that were just measured, in operations per second, by kind; the first of them stands
-    in for kinds without a record or a measurement.
+    in for kinds without a record or a measurement. `machine` is the work per second that the machine was measured at once, for
+    trainings of which nothing else is known.
     """
     here = [record for record in records if _is_here(record)]
-    return {entry.name: _cost(plan, entry, here, measured or {}) for entry in plan if entry.state in AHEAD}
+    return {entry.name: _cost(plan, entry, here, measured or {}, machine) for entry in plan if entry.state in AHEAD}
 
 
 def trainings_ahead(plan: Plan) -> dict[str, str]:
@@ -109,7 +110,7 @@ def total(found: Mapping[str, Cost]) -> Cost:
     return Cost(seconds=summed("seconds"), low=summed("low"), high=summed("high"), runs=runs)
 
 
-def _cost(plan: Plan, entry: Entry, records: Sequence[Record], measured: Mapping[str, float]) -> Cost:
+def _cost(plan: Plan, entry: Entry, records: Sequence[Record], measured: Mapping[str, float], machine: float | None) -> Cost:
     kinds = PRETRAININGS if isinstance(entry.stage, Pretraining) else (entry.stage.kind,)
     alike = [record for record in records if record.kind in kinds]
     if not isinstance(entry.stage, TrainingStage):
@@ -125,6 +126,8 @@ def _cost(plan: Plan, entry: Entry, records: Sequence[Record], measured: Mapping
     if speed is not None and flops and work:
         start = _median([pace.start for pace in paces]) or 0.0
         paces = [Pace(start=start, seconds=flops / speed / work)]
+    elif not paces and machine:
+        paces = [Pace(start=START_SECONDS, seconds=1 / machine)]
     times = [pace.start + pace.seconds * work for pace in paces] if work else []
     memory = _memory(shape, entry.stage, alike) if shape else None
     return Cost(shape.parameters if shape else None, tokens, flops, memory, *_range(times), runs=len(times))
@@ -198,8 +201,8 @@ class Pace:
 
 
 def _work(flops: float, tokens: float, *, steps: float) -> float:
-    """The work of a training in operations: those of its matrix products, plus the rest of its time as operations."""
-    return flops if gpu_count() else flops + tokens * POSITION_FLOPS + steps * STEP_FLOPS
+    """The work of a training on this machine, in operations."""
+    return training_work(flops, tokens, steps=steps, gpu=bool(gpu_count()))
 
 
 def _pace(record: Record) -> Pace | None:

@@ -33,6 +33,25 @@ def failed(plan: Plan) -> list[str]:
     return lines
 
 
+def cures(plan: Plan) -> list[str]:
+    """What helps a model that is not better than a baseline of words, a line for each failed gate that asks it to be."""
+    found = []
+    for entry in plan:
+        for verdict in entry.failed_gates:
+            difference, ends = getattr(verdict, "difference", None), getattr(verdict, "interval", None)
+            other = plan.entries.get(difference[1]) if difference else None
+            if difference is None or other is None or other.stage.kind != "baseline" or not plan.is_in_use(entry.name):
+                continue
+            chance = ends is not None and ends[0] <= 0 <= ends[1]
+            doubt = "; with so few test rows that may be chance" if chance else ""
+            found.append(
+                f"{entry.name}: {-difference[0]:.4g} below {other.name}, which knows nothing but words and learns in seconds"
+                f"{doubt}. More rows help most, then longer training (`run new --minutes`) and a model that has read more to "
+                "start from (`run new --base HuggingFaceTB/SmolLM2-135M`)"
+            )
+    return found
+
+
 def attempts(plan: Plan) -> list[str]:
     """The tables of all attempts, each after an empty line."""
     return [line for family in _attempts(plan) for line in ("", *attempts_table(plan, family))]

@@ -79,7 +79,7 @@ MESSY: dict[str, tuple[str, bytes, str]] = {  # by name: the file, its content, 
     "list labels": (
         "a.jsonl",
         lines([{"text": text, "labels": ["x", "y"][: n % 2 + 1]} for n, text in enumerate(SENTENCES)]),
-        "documents",
+        "labels",
     ),
     "texts of 4,000 tokens": (
         "a.jsonl",

@@ -37,6 +37,10 @@ LABELS = (
     "rating",
     "stars",
     "tag",
+    "tags",
+    "topics",
+    "categories",
+    "genres",
     "target",
 )
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialogue")
@@ -53,6 +57,7 @@ class Guess:
     label: str = ""  # the field that is learned: the label, or the response
     extra: str = ""  # of pairs, a field that belongs to the prompt and is often empty
     why: str = ""  # what else the user should know
+    several: str = ""  # "list": rows have several labels
 
     @property
     def prompt(self) -> str:
@@ -67,23 +72,23 @@ def guess(profile: Profile, *, kind: Kind | None = None, text: str = "", label: 
     """
     fields = {name: one for name, one in profile.fields.items() if one.lengths.counts}
     if label and kind is None:
-        kind = "labels" if _is_label(profile.fields.get(label)) else "pairs"
+        kind = "labels" if _is_label(profile.fields.get(label)) or _is_list(profile.fields.get(label)) else "pairs"
     if found := _by_structure(profile, kind):
         return found
     text = text or _text(fields, besides=label)
     if not text:
         return None
     kinds = [kind] if kind else ["documents"] if set(profile.formats) <= set(WHOLE) else ["pairs", "labels", "documents"]
-    why = ""
     for one in kinds:
         if one == "documents":
-            return Guess("documents", text, why=why)
+            return Guess("documents", text)
         if one == "labels":
             name = label or _label(fields, text)
-            if name:
+            if name and not _is_list(profile.fields.get(name)):
                 return Guess("labels", text, name)
-            if listed := next((n for n in profile.fields if n.lower() in LABELS and profile.fields[n].types["a list"]), None):
-                why = f"{listed!r} holds lists, and a label is one text or number: the rows are taken as documents"
+            if listed := label or _first(LABELS, {n: one for n, one in profile.fields.items() if _is_list(one)}):
+                why = f"{listed!r} holds lists: rows have several labels"
+                return Guess("labels", text, listed, why=why, several="list")
         if one == "pairs" and (found := _pair(fields, text, label, sure=kind is not None)):
             return found
     return None
@@ -130,6 +135,11 @@ def _label(fields: dict[str, FieldProfile], text: str) -> str:
         if one.values and len(one.values) <= MOST_CLASSES and min(one.values.values()) >= FEWEST_PER_CLASS
     }
     return min(few, key=lambda name: len(few[name]), default="")
+
+
+def _is_list(field: FieldProfile | None) -> bool:
+    """Whether values are lists, and nothing else."""
+    return bool(field and field.types["a list"] and field.types["a list"] == field.types.total())
 
 
 def _is_label(field: FieldProfile | None) -> bool:

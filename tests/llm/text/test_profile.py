@@ -98,6 +98,6 @@ def test_the_kind_of_rows_is_guessed_by_their_fields(tmp_path: Path, data: list[
     assert found == wanted
 
 
-def test_lists_are_no_labels_and_the_guess_says_so(tmp_path: Path) -> None:
+def test_lists_are_several_labels_and_the_guess_says_so(tmp_path: Path) -> None:
     found = guess(rows(tmp_path / "a.jsonl", [{"text": f"row {n}", "labels": ["a", "b"]} for n in range(6)]))
-    assert found is not None and found.kind == "documents" and "'labels' holds lists" in found.why
+    assert found == Guess("labels", "text", "labels", why="'labels' holds lists: rows have several labels", several="list")

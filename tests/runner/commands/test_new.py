@@ -14,8 +14,9 @@ from runner.cache.store import Store
 from runner.cli import main
 from runner.planning.data_look import check_data
 from runner.planning.plan import Plan
-from runner.recipe.new_recipe import Answers, Rows, recipe_text
+from runner.recipe.new_recipe import OTHER_SECONDS, Answers, Rows, recipe_text
 from runner.recipe.recipe import Recipe, load_recipe
+from runner.recipe.training_work import training_work
 
 LABELS = Rows("a.jsonl", "labels", "{text}", "{label}", "text", "label", labels=("x", "y"), count=900, characters=80)
 PAIRS = Rows("a.jsonl", "pairs", "{text}", "{label}", "text", count=900, characters=80, long_characters=900, bad=3)
@@ -62,6 +63,52 @@ def test_more_time_makes_a_larger_model_and_fewer_rows_more_epochs(folder: Path)
     few = Rows(**{**vars(LABELS), "count": 100})
     assert made(0.1, LABELS)[0] < made(10, LABELS)[0] < made(300, LABELS)[0] < made(10_000, LABELS)[0]
     assert made(10, few)[1] > made(10, LABELS)[1]
+
+
+def test_the_time_that_is_asked_for_is_what_the_recipe_takes_at_the_speed_that_was_measured(folder: Path) -> None:
+    def seconds(minutes: float, speed: float, rows: Rows) -> float:
+        answers = Answers("mine", "en", rows, "cpu", minutes, shipped=".", speed=speed)
+        (folder / "mine.toml").write_text(recipe_text(answers), encoding="utf-8")
+        stages = load_recipe(folder / "mine.toml").resolved()["stage"]
+        shape, own = stages["base"]["architecture"], stages.get("own", {"batch_tokens": 1024})
+        layers, size = shape["layers"], shape["hidden_size"]
+        parameters = 12 * layers * size**2 + stages["tokenizer"]["vocab_size"] * size
+        tuned = own["budget"].get("tokens") or own["budget"]["epochs"] * 0.8 * rows.count * (rows.characters / 3.5 + 8)
+        work = 0.0
+        for tokens, batch in (
+            (stages["base"]["budget"]["tokens"], stages["base"]["batch_tokens"]),
+            (tuned, own["batch_tokens"]),
+        ):
+            work += training_work(6 * parameters * tokens, tokens, steps=tokens / batch, gpu=False)
+        return work / speed
+
+    for speed, minutes, rows in itertools.product((3e10, 1.6e11, 1e12), (10, 15, 60), (LABELS, PAIRS)):
+        asked = 60 * minutes - min(0.25 * 60 * minutes, OTHER_SECONDS)
+        assert seconds(minutes, speed, rows) == pytest.approx(asked, rel=0.25), (speed, minutes, rows.kind)
+
+
+def test_few_rows_are_learned_often_in_small_steps(folder: Path) -> None:
+    few = Rows(**{**vars(LABELS), "count": 40, "characters": 40, "is_unequal": True})
+    (folder / "mine.toml").write_text(recipe_text(Answers("mine", "en", few, "cpu", 0.01, shipped=".")), encoding="utf-8")
+    own = load_recipe(folder / "mine.toml").resolved()["stage"]["own"]
+    assert own["batch_tokens"] == 256 and own["class_weights"] == "balanced"
+    assert own["budget"]["epochs"] * 0.8 * 40 * (40 / 3.5 + 8) / 256 >= 100  # steps
+    many = Rows(**{**vars(LABELS), "count": 10_000})
+    (folder / "mine.toml").write_text(recipe_text(Answers("mine", "en", many, "cpu", 600, shipped=".")), encoding="utf-8")
+    assert load_recipe(folder / "mine.toml").resolved()["stage"]["own"]["batch_tokens"] == 8192
+
+
+def test_rows_with_several_labels_become_a_recipe_for_them(tmp_path: Path) -> None:
+    rows = "".join(f'"{text}",{";".join(["a", "b", "c"][: n % 4])}\n' for n, text in enumerate(SENTENCES))
+    (tmp_path / "a.csv").write_text("text,topics\n" + rows)
+    recipe = new(tmp_path / "mine", tmp_path / "a.csv", "--label", "topics", "--separator", ";")
+    stages = recipe.resolved()["stage"]
+    assert stages["own"]["data"][0]["multi_label"] == ";" and "stratify" not in stages["own"]["data"][0]["split"]
+    assert stages["baseline"]["tasks"][0]["multi_label"] == ";" and "labels" not in stages["scores"]["tasks"][0]
+    assert (
+        look(recipe, tmp_path / "cache") == []
+        and "on_bad_row" not in (tmp_path / "mine.toml").read_text().partition("[stage.own]")[2]
+    )
 
 
 def new(path: Path, data: Path, *words: str) -> Recipe:
