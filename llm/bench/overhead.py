@@ -161,7 +161,7 @@ def _turns(ours: StockpotTraining, tracking: Tracking, *, seconds: float) -> Spe
     return spent
 
 
-def _full_step(ours: StockpotTraining, loaded: Iterator[tuple[list[Batch], int]], spent: Spent) -> None:
+def _full_step(ours: StockpotTraining, loaded: Iterator[tuple[list[Batch], float]], spent: Spent) -> None:
     """One step as the training loop takes it."""
     start = time.perf_counter()
     parts, targets = next(loaded)

@@ -22,7 +22,7 @@ from runner.resources import gpu_count
 
 if TYPE_CHECKING:
     from llm.text.profile import Profile
-    from llm.text.profile.guess import Guess
+    from llm.text.profile.guess import Guess, Kind
 
 HARDWARE: tuple[Hardware, ...] = ("cpu", "gpu")
 KINDS = ("labels", "pairs", "chats", "preferences", "documents")
@@ -129,7 +129,7 @@ def _rows(options: argparse.Namespace, path: Path, data: str, profile: "Profile"
             raise RecipeError(f"{data}: expected one of the fields {', '.join(map(repr, profile.fields))}, got {name!r}")
     _show(data, profile)
     known = None if options.text or options.label else _known_form(profile)
-    asked = options.kind or ("labels" if options.separator else None)
+    asked: Kind | None = options.kind or ("labels" if options.separator else None)
     first = guess(profile, kind=asked, text=options.text or "", label=options.label or "")
     if first is None:
         raise RecipeError(
