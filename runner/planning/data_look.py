@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.data.conversations import NONE
 from llm.errors import InputError
 from llm.text.readers import FileFormat, field_names, read_rows
 from llm.text.readers.sample import Sample
@@ -25,7 +24,7 @@ from runner.recipe.validation import nearest
 from runner.stage import Stage
 from runner.stages.corpus import MakeCorpus, SourceSpec
 from runner.stages.fields.data_mix import MixTable
-from runner.stages.fields.data_tables import PreferenceTable, RowTable
+from runner.stages.fields.data_tables import NO_LABEL, PreferenceTable, RowTable
 from runner.stages.fields.eval_tasks.multiple_choice import MultipleChoiceTask
 from runner.stages.fields.eval_tasks.questions import ChatTask, ClassificationTask, TextTask
 from runner.stages.fields.reading import PartOfRows, form_of
@@ -135,7 +134,7 @@ def _check_label(table: Table, chats: Chats, labels: set[str]) -> None:
     if table.labels is None:
         return
     for label in (turns[-1].content for turns in chats):  # several, if a row may have several
-        if table.labels and label not in table.labels and not (label == NONE and table.has_several_labels):
+        if table.labels and label not in table.labels and not (label == NO_LABEL and table.has_several_labels):
             raise InputError(f"expected one of the labels {', '.join(sorted(table.labels))}, got {label!r}")
         if len(labels) < 2:
             labels.add(label)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llm.data.conversations import PreferenceTemplate, Template
+from llm.data.conversations import NONE, PreferenceTemplate, Template
 from llm.data.row_forms import Format
 from llm.text.templates import split_template, split_text, with_field
 from runner.input_files import InputFile
@@ -36,6 +36,7 @@ ResponseTemplate = Annotated[str, _passes(with_field)]  # with a field, so that 
 
 
 OnBadRow = Literal["fail", "skip"]
+NO_LABEL = NONE  # the label of a row that has none of several
 
 
 class RowTable(Spec):
