@@ -62,6 +62,11 @@ def add_sampling_options(sub: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="sample from the most likely tokens that together reach probability P"
     )
     sub.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    sub.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether answers begin with reasoning, for models whose chat template reads enable_thinking (default: its own)",
+    )
     sub.add_argument("--seed", type=int, help="of the sampling (default: another for each answer)")
     sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length limit of an answer (default: 256)")
     sub.add_argument(

@@ -102,11 +102,17 @@ class ChatSession:
         return self.tokenizer.template is not None
 
     def answer(
-        self, messages: Sequence[Mapping[str, Any]], options: AnswerOptions, *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: AnswerOptions,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
     ) -> Answer:
         """The assistant's next turn. Of a chat that is too long, the oldest turns but the system's are dropped.
 
-        `tools` are OpenAI's descriptions of functions, for the chat template. InputError where not even the last turn fits.
+        `tools` are OpenAI's descriptions of functions, and `thinking` whether the answer begins with reasoning, for the chat
+        template. InputError where not even the last turn fits.
         """
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = list(messages[len(system) :])
@@ -116,7 +122,8 @@ class ChatSession:
         for first in range(len(turns)):
             if first and turns[first]["role"] in ("assistant", "tool"):
                 continue  # an answer without its question
-            prompt = self.tokenizer.encode_prompt([dict(message) for message in (*system, *turns[first:])], tools=tools)
+            kept = [dict(message) for message in (*system, *turns[first:])]
+            prompt = self.tokenizer.encode_prompt(kept, tools=tools, thinking=thinking)
             if len(prompt) + room <= self.context:
                 return self._generate(prompt, options, forgotten=first)
         if len(prompt) < self.context:

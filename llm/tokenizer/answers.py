@@ -88,7 +88,7 @@ class ChatRenderer:
         `thinking` sets whether the answer begins with reasoning, in templates that leave that open; None leaves it to them.
         """
         prepared = self._prepared(chat)
-        switch = thinking if self._has_switch else None
+        switch = thinking if self.has_switch else None
         (found,) = self._render([prepared.request(len(chat), switch, prompt=add_generation_prompt)])
         return _text(found)
 
@@ -236,12 +236,13 @@ class ChatRenderer:
         return tuple(self.control.special)
 
     @cached_property
-    def _has_switch(self) -> bool:
+    def has_switch(self) -> bool:
+        """Whether the template leaves open if an answer begins with reasoning."""
         return _SWITCH in self.template
 
     def _switch(self, prepared: _Prepared, stop: int) -> bool | None:
         """Whether the last of the first `stop` messages has reasoning; None to leave it to the template."""
-        if not self._has_switch or self.learns_empty_think or not stop:
+        if not self.has_switch or self.learns_empty_think or not stop:
             return None
         return prepared.messages[stop - 1].reasoning is not None
 

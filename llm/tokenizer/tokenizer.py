@@ -253,6 +253,11 @@ class TextTokenizer:
         return self._encode_rendered([self._rendered(messages, tools, thinking, True)])[0].ids
 
     @property
+    def has_thinking_switch(self) -> bool:
+        """Whether the chat template reads `enable_thinking`."""
+        return self._renderer.has_switch
+
+    @property
     def writes_tools(self) -> bool:
         """Whether the chat template tells the model of tools."""
         return self._renderer.abilities.writes_tools

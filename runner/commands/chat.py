@@ -12,7 +12,6 @@ from runner.serving.models import needed_for, servable_models
 
 if TYPE_CHECKING:
     from llm.inference.chat_session import AnswerOptions, ChatSession
-    from llm.inference.sampling import Sampling
 
 HELP = "/new starts a new conversation, /exit (or Ctrl-D) quits, Ctrl-C stops an answer"
 
@@ -33,7 +32,9 @@ def main(options: argparse.Namespace) -> int:
     plan = plan_of(options, recipe, needed=lambda plan: needed_for(plan, names))
     (model,) = servable_models(recipe, plan, names)
     from llm.errors import InputError
+    from llm.inference.chat_session import AnswerOptions
     from llm.inference.sampling import Sampling
+    from runner.serving.reasoning import thinking_fault
 
     if sys.stdin.isatty():
         print("loading and compiling ..." if options.compile else "loading ...", file=sys.stderr)
@@ -42,16 +43,19 @@ def main(options: argparse.Namespace) -> int:
         session = model.open(precision=recipe.head.parallel.precision, compiled=options.compile)
     except InputError as error:
         raise RecipeError(f"{model.name}: {error}") from error
+    if session.chats and (fault := thinking_fault(session.tokenizer, options.thinking)):
+        raise RecipeError(f"--thinking: {model.name}: {fault}")
     if sys.stdin.isatty():
         print(f"{model.name} of {recipe.head.name}; {HELP}", file=sys.stderr)
-    _chat(session, system=options.system, sampling=sampling, seed=options.seed, max_new_tokens=options.max_new_tokens)
+    asked = AnswerOptions(max_new_tokens=options.max_new_tokens, sampling=sampling)
+    _chat(session, asked, system=options.system, seed=options.seed, thinking=options.thinking)
     return 0
 
 
-def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", seed: int | None, max_new_tokens: int) -> None:
+def _chat(
+    session: "ChatSession", asked: "AnswerOptions", *, system: str | None, seed: int | None, thinking: bool | None
+) -> None:
     """Reads messages and prints answers until the end of the input. Without a `seed`, each answer has another."""
-    from llm.inference.chat_session import AnswerOptions
-
     first = [{"role": "system", "content": system}] if system else []
     messages = first
     while True:
@@ -66,20 +70,22 @@ def _chat(session: "ChatSession", *, system: str | None, sampling: "Sampling", s
         elif sys.stdin.isatty() and line.startswith("/") and line[1:].isalpha():
             print(HELP, file=sys.stderr)
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
-            drawn = replace(sampling, seed=secrets.randbits(63) if seed is None else seed)
-            answer = _answer(session, asked, AnswerOptions(max_new_tokens=max_new_tokens, sampling=drawn))
+            chat = [*messages, {"role": "user", "content": line}]
+            drawn = replace(asked.sampling, seed=secrets.randbits(63) if seed is None else seed)
+            answer = _answer(session, chat, replace(asked, sampling=drawn), thinking=thinking)
             if answer is not None:
-                messages = [*asked, {"role": "assistant", "content": answer}]
+                messages = [*chat, {"role": "assistant", "content": answer}]
 
 
-def _answer(session: "ChatSession", messages: list[dict[str, str]], options: "AnswerOptions") -> str | None:
+def _answer(
+    session: "ChatSession", messages: list[dict[str, str]], options: "AnswerOptions", *, thinking: bool | None
+) -> str | None:
     """Prints an answer while it is generated, and returns it; None if there is none. Ctrl-C ends it early."""
     from llm.errors import InputError
 
     pieces: list[str] = []
     try:
-        answer = session.answer(messages, options)
+        answer = session.answer(messages, options, thinking=thinking)
         if answer.forgotten:
             print(f"(the first {answer.forgotten} turns no longer fit into the context and are dropped)", file=sys.stderr)
         for piece in answer.pieces:

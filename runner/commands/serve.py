@@ -70,6 +70,7 @@ def main(options: argparse.Namespace) -> int:
 
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
+    from runner.serving.reasoning import thinking_fault
     from runner.serving.server import Server, ServerConfig
 
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
@@ -84,8 +85,12 @@ def main(options: argparse.Namespace) -> int:
         models = {model.name: model.open(**how) for model in found}
     except InputError as error:
         raise RecipeError(str(error)) from error
+    for name, session in models.items():
+        if session.chats and (fault := thinking_fault(session.tokenizer, options.thinking)):
+            raise RecipeError(f"--thinking: {name}: {fault}")
     config = ServerConfig(
         sampling=sampling,
+        thinking=options.thinking,
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         queue=options.queue,

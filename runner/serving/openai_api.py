@@ -115,6 +115,14 @@ class Request(BaseModel):
         return self
 
 
+class TemplateKwargs(BaseModel):
+    """What a request tells the chat template, as vLLM and llama.cpp have it."""
+
+    model_config = STRICT
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
@@ -127,6 +135,8 @@ class ChatRequest(Request):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None  # "none", or any
     # Without effect: nothing is stored, and there is one tier.
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
@@ -136,7 +146,6 @@ class ChatRequest(Request):
     modalities: list[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
     functions: None = None
@@ -151,6 +160,13 @@ class ChatRequest(Request):
     def likeliest(self) -> int | None:
         """How many alternatives of each token to report; None reports no tokens."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the answer begins with reasoning; None leaves it to the template."""
+        if self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is not None:
+            return self.chat_template_kwargs.enable_thinking
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
     @property
     def offered(self) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ class Finished:
     reason: str
     calls: Sequence[Call] = ()
     logprobs: Mapping[str, Any] | None = None
+    reasoning: str = ""
 
 
 class Responses:
@@ -44,6 +45,8 @@ class Responses:
             if self._chat:
                 text = None if answer.calls and not answer.text.strip() else answer.text
                 message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+                if answer.reasoning:
+                    message["reasoning_content"] = answer.reasoning  # as vLLM, llama.cpp and DeepSeek call it
                 if answer.calls:
                     message["tool_calls"] = [call.shown for call in answer.calls]
                 content = {"message": message}
@@ -54,9 +57,11 @@ class Responses:
         """The first piece of an answer, which names the role; a completion has none."""
         return self._made(index, {"delta": {"role": "assistant", "content": ""}}) if self._chat else None
 
-    def text(self, index: int, text: str, logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A piece of an answer's text."""
-        return self._made(index, {"delta": {"content": text}} if self._chat else {"text": text}, logprobs=logprobs)
+    def text(
+        self, index: int, text: str, logprobs: Mapping[str, Any] | None = None, *, field: str = "content"
+    ) -> dict[str, Any]:
+        """A piece of an answer's text, or of another field of its message."""
+        return self._made(index, {"delta": {field: text}} if self._chat else {"text": text}, logprobs=logprobs)
 
     def calls(self, index: int, calls: Sequence[Call]) -> dict[str, Any]:
         """The calls of an answer, in one piece."""

@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from runner.serving.openai_api import ChatRequest, CompletionRequest
 from runner.serving.openai_responses import Responses, TokenLogprobs, error_body, usage, validation_error
+from runner.serving.reasoning import ReasoningFilter, begins_in_block, thinking_fault
 from runner.serving.replies import Reply
 from runner.serving.tool_calls import tools_fault
 
@@ -46,6 +47,7 @@ class ServerConfig:
 
     sampling: "Sampling"  # but for its seed
     max_new_tokens: int
+    thinking: bool | None = None  # of requests that do not say
     seed: int | None = None  # of requests without one; None is another for each
     queue: int = 16  # requests that may wait
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # accepted Host headers
@@ -123,9 +125,15 @@ class Server:
         def begin() -> Iterator[Reply]:
             if parsed.uses_tools and (fault := tools_fault(session.tokenizer, parsed.offered)):
                 raise RefusedError(400, f"tools: {fault}", code="unsupported_parameter", param="tools")
+            if fault := thinking_fault(session.tokenizer, parsed.thinking):
+                field = "reasoning_effort" if parsed.chat_template_kwargs is None else "chat_template_kwargs"
+                raise RefusedError(400, f"{field}: {fault}", code="unsupported_parameter", param=field)
+            thinking = self._config.thinking if parsed.thinking is None else parsed.thinking
+            inside = schema is None and begins_in_block(session.tokenizer, thinking)
             for options in self._options(parsed, schema=schema):
                 yield Reply(
-                    session.answer(messages, options, tools=parsed.offered),
+                    session.answer(messages, options, tools=parsed.offered, thinking=thinking),
+                    reasoning=ReasoningFilter(begins_in_block=inside),
                     tools=[tool["function"]["name"] for tool in parsed.offered],
                     one_call=parsed.parallel_tool_calls is False,
                     logprobs=_logprobs(session, parsed, chat=True),

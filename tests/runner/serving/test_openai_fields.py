@@ -311,7 +311,7 @@ def test_a_stream_has_usage_only_when_asked(client: openai.OpenAI) -> None:
         ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "Missing required parameter"),
         ({"functions": []}, "functions", "does not support"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "does not support"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "does not read enable_thinking"),
         ({"store": True}, "store", "False"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "got the type json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
