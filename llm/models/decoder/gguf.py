@@ -48,10 +48,18 @@ def write_sizes(writer: "GGUFWriter", config: DecoderConfig) -> None:
 
 def _check(config: DecoderConfig) -> None:
     family = families()[config.name]
-    own = config.model_copy(update={"options": None}).parts
-    for name, value in config.parts:
+    own, parts = config.model_copy(update={"options": None}).parts, config.parts
+    cure = ""
+    if own.window is None and parts.window is not None:  # llama.cpp has none there
+        if parts.window >= config.resolved_context:  # and this one hides nothing
+            parts = parts.model_copy(update={"window": None, "pattern": ("full",)})
+        cure = f": a window of at least the context, {config.resolved_context}, is the same as none; here it is {parts.window}"
+    for name, value in parts:
         if name not in family.gguf_options and value != (known := getattr(own, name)):
-            raise InputError(f"{name}: expected {known!r}, as llama.cpp has it in every {config.name}, got {value!r}")
+            raise InputError(
+                f"{name}: expected {known!r}, as llama.cpp has it in every {config.name}, got {value!r}"
+                + (cure if name == "pattern" else "")
+            )
     if isinstance(config.rope_scaling, YarnScaling) and not config.rope_scaling.truncate:
         raise InputError("rope_scaling.truncate: expected true, as llama.cpp has it, got false")
 

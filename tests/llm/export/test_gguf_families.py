@@ -73,6 +73,15 @@ def test_texts_within_the_original_context_have_the_short_divisors_in_llama_cpp(
     assert_equal_in_llama_cpp(checkpoint, [60], context=256)
 
 
+@pytest.mark.parametrize("case", ["mistral with a window", "qwen2 with windows", "phi3 with a window"])
+def test_a_window_that_hides_nothing_is_the_same_as_none_in_llama_cpp(case: str, vocabulary: Path, tmp_path: Path) -> None:
+    options = CASES[case]["options"] | {"window": CONTEXT}
+    assert_equal_in_llama_cpp(checkpoint_of(case, vocabulary, tmp_path / "model", options=options), [CONTEXT - 2])
+    checkpoint = checkpoint_of(case, vocabulary, tmp_path / "less", options=options | {"window": CONTEXT - 1})
+    with pytest.raises(InputError, match=r"pattern: expected .*at least the context, 64, is the same as none; here it is 63"):
+        write_gguf(checkpoint, tmp_path / "less.gguf", precision="f32")
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_llama_cpp_does_not_compute_is_refused_by_its_option(case: str, vocabulary: Path, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(case, vocabulary, tmp_path / "model")
