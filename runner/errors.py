@@ -3,8 +3,6 @@
     StockpotError
     ├── RecipeError     2  the recipe, or a file that it names, is wrong
     ├── StageError      3  a stage failed while it ran
-    │   ├── MachineLostError    another machine of a training is gone
-    │   └── PeerFailedError     the processes of another machine failed
     ├── IntegrityError  3  a file of the cache differs from its record
     ├── RemoteError     3  a remote cache or a published recipe could not be used
     ├── GateError       4  a gate on a score failed
@@ -33,18 +31,6 @@ class StageError(StockpotError):
     """A stage started and did not finish. Its checkpoints stay in its work folder."""
 
     exit_code = 3
-
-
-class MachineLostError(StageError):
-    """Another machine of a training is gone, or did not come back in time."""
-
-
-class PeerFailedError(StageError):
-    """The processes of another machine failed."""
-
-    def __init__(self, message: str, *, again: bool) -> None:
-        super().__init__(message)
-        self.again = again  # whether a retry may help
 
 
 class IntegrityError(StockpotError):

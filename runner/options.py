@@ -81,6 +81,13 @@ def add_cache_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cache", type=Path, metavar="DIR", help="instead of STOCKPOT_CACHE or cache/ of the project")
 
 
+def add_engine_option(sub: argparse.ArgumentParser) -> None:
+    """The option of commands that start processes on an engine."""
+    sub.add_argument(
+        "--engine", metavar="NAME", help="local or slurm: where processes run (STOCKPOT_ENGINE; your file engine.toml)"
+    )
+
+
 def add_check_inputs_option(sub: argparse.ArgumentParser) -> None:
     """The option of commands that compare files with what is known of them."""
     sub.add_argument(
@@ -116,8 +123,9 @@ def recipe_names() -> dict[str, Path]:
 def recipe_of(options: argparse.Namespace, path: Path | None = None, *, absent: Container[str] = ()) -> Recipe:
     """The recipe that the options name, or the one at `path` with the same overrides; RecipeError for an unknown stage."""
     overrides = list(options.overrides)
-    if getattr(options, "processes", None):
-        overrides.append(f"parallel.processes={options.processes}")
+    for name in ("processes", "nodes"):
+        if getattr(options, name, None):
+            overrides.append(f"parallel.{name}={getattr(options, name)}")
     from_environment = [Path(part) for part in os.environ.get("STOCKPOT_ALLOW_PATH", "").split(os.pathsep) if part]
     allowed = [*options.allow_path, *from_environment]
     path = path or options.recipe

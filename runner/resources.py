@@ -106,9 +106,11 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value  # bytes from old drivers
 
 
-def process_count(parallel: Parallel) -> int:
-    """The number of processes of a training on this machine: `parallel.processes`, else one per GPU, else one."""
-    return max(gpu_count(), 1) if parallel.processes == "auto" else parallel.processes
+def process_count(parallel: Parallel, *, gpus: int | None = None) -> int:
+    """The number of processes of a training on a machine with `gpus`, by default this one: `parallel.processes`, else one per
+    GPU, else one.
+    """
+    return max(gpu_count() if gpus is None else gpus, 1) if parallel.processes == "auto" else parallel.processes
 
 
 def versions() -> dict[str, str]:

@@ -92,13 +92,10 @@ class Parallel(Spec):
     """Where and how to run; never part of any stage's identity."""
 
     processes: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Processes of a training on each machine, and of an evaluation; "auto" is one per GPU, or one without GPUs."""
-    machines: Execution[Annotated[int, Field(ge=1)] | Literal["auto"]] = "auto"
-    """Machines that train together, each with its own `run`; "auto" takes the number from Slurm or torchrun, else one."""
-    machine_rank: Execution[Annotated[int, Field(ge=0)] | Literal["auto"]] = "auto"
-    """Rank of this machine. Rank 0 also runs all stages that do not train, evaluations included, and writes the results."""
-    main_address: Execution[str | None] = None
-    """HOST or HOST:PORT of the machine of rank 0; PORT (29500 by default) and the port after it are used there."""
+    """Processes of a training on each node, and of an evaluation; "auto" is one per GPU, or one without GPUs."""
+    nodes: Execution[Annotated[int, Field(ge=1)]] = 1
+    """Nodes of a training. More than one needs an engine with several machines, which is chosen by whoever runs the recipe:
+    `--engine`."""
     strategy: Execution[Literal["ddp", "fsdp"]] = "ddp"
     """How processes share a training: with "ddp" each has the whole model, and gradients are summed; with "fsdp" (FSDP2)
     weights, gradients and optimizer state are sharded, and each layer gathers its weights to compute. One process alone does
@@ -121,7 +118,7 @@ class Parallel(Spec):
     fallback: Execution[Literal["single", "none"]] = "single"
     """What to do when retries are used up: "single" continues with one process and the same global batch; "none" fails."""
     rejoin_minutes: Execution[float] = Field(2.0, gt=0, le=10_000)
-    """How long each retry waits for a lost machine to come back, and the other machines for that of rank 0."""
+    """How long the retry of a training on several nodes waits for its nodes to start; then `fallback` decides."""
     timeout_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
     """How long the processes of a training wait for each other, while forming a group and in each collective operation."""
     stall_minutes: Execution[float] = Field(30.0, gt=0, le=10_000)
@@ -212,7 +209,7 @@ class Stage(Spec):
     version: ClassVar[int]  # raised when the same fields give another result
     makes: ClassVar[type[Artifact]]
     imports: ClassVar[tuple[str, ...]] = ()  # modules that it needs and that take seconds to import
-    trains: ClassVar[bool] = False  # whether it is a training: in the processes of [parallel], on all machines, with retries
+    trains: ClassVar[bool] = False  # whether it is a training: in the processes of [parallel], on all nodes, with retries
     in_processes: ClassVar[bool] = (
         False  # of another stage, whether it runs in the processes that [parallel] says for a machine
     )

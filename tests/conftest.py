@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell star
 for own in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):  # what tests trust, the user does not
     os.environ[own] = tempfile.mkdtemp(prefix="stockpot-")
 LONG_SECONDS = 3000.0  # for one test that is marked as long; the others have what pyproject.toml says
-LONGEST = ["test_quickstart.py", "test_two_machines.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
+LONGEST = ["test_quickstart.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

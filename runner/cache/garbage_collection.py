@@ -151,8 +151,8 @@ def leftovers(store: Store, reached: Collection[str]) -> list[Item]:
 
 
 def unused_files(store: Store, kept: Collection[Run], reached: Collection[str]) -> list[Item]:
-    """What commands left beside the artifacts: downloads of published models that no recent run uses, proofs of stages that
-    are not `reached`, and tokens of machines that joined a training long ago.
+    """What commands left beside the artifacts: downloads of published models that no recent run uses, and proofs of stages
+    that are not `reached`.
     """
     used = [Path(run.path) for run in kept]
     found = []
@@ -167,9 +167,6 @@ def unused_files(store: Store, kept: Collection[Run], reached: Collection[str]) 
     for path in _inside(store.root / "proofs"):
         if path.name.partition(".")[0] not in keys and _age(path) > DAY_SECONDS and not is_locked(path.with_suffix(".log")):
             found.append(Item(path, "a proof for a stage that no recent run reaches"))
-    for path in _inside(store.root / "machines"):
-        if _age(path) > DAY_SECONDS:
-            found.append(Item(path, "left by a training of several machines"))
     return found
 
 

@@ -22,7 +22,6 @@ from runner.cache.record import Record
 from runner.files import read_bounded, write_whole
 
 FOLDER = "origins"
-MACHINE = "machine://"  # another machine of a training, which the user's command line joined
 UNKNOWN = "an unknown place"
 LARGEST = 1 << 16  # bytes of a note
 FILE = "remotes.toml"
@@ -58,7 +57,7 @@ class Origins:
 
     def counts(self, origin: str | None) -> bool:
         """Whether results from a place are used: those made here, and those of remotes that the user named."""
-        if origin is None or origin in self.named or origin.startswith(MACHINE):
+        if origin is None or origin in self.named:
             return True
         return origin in trusted_remotes()
 

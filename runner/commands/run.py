@@ -14,6 +14,7 @@ from runner.errors import GateError, RecipeError
 from runner.options import (
     add_cache_option,
     add_check_inputs_option,
+    add_engine_option,
     add_recipe_options,
     add_remote_option,
     add_stage_argument,
@@ -27,7 +28,7 @@ from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView
 
 if TYPE_CHECKING:
-    from runner.execution.node_layout import Layout
+    from runner.engine.interface import Engine
     from runner.planning.plan import Plan
 
 HF = "hf://"
@@ -56,15 +57,14 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     published.add_argument(
         "--data", action="append", default=[], type=Path, metavar="DIR", help="a folder with its input files, under any names"
     )
-    sub.add_argument("--processes", metavar="N", help="processes of each training on a machine, instead of [parallel]")
-    sub.add_argument("--machines", type=int, metavar="N", help="machines that train together; each runs this command")
-    sub.add_argument("--machine-rank", type=int, metavar="K", help="the rank of this machine, from 0")
-    sub.add_argument("--main-address", metavar="HOST[:PORT]", help="address of the machine of rank 0")
+    sub.add_argument("--processes", metavar="N", help="processes of each training on a node, instead of [parallel]")
+    sub.add_argument("--nodes", metavar="N", help="nodes of each training, instead of [parallel]")
+    add_engine_option(sub)
 
 
 def main(options: argparse.Namespace) -> int:
     """Runs the stages whose results are not in the cache."""
-    from runner.execution.node_layout import LayoutOptions, layout_of
+    from runner.engine.choice import engine_of
     from runner.planning.cost import expected_seconds
     from runner.planning.plan import Plan
 
@@ -81,8 +81,7 @@ def main(options: argparse.Namespace) -> int:
     for name in options.force if options.until else ():
         if not recipe.needed(options.until).issuperset(recipe.names_of(name)):
             raise RecipeError(f"--force: expected a stage that --until {options.until} runs, got {name!r}")
-    machines = LayoutOptions(options.machines, options.machine_rank, options.main_address)
-    layout, remote = layout_of(recipe.head.parallel, machines), remote_of(options, recipe)
+    engine, remote = engine_of(options.engine, nodes=recipe.head.parallel.nodes), remote_of(options, recipe)
     if published is not None:
         from runner.published import confirm
 
@@ -97,7 +96,7 @@ def main(options: argparse.Namespace) -> int:
     view = make_view(lambda: expected_seconds(recipe, store), as_json=options.json)
     try:
         with contextlib.closing(view), noted(store.root, recipe.path):
-            last = _execute(options, recipe, store, view, layout=layout, remote=remote)
+            last = _execute(options, recipe, store, view, engine=engine, remote=remote)
     except GateError:
         if not options.json:
             from runner.planning.outcomes import cures
@@ -106,7 +105,7 @@ def main(options: argparse.Namespace) -> int:
             _print_scores(plan)
             print("", *cures(plan), sep="\n", file=sys.stderr)
         raise
-    if last and not options.json:
+    if not options.json:
         _print_ending(options, last)
     if published is not None:
         from runner.published.lockfile import results
@@ -142,39 +141,16 @@ def _cache_words(options: argparse.Namespace) -> list[str]:
 
 
 def _execute(
-    options: argparse.Namespace, recipe: Recipe, store: Store, view: RunView, *, layout: "Layout", remote: str | None
-) -> "Plan | None":
-    """Runs the recipe on this machine, alone or in the part that its rank has; the last plan, on the machine of rank 0."""
+    options: argparse.Namespace, recipe: Recipe, store: Store, view: RunView, *, engine: "Engine", remote: str | None
+) -> "Plan":
+    """Runs the recipe; returns the last plan."""
     from runner.execution.scheduler import Scheduler
     from runner.execution.stop import StopRequest
 
     stop = StopRequest()
     stop.install()
-    secret = b""
-    if layout.machines > 1:
-        from runner.multi_node.secret import shared_secret
-
-        secret = shared_secret()
-    if not layout.is_main:
-        from runner.multi_node.participant import Participant
-
-        Participant(recipe, store, view, stop, remote=remote, layout=layout, secret=secret).run(
-            until=options.until, force=bool(options.force)
-        )
-        return None
-    with contextlib.ExitStack() as stack:
-        peers = None
-        if layout.machines > 1:
-            from runner.multi_node.coordinator import Coordinator, opened
-
-            source = remote if recipe.head.cache.upload else None
-            rejoin = 60 * recipe.head.parallel.rejoin_minutes
-            coordinator = Coordinator(
-                layout, store.root, remote=source, secret=secret, note=view.note, stop=stop, rejoin_seconds=rejoin
-            )
-            peers = stack.enter_context(opened(coordinator))
-        scheduler = Scheduler(recipe, store, view, stop, remote=remote, overwrite=options.overwrite, peers=peers)
-        return scheduler.run(until=options.until, force=options.force)
+    scheduler = Scheduler(recipe, store, view, stop, remote=remote, overwrite=options.overwrite, engine=engine)
+    return scheduler.run(until=options.until, force=options.force)
 
 
 def _print_scores(plan: "Plan") -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from llm.bench.workload import Workload, reference_workload
 from runner.artifacts import Tokens
 from runner.cache.store import Store
+from runner.engine import launch
 from runner.errors import RecipeError, StageError
-from runner.execution import launch
 from runner.graph import plain
 from runner.planning.cost import trainings_ahead
 from runner.planning.model_shape import Model, adapter_of, model_of_folder, model_of_stage, row_length

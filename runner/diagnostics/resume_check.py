@@ -25,9 +25,9 @@ from runner.cache.record import Record
 from runner.cache.store import Store, Waiting
 from runner.credentials import redact
 from runner.diagnostics.resume_diff import TrainingOutput, compare
+from runner.engine import launch
+from runner.engine.job import JOB, RESULT, Job
 from runner.errors import RecipeError, StageError
-from runner.execution import launch
-from runner.execution.job import JOB, RESULT, Job
 from runner.execution.stage_run import job_of
 from runner.files import write_whole
 from runner.graph import plain
@@ -235,9 +235,9 @@ class _Training:
 
     def _launched(
         self, output: TrainingOutput, command: list[str] | None = None
-    ) -> contextlib.AbstractContextManager[launch.Process]:
+    ) -> contextlib.AbstractContextManager[launch.LocalProcess]:
         processes = 1 if command else self._job.processes
-        environment = launch.environment_of(max(1, self._job.cores // processes))
+        environment = launch.environment_of(max(1, available_cores() // processes))
         command = command or launch.group_command(output.scratch / JOB, processes)
         return launch.started(command, log=self._log, environment=environment)
 

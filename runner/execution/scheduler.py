@@ -9,18 +9,17 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import IO
 
-from runner import resources
 from runner.cache.leases import LeaseLostError
 from runner.cache.record import Record
 from runner.cache.remote import Mirror
 from runner.cache.run_log import log_run
 from runner.cache.store import Store
+from runner.engine import launch
+from runner.engine.interface import Engine
+from runner.engine.local import LocalEngine
 from runner.errors import GateError, StageError
-from runner.execution import launch
 from runner.execution.fork_server import ForkServer
-from runner.execution.node_layout import ALONE
 from runner.execution.notifications import Notifier
-from runner.execution.peers import Peers
 from runner.execution.stage_run import StageRun
 from runner.execution.stop import LockWait, StopRequest
 from runner.graph import input_files
@@ -30,7 +29,7 @@ from runner.planning.data_look import check_data
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
-from runner.resources import available_cores
+from runner.resources import available_cores, process_count
 from runner.stage import EffectContext, Stage
 from runner.tracking.tracker_process import TrackerProcess
 
@@ -47,7 +46,7 @@ class Scheduler:
         *,
         remote: str | None = None,
         overwrite: bool = False,
-        peers: Peers | None = None,  # the other machines of a training
+        engine: Engine | None = None,  # where its processes run; by default this machine
     ) -> None:
         self._recipe, self._store, self._progress, self._stop = recipe, store, progress, stop
         upload = recipe.head.cache.upload
@@ -55,7 +54,7 @@ class Scheduler:
         self._mirror = Mirror(remote, note=progress.note, tick=self._stop.raise_if_requested, upload=upload)
         self._tracker = TrackerProcess(store.root, recipe.head.tracking.to)
         self._notifier = Notifier(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
-        self._peers = peers
+        self._engine = engine or LocalEngine()
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
         self._fork_server: ForkServer | None = None
 
@@ -89,10 +88,11 @@ class Scheduler:
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
         """The fork server for the remaining single-process stages, if they import anything slow."""
-        machines = self._peers.layout.machines if self._peers else 1
-        here = resources.process_count(self._recipe.head.parallel)
+        if self._engine.kind != "local":
+            return None
+        here = process_count(self._recipe.head.parallel)
         pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
-        left = (stage for stage in pending if _process_count(stage, here=here, machines=machines) == 1)
+        left = (stage for stage in pending if _process_count(stage, here=here) == 1)
         modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
         if not modules or not launch.can_fork():
             return None
@@ -211,11 +211,6 @@ class Scheduler:
         if self._mirror.offer(record, self._store.folder(record.kind, record.key)):
             self._progress.note(f"{name}: uploaded to the remote")
 
-    def _upload_inputs(self, entry: Entry, plan: Plan) -> None:
-        """Uploads the inputs of a stage if the machines that train it have separate caches."""
-        for source in [] if self._peers is None or self._peers.shares_cache else plan.inputs(entry.name):
-            self._upload(source, plan.record(source))
-
     def _make(self, entry: Entry, plan: Plan, log: IO[bytes]) -> float:
         """Makes the artifact of a stage, whose locks are held; returns the seconds it took."""
         stage, key = entry.stage, str(entry.key)
@@ -227,9 +222,7 @@ class Scheduler:
             self._recipe,
             self._store,
             log,
-            layout=self._peers.layout if self._peers else ALONE,
-            peers=self._peers,
-            offer=functools.partial(self._upload_inputs, entry, plan),
+            engine=self._engine,
             fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
         )
         result = stage_run.run(self._progress, self._stop, self._tracker, self._notifier)
@@ -266,9 +259,9 @@ class Scheduler:
         return True
 
 
-def _process_count(stage: Stage, *, here: int, machines: int) -> int:
-    """How many processes run a stage, if a training has `here` on each machine."""
-    return here * machines if stage.trains else here if stage.in_processes else 1
+def _process_count(stage: Stage, *, here: int) -> int:
+    """How many processes run a stage, if a training has `here`."""
+    return here if stage.trains or stage.in_processes else 1
 
 
 def _to_push(plan: Plan) -> dict[str, Record]:

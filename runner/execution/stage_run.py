@@ -7,39 +7,38 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import tomli_w
 
-from runner import resources
 from runner.artifacts import ERROR, METRICS, PAUSED, SCRATCH
 from runner.cache.store import Store
 from runner.credentials import redact
-from runner.errors import MachineLostError, PausedError, PeerFailedError, StageError
-from runner.execution import launch, liveness
-from runner.execution.fork_server import ForkedWorker
-from runner.execution.job import JOB, PREPARED, RESULT, STOP, Job
-from runner.execution.node_layout import ALONE, Layout
+from runner.engine import launch
+from runner.engine.interface import REFUSAL, REFUSED, Engine, Fork, Gang, Wish
+from runner.engine.job import JOB, PREPARED, RESULT, STOP, Job
+from runner.errors import PausedError, StageError
 from runner.execution.notifications import Notifier
-from runner.execution.peers import Peers
 from runner.execution.retry_policy import RetryPolicy
 from runner.execution.stop import StopRequest
 from runner.execution.watchdog import Watchdog
 from runner.graph import input_files, plain
+from runner.planning.code_digest import code_digest
 from runner.planning.outcomes import sweep_rows
 from runner.planning.plan import Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
-from runner.resources import available_cores
+from runner.resources import available_cores, process_count
 from runner.stage import Stage
 from runner.tracking.metrics_file import MetricsReader
 from runner.tracking.tracker_process import TrackerProcess
 
-PEER_FAULT_SECONDS = 5.0  # for the processes here to end after those of another machine
+ENDING_SECONDS = 5.0  # for the other nodes to end after the processes of one failed; torch's launcher waits for 300
 FULL_BYTES = 2**20  # with less free space, a worker may fail without an error message
 LOG_BYTES = 1 << 16  # at the end of a log, of which the last lines are shown
+PATIENCE_SECONDS = 3.0  # until the user is told what a stage waits for
 LOG_LINES = 12  # shown of a worker that died without an error message
 
 
@@ -54,16 +53,11 @@ class StageRun:
         store: Store,
         log: IO[bytes],
         *,
-        layout: Layout = ALONE,  # of the machines that train
-        peers: Peers | None = None,  # the other machines, on machine 0
-        offer: Callable[[], None] = lambda: None,  # uploads the stage's inputs for machines with separate caches
-        owns_scratch: bool = True,  # no other machine uses the same folder
-        fork: Callable[..., ForkedWorker] | None = None,  # starts a single worker
+        engine: Engine,
+        fork: Fork | None = None,  # starts a single worker
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
-        self._layout = layout if entry.stage.trains else ALONE
-        self._peers = peers if entry.stage.trains else None
-        self._offer, self._owns_scratch, self._fork = offer, owns_scratch, fork
+        self._engine, self._fork = engine, fork
         self._work = store.work(entry.stage, str(entry.key))
         self._scratch = self._work / SCRATCH
         self._cores = available_cores()
@@ -75,64 +69,31 @@ class StageRun:
         """
         stage, parallel = self._entry.stage, self._recipe.head.parallel
         self._relay = _MetricsRelay(MetricsReader(self._work / METRICS), progress, notifier, self._entry.name)
+        self._note = progress.note
         if stage.trains:
             tracker.follow(self._relay.reader, self._store.folder(stage, str(self._entry.key)) / METRICS, self._facts())
         self._prepare(stop)
+        per_node = process_count(parallel, gpus=self._engine.gpus_per_node())
         if not stage.trains:
-            processes = self._local if stage.in_processes else 1
-            self._launch_group(processes, ALONE, stop)
-            return {"processes": processes, **self._result()}
-        policy = RetryPolicy(self._scratch, parallel, processes=self._local * self._layout.machines)
-        if self._peers and self._peers.is_broken:
-            policy.processes = 1
+            processes = per_node if stage.in_processes else 1
+            return self._launch_group(processes, 1, stop)
+        policy = RetryPolicy(self._scratch, parallel, processes=per_node * parallel.nodes)
+        again = False
         while True:
-            processes = policy.processes
-            layout, peers = (self._layout, self._peers) if processes > 1 else (ALONE, None)
+            nodes = parallel.nodes if policy.processes > 1 else 1
             watchdog = Watchdog(self._scratch, minutes=parallel.stall_minutes)
             try:
-                if peers:
-                    self._begin_with(peers)
-                self._launch_group(processes, layout, stop, watchdog=watchdog, tick=peers.check if peers else None)
+                facts = self._launch_group(policy.processes, nodes, stop, watchdog=watchdog, again=again)
             except MachineError as fault:
-                cause = "; ".join([*(peers.causes() if peers else []), fault.cause])
-                then = policy.after_fault(cause, step=self._relay.step)
+                then = policy.after_fault(fault.cause, step=self._relay.step)
                 if then is None:
-                    raise MachineError(self._entry.name, cause, fault.details) from fault
-                text = f"{self._entry.name}: {cause}; it {then}"
+                    raise
+                text = f"{self._entry.name}: {fault.cause}; it {then}"
                 progress.note(text)
                 notifier.send(text)
-                if peers:
-                    peers.notify(text)
-                    if policy.processes == 1:
-                        peers.give_up()
+                again = True
             else:
-                machines = {"machines": layout.machines} if layout.machines > 1 else {}
-                faults = {"faults": policy.faults} if policy.faults else {}
-                return {"processes": processes, **machines, **faults, **self._result()}
-
-    def take_part(self, progress: RunView, stop: StopRequest, *, ready: Callable[[], None], tick: Callable[[], None]) -> None:
-        """This machine's part of one attempt at a training of machine 0: prepares, calls `ready`, launches its processes and
-        waits for their end.
-        """
-        self._relay = _MetricsRelay(MetricsReader(self._work / METRICS), progress, None, self._entry.name)
-        if self._owns_scratch:
-            self._prepare(stop)
-        ready()
-        self._launch_group(self._local * self._layout.machines, self._layout, stop, tick=tick)
-
-    def _begin_with(self, peers: Peers) -> None:
-        """Returns when all machines start the training."""
-        try:
-            peers.assemble()
-            self._offer()
-            peers.begin(self._entry.name, self._announcement())
-        except MachineLostError as lost:
-            self._raise(lost)
-
-    @cached_property
-    def _local(self) -> int:
-        """The number of processes of a training on this machine."""
-        return resources.process_count(self._recipe.head.parallel)
+                return facts | ({"faults": policy.faults} if policy.faults else {})
 
     def _prepare(self, stop: StopRequest) -> None:
         """Removes leftovers of an earlier run and runs `Stage.prepare`, before a training group forms."""
@@ -140,64 +101,62 @@ class StageRun:
         for name in (STOP, PAUSED):
             (self._scratch / name).unlink(missing_ok=True)
         if type(self._entry.stage).prepare is not Stage.prepare and not (self._scratch / PREPARED).exists():
-            self._launch(launch.plain_command(self._job(1), "--prepare"), stop, threads=self._cores)
+            self._launch(Wish(self._job(1, 1), threads=self._cores, arguments=("--prepare",)), stop)
             (self._scratch / PREPARED).touch()
 
     def _launch_group(
         self,
-        processes: int,  # of all machines
-        layout: Layout,
+        processes: int,  # on all nodes
+        nodes: int,
         stop: StopRequest,
         *,
         watchdog: Watchdog | None = None,
-        tick: Callable[[], None] | None = None,
-    ) -> None:
-        local = processes // layout.machines
-        command = launch.group_command(self._job(processes, layout), local, layout)
-        self._launch(command, stop, threads=max(1, self._cores // local), watchdog=watchdog, tick=tick)
-
-    def _announcement(self) -> dict[str, Any]:
-        """What the other machines need to check and take part in a training."""
-        above = [entry for entry in self._plan if entry.name in self._plan.above(self._entry.name)]
-        return {
-            "processes": self._local,
-            "identities": {entry.name: entry.identity for entry in (*above, self._entry) if entry.identity is not None},
-            "records": [entry.record.sealed.decode() for entry in above if entry.record is not None],
-        }
+        again: bool = False,
+    ) -> dict[str, Any]:
+        """Runs the processes of a stage to their end; returns what the record says of them and their result."""
+        stage, per_node = self._entry.stage, processes // nodes
+        wish = Wish(
+            self._job(processes, nodes),
+            nodes,
+            per_node,
+            threads=max(1, self._cores // per_node),
+            gpus=stage.trains or stage.in_processes,
+        )
+        facts = self._launch(wish, stop, watchdog=watchdog, again=again)
+        return {"processes": processes, **facts, **self._result()}
 
     def _result(self) -> dict[str, Any]:
         return dict(json.loads((self._scratch / RESULT).read_text(encoding="utf-8")))
 
     def _launch(
-        self,
-        command: list[str],
-        stop: StopRequest,
-        *,
-        threads: int,
-        watchdog: Watchdog | None = None,
-        tick: Callable[[], None] | None = None,
-    ) -> None:
-        """Runs a command to its end. Raises MachineError where a retry may help, KeyboardInterrupt after a request to stop."""
+        self, wish: Wish, stop: StopRequest, *, watchdog: Watchdog | None = None, again: bool = False
+    ) -> dict[str, Any]:
+        """Runs processes to their end; returns what the record says of their places. Raises MachineError where a retry may
+        help, KeyboardInterrupt after a request to stop.
+        """
         log_start = os.fstat(self._log.fileno()).st_size
-        for name in (RESULT, ERROR) if self._owns_scratch else ():
+        for name in (RESULT, ERROR):
             (self._scratch / name).unlink(missing_ok=True)
-        environment = launch.environment_of(threads)
-        peer_faults: list[tuple[float, StageError]] = []  # after one, the processes here end by themselves
+        gang = self._engine.start(replace(wish, code=code_digest(type(self._entry.stage))), log=self._log, fork=self._fork)
+        minutes = self._recipe.head.parallel.rejoin_minutes if again and wish.nodes > 1 else None
+        queue = _Queue(self._entry.name, self._note, minutes=minutes)
+        failed: list[float] = []  # when the processes of a node were seen to have failed
 
         def check() -> None:
             self._store.raise_if_lost(self._entry.stage, str(self._entry.key))
             if stop.requested:
                 (self._scratch / STOP).touch()
             self._relay.forward()
-            if tick and not peer_faults:
-                try:
-                    tick()
-                except StageError as error:
-                    peer_faults.append((time.monotonic(), error))
-            if peer_faults and time.monotonic() - peer_faults[0][0] > PEER_FAULT_SECONDS:
-                self._raise(peer_faults[0][1])
+            if queue.waits(gang):
+                return
+            if wish.nodes > 1 and (self._scratch / ERROR).exists():
+                failed.append(time.monotonic())
+                if failed[-1] - failed[0] > ENDING_SECONDS:
+                    raise self._failure(None, log_start)
+            if lost := gang.fault():
+                raise MachineError(self._entry.name, lost, f"(log: {self._log.name})")
             if watchdog and watchdog.is_too_quiet():
-                liveness.show_stacks(self._scratch)
+                gang.show_stacks()
                 raise MachineError(
                     self._entry.name,
                     f"a step has not ended for {duration(watchdog.quiet)}, so its processes are killed",
@@ -205,27 +164,21 @@ class StageRun:
                 )
 
         try:
-            with launch.started(command, log=self._log, environment=environment, fork=self._fork) as process:
-                code = launch.wait(process, tick=check, stopping=lambda: stop.requested)
+            code = launch.wait(gang, tick=check, stopping=lambda: stop.requested, at_once=lambda: gang.waits_for() is not None)
+            facts, lost = gang.facts(), gang.fault()
         finally:
-            liveness.end(self._scratch)
+            gang.end()
         self._relay.forward()
         if code == 0:
-            return
+            return facts
         if (self._scratch / PAUSED).exists():
             message = json.loads((self._scratch / PAUSED).read_text(encoding="utf-8"))["message"]
             raise PausedError(f"stage {self._entry.name!r}: {message}; run the same command to continue")
         if not (self._scratch / ERROR).exists():
             stop.raise_if_requested()
-        if peer_faults:
-            self._raise(peer_faults[0][1])
+        if lost:
+            raise MachineError(self._entry.name, lost, f"(log: {self._log.name})")
         raise self._failure(code, log_start)
-
-    def _raise(self, fault: StageError) -> NoReturn:
-        """Raises a fault of another machine, as MachineError if a retry may help."""
-        if isinstance(fault, MachineLostError) or (isinstance(fault, PeerFailedError) and fault.again):
-            raise MachineError(self._entry.name, str(fault), "") from fault
-        raise fault
 
     def _failure(self, code: int | None, log_start: int) -> StageError:
         """Why the workers failed: their own error message, else how they died and the end of their log."""
@@ -233,6 +186,8 @@ class StageRun:
         with log.open("rb") as file:
             file.seek(max(log_start, os.fstat(file.fileno()).st_size - LOG_BYTES))
             last = file.read().decode(errors="replace").splitlines()
+        if code == REFUSED and (refusal := next((line for line in last if line.startswith(REFUSAL)), None)):
+            return StageError(f"stage {name!r}: {refusal.removeprefix(REFUSAL)}")
         number = -code if code is not None and code < 0 else _signal_in("\n".join(last))
         if (self._scratch / ERROR).exists():
             error = json.loads((self._scratch / ERROR).read_text(encoding="utf-8"))
@@ -248,13 +203,12 @@ class StageRun:
         end = [f"Finished work is kept; the end of {log}:", *map(redact, last[-LOG_LINES:])]
         return MachineError(name, f"its worker {died}{hint}", "\n".join(end))
 
-    def _job(self, processes: int, layout: Layout = ALONE) -> Path:
-        """Writes the job file, one per machine since paths may differ; returns its path."""
-        path = self._scratch / (JOB if self._layout.is_main else f"job-{self._layout.rank}.json")
-        cores = self._cores * layout.machines
-        job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores).write(
-            path
-        )
+    def _job(self, processes: int, nodes: int) -> Path:
+        """Writes the job file; returns its path."""
+        path = self._scratch / JOB
+        cores = self._cores if self._engine.kind == "local" else None
+        job = job_of(self._entry, self._plan, self._recipe, self._store, work=self._work, processes=processes, cores=cores)
+        replace(job, nodes=nodes).write(path)
         return path
 
     def _facts(self) -> dict[str, Any]:
@@ -269,6 +223,30 @@ class MachineError(StageError):
     def __init__(self, stage: str, cause: str, details: str) -> None:
         super().__init__(f"stage {stage!r}: {cause}. {details}")
         self.cause, self.details = cause, details
+
+
+class _Queue:
+    """Tells once why the processes of a stage have not started, and gives up a retry that waits for too long."""
+
+    def __init__(self, name: str, note: Callable[[str], None], *, minutes: float | None) -> None:
+        self._name, self._note, self._minutes = name, note, minutes
+        self._begun = time.monotonic()
+        self._reason = ""
+        self._is_over = False
+
+    def waits(self, gang: Gang) -> bool:
+        """Whether they still wait; MachineError once a retry has waited for `minutes`."""
+        reason = None if self._is_over else gang.waits_for()
+        now = time.monotonic()
+        if reason is None:
+            self._is_over = True
+            return False
+        if reason and reason != self._reason and now - self._begun > PATIENCE_SECONDS:
+            self._note(f"{self._name}: waits for {reason}")
+            self._reason = reason
+        if self._minutes is not None and now - self._begun > 60 * self._minutes:
+            raise MachineError(self._name, f"its nodes did not start within {duration(60 * self._minutes)}: {reason}", "")
+        return True
 
 
 class _MetricsRelay:
@@ -287,7 +265,7 @@ class _MetricsRelay:
                 self._notifier.send(f"{self._name}: {line['action']}: {line.get('note') or line.get('text')}")
 
 
-def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int) -> Job:
+def job_of(entry: Entry, plan: Plan, recipe: Recipe, store: Store, *, work: Path, processes: int, cores: int | None) -> Job:
     """The job of a stage in the folder `work`; it names stages as the recipe does."""
     name, folder = entry.name, recipe.path.parent.resolve()
     records = plan.sources_read(name)

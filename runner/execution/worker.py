@@ -17,11 +17,11 @@ from pathlib import Path
 
 from llm.errors import InputError, Interrupted, Paused
 from runner.artifacts import ERROR, METRICS, PAUSED, SCRATCH
-from runner.execution import liveness
-from runner.execution.job import RESULT, STOP, Job
+from runner.engine import liveness
+from runner.engine.job import RESULT, STOP, Job
 from runner.execution.watchdog import Heartbeat
 from runner.files import write_whole
-from runner.resources import hardware, versions
+from runner.resources import available_cores, hardware, versions
 from runner.stage import Context, Parallel, Stage
 from runner.stages import stage_kinds
 from runner.tracking.curves import read_curves
@@ -124,7 +124,7 @@ def _open(job: Job, scratch: Path, rank: int) -> tuple[Stage, Context]:
         records=job.records,
         recipe=job.recipe,
         parallel=Parallel.model_validate(job.parallel),
-        cores=job.cores,
+        cores=job.cores or available_cores() * job.nodes,
         report=MetricsWriter(Path(job.work) / METRICS) if rank == 0 else lambda **values: None,
         should_stop=Heartbeat(scratch, (scratch / STOP).exists) if rank == 0 else (scratch / STOP).exists,
         data=job.data,

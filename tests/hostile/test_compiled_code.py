@@ -14,8 +14,8 @@ from llm.files import private_folder
 from llm.layers import fused_attention
 from runner import compiled_code
 from runner.cli import main
+from runner.engine import launch
 from runner.errors import StageError
-from runner.execution import launch
 from runner.options import store_of
 
 

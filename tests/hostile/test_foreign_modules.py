@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_recipe import Folder
 
-from runner.execution import launch
+from runner.engine import launch
 from runner.safe_path import PYTHON, safe_environment
 
 SHADOWED = {*sys.stdlib_module_names, *packages_distributions(), "sitecustomize", "usercustomize", "chat_template"}

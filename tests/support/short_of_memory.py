@@ -17,7 +17,7 @@ from llm.data.batch import Batch
 from llm.training.config import Budget
 from llm.training.loss import next_token_loss
 from llm.training.runtime import limit_memory
-from runner.execution.launch import _free_port
+from runner.engine.launch import free_port
 
 ROWS = 4  # of a step: two for each process
 STEPS = 6
@@ -79,7 +79,7 @@ def on_two_machines(folder: Path, cases: dict[str, dict[str, Any]]) -> tuple[lis
 
     They are started one by one, so nothing but themselves ends one when the other fails.
     """
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     started = [
         subprocess.Popen(

@@ -12,7 +12,7 @@ from tiny_release import tiny_checkpoint
 
 from llm.adapters import lora
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from runner.execution.launch import MEMORY
+from runner.engine.launch import MEMORY
 
 MOST = 1.3  # of the size of the checkpoint
 CHILD = """

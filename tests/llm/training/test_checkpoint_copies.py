@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llm.training.checkpoint import TrainingState, newest, read, write
-from runner.execution.launch import _free_port
+from runner.engine.launch import free_port
 
 PROCESS = """
 import sys
@@ -27,7 +27,7 @@ def test_a_checkpoint_is_copied_to_the_machine_that_lacks_it_and_to_no_other(tmp
     other = TrainingState(weights, {}, {"step": 7})
     write(folders[1], other, kept=2)  # of the same name, and not the same
     before = path.stat().st_mtime_ns
-    port = str(_free_port())
+    port = str(free_port())
     ranks = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

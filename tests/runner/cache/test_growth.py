@@ -69,8 +69,8 @@ def test_downloads_proofs_and_tokens_that_no_recent_run_uses_are_removed(tmp_pat
     kept = made(store, "kept")
     used = tmp_path / "published" / "a--b-1" / "recipe.toml"
     note(store, [kept.name], str(used))
-    gone = ["published/a--c-1/recipe.toml", "published/snapshots/a--c-1.json", f"proofs/{key_for('x')}.json", "machines/abc"]
-    new = ["published/a--d-1/recipe.toml", f"proofs/{key_for('y')}.json", "machines/abd"]
+    gone = ["published/a--c-1/recipe.toml", "published/snapshots/a--c-1.json", f"proofs/{key_for('x')}.json"]
+    new = ["published/a--d-1/recipe.toml", f"proofs/{key_for('y')}.json"]
     stay = [str(used.relative_to(tmp_path)), f"proofs/{kept.key}.json"]
     for name in [*gone, *new, *stay]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

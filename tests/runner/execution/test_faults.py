@@ -13,7 +13,7 @@ import pytest
 from small_recipe import Folder
 from watched_processes import wait_for
 
-from runner.execution import launch, liveness
+from runner.engine import launch, liveness
 from runner.execution.retry_policy import RetryPolicy
 from runner.execution.watchdog import COUNTED_SECONDS, FIRST_SECONDS, HEARTBEAT, Watchdog
 from runner.stage import Parallel

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.execution import launch
+from runner.engine import launch
 from runner.execution.fork_server import ForkedWorker, ForkServer
 
 pytestmark = pytest.mark.skipif(not launch.can_fork(), reason="workers are forked only on Linux, and where there is no GPU")

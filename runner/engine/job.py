@@ -28,8 +28,9 @@ class Job:
     recipe: str  # resolved, as TOML
     parallel: Mapping[str, Any]
     processes: int  # of the whole training
-    cores: int  # for all of them, on all machines
+    cores: int | None  # for all of them; None counts those of each node where it runs
     data: Mapping[str, Mapping[str, Any]]  # stage name -> field -> its input files; of every ancestor and itself
+    nodes: int = 1  # of the training
     settings: Sequence[Sequence[str]] = ()  # of the sweep whose best setting it reads: a header and one row per setting
     beginning: str | None = None  # the folder of an artifact of the same kind to continue from
     row_logs: str | None = None  # a folder in which each process of a training logs the rows it trained on

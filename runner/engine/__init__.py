@@ -1,0 +1,1 @@
+"""Engines: where the processes of stages run. This machine, a Slurm cluster or a Ray cluster, behind one interface."""

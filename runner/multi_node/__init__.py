@@ -1,1 +1,0 @@
-"""Training on several machines: one coordinates, the others take part."""
