@@ -17,7 +17,9 @@ from llm.tokenizer.tokenizer import ChatMessage, TextTokenizer
 _SYSTEM, _USER, _ASSISTANT, _AGAIN = "SYSTEMTEXT", "USERTEXT", "ASSISTANTTEXT", "SECONDTEXT"
 PARAMETERS = {"repetition_penalty": "repeat_penalty"}  # sampling fields that Ollama has under another name
 NO_TEMPLATE = """# No TEMPLATE: the model's chat template does more than Ollama can be told here, and Ollama does not run it.
-Chat by # llama.cpp, which does."""
+# Chat by llama.cpp, which does."""
+
+NO_SYSTEM = "# The model's chat template has no system turn: Ollama leaves out what SYSTEM or a chat says there."
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def modelfile(tokenizer: TextTokenizer, gguf: str, *, context: int, sampling: Sa
     frame = find_frame(tokenizer, adds_begin=adds_begin)
     lines = [f"FROM ./{gguf}"]
     if frame is not None:
+        if frame.system is None:
+            lines.append(NO_SYSTEM)
         lines.append(f'TEMPLATE """{frame.go_template()}"""')
     elif tokenizer.template is not None:
         lines.append(NO_TEMPLATE)
@@ -91,8 +95,9 @@ def find_frame(tokenizer: TextTokenizer, *, adds_begin: bool) -> ChatFrame | Non
     except InputError:
         return None
     try:
-        texts += [tokenizer.render(chat, add_generation_prompt=True) for chat in guided]
-        chats += guided
+        with_system = [tokenizer.render(chat, add_generation_prompt=True) for chat in guided]
+        if any(_SYSTEM in text for text in with_system):  # else the template drops it
+            texts, chats = texts + with_system, chats + guided
     except InputError:  # a template that refuses a system turn
         pass
     if not all(text.startswith(begin) for text in texts) or any(mark in text for text in texts for mark in ("{{", '"""')):

@@ -13,6 +13,7 @@ from typing import Any
 
 from llm.errors import InputError
 from llm.text.reasoning import split_reasoning
+from llm.text.tool_calls import OPEN, split_calls
 from llm.tokenizer.control_tokens import ControlTokens
 from llm.tokenizer.template_abilities import Abilities, with_think_block
 
@@ -36,6 +37,9 @@ def prepare(message: ChatMessage, control: ControlTokens, abilities: Abilities) 
     reasoning = message.get("reasoning_content")
     if role == "assistant" and reasoning is None:
         reasoning, content = split_reasoning(content)
+    calls = message.get("tool_calls")
+    if role == "assistant" and not calls and OPEN in content and abilities.calls is not None:
+        content, calls = split_calls(content)  # or what is one token in pretraining would be learned as text
     if control.is_risky(content):
         content = control.protected(content)
     fields: dict[str, Any] = {"role": role, "content": content}
@@ -46,7 +50,7 @@ def prepare(message: ChatMessage, control: ControlTokens, abilities: Abilities) 
             fields |= {name: control.protected(message[name]) for name in ("name", "tool_call_id") if message.get(name)}
         return PreparedMessage(fields)
     words = [content.strip()]
-    if calls := message.get("tool_calls"):
+    if calls:
         fields |= _calls(calls, control, abilities)
         fields["content"] = content or (abilities.calls.content if abilities.calls else "")
         words += [call["function"]["name"] for call in fields["tool_calls"]]

@@ -23,7 +23,7 @@ from runner.stages.fields.stored_dtype import StoredDtype, resolve_dtype
 from runner.stages.fields.training import is_main_process
 
 
-class LearnPreferences(PackedTraining, kind="dpo", version=3, makes=Checkpoint):
+class LearnPreferences(PackedTraining, kind="dpo", version=4, makes=Checkpoint):
     """Trains a model on pairs of answers, one of them preferred; the model before the training is the reference."""
 
     model: Semantic[Ref[Checkpoint]]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llm.training.validation import Validation
 
 
-class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=4, makes=Adapter):
+class TrainAdapter(RowTraining, AdapterFields, kind="lora", version=5, makes=Adapter):
     """Trains a LoRA adapter (Hu et al. 2021), which stock PEFT opens on the stock base."""
 
     imports = ("llm.training.trainer", "peft")

@@ -9,7 +9,7 @@ from runner.stages.fields.stored_dtype import StoredDtype, resolve_dtype
 from runner.stages.fields.training import is_main_process
 
 
-class FineTune(RowTraining, kind="sft", version=4, makes=Checkpoint):
+class FineTune(RowTraining, kind="sft", version=5, makes=Checkpoint):
     """Fine-tunes all weights of a model on prompts and responses, or on chats of many turns."""
 
     model: Semantic[Ref[Checkpoint]]

@@ -9,7 +9,7 @@ import foreign_models
 import pytest
 from tiny_release import PROMPTS, tiny_checkpoint
 
-from llm.export.ollama import NO_TEMPLATE, find_frame, modelfile
+from llm.export.ollama import NO_SYSTEM, NO_TEMPLATE, find_frame, modelfile
 from llm.models.import_checkpoint import import_checkpoint, inspect_checkpoint
 from llm.tokenizer.chat_template import ASSISTANT, END, SYSTEM, USER
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -184,6 +184,24 @@ def test_a_template_that_does_more_is_told(tokenizer: TextTokenizer) -> None:
     assert find_frame(own, adds_begin=False) is None
     text = modelfile(own, "m.gguf", context=128, sampling=GREEDY, adds_begin=False)
     assert text.startswith(f'FROM ./m.gguf\n{NO_TEMPLATE}\nPARAMETER stop "<|end|>"\n')
+
+
+@pytest.mark.parametrize("otherwise", ["{{ raise_exception('no') }}", ""])  # refused, or dropped without a word
+def test_a_template_without_a_system_turn_is_told(tokenizer: TextTokenizer, otherwise: str) -> None:
+    own = tokenizer.with_template(MISTRAL.replace("{{ raise_exception('no') }}", otherwise))
+    lines = modelfile(own, "m.gguf", context=128, sampling=GREEDY, adds_begin=False).splitlines()
+    assert lines[1] == NO_SYSTEM and lines[2].startswith("TEMPLATE")
+    frame = find_frame(own, adds_begin=False)
+    assert frame is not None and frame.system is None
+
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), "{% for m in messages %}{{ loop.index ~ m['content'] }}{% endfor %}"]
+)
+def test_every_line_of_a_modelfile_is_an_instruction_or_a_comment(tokenizer: TextTokenizer, template: str) -> None:
+    text = modelfile(tokenizer.with_template(template), "m.gguf", context=128, sampling=GREEDY, adds_begin=False)
+    outside = re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
+    assert all(line.startswith(("FROM ", "TEMPLATE ", "PARAMETER ", "#")) for line in outside.splitlines())
 
 
 def test_every_token_that_ends_an_answer_stops_ollama(tmp_path: Path) -> None:

@@ -101,6 +101,36 @@ def test_calls_of_tools_are_learned_and_their_results_are_not() -> None:
     ]
 
 
+def test_calls_in_the_text_of_an_answer_are_calls_where_the_template_writes_them() -> None:
+    two = [call("dose", of="a <b>"), call("stop")]
+    text = (
+        'Look.\n<tool_call>\n{"name": "dose", "arguments": {"of": "a <b>"}}\n</tool_call>\n'
+        '<tool_call>{"arguments": {}, "name": "stop"}</tool_call>'
+    )
+    tokenizer = tokenizer_with(HYBRID)
+    ids, mask = tokenizer.encode_chat([user("Dose?"), bot(text)])
+    assert (ids, mask) == tokenizer.encode_chat([user("Dose?"), bot("Look.", tool_calls=two)])
+    assert ids.count(tokenizer.token_id("<tool_call>")) == ids.count(tokenizer.token_id("</tool_call>")) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (HYBRID, '<tool_call>{"name": "dose"}</tool_call>'),
+        (HYBRID, "<tool_call>{dose}</tool_call>"),
+        (HYBRID, '<tool_call>{"name": "dose", "arguments": {}}</tool_call> is how it is written'),
+        (HYBRID, "The tag <tool_call> begins it."),
+        (CHATML, '<tool_call>{"name": "dose", "arguments": {}}</tool_call>'),  # whose template writes no calls
+    ],
+)
+def test_other_tags_of_calls_in_an_answer_are_text(template: str, text: str) -> None:
+    tokenizer = tokenizer_with(template)
+    ids, mask = tokenizer.encode_chat([user("Dose?"), bot(text)])
+    assert tokenizer.token_id("<tool_call>") not in ids
+    said = tokenizer.decode([token for token, learns in zip(ids, mask, strict=True) if learns])
+    assert text in said
+
+
 @pytest.mark.parametrize(
     ("template", "chat", "complaint"),
     [
