@@ -7,25 +7,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_models
 import pytest
 import torch
+from gguf import GGUFReader
 from hub_server import OWNER, TOKEN, Hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from llm.errors import InputError
 from llm.models.checkpoint import save_checkpoint
 from llm.models.decoder.config import DecoderConfig
 from llm.models.decoder.model import Decoder
+from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Release
 from runner.cache.store import digest_of
 from runner.errors import StageError
 from runner.hub.model_card import Model, languages_of, learned_from, model_card
 from runner.hub.target import repository_name
+from runner.input_files import InputFile
 from runner.stage import Context, EffectContext
+from runner.stages.checkpoint import ImportCheckpoint, ModelFolder
+from runner.stages.gguf import WriteGguf
 from runner.stages.publish import Publish
+from runner.stages.sft import FineTune
 
 # huggingface_hub 2.4 hands files to its HTTP client in a way that the client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -438,6 +447,46 @@ def test_a_release_is_pushed_once_and_opens_from_the_hub(hub: Hub, context: Cont
     model = AutoModelForCausalLM.from_pretrained(folder)
     output = model.generate(**tokenizer("The heart", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3)
     assert output.shape[1] >= 5
+
+
+def test_a_release_names_every_end_of_a_base_whose_own_end_is_not_that_of_the_chat(
+    make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    """As in Qwen and Gemma: documents end with one token, answers with another."""
+    source = foreign_models.smollm(tmp_path / "source")
+    number = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id("<|endoftext|>")
+    for file in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        fields = json.loads((source / file).read_text())
+        end = {"eos_token": "<|endoftext|>"} if file == "tokenizer_config.json" else {"eos_token_id": number}
+        (source / file).write_text(json.dumps(fields | end))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the heart", "response": "pumps"}) + "\n")
+    base = make_context("imported")
+    ImportCheckpoint.model_validate({"folder": ModelFolder("source", tmp_path)}).run(base)
+    tuned = make_context("tuned", inputs={"imported": base.work})
+    data = [{"files": InputFile("rows.jsonl", tmp_path)}]
+    sizes = {"context": 64, "batch_tokens": 64, "budget": {"steps": 1}, "schedule": {"learning_rate": 1e-3}, "seed": 1}
+    stage = FineTune.model_validate({"model": "imported", "data": data, **sizes})
+    stage.prepare(tuned)
+    stage.run(tuned)
+    gguf = make_context("gguf", inputs={"tuned": tuned.work})
+    WriteGguf.model_validate({"model": "tuned"}).run(gguf)
+    records = {"tuned": RECORDS["chat"], "gguf": record("gguf") | {"inputs": {"tuned": RECORDS["chat"]}}}
+    inputs = {"tuned": tuned.work, "gguf": gguf.work}
+    release = make_context("release", inputs=inputs, records=records, recipe=RECIPE.replace("tuned", "other"))
+    publish(model="tuned", scores=[], gguf="gguf").run(release)
+
+    tokenizer = TextTokenizer.load(release.work)
+    ends = [tokenizer.token_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert list(tokenizer.ends) == ends
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((release.work / file).read_text())["eos_token_id"] == ends
+    assert AutoTokenizer.from_pretrained(release.work).eos_token == "<|endoftext|>"
+    named = json.loads((release.work / "tokenizer_config.json").read_text())
+    assert [named["eos_token"], *named["extra_special_tokens"].values()] == ["<|endoftext|>", "<|im_end|>"]
+    found = GGUFReader(next(release.work.rglob("*.gguf"))).fields
+    assert [found[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")] == ends
+    lines = next(release.work.rglob("Modelfile")).read_text().splitlines()
+    assert [line for line in lines if "stop" in line] == ['PARAMETER stop "<|endoftext|>"', 'PARAMETER stop "<|im_end|>"']
 
 
 def test_a_failed_push_is_repeated(hub: Hub, context: Context, tmp_path: Path) -> None:
