@@ -114,7 +114,9 @@ def test_a_run_ends_with_its_scores_the_folder_of_the_model_and_the_next_command
     place, *commands = ending.splitlines()
     assert place == f"release: the model is in {artifact('release')}"
     rest = shlex.join([str(RECIPE), "--set", "description='with a space'", "--cache", str(cache)])
-    assert commands == [f"  run {command} {rest}" for command in ("chat", "report", "serve")]
+    recipe, _, others = rest.partition(" ")
+    predict = f"  run predict {recipe} new.csv --out labelled.csv {others}"
+    assert commands == [predict, *(f"  run {command} {rest}" for command in ("chat", "report", "serve"))]
 
 
 def test_no_secret_of_the_environment_is_in_the_cache_the_logs_aim_or_the_release(cache: Path) -> None:

@@ -165,6 +165,8 @@ def _print_scores(plan: "Plan") -> None:
 def _print_ending(options: argparse.Namespace, plan: "Plan") -> None:
     """Prints the scores, the folder of the model, and the commands that use it."""
     from runner.serving.models import finished_checkpoints
+    from runner.serving.predictions import task_of
+    from runner.stages.fields.eval_tasks.questions import ClassificationTask
 
     _print_scores(plan)
     if not (checkpoints := finished_checkpoints(plan)):
@@ -172,6 +174,9 @@ def _print_ending(options: argparse.Namespace, plan: "Plan") -> None:
     words = [str(options.recipe), *(word for override in options.overrides for word in ("--set", override))]
     words += _cache_words(options)
     print(f"\n{checkpoints[-1].name}: the model is in {checkpoints[-1].path}", file=sys.stderr)
+    if isinstance(task_of(plan.recipe, None), ClassificationTask):
+        recipe, *others = words
+        print(f"  {shlex.join(['run', 'predict', recipe, 'new.csv', '--out', 'labelled.csv', *others])}", file=sys.stderr)
     for command in ("chat", "report", "serve"):
         print(f"  {shlex.join(['run', command, *words])}", file=sys.stderr)
 

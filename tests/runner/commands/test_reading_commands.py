@@ -2,6 +2,8 @@
 
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,12 @@ def test_run_alone_names_the_first_commands_and_the_recipes(capsys: pytest.Captu
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert (main(["--version"]), capsys.readouterr().out) == (0, f"stockpot {version('stockpot')}\n")
+
+
+def test_windows_is_told_of_wsl() -> None:
+    code = "import os; os.name = 'nt'; import runner"  # all that the check reads
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "use WSL" in done.stderr.splitlines()[-1]
 
 
 def test_a_recipe_is_found_by_its_name_here_then_in_recipes_then_among_the_shipped(
