@@ -3,7 +3,9 @@
 import os
 
 if os.name == "nt":  # locks, forks and signals are those of POSIX
-    raise ImportError("Stockpot: expected Linux or macOS, got Windows; use WSL (`wsl --install`), where it is the same as on Linux")
+    raise ImportError(
+        "Stockpot: expected Linux or macOS, got Windows; use WSL (`wsl --install`), where it is the same as on Linux"
+    )
 
 from runner.safe_path import leave_current_folder
 

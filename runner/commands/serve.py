@@ -71,6 +71,7 @@ def main(options: argparse.Namespace) -> int:
     from llm.errors import InputError
     from llm.inference.sampling import Sampling
     from runner.serving.reasoning import thinking_fault
+    from runner.serving.samples import sample_prompts
     from runner.serving.server import Server, ServerConfig
 
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
@@ -96,6 +97,7 @@ def main(options: argparse.Namespace) -> int:
         queue=options.queue,
         api_key=key or None,
         hosts=tuple(_hosts(options.host, options.allow_host)),
+        samples=tuple(sample_prompts(recipe)),
     )
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(

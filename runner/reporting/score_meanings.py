@@ -4,6 +4,8 @@ MEANINGS = {
     "accuracy": "share of the rows whose answer is right; 1 is best",
     "accuracy_per_byte": "the same, where a choice's likelihood is divided by its length; 1 is best",
     "macro_f1": "mean over the labels of F1, which counts wrong hits and misses; rare labels weigh as much; 1 is best",
+    "micro_f1": "F1 over all labels of all rows together, so that frequent labels weigh more; 1 is best",
+    "subset_accuracy": "share of the rows of which all labels are right, none missing and none too many; 1 is best",
     "ece": "how far stated probabilities are from how often they are right, on average; 0 is best",
     "perplexity": "among how many equally likely tokens the model chooses; lower is better, for models of one tokenizer",
     "bits_per_byte": "bits that the model needs for a byte of the text; lower is better, and comparable between all models",

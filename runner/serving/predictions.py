@@ -196,8 +196,8 @@ def _with_threshold(
     return replace(labels, threshold=threshold)
 
 
-def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[tuple[str, ...]]]:
-    """The prompts of the task's own rows, at most CALIBRATED_ON spread evenly, and their labels."""
+def prompts_of(task: ChatTask) -> list[tuple[list[Turn], tuple[str, ...]]]:
+    """The prompts of the task's own rows, at most CALIBRATED_ON spread evenly, each with its labels."""
     from llm.data.chat_dataset import read_turns
     from llm.text.selection import evenly_spaced
 
@@ -205,7 +205,12 @@ def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[tuple[str, ...]]
     usable = [(turns[:-1], labels) for _, turns, _, labels in rows if not isinstance(turns, InputError)]
     if not usable:
         raise InputError(f"{task.files.pattern}: expected rows of the task {task.name!r}, got none that can be used")
-    chosen = evenly_spaced(usable, min(CALIBRATED_ON, len(usable)))
+    return evenly_spaced(usable, min(CALIBRATED_ON, len(usable)))
+
+
+def _known_rows(task: ChatTask) -> tuple[list[list[Turn]], list[tuple[str, ...]]]:
+    """The prompts of the task's own rows, and their labels."""
+    chosen = prompts_of(task)
     return [turns for turns, _ in chosen], [labels for _, labels in chosen]
 
 

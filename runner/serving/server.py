@@ -52,6 +52,7 @@ class ServerConfig:
     queue: int = 16  # requests that may wait
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # accepted Host headers
     api_key: str | None = None
+    samples: tuple[str, ...] = ()  # prompts to try on the page
 
 
 class RefusedError(Exception):
@@ -82,6 +83,7 @@ class Server:
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
+            Route("/samples", self.samples),
             Route("/v1/models", self.models),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
@@ -98,6 +100,11 @@ class Server:
     async def health(self, request: HttpRequest) -> Response:
         """`GET /health`, with the number of requests that run or wait."""
         return JSONResponse({"status": "ok", "answers": self._active})
+
+    async def samples(self, request: HttpRequest) -> Response:
+        """`GET /samples`, prompts to try; with the key, since they are rows of somebody."""
+        self._check_key(request)
+        return JSONResponse({"prompts": list(self._config.samples)})
 
     async def models(self, request: HttpRequest) -> Response:
         """`GET /v1/models`."""

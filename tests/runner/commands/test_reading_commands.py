@@ -1,9 +1,9 @@
 """The commands that only read: compare, graph, list."""
 
-import xml.etree.ElementTree as ElementTree
-from importlib.metadata import version
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest

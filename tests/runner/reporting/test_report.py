@@ -15,6 +15,7 @@ from runner.recipe.recipe import load_recipe
 from runner.reporting.graph_drawing import as_text
 from runner.reporting.report import RunReport, as_html, as_markdown
 from runner.reporting.score_meanings import MEANINGS
+from runner.stage import Ref
 from runner.stages.fields.eval_tasks.multiple_choice import MultipleChoiceTask
 from runner.stages.fields.eval_tasks.questions import AnswersTask, ClassificationTask, ComparisonTask, TextTask
 
@@ -94,10 +95,16 @@ def test_a_score_has_its_meaning_beside_it_where_it_is_known(report: RunReport) 
 
 
 def test_every_score_of_a_task_has_a_meaning() -> None:
-    tasks = (TextTask, ClassificationTask, MultipleChoiceTask, ComparisonTask)
-    names = {name for task in tasks for name in task.metrics}
-    answers = AnswersTask(name="a", task="answers", files=InputFile("rows.jsonl", Path()))
-    assert names | set(answers.metrics) <= set(MEANINGS)
+    file: Any = {"name": "a", "files": InputFile("rows.jsonl", Path())}
+    tasks = [
+        TextTask(task="text", **file),
+        ClassificationTask(task="classification", **file),
+        ClassificationTask(task="classification", multi_label=",", **file),
+        MultipleChoiceTask(task="multiple_choice", **file, answer="answer"),
+        AnswersTask(task="answers", **file),
+        ComparisonTask(task="compare", against=Ref("base"), **file),
+    ]
+    assert {name for task in tasks for name in task.metrics} == set(MEANINGS)
 
 
 def test_in_a_drawing_as_text_a_stage_stands_under_one_that_it_reads(plan: Plan) -> None:
