@@ -2,15 +2,22 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 from llm.errors import InputError
+from llm.models.checkpoint import save_checkpoint
+from llm.models.decoder.config import DecoderConfig
+from llm.models.decoder.model import Decoder
+from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Scores
+from runner.cli import main
 from runner.gates import EvaluationResult, Gate, judge
 from runner.input_files import InputFile
 from runner.recipe.recipe import load_recipe
@@ -96,3 +103,38 @@ gates = [{{ score = "kinds.macro_f1", at_least = 0.0, above = "baseline" }}]
 """
     )
     assert set(load_recipe(tmp_path / "recipe.toml").stages) == {"model", "baseline", "scores"}
+
+
+def test_a_model_that_ends_below_it_is_told_by_how_much_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count, seed in (("train", 200, 1), ("test", 60, 2)):
+        rows(tmp_path / f"{name}.jsonl", count, seed)
+    tokenizer = train_bpe([" ".join(TOPICS.values())], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+    tokenizer.save(tmp_path / "model")
+    torch.manual_seed(0)
+    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
+    save_checkpoint(tmp_path / "model", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "model")
+    task = 'name = "kinds", task = "classification", files = "test.jsonl", prompt = "{text}", response = "{label}"'
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+name = "x"
+[stage.model]
+kind = "checkpoint"
+folder = "model"
+[stage.words]
+kind = "baseline"
+data = [{{ files = "train.jsonl", prompt = "{{text}}", response = "{{label}}" }}]
+tasks = [{{ {task} }}]
+[stage.scores]
+kind = "evaluate"
+model = "model"
+tasks = [{{ {task} }}]
+gates = [{{ score = "kinds.macro_f1", at_least = 0.0, above = "words" }}]
+"""
+    )
+    assert main([str(tmp_path / "recipe.toml"), "--cache", str(tmp_path / "cache")]) == 4
+    told = capsys.readouterr().err
+    found = re.search(r"scores: (\S+) below words, which knows nothing but words(.*)", told)
+    assert found is not None and float(found[1]) > 0.4 and "More rows help most" in found[2]
+    assert "may be chance" not in found[2], "so large a difference of 60 rows is none"
