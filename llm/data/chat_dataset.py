@@ -5,12 +5,12 @@ rows, the tokenizer makes tokens and the loss mask from turns, and `llm.data.pac
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llm.data.class_weights import ClassWeights, class_factors
 from llm.data.conversations import PreferenceTemplate, Template, TextTemplate
 from llm.data.packing import STATISTICS, StreamWriter
 from llm.data.truncation import Long, Stream, fit, fit_all, windows
@@ -24,13 +24,11 @@ from llm.tokenizer.messages import Chat
 from llm.tokenizer.tokenizer import ChatPart, TextTokenizer
 
 _BATCH = 1024  # rows tokenized at a time
-MOST_LABELS = 1000  # that may be balanced: rows with more answers than this are no labels
 MANY_CUT = 0.05  # share of the rows above which a cut is a warning
 SHORTEST_ROW = 64  # positions
 
 
 Reasoning = Literal["all", "last", "none"]
-ClassWeights = Literal["balanced"] | Mapping[str, float]  # by the text of the answer
 
 
 @dataclass(frozen=True)
@@ -165,27 +163,6 @@ def write_rows(
             report(note=cut)
         (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
     return statistics
-
-
-def class_factors(answers: Sequence[tuple[str, float]], weights: ClassWeights) -> dict[str, float]:
-    """How often the targets of each label count; `answers` are the labels of rows, with how often each counts.
-
-    "balanced" is rows / (labels * rows of the label), so that all labels count alike and the mean over the rows is 1 (King and
-    Zeng 2001, and `class_weight` of scikit-learn). InputError for a weight of a label that no row has.
-    """
-    rows: Counter[str] = Counter()
-    for answer, count in answers:
-        rows[answer] += count  # type: ignore[assignment]  # a fraction, of rows with several labels
-    if weights != "balanced":
-        if unknown := sorted(set(weights) - set(rows)):
-            seen = ", ".join(map(repr, sorted(rows)[:20]))
-            raise InputError(f"class_weights: expected labels of the rows, {seen}, got {unknown[0]!r}")
-        return {answer: weights.get(answer, 1.0) for answer in rows}
-    if len(rows) > MOST_LABELS:
-        raise InputError(
-            f"class_weights: expected rows with labels, at most {MOST_LABELS:,} different ones, got {len(rows):,} answers"
-        )
-    return {answer: rows.total() / (len(rows) * count) for answer, count in rows.items()}
 
 
 def cut_sentence(counts: Mapping[str, int], context: int) -> str | None:

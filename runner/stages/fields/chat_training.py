@@ -14,7 +14,7 @@ from runner.stages.fields.training import TrainingStage
 
 if TYPE_CHECKING:
     from llm.data.batch import RowSource
-    from llm.data.chat_dataset import ClassWeights
+    from llm.data.class_weights import ClassWeights
     from llm.models.interface import LanguageModel
     from llm.training.loss import Objective
     from llm.training.validation import Validation

@@ -16,7 +16,8 @@ from runner.stage import Context, Semantic, Spec
 from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
-    from llm.data.chat_dataset import ClassWeights, Reasoning
+    from llm.data.chat_dataset import Reasoning
+    from llm.data.class_weights import ClassWeights
     from llm.tokenizer.tokenizer import TextTokenizer
 
 

@@ -43,7 +43,7 @@ def test_the_report_has_scores_by_class_the_confusion_matrix_and_the_surest_mist
     done = run(finished, "report", "recipe.toml", "--out", "report.html")
     assert done.returncode == 0, done.stderr
     page = (finished / "report.html").read_text()
-    assert "By class: words: kinds" in page and "<td>a&lt;b</td>" in page and "% sure)" in page
+    assert "By class: words: kinds" in page and ">a&lt;b</td>" in page and "% sure)" in page
     (picture,) = re.findall(r'<svg[^>]*class="confusion".*?</svg>', page, re.DOTALL)
     drawing = ElementTree.fromstring(picture)
     assert [one.text for one in drawing.iter() if one.tag.endswith("text") and one.text and one.text.isdigit()] == [
