@@ -6,19 +6,21 @@ of rows each source has had its share of them, to within one row.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from llm.data.batch import PackedRow, RowSource
-from llm.data.chat_dataset import Counts, read_turns
+from llm.data.chat_dataset import read_turns
+from llm.data.chat_parts import Counts
 from llm.data.conversations import TextTemplate
 from llm.data.packing import STATISTICS
-from llm.data.token_shards import TokenWriter
+from llm.data.token_shards import SHARD_TOKENS, TokenWriter
 from llm.errors import InputError, Interrupted
-from llm.files import whole_folder
 from llm.text.attribution import count_value
 from llm.text.selection import in_batches
 from llm.tokenizer.tokenizer import TextTokenizer
@@ -85,16 +87,19 @@ def write_texts(
     tokenizer: TextTokenizer,
     context: int,
     skip_bad: bool,
+    shard_tokens: int = SHARD_TOKENS,
     report: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Write the texts of `files` as token shards, and statistics, into `folder`, which is complete once it exists."""
-    count = Counts()
-    with (
-        whole_folder(folder) as temporary,
-        TokenWriter(temporary, vocab_size=tokenizer.vocab_size, context=context, padding=tokenizer.padding) as writer,
-    ):
-        for texts in in_batches(_texts(files, template, count, skip_bad=skip_bad), _BATCH):
+    """Write the texts of `files` as token shards, and statistics, into `folder`, which is complete once it exists. A run that
+    was killed goes on after its last complete shard, which is beside `folder` until then.
+    """
+    count, parts = Counts(), folder.with_name(f"{folder.name}.parts")
+    about = {"vocab_size": tokenizer.vocab_size, "context": context, "padding": tokenizer.padding}
+    with TokenWriter(parts, **about, shard_tokens=shard_tokens) as writer:
+        remaining = _texts(files, template, count, skip_bad=skip_bad)
+        deque(islice(remaining, writer.documents), maxlen=0)
+        for texts in in_batches(remaining, _BATCH):
             for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
                 writer.append(ids, passes=1, text_bytes=len(text.encode()))
             report(done=writer.documents, unit="texts")
@@ -104,7 +109,8 @@ def write_texts(
             raise InputError(f"{', '.join(map(str, files))}: expected texts to mix in, got none")
         count.learned_tokens = writer.tokens
         writer.finish()
-        (temporary / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
+    (parts / STATISTICS).write_text(json.dumps({"tables": [asdict(count)]}, indent=2), encoding="utf-8")
+    parts.rename(folder)
 
 
 def _texts(files: Sequence[Path], template: TextTemplate, count: Counts, *, skip_bad: bool) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -40,29 +40,39 @@ class LocalProcesses:
             yield from map(function, chain(first, shards))
             return
         # Spawned, not forked: the caller may have threads.
-        pool = ProcessPoolExecutor(self.cores, multiprocessing.get_context("spawn"), initializer=_enter)
+        # A process gets the function once: it may have a large argument, such as a tokenizer.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.cores, context, initializer=_enter, initargs=(function,))
         in_flight: deque[Future[R]] = deque()
         try:
             for shard in chain(first, shards):
-                in_flight.append(pool.submit(function, shard))
+                in_flight.append(pool.submit(_work, shard))
                 if len(in_flight) > 2 * self.cores:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process of the corpus stage was killed, most likely because memory ran out; finished shards are kept: set "
+                "a process that prepares text was killed, most likely because memory ran out; what is finished is kept: set "
                 "STOCKPOT_CORES to fewer cores and run again"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _enter() -> None:
+_functions: list[Callable[[Any], Any]] = []  # of a new process: what it does with a shard
+
+
+def _enter(function: Callable[[Any], Any]) -> None:
     """Set up a new process: leave Ctrl-C to its parent, use one thread, and exit when the parent exits."""
+    _functions.append(function)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = "1"  # else rensa starts a thread per core in each process
+    os.environ["RAYON_NUM_THREADS"] = "1"  # else rensa and tokenizers start a thread per core in each process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(shard: Any) -> Any:
+    return _functions[-1](shard)
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,8 @@ from llm.text.readers import AS_FOUND, FileFormat, read_rows
 from llm.text.readers.rows import FileRow
 from llm.text.templates import split_text
 
+ROW_BYTES = 32  # that a row takes however short it is
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -40,17 +42,23 @@ def cut_into_shards(sources: Iterable[Source], shard_bytes: int) -> Iterator[Sha
     """All rows of all sources, in order, in shards of about `shard_bytes` bytes; a shard has rows of one source."""
     index = 0
     for number, source in enumerate(sources):
-        rows: list[FileRow] = []
-        size = 0
-        for row in rows_of(source):
-            rows.append(row)
-            size += _size(row)
-            if size >= shard_bytes:
-                yield Shard(index, number, rows)
-                index, rows, size = index + 1, [], 0
-        if rows:
+        for rows in rows_by_size(rows_of(source), shard_bytes):
             yield Shard(index, number, rows)
             index += 1
+
+
+def rows_by_size(rows: Iterable[FileRow], size: int) -> Iterator[list[FileRow]]:
+    """The rows as lists of about `size` bytes each."""
+    found: list[FileRow] = []
+    filled = 0
+    for row in rows:
+        found.append(row)
+        filled += _size(row.content) + ROW_BYTES
+        if filled >= size:
+            yield found
+            found, filled = [], 0
+    if found:
+        yield found
 
 
 def rows_of(source: Source) -> Iterator[FileRow]:
@@ -65,7 +73,13 @@ def _all_rows(source: Source) -> Iterator[FileRow]:
     yield from read_rows(source.files, {*split_text(source.text)[1::2], *source.where}, source.form)
 
 
-def _size(row: FileRow) -> int:
-    if isinstance(row.content, dict):
-        return sum(len(value) for value in row.content.values() if isinstance(value, str)) + 1
-    return len(row.content) + 1
+def _size(value: Any) -> int:
+    """Bytes or characters in a value of JSON, or in a line of it."""
+    match value:
+        case str() | bytes():
+            return len(value)
+        case list() | tuple():
+            return sum(_size(item) for item in value) + len(value)
+        case Mapping():
+            return sum(len(str(name)) + _size(of_it) for name, of_it in value.items())
+    return 1

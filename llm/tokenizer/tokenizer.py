@@ -9,7 +9,6 @@ special tokens and the template beside it.
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -119,17 +118,24 @@ class TextTokenizer:
         return self._changed(_learns_empty_think=True)
 
     def _changed(self, **attributes: Any) -> Self:
-        other = copy(self)
-        for name in _DERIVED:
-            other.__dict__.pop(name, None)
-        other.__dict__.update(attributes)
+        other = object.__new__(type(self))
+        other.__dict__.update({name: value for name, value in vars(self).items() if name not in _DERIVED} | attributes)
         return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which gets the files' content and derives the rest again."""
+        return _restored, (type(self), self._whole().to_str(), self._named, self.template, self.ends, self._learns_empty_think)
+
+    def _whole(self) -> Tokenizer:
+        """A copy, with the part that adds special tokens."""
+        whole = Tokenizer.from_str(self._marked.to_str())
+        whole.post_processor = self._post_processor
+        return whole
 
     def with_words(self, words: Sequence[str]) -> Self:
         """The same tokenizer with each of `words` as a token of its own, wherever it occurs."""
-        whole = Tokenizer.from_str(self._marked.to_str())
+        whole = self._whole()
         whole.add_tokens([AddedToken(word, normalized=False) for word in words])
-        whole.post_processor = self._post_processor
         return type(self)(whole, self._named, self.template, ends=self.ends)
 
     def within(self, rows: int) -> Self:
@@ -312,9 +318,7 @@ class TextTokenizer:
             "model_max_length": NO_LENGTH_LIMIT,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        whole = Tokenizer.from_str(self._marked.to_str())
-        whole.post_processor = self._post_processor
-        write_text(folder / TOKENIZER_FILE, whole.to_str(pretty=True))
+        write_text(folder / TOKENIZER_FILE, self._whole().to_str(pretty=True))
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def _ends_of_turns(self) -> dict[str, Any]:
@@ -323,6 +327,19 @@ class TextTokenizer:
         tokens = [self._marked.id_to_token(end) or "" for end in self.ends[1:]]
         named = dict(zip(ENDS_OF_TURNS, tokens, strict=False))
         return {"extra_special_tokens": named} if named else {}
+
+
+def _restored(
+    made: type[TextTokenizer],
+    stored: str,
+    named: Mapping[str, str],
+    template: str | None,
+    ends: Sequence[int],
+    learns_empty_think: bool,
+) -> TextTokenizer:
+    """A tokenizer that came from another process."""
+    tokenizer = made(Tokenizer.from_str(stored), named, template, ends=ends)
+    return tokenizer.with_empty_think_learned() if learns_empty_think else tokenizer
 
 
 @contextlib.contextmanager

@@ -178,7 +178,8 @@ def _packed(folder: Path, count: int, *, seed: int) -> Iterator[Text]:
 
 
 def _chats(stage: PackedTraining, tokenizer: "TextTokenizer", count: int) -> Iterator[Text]:
-    from llm.data.chat_dataset import fitted_groups, read_chats, with_reasoning
+    from llm.data.chat_dataset import read_chats
+    from llm.data.chat_parts import fitted_groups, with_reasoning
     from llm.errors import InputError
 
     if stage.learn_empty_think:

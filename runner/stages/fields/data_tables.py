@@ -16,7 +16,7 @@ from runner.stage import Context, Semantic, Spec
 from runner.stages.fields.reading import PartOfRows, Reading, form_of
 
 if TYPE_CHECKING:
-    from llm.data.chat_dataset import Reasoning
+    from llm.data.chat_parts import Reasoning
     from llm.data.class_weights import ClassWeights
     from llm.tokenizer.tokenizer import TextTokenizer
 
@@ -155,7 +155,9 @@ def pack_tables(
     class_weights: "ClassWeights | None" = None,
 ) -> None:
     """Pack `tables` into the folder `name` of scratch, unless it exists."""
-    from llm.data.chat_dataset import Table, write_rows
+    from llm.data.chat_dataset import write_rows
+    from llm.data.chat_parts import Table
+    from llm.text.executor import LocalProcesses
 
     if (context.scratch / name).exists():
         return
@@ -178,6 +180,7 @@ def pack_tables(
         longest_row=longest_row,
         row_length=row_length,
         class_weights=class_weights,
+        executor=LocalProcesses(context.cores),
         report=context.report,
         should_stop=context.should_stop,
     )

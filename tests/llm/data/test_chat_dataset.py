@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm.data.batch import IGNORE, PackedRow
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.data.conversations import Template
 from llm.data.packing import PackedRows
 from llm.data.truncation import fit, fit_all, windows

@@ -1,7 +1,9 @@
 """Mixtures of sources of rows: the share of each, and the order."""
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from llm.data.batch import IGNORE, PackedRow
 from llm.data.conversations import TextTemplate
 from llm.data.mixture import JoinedRows, mixed, write_texts
 from llm.data.token_rows import TokenRows
-from llm.errors import InputError
+from llm.errors import InputError, Interrupted
 from llm.tokenizer.train_bpe import train_bpe
 
 
@@ -76,3 +78,32 @@ def test_texts_become_rows_of_separate_documents_with_every_token_a_target(tmp_p
     assert {8, 16, 24} <= set(borders.tolist())  # parts never share a document
     assert sorted(set(row.documents.tolist())) == list(range(row.documents.max() + 1))
     assert (row.targets != IGNORE).sum() > 16
+
+
+def test_texts_that_are_tokenized_are_not_tokenized_again_after_a_stop(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"the heart pumps {number}"}) + "\n" for number in range(1000)]
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    tokenizer = train_bpe(["the heart pumps blood"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
+
+    def write(name: str, **options: Any) -> list[int]:
+        done: list[int] = []
+        given: dict[str, Any] = {"should_stop": lambda: False, "shard_tokens": 500, **options}
+        given |= {
+            "tokenizer": tokenizer,
+            "context": 8,
+            "skip_bad": False,
+            "report": lambda **values: done.append(values["done"]),
+        }
+        write_texts(tmp_path / name, [tmp_path / "text.jsonl"], TextTemplate("text"), **given)
+        return done
+
+    whole = write("whole")
+    stops = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        write("stopped", should_stop=lambda: next(stops))
+    assert not (tmp_path / "stopped").exists()
+    resumed = write("stopped")
+    assert len(resumed) < len(whole) and resumed[-1] == whole[-1] == 1000
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes() for name in names)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.data.conversations import NONE, Template, labels_of
 from llm.data.packing import PackedRows
 from llm.data.turn import Turn

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm.data.batch import IGNORE
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.data.conversations import Template
 from llm.data.packing import PackedRows
 from llm.errors import InputError

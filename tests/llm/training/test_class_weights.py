@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from llm.data.batch import IGNORE, Batch, collate
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.data.class_weights import class_factors
 from llm.data.conversations import Template
 from llm.data.mixture import mixed

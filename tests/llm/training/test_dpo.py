@@ -12,7 +12,8 @@ from tiny_training import POSITIONS, packed_pairs, tiny_model, tiny_training, wi
 from torch import Tensor
 
 from llm.data.batch import IGNORE, Batch, collate
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.data.conversations import PreferenceTemplate
 from llm.data.packing import PackedRows, has_reference
 from llm.errors import InputError, Interrupted

@@ -130,7 +130,8 @@ from pathlib import Path
 import runner.stages.sft, runner.stages.lora, runner.stages.merge
 heavy = {{"torch", "numpy", "transformers", "peft"}} & set(sys.modules)
 assert not heavy, heavy
-from llm.data.chat_dataset import Table, write_rows
+from llm.data.chat_dataset import write_rows
+from llm.data.chat_parts import Table
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.data.conversations import Template
 write_rows(
