@@ -43,7 +43,7 @@ class SourceSpec(Spec):
 
     files: Semantic[InputFile | None] = None
     """A path, glob or folder: .jsonl, .json, .csv, .tsv, .txt, .md (each also .gz or .zst), .xlsx, .ods, .parquet, .docx or
-    .pdf. A file of .txt, .md, .docx or .pdf is one document."""
+    .pdf. A file of .txt, .md, .docx or .pdf is one document; a text of more than 5,000,000 characters is several."""
     read: Semantic[Reading | None] = None
     """How to read the files where they do not tell it: encoding, delimiter, sheet."""
     hub: Semantic[str | None] = None
@@ -88,7 +88,7 @@ class SourceSpec(Spec):
         return self.split if isinstance(self.split, PartOfRows) else None
 
 
-class MakeCorpus(Stage, kind="corpus", version=1, makes=Corpus):
+class MakeCorpus(Stage, kind="corpus", version=2, makes=Corpus):
     """Reads, cleans, deduplicates and splits text."""
 
     sources: Semantic[Annotated[list[SourceSpec], Field(min_length=1)]]

@@ -3,7 +3,8 @@
 * `.jsonl`, `.ndjson`: one JSON object a line; `.json`: an array of objects, or objects one after the other
 * `.csv`, `.tsv`, `.xlsx`, `.xls`, `.ods`: the first row names the fields; in `.tsv` a quotation mark is plain text
 * `.parquet`
-* `.txt`, `.md`, `.docx`, `.pdf`: the whole file is one document, in the field `text`
+* `.txt`, `.md`, `.docx`, `.pdf`: the whole file is one document, in the field `text`; a text of more than five million
+  characters is several
 
 Text files may also have `.gz` or `.zst`. Reading is sequential and cheap: a line of JSON is parsed by `FileRow.fields`, so
 that other processes may do it.
@@ -16,17 +17,17 @@ from pathlib import Path
 from llm.errors import InputError
 from llm.text.readers.json_values import read_json
 from llm.text.readers.office import docx_text, pdf_text
-from llm.text.readers.rows import FileRow, RowFault, not_utf8
+from llm.text.readers.plain import read_text
+from llm.text.readers.rows import FileRow, RowFault
 from llm.text.readers.split import Split, rows_of_part
 from llm.text.readers.streams import lines, text_encoding
 from llm.text.readers.tables import read_csv, read_parquet, read_sheet, read_tsv
 
-WHOLE = (".txt", ".md", ".docx", ".pdf")  # one document each
+WHOLE = (".txt", ".md", ".docx", ".pdf")  # documents, not rows
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")  # may be compressed
 SUFFIXES = (*TEXT, ".xlsx", ".xls", ".ods", ".parquet", ".docx", ".pdf")
 GUESSED = (".csv", ".tsv", ".txt", ".md")  # the encoding is found; JSON is UTF-8 by its standard
 COMPRESSED = (".gz", ".zst")
-LONGEST_TEXT = 128 << 20  # bytes of a file that is one document
 MOST_EMPTY_LINES = 1_000_000  # one after the other
 
 
@@ -114,7 +115,7 @@ def _rows(path: Path, wanted: set[str] | None, form: FileFormat) -> Iterator[Fil
         case ".parquet":
             return read_parquet(path, wanted)
         case ".txt" | ".md":
-            return _whole_text(path, form.encoding or text_encoding(path))
+            return read_text(path, form.encoding or text_encoding(path), has_headings=format_of(path) == ".md")
         case ".docx":
             return iter([_document(path, docx_text(path))])
         case ".pdf":
@@ -134,16 +135,3 @@ def _json_lines(path: Path, encoding: str | None) -> Iterator[FileRow]:
             last = number
         elif number - last > MOST_EMPTY_LINES:
             raise InputError(f"{path}:{number}: expected a row, got {MOST_EMPTY_LINES:,} empty lines")
-
-
-def _whole_text(path: Path, encoding: str) -> Iterator[FileRow]:
-    content = bytearray()
-    for line in lines(path, encoding):
-        content += line + b"\n"
-        if len(content) > LONGEST_TEXT:
-            raise InputError(f"{path}: expected a text of at most {LONGEST_TEXT:,} bytes, got a longer one; split it")
-    content = content.removesuffix(b"\n")
-    try:
-        yield FileRow(str(path), 1, {"text": content.decode()})
-    except UnicodeDecodeError as error:
-        yield FileRow(str(path), content.count(b"\n", 0, error.start) + 1, RowFault(not_utf8(error)))

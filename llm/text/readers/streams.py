@@ -28,31 +28,48 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[bytes]:
 
     `encoding` is that of the file; by default what its byte order mark says, else UTF-8, whose faults the caller finds.
     """
+    rest: list[bytes] = []  # pieces of a line that is longer than a block
+    number, length = 1, 0
+    for block in blocks(path, encoding):
+        first, *others = block.split(b"\n")
+        rest.append(first)
+        length += len(first)
+        if length > LONGEST_LINE:
+            raise InputError(f"{path}:{number}: expected a line of at most {LONGEST_LINE:,} bytes, got a longer one")
+        if others:
+            yield b"".join(rest)
+            yield from others[:-1]
+            rest, length = [others[-1]], len(others[-1])
+            number += len(others)
+    if last := b"".join(rest):
+        yield last
+
+
+def blocks(path: Path, encoding: str | None = None) -> Iterator[bytes]:
+    """The text in UTF-8, without a byte order mark, in blocks of about PIECE that may end inside a character; `encoding` as in
+    `lines`.
+    """
     import zstandard
 
     encoding = encoding or marked_encoding(_beginning(path, 4)) or "utf-8"
-    rest: list[bytes] = []  # pieces of a line that is longer than a block
-    number, length = 1, 0
+    number, beginning = 1, b""
     try:
         for block in _in_utf8(_blocks(path), encoding):
-            first, *others = block.split(b"\n")
-            rest.append(first)
-            length += len(first)
-            if length > LONGEST_LINE:
-                raise InputError(f"{path}:{number}: expected a line of at most {LONGEST_LINE:,} bytes, got a longer one")
-            if others:
-                yield _unmarked(b"".join(rest)) if number == 1 else b"".join(rest)
-                yield from others[:-1]
-                rest, length = [others[-1]], len(others[-1])
-                number += len(others)
+            if len(beginning) < len(codecs.BOM_UTF8):
+                beginning += block
+                if len(beginning) >= len(codecs.BOM_UTF8):
+                    yield beginning.removeprefix(codecs.BOM_UTF8)
+            else:
+                yield block
+            number += block.count(b"\n")
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise InputError(
             f"{path}:{number}: the compressed file is damaged after this line ({error}); fetch it again"
         ) from error
     except UnicodeError as error:
         raise InputError(f"{path}:{number}: expected {encoding} after this line, got other bytes ({error})") from error
-    if last := b"".join(rest):
-        yield _unmarked(last) if number == 1 else last
+    if 0 < len(beginning) < len(codecs.BOM_UTF8):
+        yield beginning
 
 
 def text_encoding(path: Path) -> str:
@@ -108,10 +125,6 @@ def _beginning(path: Path, size: int) -> bytes:
     except (zlib.error, zstandard.ZstdError, EOFError):
         pass
     return sample[:size]
-
-
-def _unmarked(line: bytes) -> bytes:
-    return line.removeprefix(codecs.BOM_UTF8)
 
 
 def _in_utf8(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
