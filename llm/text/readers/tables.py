@@ -3,8 +3,8 @@ the fields.
 """
 
 import csv
-import datetime
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from llm.text import attribution
 from llm.text.readers.office import check_archive
 from llm.text.readers.rows import FileRow, RowFault, not_utf8
 from llm.text.readers.streams import LONGEST_LINE, lines
+from llm.text.readers.workbook_process import read_apart
 
 DELIMITERS = ",;\t|"
 SNIFFED_ROWS, SNIFFED = 20, 1 << 20  # lines, and characters
@@ -43,25 +44,17 @@ def read_tsv(path: Path, needed: set[str], *, encoding: str) -> Iterator[FileRow
 
 def read_sheet(path: Path, needed: set[str], *, sheet: str | None) -> Iterator[FileRow]:
     """The rows of a sheet of an .xlsx, .xls or .ods file, by default the first one."""
-    try:
-        import python_calamine
-    except ImportError as error:
-        raise InputError(f"{path}: expected the package python-calamine, got none; pip install 'stockpot[office]'") from error
+    if find_spec("python_calamine") is None:
+        raise InputError(f"{path}: expected the package python-calamine, got none; pip install 'stockpot[office]'")
     check_archive(path)
-    try:
-        with python_calamine.CalamineWorkbook.from_path(str(path)) as book:
-            names = book.sheet_names
-            if sheet is not None and sheet not in names:
-                raise InputError(f"{path}: expected a sheet {sheet!r}, got only {', '.join(map(repr, names))}")
-            rows = book.get_sheet_by_name(sheet or names[0]).to_python(skip_empty_area=False)
-    except (python_calamine.CalamineError, OSError) as error:
-        raise InputError(f"{path}: is not a readable workbook ({error})") from error
-    if not rows:
+    rows = read_apart(path, sheet)
+    head = next(rows, None)
+    if head is None:
         return
-    columns = _columns(path, [str(cell) for cell in rows[0]], needed)
-    for number, row in enumerate(rows[1:], start=2):
+    columns = _columns(path, [str(cell) for cell in head], needed)
+    for number, row in enumerate(rows, start=2):
         if any(cell != "" for cell in row):
-            yield FileRow(str(path), number, {name: _cell(value) for name, value in zip(columns, row, strict=True) if name})
+            yield FileRow(str(path), number, {name: value for name, value in zip(columns, row, strict=True) if name})
 
 
 def read_parquet(path: Path, needed: set[str] | None, *, row_group: int | None = None) -> Iterator[FileRow]:
@@ -212,12 +205,3 @@ def _check_columns(path: Path, columns: Sequence[str], needed: set[str]) -> None
         if columns.count(name) != 1:
             got = f"{columns.count(name)} of that name" if name in columns else f"only {', '.join(map(repr, columns))}"
             raise InputError(f"{path}: expected one column {name!r}, got {got}")
-
-
-def _cell(value: Any) -> Any:
-    """A cell as text would have it: whole numbers without a point, dates as in ISO 8601."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
-        return str(value)
-    return value

@@ -4,17 +4,21 @@ import gzip
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from workbooks import write_ods, write_xlsx
 
 from llm.errors import InputError
 from llm.text.readers import plain, read_rows, tables
 from llm.text.readers.rows import RowFault
+from llm.text.readers.workbook_process import read_apart
 
 ROOT = Path(__file__).parents[3]
 MIB = 2**20
@@ -202,3 +206,33 @@ def test_rows_of_a_parquet_file_are_read_a_few_at_a_time_however_it_stores_them(
     same = pa.DictionaryArray.from_arrays(pa.array([0] * 800, pa.int32()), [long])  # 800 MiB of one value
     pq.write_table(pa.table({"text": same}), tmp_path / "b.parquet")
     assert read_within(tmp_path / "b.parquet", 256) == (800, 800 * MIB, MIB)
+
+
+def change(path: Path, name: str, old: str, new: str) -> None:
+    """Replace a text in a file of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        files = {each: archive.read(each).decode() for each in archive.namelist()}
+    assert old in files[name]
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in files.items():
+            archive.writestr(each, content.replace(old, new) if each == name else content)
+
+
+def test_a_small_workbook_that_means_a_huge_sheet_is_told_and_ends_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheet = {"Data": [["text", "n"], ["a", 1.0], ["b", 2.5]]}
+    far, repeated = tmp_path / "far.xlsx", tmp_path / "repeated.ods"
+    write_xlsx(far, sheet)
+    change(far, "xl/worksheets/sheet1.xml", "<c><v>2.5</v></c>", '<c r="XFD1048576"><v>2.5</v></c>')
+    with pytest.raises(
+        InputError, match=r"far\.xlsx: expected a workbook that is read in 2 GiB, got one that takes more, or .*csv"
+    ):
+        list(read_rows([far], {"text"}))
+    write_ods(repeated, sheet)
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "read_apart", partial(read_apart, most_memory=64 * MIB))
+        assert [row.fields() for row in read_rows([repeated], {"text"})] == [{"text": "a", "n": 1}, {"text": "b", "n": 2.5}]
+        change(repeated, "content.xml", "<table:table-row>", '<table:table-row table:number-rows-repeated="1000000">')
+        with pytest.raises(InputError, match=r"repeated\.ods: expected a workbook that is read in 0\.0625 GiB"):
+            list(read_rows([repeated], {"text"}))
