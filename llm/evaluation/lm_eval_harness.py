@@ -16,6 +16,7 @@ import numpy as np
 from llm.device import Precision
 from llm.errors import InputError
 from llm.evaluation.bootstrap import DIGITS, resample
+from llm.evaluation.lm_eval_logits import with_late_logits
 from llm.evaluation.lm_eval_tasks import SUFFIXES, check_names, local_task
 from llm.evaluation.scoring import Outcome
 from llm.inference.batches import Limits, memory_for_batch
@@ -25,7 +26,6 @@ from llm.models.interface import dtype_of
 
 LM_EVAL_ROWS = 8  # rows of a batch at most
 LM_EVAL_LENGTH = 2048  # tokens of a row that memory is reckoned for; few benchmarks have longer ones
-LOGITS_BYTES = 10  # of one position and token of the vocabulary: lm-eval holds all logits of a batch, twice in fp32
 
 
 def evaluate_folder(
@@ -100,10 +100,11 @@ def _opened(wrapper: Any, folder: Path, *, precision: Precision, device: str) ->
     limits = Limits(
         rows=LM_EVAL_ROWS,
         memory=memory_for_batch(torch.device(device), ALONE),
-        bytes_per_token=LOGITS_BYTES * config.vocab_size + ACTIVATION_BYTES * config.hidden_size,
+        bytes_per_token=ACTIVATION_BYTES * config.hidden_size,
     )
     rows = limits.rows_of(min(config.max_position_embeddings, LM_EVAL_LENGTH))
-    return wrapper(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), batch_size=rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return with_late_logits(wrapper)(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 
 def _load_tasks(benchmark: str, config: dict[str, Any] | None, *, shots: int, scratch: Path) -> dict[str, Any]:
