@@ -1,6 +1,6 @@
-"""Rows from much text: memory of a process, and rows per second, from a warm and from a cold page cache.
+"""Rows from much text: memory of each process, and rows per second, from a warm and from a cold page cache.
 
-    python -m llm.bench.token_scale             # 100 GB of text, of which only the tables are on disk
+    python -m llm.bench.token_scale --processes 8   # 100 GB of text, of which only the tables are on disk
     python -m llm.bench.token_scale --text-gb 4 --written
 
 The files of tokens are holes (made by truncate), which a file system reads as zeros without a disk: so memory, the order of
@@ -10,11 +10,13 @@ a text as large as there is room. Cold: the kernel is told to forget the files, 
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ def main() -> None:
     """Make the files, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text-gb", type=float, default=100.0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--written", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stockpot-bench-") as name:
@@ -42,18 +45,33 @@ def main() -> None:
         for cold in (True, False):
             if cold:
                 forget(folder)
-            began = time.perf_counter()
-            rows = TokenRows(folder, seed=1)
-            rows.row(0)
-            print(f"{'cold' if cold else 'warm'}: first row of an epoch after {time.perf_counter() - began:.1f} s", flush=True)
-            if cold:
-                forget(folder)
-            speed = rows_per_second(rows, first=0 if cold else rows.rows_per_epoch // 2)
-            needed = EATEN / CONTEXT
-            print(f"  {speed:,.0f} rows/s by a process; a GPU that learns {EATEN:,} tokens/s needs {needed:.0f}", flush=True)
-            del rows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of the process, imports included: {peak:,.0f} MiB")
+            spawned = multiprocessing.get_context("spawn")  # each as a process of a training is
+            with ProcessPoolExecutor(options.processes, mp_context=spawned) as pool:
+                work = partial(measure, folder, of=options.processes, cold=cold)
+                found = list(pool.map(work, range(options.processes)))
+            seconds, speed, cost, held = (list(column) for column in zip(*found, strict=True))
+            print(f"{'cold' if cold else 'warm'}: first row of an epoch after {max(seconds):.1f} s", flush=True)
+            print(
+                f"  {sum(speed):,.0f} rows/s by {options.processes} processes, {max(cost):.2f} ms of a core a row", flush=True
+            )
+            print(f"  needed: {options.processes * EATEN / CONTEXT:,.0f}, by as many GPUs that learn {EATEN:,} tokens/s each")
+            print(f"  peak memory of a process, imports and mapped files included: {max(held):,.0f} MiB", flush=True)
+
+
+def measure(folder: Path, rank: int, *, of: int, cold: bool) -> tuple[float, float, float, float]:
+    """Seconds to the first row; rows per second after it, and milliseconds of a core for each; and MiB at most, of one of
+    several processes.
+    """
+    began = time.perf_counter()
+    rows = TokenRows(folder, seed=1)
+    rows.row(rank)
+    seconds = time.perf_counter() - began
+    if cold and rank == 0:
+        forget(folder)
+    used = time.process_time()
+    count, passed = read_rows(rows, first=(0 if cold else rows.rows_per_epoch // 2) + rank, step=of)
+    cost = 1e3 * (time.process_time() - used) / count
+    return seconds, count / passed, cost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def make_shards(folder: Path, *, tokens: int, written: bool) -> int:
@@ -93,15 +111,16 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def rows_per_second(rows: TokenRows, *, first: int) -> float:
-    """Rows read by as many threads as a training has."""
+def read_rows(rows: TokenRows, *, first: int, step: int) -> tuple[int, float]:
+    """How many rows as many threads as a training has read, each `step` after the last, and in how many seconds."""
     count, began = 0, time.perf_counter()
     with ThreadPoolExecutor(READERS) as readers:
         while time.perf_counter() - began < SECONDS:
             at_once = 32  # a step of 8 GPUs has 32 rows each, with half a million tokens
-            for _ in readers.map(rows.row, range(first + count, first + count + at_once)):
+            places = range(first + count * step, first + (count + at_once) * step, step)
+            for _ in readers.map(rows.row, places):
                 count += 1
-    return count / (time.perf_counter() - began)
+    return count, time.perf_counter() - began
 
 
 if __name__ == "__main__":
