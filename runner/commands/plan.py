@@ -92,6 +92,12 @@ def _needed(plan: Plan, found: Mapping[str, Cost]) -> dict[str, Cost]:
 def _sums(plan: Plan, found: Mapping[str, Cost]) -> list[str]:
     needed = _needed(plan, found)
     unknown = [name for name, cost in needed.items() if cost.seconds is None]
+    if unknown and len(unknown) < len(needed):
+        known = {name: cost for name, cost in needed.items() if name not in unknown}
+        return [
+            f"total time: {_time(total(known))} for {', '.join(known)}; for the rest it is unknown, since this machine has no "
+            f"record for {', '.join(unknown)}"
+        ]
     if unknown:
         return [f"time: unknown, since this machine has no record for {', '.join(unknown)}; --measure may help"]
     further = ", if the first attempts pass" if len(needed) < len(found) else ""

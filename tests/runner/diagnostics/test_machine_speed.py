@@ -1,11 +1,13 @@
 """The speed of this machine: measured once, remembered, and used by `run plan` where no training was recorded."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from runner.cache.store import Store
+from runner.commands.plan import table
 from runner.diagnostics import machine_speed
 from runner.planning.cost import START_SECONDS, costs
 from runner.planning.plan import Plan
@@ -61,4 +63,6 @@ def test_a_plan_has_times_of_trainings_on_a_machine_without_records(tmp_path: Pa
     slow, fast = (costs(plan, [], machine=speed)["base"].seconds for speed in (1e10, 1e11))
     assert slow is not None and fast is not None
     assert slow - START_SECONDS == pytest.approx(10 * (fast - START_SECONDS))
+    last = table(plan, costs(plan, [], machine=1e10))[-1]
+    assert re.fullmatch(r"total time: \d+:\d\d for base; .* no record for text, words, tokens", last)
     assert 200 < slow < 1000  # 6 x 0.16M x 1.0M operations, and 1,000 steps
