@@ -15,6 +15,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 BINS = 15  # of the expected calibration error, as in the paper
 LEAST, MOST = 0.05, 100.0  # temperatures
+FEWEST = 20  # rows that choose one
 
 
 def probabilities(scores: Floats, temperature: float = 1.0) -> Floats:
@@ -28,12 +29,19 @@ def probabilities(scores: Floats, temperature: float = 1.0) -> Floats:
 def best_temperature(scores: Floats, expected: Sequence[int]) -> float:
     """The temperature under which the expected labels are likeliest: golden-section search over its logarithm.
 
-    The mean negative log-likelihood is convex in 1 / temperature, so it has one minimum.
+    Each row's label is taken to be another one with the probability 1 / (N + 2), as Platt (1999) does: rows that are all right
+    would otherwise ask for a temperature near 0, and whoever reads the probabilities for certainty. The mean negative
+    log-likelihood is convex in 1 / temperature, so it has one minimum.
     """
+    wrong = 1 / (len(expected) + 2)
+    targets = np.full(scores.shape, wrong / (scores.shape[1] - 1))
+    targets[np.arange(len(expected)), expected] = 1 - wrong
 
     def loss(log_temperature: float) -> float:
-        found = probabilities(scores, float(np.exp(log_temperature)))[np.arange(len(expected)), expected]
-        return float(-np.log(np.maximum(found, 1e-300)).mean())
+        scaled = scores / float(np.exp(log_temperature))
+        scaled = scaled - scaled.max(1, keepdims=True)
+        logarithms = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+        return float(-(targets * logarithms).sum(1).mean())
 
     ratio = (5**0.5 - 1) / 2
     low, high = np.log(LEAST), np.log(MOST)
@@ -65,12 +73,15 @@ class Calibration:
 def calibrate(scores: Floats, expected: Sequence[int]) -> Calibration:
     """The best temperature for log-likelihoods (N, L), if it helps on rows that did not choose it; 1.0 otherwise.
 
-    Each half of the rows is judged with the temperature that the other half chooses; the one that is kept is chosen by all.
+    Fewer than FEWEST rows choose none. Each half of the rows is judged with the temperature that the other half chooses; the one that is kept is chosen by all.
     """
+    if len(expected) < FEWEST:
+        error = calibration_error(probabilities(scores), expected)
+        return Calibration(1.0, error, error)
     found, numbers = np.empty_like(scores), np.array(expected)
     for half in (0, 1):
         other = numbers[1 - half :: 2]
-        temperature = best_temperature(scores[1 - half :: 2], other.tolist()) if len(other) else 1.0
+        temperature = best_temperature(scores[1 - half :: 2], other.tolist())
         found[half::2] = probabilities(scores[half::2], temperature)
     before, after = calibration_error(probabilities(scores), expected), calibration_error(found, expected)
     return Calibration(best_temperature(scores, expected) if after < before else 1.0, before, after)

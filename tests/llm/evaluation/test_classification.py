@@ -57,3 +57,10 @@ def test_a_temperature_is_kept_only_if_it_helps_on_rows_that_did_not_choose_it()
     alike = calibrate(halves, [0, 1] * 20)
     assert not alike.helps and alike.temperature == 1.0 and alike.after >= alike.before
     assert calibrate(np.array([[0.0, -1.0]]), [0]).temperature == 1.0  # one row chooses nothing for itself
+
+
+def test_rows_that_are_all_right_do_not_make_a_model_certain() -> None:
+    for rows in (6, 40, 400):
+        found = calibrate(np.array([[0.0, -8.0]] * rows), [0] * rows)
+        sure = probabilities(np.array([[0.0, -8.0]]), found.temperature)[0, 0]
+        assert sure <= 1 - 1 / (rows + 3) or found.temperature == 1.0
