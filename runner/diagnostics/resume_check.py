@@ -8,6 +8,7 @@ once until its processes are killed (SIGKILL) some steps after a checkpoint, and
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -26,8 +27,10 @@ from runner.cache.store import Store, Waiting
 from runner.credentials import redact
 from runner.diagnostics.resume_diff import TrainingOutput, compare
 from runner.engine import launch
+from runner.engine.interface import Fork
 from runner.engine.job import JOB, RESULT, Job
 from runner.errors import RecipeError, StageError
+from runner.execution.fork_server import fork_server
 from runner.execution.stage_run import job_of
 from runner.files import write_whole
 from runner.graph import plain
@@ -71,8 +74,10 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         processes, cores = resources.process_count(recipe.head.parallel), available_cores()
         job = job_of(short, plan, recipe, store, work=folder, processes=processes, cores=cores)
         job = replace(job, parallel=plain(_as_it_trained(recipe.head.parallel, entry)))
-        training = _Training(name, job, folder, log)
-        result = _kill_and_compare(training, entry.stage, range(first, end), tell)
+        server = fork_server(entry.stage.imports, place=folder)
+        with contextlib.closing(server) if server else contextlib.nullcontext():
+            fork = functools.partial(server.start, entry.stage.imports) if server else None
+            result = _kill_and_compare(_Training(name, job, folder, log, fork), entry.stage, range(first, end), tell)
     proof = {
         "kind": entry.stage.kind,
         "key": entry.key,
@@ -190,9 +195,9 @@ def _as_it_trained(parallel: Parallel, entry: Entry) -> Parallel:
 class _Training:
     """Runs the workers of one training in folders below `folder`."""
 
-    def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes]) -> None:
+    def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes], fork: Fork | None = None) -> None:
         self.name, self.folder = name, folder
-        self._job, self._log = job, log
+        self._job, self._log, self._fork = job, log, fork  # `fork` starts workers
 
     def begin(self, name: str, *, prepared: Path | None = None) -> TrainingOutput:
         """The folder for a training, empty or a copy of `prepared`."""
@@ -237,9 +242,11 @@ class _Training:
         self, output: TrainingOutput, command: list[str] | None = None
     ) -> contextlib.AbstractContextManager[launch.LocalProcess]:
         processes = 1 if command else self._job.processes
-        environment = launch.environment_of(max(1, available_cores() // processes))
+        threads = max(1, available_cores() // processes)
         command = command or launch.group_command(output.scratch / JOB, processes)
-        return launch.started(command, log=self._log, environment=environment)
+        workers = launch.group_environments(processes, threads=threads)
+        fork = functools.partial(self._fork, environments=workers) if self._fork else None
+        return launch.started(command, log=self._log, environment=launch.environment_of(threads), fork=fork)
 
     def _check(self, code: int, output: TrainingOutput) -> None:
         if code == 0:

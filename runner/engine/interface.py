@@ -24,7 +24,7 @@ class Process(Protocol):
         """The exit code; subprocess.TimeoutExpired after `timeout` seconds."""
 
 
-Fork = Callable[..., Process]  # starts a single worker, as `runner.execution.fork_server.ForkServer.start`
+Fork = Callable[..., Process]  # starts workers, as `runner.execution.fork_server.ForkServer.start` for their modules
 
 
 class Gang(Protocol):

@@ -1,5 +1,5 @@
-"""Starts and ends the processes of a stage on this machine: one worker, forked where that is safe, or several under
-`accelerate launch`.
+"""Starts and ends the processes of a stage on this machine: workers that are forked where that is safe, else one, or several
+under `accelerate launch`.
 
 The standard input of the workers is a pipe; they exit when it closes, which also happens when this process dies. Their output
 is the key's log, whose open file holds the key's lock. A request to stop is a file in the scratch folder, which a training
@@ -38,7 +38,8 @@ MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # madvise; no effect where the kernel grants no huge pages
 }
-WORKER = [*PYTHON, "-m", "runner.execution.worker"]
+MODULE = "runner.execution.worker"
+WORKER = [*PYTHON, "-m", MODULE]
 LAUNCHER = "accelerate.commands.launch"  # `accelerate launch` without its other commands
 ACCELERATE_CONFIG = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}  # the flags say the rest
 # Variables of a launcher that started this run; the processes of a training get their own values.
@@ -94,7 +95,20 @@ def group_command(job: Path, processes: int, place: Place = ALONE) -> list[str]:
     options += ["--main_process_port", str(place.port or free_port())]
     if place.nodes > 1:
         options += ["--machine_rank", str(place.rank), "--main_process_ip", place.host, "--same_network"]
-    return [*PYTHON, "-m", LAUNCHER, *options, "--multi_gpu", "-m", "runner.execution.worker", str(job)]
+    return [*PYTHON, "-m", LAUNCHER, *options, "--multi_gpu", "-m", MODULE, str(job)]
+
+
+def group_environments(processes: int, *, threads: int) -> list[dict[str, str]]:
+    """What each of `processes` forked workers has beside the environment of all: its place in the group, as `accelerate launch`
+    tells it.
+    """
+    if processes == 1:
+        return [{}]
+    group = {"MASTER_ADDR": ALONE.host, "MASTER_PORT": free_port(), "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    group |= {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    return [
+        {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in range(processes)
+    ]
 
 
 def environment_of(threads: int, *, compiled: Path | None = None) -> dict[str, str]:
@@ -110,7 +124,7 @@ class LocalProcess:
     def __init__(
         self, command: list[str], *, log: IO[bytes] | None, environment: dict[str, str], fork: Fork | None = None
     ) -> None:
-        """Starts them; a single worker is made by `fork`, if given, and has the server's environment."""
+        """Starts them; they are made by `fork`, if given, and have the server's environment."""
         if LAUNCHER in command and gpu_count() == 0:  # a single worker detects it
             environment = environment | {"ACCELERATE_USE_CPU": "true"}
         self._process, self._write_end = _begun(command, log, environment, fork)
@@ -139,9 +153,11 @@ class LocalProcess:
 
 
 @contextlib.contextmanager
-def started(command: list[str], *, log: IO[bytes], environment: dict[str, str]) -> Iterator[LocalProcess]:
+def started(
+    command: list[str], *, log: IO[bytes], environment: dict[str, str], fork: Fork | None = None
+) -> Iterator[LocalProcess]:
     """Running processes of this machine; on exit, those that still run are ended."""
-    process = LocalProcess(command, log=log, environment=environment)
+    process = LocalProcess(command, log=log, environment=environment, fork=fork)
     try:
         yield process
     finally:
@@ -152,8 +168,8 @@ def _begun(command: list[str], log: IO[bytes] | None, environment: dict[str, str
     """The processes, and the write end of the pipe that is their standard input."""
     read_end, write_end = os.pipe()
     try:
-        if fork and command[: len(WORKER)] == WORKER:
-            return fork(command[len(WORKER) :], stdin=read_end, log=log), write_end
+        if fork:
+            return fork(command[command.index(MODULE) + 1 :], stdin=read_end, log=log), write_end
         process = subprocess.Popen(command, stdin=read_end, stdout=log, stderr=log, env=environment, start_new_session=True)
         return process, write_end
     except ConnectionError:

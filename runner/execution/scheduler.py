@@ -14,11 +14,10 @@ from runner.cache.record import Record
 from runner.cache.remote import Mirror
 from runner.cache.run_log import log_run
 from runner.cache.store import Store
-from runner.engine import launch
-from runner.engine.interface import Engine
+from runner.engine.interface import Engine, Fork
 from runner.engine.local import LocalEngine
 from runner.errors import GateError, StageError
-from runner.execution.fork_server import ForkServer
+from runner.execution.fork_server import ForkServer, fork_server
 from runner.execution.notifications import Notifier
 from runner.execution.stage_run import StageRun
 from runner.execution.stop import LockWait, StopRequest
@@ -29,7 +28,6 @@ from runner.planning.data_look import check_data
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
-from runner.resources import available_cores, process_count
 from runner.stage import EffectContext, Stage
 from runner.tracking.tracker_process import TrackerProcess
 
@@ -56,7 +54,7 @@ class Scheduler:
         self._notifier = Notifier(recipe.head.name, recipe.head.alerts.notify, warn=progress.note)
         self._engine = engine or LocalEngine()
         self._names: set[str] = set()  # <kind>-<key> of all stages so far
-        self._fork_server: ForkServer | None = None
+        self._fork_server: ForkServer | None = None  # of all stages, or of those that import something slow if any does
 
     def run(self, *, until: str | None = None, force: Iterable[str] = ()) -> Plan:
         """Runs the plan, and returns the last one. StageError, GateError, PausedError after an alert, or KeyboardInterrupt
@@ -87,17 +85,20 @@ class Scheduler:
         return plan
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
-        """The fork server for the remaining single-process stages, if they import anything slow."""
-        if self._engine.kind != "local":
-            return None
-        here = process_count(self._recipe.head.parallel)
-        pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
-        left = (stage for stage in pending if _process_count(stage, here=here) == 1)
-        modules = list(dict.fromkeys(module for stage in left for module in stage.imports))
-        if not modules or not launch.can_fork():
-            return None
-        environment = launch.environment_of(available_cores())
-        return ForkServer(modules, place=self._store.root, environment=environment)
+        """The fork server for the remaining stages, if they import anything slow: it imports that from now on."""
+        left = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        modules = [module for stage in left for module in stage.imports]
+        return fork_server(modules, place=self._store.root) if modules and self._engine.kind == "local" else None
+
+    def _fork_for(self, stage: Stage) -> Fork | None:
+        """What forks the workers of a stage. Stages that import nothing slow have a server if all do so; else they would wait
+        for what it imports for the others.
+        """
+        if self._fork_server is None and self._engine.kind == "local":
+            self._fork_server = fork_server([], place=self._store.root)
+        if self._fork_server and (stage.imports or not self._fork_server.modules):
+            return functools.partial(self._fork_server.start, stage.imports)
+        return None
 
     def _lock_wait(self, entry: Entry) -> LockWait:
         return LockWait(entry.name, self._stop, self._progress.note)
@@ -223,7 +224,7 @@ class Scheduler:
             self._store,
             log,
             engine=self._engine,
-            fork=functools.partial(self._fork_server.start, stage.imports) if self._fork_server and stage.imports else None,
+            fork=self._fork_for(stage),
         )
         result = stage_run.run(self._progress, self._stop, self._tracker, self._notifier)
         seconds = time.monotonic() - clock
@@ -257,11 +258,6 @@ class Scheduler:
                 self._progress.note(f"{name}: its artifact does not match its record{where}; it will be rebuilt")
                 return False
         return True
-
-
-def _process_count(stage: Stage, *, here: int) -> int:
-    """How many processes run a stage, if a training has `here`."""
-    return here if stage.trains or stage.in_processes else 1
 
 
 def _to_push(plan: Plan) -> dict[str, Record]:

@@ -17,6 +17,7 @@ from watched_processes import wait_for, workers_of
 from runner.cache import digests
 from runner.cache.heartbeat import this_machine
 from runner.cache.store import Store
+from runner.execution import liveness
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:
@@ -208,8 +209,9 @@ def test_a_killed_worker_is_reported_with_its_signal(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "killed-worker")
     environment = {**os.environ, "STOCKPOT_CACHE": str(folder.cache)}
     process = subprocess.Popen(folder.command(str(folder.recipe)), env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: workers_of(folder))
-    for pid in workers_of(folder):
+    wait_for(lambda: [pid for scratch in folder.cache.glob("work/*/.work") for pid in liveness.live_workers(scratch)])
+    (scratch,) = folder.cache.glob("work/*/.work")
+    for pid in liveness.live_workers(scratch):
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 3
