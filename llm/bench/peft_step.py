@@ -8,9 +8,9 @@ their peak memory. Stock takes as many rows at a time as we do, and all rows of 
 from collections.abc import Callable
 from typing import Any
 
-from llm.bench import memory
+from llm.bench.costs import memory
+from llm.bench.costs.memory import ADAPTED, STOCK_ADAPTER
 from llm.bench.implementations import StockpotTraining, build_learning_model
-from llm.bench.memory import ADAPTED, STOCK_ADAPTER
 from llm.bench.peft_training import PeftTraining, stock_steps
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload

@@ -63,7 +63,8 @@ def run(job: BenchJob, folder: Path) -> dict[str, Any]:
     """Runs the measurements of the job, in the order of this function."""
     import torch
 
-    from llm.bench import data_parallel, decode_model, head, lora, memory, peft_step, train_step
+    from llm.bench import data_parallel, decode_model, head, peft_step, train_step
+    from llm.bench.costs import lora, memory
     from llm.bench.implementations import build_stockpot_model
     from llm.bench.workload import Workload
     from llm.training.distributed.process_group import ProcessGroup
@@ -163,7 +164,7 @@ def _model_speeds(job: BenchJob, workload: "Workload", model: "LanguageModel", g
 
 def _overhead(job: BenchJob, workload: "Workload", group: "ProcessGroup", folder: Path) -> dict[str, Any]:
     """What data, tracking and checkpoints add to a step."""
-    from llm.bench import overhead
+    from llm.bench.costs import overhead
     from llm.data.token_rows import TokenRows
 
     rows = TokenRows(Path(job.tokens), seed=0) if job.tokens else overhead.made_up_rows(folder / "tokens", workload)

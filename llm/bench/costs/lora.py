@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llm.adapters import lora
-from llm.bench import memory
+from llm.bench.costs import memory
 from llm.bench.implementations import ADAPTER, FULL, QLORA, WAYS, build_stockpot_model, build_stockpot_training
 from llm.bench.timing import interleaved, ratio
 from llm.bench.workload import Workload

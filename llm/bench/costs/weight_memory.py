@@ -1,6 +1,6 @@
 """Bytes that a training holds for each weight of its base, in weights, gradients and optimizer: measured, and counted.
 
-    python -m llm.bench.weight_memory
+    python -m llm.bench.costs.weight_memory
 
 A base of 135M weights in bf16, as a checkpoint holds it, is opened and trained for a step on one short row, in a process of
 its own; the peak of its resident memory counts, less what the process held after imports. For a base that is too large to
@@ -24,9 +24,9 @@ from torch import nn
 
 from llm.adapters import lora
 from llm.adapters.frozen import hold_once
+from llm.bench.costs.lora import weight_bytes
+from llm.bench.costs.memory import _peak, _start
 from llm.bench.implementations import ADAPTER, FULL, QLORA, WAYS, CountingRows, StockpotTraining
-from llm.bench.lora import weight_bytes
-from llm.bench.memory import _peak, _start
 from llm.bench.workload import Workload
 from llm.models import architectures
 from llm.models.interface import LanguageModel, count_parameters, dtype_of
@@ -114,7 +114,7 @@ def _measured(way: str) -> int:
         save_file(state, Path(folder, "base.safetensors"))
         del model, state
         gc.collect()
-        command = [sys.executable, "-P", "-m", "llm.bench.weight_memory", way, folder]
+        command = [sys.executable, "-P", "-m", "llm.bench.costs.weight_memory", way, folder]
         return int(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
 
 

@@ -1,8 +1,8 @@
 """What the order of rows is worth: the same training on rows that are shuffled, and on rows as they follow each other in
 documents.
 
-    python -m llm.bench.row_order
-    python -m llm.bench.row_order --tokens "$(run path recipes/bilingual-chat.toml tokens)" --steps 700
+    python -m llm.bench.costs.row_order
+    python -m llm.bench.costs.row_order --tokens "$(run path recipes/bilingual-chat.toml tokens)" --steps 700
 
 By itself it makes up text: a Markov chain per document, with the transitions of one of a few topics, and documents that are
 longer than a step. With `--tokens` it takes the result of a `pack` stage. Both trainings have equal settings and documents in
@@ -45,7 +45,7 @@ BATCH_TOKENS = 2048
 
 def main() -> None:
     """Train twice and print the held-out losses."""
-    parser = argparse.ArgumentParser(prog="python -m llm.bench.row_order")
+    parser = argparse.ArgumentParser(prog="python -m llm.bench.costs.row_order")
     parser.add_argument("--tokens", type=Path, help="the folder that a pack stage made; default: made-up text")
     parser.add_argument("--steps", type=int, help=f"steps of {BATCH_TOKENS:,} tokens; default: one epoch")
     options = parser.parse_args()

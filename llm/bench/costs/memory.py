@@ -66,15 +66,15 @@ def measure_contexts(workload: Workload, contexts: Sequence[int] = CONTEXTS) -> 
 
 
 def peak_in_process(name: str, workload: Workload, *, steps: int = STEPS) -> tuple[int, int]:
-    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32", one of the ways of `llm.bench.lora`, or
-    one of the candidates of `llm.bench.peft_step`."""
+    """Peak bytes of steps, and rows of a forward pass, of "ours", "transformers_fp32", one of the ways of
+    `llm.bench.costs.lora`, or one of the candidates of `llm.bench.peft_step`."""
     environment = dict(os.environ)
     if name == "transformers_fp32" or name.startswith(
         STOCK_ADAPTER
     ):  # a plain program does not have the settings of the allocator that a run has
         environment = {key: value for key, value in environment.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "llm.bench.memory", name, str(steps)],
+        [sys.executable, "-P", "-m", "llm.bench.costs.memory", name, str(steps)],
         input=workload.model_dump_json(),
         env=environment,
         stdout=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Rows from much text: memory of each process, and rows per second, from a warm and from a cold page cache.
 
-    python -m llm.bench.token_scale --processes 8   # 100 GB of text, of which only the tables are on disk
-    python -m llm.bench.token_scale --text-gb 4 --written
+    python -m llm.bench.costs.token_scale --processes 8   # 100 GB of text, of which only the tables are on disk
+    python -m llm.bench.costs.token_scale --text-gb 4 --written
 
 The files of tokens are holes (made by truncate), which a file system reads as zeros without a disk: so memory, the order of
 documents and the work per row are those of the real size, and the wait for a disk is not. With --written they are written, for
