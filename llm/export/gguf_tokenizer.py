@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from llm.errors import InputError
+from llm.tokenizer.files import TOKENIZER_FILE
 from llm.tokenizer.llama_cpp import BYTE, SPACE, LlamaCppTokenizer, for_llama_cpp, is_merged, merges_of
-from llm.tokenizer.tokenizer import TOKENIZER_FILE, TextTokenizer
+from llm.tokenizer.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

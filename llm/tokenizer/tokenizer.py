@@ -20,22 +20,25 @@ from llm.files import write_text
 from llm.tokenizer.answers import ChatRenderer, Part
 from llm.tokenizer.chat_template import loss_mask
 from llm.tokenizer.control_tokens import ControlTokens
+from llm.tokenizer.files import (
+    CONFIG_FILE,
+    ENDS_OF_TURNS,
+    TOKENIZER_FILE,
+    chat_template,
+    ends_of_turns,
+    model_ends,
+    named_tokens,
+    open_tokenizer,
+)
 from llm.tokenizer.messages import Chat, ChatMessage
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"  # the chat template, in newer versions of Transformers
-SPECIAL_FILE = "special_tokens_map.json"  # the special tokens, in older versions
-GENERATION_FILES = ("generation_config.json", "config.json")  # of a model; the first that names end tokens is used
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 NO_LENGTH_LIMIT = int(1e30)  # Transformers' value for "no limit"; the model has the limit
 # Tokens that end a document in a model whose end token ends a turn of a chat: of GPT-2, Qwen, SmolLM and Phi; Llama 3; Gemma;
 # Llama 2 and Mistral; DeepSeek.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
-ENDS_OF_TURNS = ("eot_token", "eom_token")  # names in tokenizer_config.json for further tokens that end an answer
 _DERIVED = ("control", "_renderer", "document_begin", "document_end")  # computed when they are needed, from the template
 
-__all__ = ["ChatMessage", "ChatPart", "TextTokenizer", "open_tokenizer"]
+__all__ = ["ChatMessage", "ChatPart", "TextTokenizer"]
 
 
 class ChatPart(NamedTuple):
@@ -85,15 +88,17 @@ class TextTokenizer:
         if not path.exists():
             raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got no file")
         tokenizer = open_tokenizer(path)
-        named = _named_tokens(folder)
+        named = named_tokens(folder)
         if tokenizer.token_to_id(named.get("eos_token", "")) is None:
             raise InputError(f"{folder / CONFIG_FILE}: eos_token: expected a token of {path}, got {named.get('eos_token')!r}")
         named = {name: token for name, token in named.items() if tokenizer.token_to_id(token) is not None}
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         if unmarked := [token for token in dict.fromkeys(named.values()) if token not in special]:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unmarked])
-        turns = (tokenizer.token_to_id(token) for token in _ends_of_turns(folder))
-        return cls(tokenizer, named, _template(folder), ends=[*_ends(folder), *(end for end in turns if end is not None)])
+        turns = (tokenizer.token_to_id(token) for token in ends_of_turns(folder))
+        return cls(
+            tokenizer, named, chat_template(folder), ends=[*model_ends(folder), *(end for end in turns if end is not None)]
+        )
 
     @property
     def special_ids(self) -> dict[str, int | list[int] | None]:
@@ -353,66 +358,8 @@ def _whole_words() -> Iterator[None]:
         raise InputError(f"the tokenizer cannot split a text into words: {error}") from error
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, which neither cuts nor pads what it encodes; InputError if it is no such file."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception if it cannot read a file
-        raise InputError(f"{path}: expected a tokenizer of the tokenizers library, got another file: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def _as_tokens(part: Part, encoding: Encoding) -> ChatPart:
     """Without what a template writes after the end of the last answer, such as a line break, which the loss does not count."""
     ids, mask = encoding.ids, loss_mask(encoding.offsets, part.spans)
     length = len(mask) - mask[::-1].index(True) if True in mask else len(mask)
     return ChatPart(part.stop, part.answers, ids[:length], mask[:length])
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that have a name, by Transformers' names."""
-    found = _json(folder / SPECIAL_FILE) | {name: value for name, value in _json(folder / CONFIG_FILE).items() if value}
-    tokens = {name: found[name] for name in NAMED if found.get(name)}
-    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in tokens.items()}
-
-
-def _template(folder: Path) -> str | None:
-    """The chat template, in any of the places where versions of Transformers put it; of several named ones, the default."""
-    if (path := folder / TEMPLATE_FILE).exists():
-        return path.read_text(encoding="utf-8")
-    found = _json(folder / CONFIG_FILE).get("chat_template")
-    if isinstance(found, list):
-        found = {item["name"]: item["template"] for item in found}.get("default")
-    return None if found is None else str(found)
-
-
-def _ends(folder: Path) -> list[int]:
-    """The tokens that end an answer of the model in `folder`."""
-    for name in GENERATION_FILES:
-        found = _json(folder / name).get("eos_token_id")
-        if found is not None:
-            return list(found) if isinstance(found, list) else [found]
-    return []
-
-
-def _ends_of_turns(folder: Path) -> list[str]:
-    """The tokens that end an answer, by their names in tokenizer_config.json."""
-    config = _json(folder / CONFIG_FILE)
-    own = config.get("extra_special_tokens")
-    found = (own if isinstance(own, dict) else {}) | config
-    return [str(found[name]) for name in ENDS_OF_TURNS if isinstance(found.get(name), str)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found

@@ -93,7 +93,7 @@ def _counter(path: Path | None) -> Callable[[list[str]], list[int]] | None:
     if path is None:
         return None
     from llm.errors import InputError
-    from llm.tokenizer.tokenizer import TOKENIZER_FILE, open_tokenizer
+    from llm.tokenizer.files import TOKENIZER_FILE, open_tokenizer
 
     try:
         tokenizer = open_tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)

@@ -11,7 +11,8 @@ from runner.options import add_check_inputs_option, add_recipe_argument, add_sta
 from runner.planning import outcomes
 from runner.planning.cost import Cost, costs, kinds_ahead, spare_stages, total
 from runner.planning.data_look import check_data
-from runner.planning.plan import Plan, as_json
+from runner.planning.plan import Plan
+from runner.planning.plan_json import as_json
 from runner.planning.text_table import text_table
 from runner.reporting.progress import brief, duration
 

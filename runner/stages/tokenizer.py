@@ -55,8 +55,8 @@ class TrainTokenizer(Stage, kind="tokenizer", version=1, makes=Tokenizer):
 
     def run(self, context: Context) -> Metrics:
         """Train, save and measure the tokenizer."""
+        from llm.tokenizer.files import open_tokenizer
         from llm.tokenizer.report import measured_documents, report
-        from llm.tokenizer.tokenizer import open_tokenizer
         from llm.tokenizer.train_bpe import train_bpe
 
         corpus = context.open(self.corpus)

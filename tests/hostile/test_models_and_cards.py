@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from llm.adapters.lora import check_config
 from llm.errors import InputError
 from llm.models.checkpoint import read_config, weight_files
-from llm.tokenizer.tokenizer import TextTokenizer, open_tokenizer
+from llm.tokenizer.files import open_tokenizer
+from llm.tokenizer.tokenizer import TextTokenizer
 from runner.errors import RecipeError
 from runner.hub.model_card import _listed, _place, _table
 from runner.hub.model_card_usage import _code

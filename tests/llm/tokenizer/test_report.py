@@ -7,8 +7,9 @@ import pytest
 
 from llm.errors import InputError
 from llm.text.documents import Document
+from llm.tokenizer.files import open_tokenizer
 from llm.tokenizer.report import measured_documents, report, sample_sentences
-from llm.tokenizer.tokenizer import TextTokenizer, open_tokenizer
+from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from random_model import random_model
 
 import stockpot
 from llm.data.conversations import Template
@@ -20,11 +21,8 @@ from llm.evaluation.classification import classify, label_likelihoods
 from llm.evaluation.prediction import Predictor
 from llm.evaluation.scoring import Question, score_texts
 from llm.inference.generate import generate
-from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
+from llm.models.checkpoint import load_checkpoint
 from llm.tokenizer.tokenizer import TextTokenizer
-from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
 from runner.commands import predict as command
 from runner.serving.predictions import prompt_of
@@ -52,14 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe whose model is in its cache."""
     folder = tmp_path_factory.mktemp("organs")
     texts = [f"Which organ?\nrow {number} of {organ}s" for number in range(9) for organ in ORGANS]
-    tokenizer = train_bpe(texts, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    torch.manual_seed(0)
-    model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=0.2)
-    tokenizer.save(folder / "model")
-    save_checkpoint(folder / "model", model, folder / "model")
+    random_model(folder / "model", texts, std=0.2, hidden_size=32)
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     held_out = [{"text": f"row {number}", "label": ORGANS[number % 3]} for number in range(30)]
     (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out), encoding="utf-8")

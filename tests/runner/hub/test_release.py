@@ -7,14 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hub_server import OWNER, Hub, Repository, serve, use
+from random_model import random_model
 from releases import held_by, somebody_commits, summaries
 
-from llm.models.checkpoint import save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
 from runner.hub.receipts import Journal, Receipt
 from runner.hub.target import Target
@@ -60,12 +56,7 @@ class World:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A world with two releases pushed one after the other."""
     root = tmp_path_factory.mktemp("world")
-    tokenizer = train_bpe(["The heart pumps."] * 2, 280, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    (root / "model").mkdir()
-    tokenizer.save(root / "model")
-    torch.manual_seed(1)
-    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(root / "model", Decoder(config, vocab_size=tokenizer.vocab_size), root / "model")
+    random_model(root / "model", ["The heart pumps."], 280, seed=1)
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
         world = World(root, hub)
         use(hub, patch, root)

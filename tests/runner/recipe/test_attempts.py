@@ -17,7 +17,8 @@ from runner.artifacts import SCRATCH
 from runner.cache.store import Store
 from runner.errors import RecipeError
 from runner.planning import outcomes
-from runner.planning.plan import Plan, as_json
+from runner.planning.plan import Plan
+from runner.planning.plan_json import as_json
 from runner.recipe.recipe import Recipe, load_recipe
 from runner.stages import stage_kinds
 
@@ -369,26 +370,14 @@ def states(folder: Path, *words: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose run was killed in the middle of its second attempt, and has then gone on to the end."""
-    import torch
-
-    from llm.models.checkpoint import save_checkpoint
-    from llm.models.decoder.config import DecoderConfig
-    from llm.models.decoder.model import Decoder
-    from llm.tokenizer.train_bpe import train_bpe
+    from random_model import random_model  # imports torch
 
     folder = tmp_path_factory.mktemp("tuning")
     rows = [
         {"text": f"the {a} is {b}", "label": f"{a} <b>"} for a in ("heart", "lung", "skin") for b in ("red", "dry", "soft")
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tokenizer = train_bpe(
-        [row["text"] for row in rows] * 2, 280, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True
-    )
-    (folder / "model").mkdir()
-    tokenizer.save(folder / "model")
-    torch.manual_seed(1)
-    model = Decoder(DecoderConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
-    save_checkpoint(folder / "model", model, folder / "model")
+    random_model(folder / "model", [row["text"] for row in rows], 280, seed=1)
     (folder / "recipe.toml").write_text(TUNING, encoding="utf-8")
     process = subprocess.Popen(command(folder, "run"), stderr=subprocess.DEVNULL)
     try:

@@ -18,7 +18,8 @@ from runner.errors import RecipeError
 from runner.execution.stage_run import job_of
 from runner.hub.model_card import Model, model_card
 from runner.planning import outcomes
-from runner.planning.plan import Plan, as_json
+from runner.planning.plan import Plan
+from runner.planning.plan_json import as_json
 from runner.recipe.recipe import Recipe, load_recipe
 from runner.recipe.schema import recipe_schema
 from runner.reporting import report

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from random_model import random_model
 from served import serving
 
 from llm.inference.chat_session import ChatSession
 from llm.inference.sampling import Sampling
-from llm.models.checkpoint import save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
 from runner.cli import main
 from runner.serving.server import ServerConfig
 
@@ -60,15 +56,10 @@ def browser() -> "Iterator[Browser]":
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatSession]:
     """Two models with random weights and a long context."""
     folder = tmp_path_factory.mktemp("sessions")
-    tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(folder / "tokenizer")
-    found = {}
-    for seed, name in enumerate(("base", "tuned")):
-        torch.manual_seed(seed)
-        model = Decoder(DecoderConfig(hidden_size=32, layers=1, heads=2, context=8192), vocab_size=tokenizer.vocab_size)
-        save_checkpoint(folder / name, model, folder / "tokenizer")
-        found[name] = ChatSession(folder / name)
-    return found
+    return {
+        name: ChatSession(random_model(folder / name, TEXTS, 400, seed=seed, hidden_size=32, context=8192))
+        for seed, name in enumerate(("base", "tuned"))
+    }
 
 
 def settings(key: str | None = None) -> ServerConfig:

@@ -11,15 +11,12 @@ from typing import Any
 import openai
 import pytest
 import torch
+from random_model import random_model
 from served import serving
 
 from llm.inference.chat_session import AnswerOptions, ChatSession
 from llm.inference.sampling import Sampling
-from llm.models.checkpoint import save_checkpoint
 from llm.models.decoder.compiled_decode import CompiledRow
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
 from runner.serving.server import MAX_BYTES, ServerConfig
 
 TEXTS = ["What is asthma? Asthma is a disease of the lungs.", "高血压是什么？高血压是一种病。"] * 20
@@ -31,13 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 def sessions(tmp_path_factory: pytest.TempPathFactory, compiled_code: None) -> dict[str, ChatSession]:
     """Two models; `tuned` is compiled."""
     folder = tmp_path_factory.mktemp("sessions")
-    tokenizer = train_bpe(TEXTS, 400, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(folder / "tokenizer")
     found = {}
     for seed, name in enumerate(("base", "tuned")):
-        torch.manual_seed(seed)
-        config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=96)
-        save_checkpoint(folder / name, Decoder(config, vocab_size=tokenizer.vocab_size), folder / "tokenizer")
+        random_model(folder / name, TEXTS, 400, seed=seed, hidden_size=32, context=96)
         found[name] = ChatSession(folder / name, compiled=name == "tuned")
     return found
 

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from random_model import random_model
 
 from llm.data.batch import IGNORE
 from llm.data.packing import PackedRows
 from llm.data.token_shards import TokenWriter
 from llm.errors import InputError
-from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
+from llm.models.checkpoint import load_checkpoint
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Checkpoint
@@ -88,11 +87,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> InputFile:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small model, and rows beside it."""
-    tokenizer = train_bpe([TEXT], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(tmp_path / "tokenizer")
-    torch.manual_seed(0)
-    config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=32)
-    save_checkpoint(tmp_path / "model", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
+    random_model(tmp_path / "model", [TEXT], hidden_size=32, context=32)
     write(tmp_path / "medical.jsonl", [{"prompt": f"heart {n}", "response": "pumps blood"} for n in range(12)])
     write(tmp_path / "legal.jsonl", [{"prompt": f"court {n}", "response": "rules"} for n in range(12)])
     write(tmp_path / "general.jsonl", [{"text": TEXT * 2, "license": "cc0"} for _ in range(20)])

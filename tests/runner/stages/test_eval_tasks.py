@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from random_model import random_model
 
 from llm.data.choices import ChoiceTemplate
 from llm.errors import InputError
 from llm.evaluation.lm_eval_tasks import local_task
 from llm.inference.likelihood import Choice, continuation_likelihoods
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
-from llm.tokenizer.train_bpe import train_bpe
 from runner.graph import input_files
 from runner.input_files import InputFile, InputFolder
 from runner.stage import Context, Parallel
@@ -33,15 +31,8 @@ CHOICES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_bpe(
-        ["the heart pumps blood, the liver filters it"], 290, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True
-    )
-    tokenizer.save(folder)
-    torch.manual_seed(1)
-    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(folder, Decoder(config, vocab_size=tokenizer.vocab_size), folder)
-    return folder
+    text = "the heart pumps blood, the liver filters it"
+    return random_model(tmp_path_factory.mktemp("checkpoint"), [text], 290, seed=1)
 
 
 @pytest.fixture

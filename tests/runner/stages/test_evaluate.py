@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
+from random_model import random_model
 from small_recipe import Folder
 
 from llm.errors import InputError, Interrupted
-from llm.models.checkpoint import save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
 from runner.stage import Context, Lineage, Parallel
 from runner.stages.evaluate import Evaluate
 
@@ -30,15 +26,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_bpe(
-        [row["text"] for row in ROWS] * 2, 290, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True
-    )
-    tokenizer.save(folder)
-    torch.manual_seed(1)
-    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(folder, Decoder(config, vocab_size=tokenizer.vocab_size), folder)
-    return folder
+    return random_model(tmp_path_factory.mktemp("checkpoint"), [row["text"] for row in ROWS], 290, seed=1)
 
 
 @pytest.fixture

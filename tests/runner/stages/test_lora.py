@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from random_model import random_model
 from safetensors.torch import load_file
 
 from llm.adapters import lora
 from llm.data.batch import collate
 from llm.data.packing import PackedRows
 from llm.errors import InputError, Interrupted
-from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
+from llm.models.checkpoint import load_checkpoint
 from llm.training.loss import next_token_loss
 from runner.artifacts import Adapter
 from runner.input_files import InputFile
@@ -30,11 +28,8 @@ ROWS = [{"text": f"the heart {number}", "label": "organ"} for number in range(24
 @pytest.fixture
 def context_of(tmp_path: Path, make_context: Callable[..., Context]) -> Callable[..., Context]:
     """Contexts over one base model, which has learned nothing yet."""
-    tokenizer = train_bpe(["the heart organ"], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(tmp_path / "tokenizer")
-    torch.manual_seed(0)
-    config = DecoderConfig(hidden_size=64, layers=2, heads=4, kv_heads=2, context=32)
-    save_checkpoint(tmp_path / "base", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
+    sizes = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 32}
+    random_model(tmp_path / "base", ["the heart organ"], **sizes)
 
     def make(name: str = "stage", **changes: Any) -> Context:
         return make_context(name, inputs={"base": tmp_path / "base"}, **changes)

@@ -9,21 +9,17 @@ from typing import Any
 
 import foreign_models
 import pytest
-import torch
 from gguf import GGUFReader
 from hub_server import OWNER, TOKEN, Hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
+from random_model import random_model
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llm.errors import InputError
-from llm.models.checkpoint import save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
-from llm.tokenizer.train_bpe import train_bpe
 from runner.artifacts import Release
 from runner.cache.store import digest_of
 from runner.errors import StageError
@@ -142,13 +138,7 @@ RECORDS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_bpe(["The heart pumps."] * 2, 280, min_frequency=2, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(folder)
-    torch.manual_seed(1)
-    config = DecoderConfig(hidden_size=16, layers=1, heads=2, context=64)
-    save_checkpoint(folder, Decoder(config, vocab_size=tokenizer.vocab_size), folder)
-    return folder
+    return random_model(tmp_path_factory.mktemp("checkpoint"), ["The heart pumps."], 280, seed=1)
 
 
 @pytest.fixture

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from random_model import random_model
 
 from llm.errors import InputError
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
 from llm.tokenizer.tokenizer import TextTokenizer
-from llm.tokenizer.train_bpe import train_bpe
 from runner.input_files import InputFile
 from runner.stage import Context
 from runner.stages.sft import FineTune
@@ -27,12 +25,7 @@ ANSWERS = {"the heart": "pumps blood", "the lungs": "breathe air", "the liver": 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A model that has learned nothing yet."""
-    tokenizer = train_bpe([*ANSWERS, *ANSWERS.values()], 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    tokenizer.save(tmp_path / "tokenizer")
-    torch.manual_seed(0)
-    config = DecoderConfig(hidden_size=32, layers=1, heads=2, context=32)
-    save_checkpoint(tmp_path / "base", Decoder(config, vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer")
-    return tmp_path / "base"
+    return random_model(tmp_path / "base", [*ANSWERS, *ANSWERS.values()], hidden_size=32, context=32)
 
 
 @pytest.fixture
