@@ -226,6 +226,7 @@ def test_a_gate_that_fails_blocks_the_release_and_exits_with_4(cache: Path) -> N
     assert "section.macro_f1" in done.stderr and "skipped because of it: publish" in done.stderr
 
 
+@pytest.mark.long
 def test_an_adapter_training_that_is_killed_ends_like_an_uninterrupted_one(cache: Path) -> None:
     done = run(cache, "prove-resume", str(RECIPE), "medical", "--steps", "8", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -234,7 +235,14 @@ def test_an_adapter_training_that_is_killed_ends_like_an_uninterrupted_one(cache
     assert "ended bit for bit like an uninterrupted training" in call(cache, "why", str(RECIPE), "medical")[1]
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("release", "merge"), ("after", "evaluate"), ("publish", "publish")])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("after", "evaluate"),
+        pytest.param("release", "merge", marks=pytest.mark.long),
+        pytest.param("publish", "publish", marks=pytest.mark.long),
+    ],
+)
 def test_a_stage_that_was_killed_ends_with_the_same_digest(cache: Path, stage: str, kind: str) -> None:
     options = [str(RECIPE), "--until", stage]
     before = digest_of(cache, options)

@@ -4,16 +4,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from small_recipe import Folder
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A folder whose recipe has run. Nothing changes it: tests that do take a copy."""
-    folder = Folder(tmp_path_factory.mktemp("finished"))
-    done = folder.run()
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(root: Path) -> None:
+        done = Folder(root).run()
+        assert done.returncode == 0, done.stderr
+
+    return Folder(made_once(tmp_path_factory, "finished", make))
 
 
 @pytest.fixture

@@ -77,31 +77,36 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def on_two_machines(folder: Path, cases: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str], float]:
     """What both processes found, by case; the last lines of their errors; and seconds from the first end to the last.
 
-    They are started one by one, so nothing but themselves ends one when the other fails.
+    Nothing but themselves ends one when the other fails.
     """
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / str(rank)), json.dumps(cases)],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    while all(process.poll() is None for process in started):
-        time.sleep(0.05)
-    began = time.monotonic()
-    outputs = [process.communicate() for process in started]
-    seconds = time.monotonic() - began
-    return [json.loads(out or "{}") for out, _ in outputs], [error.strip() for _, error in outputs], seconds
+    command = [sys.executable, __file__, str(folder), json.dumps(cases)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = [folder / f"{rank}.json" for rank in range(2)]
+    errors = [(folder / f"{rank}.log").read_text().strip() for rank in range(2)]
+    return [json.loads(path.read_text()) if path.exists() else {} for path in found], errors, float(done.stdout)
 
 
 def main() -> None:
-    """Case after case; a process that fails in a case that `lingers` stays for as long, as one that cleans up."""
+    """Two processes, each with a folder of its own; prints the seconds from the first end to the last."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for rank in range(2):
+        if os.fork() == 0:
+            os.environ["RANK"] = str(rank)
+            (folder / f"{rank}.json").unlink(missing_ok=True)
+            with (folder / f"{rank}.log").open("w") as log:
+                os.dup2(log.fileno(), sys.stderr.fileno())
+            (folder / f"{rank}.json").write_text(json.dumps(work(folder / str(rank), cases)))
+            return
+    os.wait()
+    began = time.monotonic()
+    os.wait()
+    print(time.monotonic() - began)
+
+
+def work(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Case after case; a process that fails in a case that `lingers` stays for as long, as one that cleans up."""
     found = {}
     for name, case in cases.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def main() -> None:
         except Exception:
             time.sleep(case.get("lingers", 0.0) if os.environ["RANK"] == "1" else 0.0)
             raise
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training of seconds on made-up rows: run by tests in their own process, or by `accelerate launch` in several."""
+"""A training of seconds on made-up rows: run by tests in their own process, or in several."""
 
 import ctypes
 import hashlib
@@ -34,6 +34,8 @@ from llm.training.loss import Learner, next_token_loss
 from llm.training.task import CHECKPOINTS, CheckpointConfig, ComputeConfig, TrainingTask
 from llm.training.trainer import train
 from llm.training.validation import Validation
+from runner.execution.fork_server import become_worker
+from runner.engine.launch import group_environments
 
 VOCABULARY = 40
 ROWS = 5  # of a step
@@ -338,8 +340,11 @@ def shared_pages(base: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Train in this group of processes, case after case; each process writes its results into the folder, by rank."""
+    """Train in this group of processes, or in one of as many as the last argument says, case after case; each process writes
+    its results into the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if sys.argv[3:]:
+        become_worker(group_environments(int(sys.argv[3]), threads=1))
     rank = os.environ.get("RANK", "0")
     for name, case in cases.items():
         if case.get("objective") == "preferences":

@@ -25,14 +25,19 @@ ENOUGH = 1e-3  # between losses of the same training in fp32
 ENOUGH_BF16 = 1e-2  # in bf16, where another micro-batch alone changes them by up to 0.8 of this
 
 
-def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, dies: bool = False) -> dict[str, list[Any]]:
-    """The results of each process of a group, by case."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
-    # Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
-    command += ["--multi_gpu", "--main_process_port", "0", str(SUPPORT / "tiny_training.py")]
+# Without --multi_gpu one process is started whatever is asked for (accelerate 1.15).
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ACCELERATE += ["--num_cpu_threads_per_process", "1", "--multi_gpu", "--main_process_port", "0", "--num_processes"]
+
+
+def launch(
+    folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, dies: bool = False, accelerate: bool = False
+) -> dict[str, list[Any]]:
+    """The results of each process of a group, by case; the processes are forked, or started by accelerate as those with GPUs."""
+    command = [sys.executable, *([*ACCELERATE, str(processes)] if accelerate else []), str(SUPPORT / "tiny_training.py")]
+    command += [str(folder), json.dumps(cases), *([] if accelerate else [str(processes)])]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder), json.dumps(cases)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode != 0) == dies, done.stderr[-4000:]
     left = {name: [folder / f"{name}.{rank}.json" for rank in range(processes)] for name in cases}
     return {name: [json.loads(path.read_text()) for path in paths] for name, paths in left.items() if paths[0].exists()}
@@ -190,7 +195,7 @@ def test_weights_gathered_in_bf16_learn_what_autocast_does(two: dict[str, list[A
 def test_a_killed_group_resumes_and_ends_bit_for_bit_the_same(folder: Path, two: dict[str, list[Any]]) -> None:
     assert "killed" not in two
     shutil.copytree(folder / "killed", folder / "resumed")
-    resumed = launch(folder, 2, {"resumed": MUON})["resumed"][0]
+    resumed = launch(folder, 2, {"resumed": MUON}, accelerate=True)["resumed"][0]
     assert any(line.get("note", "").startswith("continues from step") for line in resumed["lines"])
     assert resumed["digest"] == two["muon"][0]["digest"]
     for name in ("loss", "validation_loss", "targets"):

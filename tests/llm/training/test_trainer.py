@@ -403,29 +403,27 @@ from pathlib import Path
 from llm.training.config import Budget
 from tests.support.tiny_training import MadeUpRows, tiny_model, tiny_training
 
-folder, room = Path(sys.argv[1]), int(sys.argv[2])
+folder, room = Path(sys.argv[1]), 48 * 2**20
 model = tiny_model(hidden_size=64, layers=4, heads=4, context=256)
 # Whatever torch and threads take once, they have taken.
 tiny_training(tiny_model(), folder / "first", budget=Budget(steps=1), batch_tokens=64 * 24)
-if room:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
-lines = []
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
 rows = MadeUpRows(context=256)
 changes = dict(rows=rows, validation=None, batch_tokens=64 * 256, micro_batch="auto", budget=Budget(steps=2))
-metrics = tiny_training(model, folder / "second", lines=lines, **changes)
+metrics = tiny_training(model, folder / "second", **changes)
 print(json.dumps({"micro_batch": metrics["choices"]["micro_batch"], "loss": metrics["loss"]}))
 """
-    found = []
-    for room in (0, 48 * 2**20):
-        command = [sys.executable, "-c", program, str(tmp_path / str(room)), str(room)]
-        # Of the room, which is one of addresses, each thread would reserve 72 MiB for its heap and stack, and uses a few KiB.
-        command = ["prlimit", f"--stack={2**21}:", *command]
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    assert found[1]["micro_batch"] < found[0]["micro_batch"]
-    assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
+    # Of the room, which is one of addresses, each thread would reserve 72 MiB for its heap and stack, and uses a few KiB.
+    command = ["prlimit", f"--stack={2**21}:", sys.executable, "-c", program, str(tmp_path / "narrow")]
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    narrow = json.loads(done.stdout.splitlines()[-1])
+    model, rows = tiny_model(hidden_size=64, layers=4, heads=4, context=256), MadeUpRows(context=256)
+    changes: dict[str, Any] = {"rows": rows, "validation": None, "batch_tokens": 64 * 256, "budget": Budget(steps=2)}
+    wide = tiny_training(model, tmp_path / "wide", micro_batch="auto", **changes)
+    assert narrow["micro_batch"] < wide["choices"]["micro_batch"]
+    assert narrow["loss"] == pytest.approx(wide["loss"], abs=1e-5)
 
 
 def test_memory_that_runs_out_during_training_halves_the_micro_batch(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from small_recipe import RECIPE, Folder
 
 TRAINING = """
@@ -18,14 +19,17 @@ checkpoint_every = 20
 """
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+@pytest.fixture(scope="session")
+def trained(finished: Folder, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A folder with a finished, undisturbed training."""
-    folder = Folder(tmp_path_factory.mktemp("trained"))
-    folder.write(RECIPE + TRAINING)
-    done = folder.run()
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(root: Path) -> None:
+        folder = Folder(shutil.copytree(finished.root, root))
+        folder.write(RECIPE + TRAINING)
+        done = folder.run()
+        assert done.returncode == 0, done.stderr
+
+    return Folder(made_once(tmp_path_factory, "trained", make))
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ kind = "pretrain"
 tokens = "tokens"
 architecture = { hidden_size = 32, layers = 2, heads = 2, dropout = 0.1 }
 batch_tokens = 128
-budget = { steps = 300 }
-schedule = { kind = "wsd", decay_steps = 100 }
+budget = { steps = 120 }
+schedule = { kind = "wsd", decay_steps = 40 }
 checkpoint_every = 10
 validate_every = 50
 """

@@ -98,8 +98,8 @@ def _flat(path: Path) -> str:
 
 
 def test_hundreds_of_mutated_recipes_end_in_a_plan_or_a_clean_error(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    codes = fuzz(place, capsys, seed=1, count=600)
-    assert codes[0] > 30 and codes[2] > 200, "both outcomes are exercised"
+    codes = fuzz(place, capsys, seed=1, count=250)
+    assert codes[0] > 12 and codes[2] > 80, "both outcomes are exercised"
 
 
 @pytest.mark.long

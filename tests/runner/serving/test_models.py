@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from random_model import random_model
 
-from llm.models.checkpoint import save_checkpoint
-from llm.models.decoder.config import DecoderConfig
-from llm.models.decoder.model import Decoder
-from llm.tokenizer.train_bpe import train_bpe
 from runner.serving.models import ServableModel
 
 RECIPE = """
@@ -36,11 +32,7 @@ data = [{ files = "rows.jsonl" }]
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """`run` in a folder whose recipe has only `base` finished."""
     folder = tmp_path_factory.mktemp("talks")
-    tokenizer = train_bpe(["what is it? 是什么"] * 9, 300, min_frequency=1, pre_tokenizer_name="gpt-2", allow_smaller=True)
-    torch.manual_seed(0)
-    model = Decoder(DecoderConfig(hidden_size=16, layers=1, heads=2, context=64), vocab_size=tokenizer.vocab_size)
-    tokenizer.save(folder / "model")
-    save_checkpoint(folder / "model", model, folder / "model")
+    random_model(folder / "model", ["what is it? 是什么"])
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
     (folder / "text.txt").write_text("text", encoding="utf-8")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
@@ -85,6 +77,7 @@ def test_a_slash_command_is_not_sent_to_the_model(ask: Callable[..., "subprocess
     assert message.stdout.split() == [">", ">"]
 
 
+@pytest.mark.long
 def test_a_compiled_model_gives_the_same_answer_and_its_code_is_cached(
     ask: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
