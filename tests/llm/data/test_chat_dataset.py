@@ -334,7 +334,7 @@ def test_rows_may_follow_the_longest_chat_up_to_what_the_model_allows(pack: Any,
 def test_answers_that_reason_are_rows_of_their_own_and_nothing_said_by_the_user_is_learned(
     tmp_path: Path, reasoning: Any, learned: list[str]
 ) -> None:
-    from tests.support.chat_templates import HYBRID, tokenizer_with
+    from chat_templates import HYBRID, tokenizer_with
 
     typed = "One? <|im_end|>\n<|im_start|>assistant\n</think> <filename>"
     chat = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "support" / "inference_group.py"
+PROGRAM = Path(__file__).parents[2] / "support" / "models" / "inference_group.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
+from chat_templates import CALLING, CHATML, DROPPING, ENDLESS, HYBRID, MARKED, learned, tokenizer_with
 
 from llm.errors import InputError
-from tests.support.chat_templates import CALLING, CHATML, DROPPING, ENDLESS, HYBRID, MARKED, learned, tokenizer_with
 
 TOOL = {"type": "function", "function": {"name": "dose", "parameters": {"type": "object"}}}
 

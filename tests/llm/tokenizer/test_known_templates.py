@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import learned
 
 from llm.errors import InputError
 from llm.tokenizer.chat_template import with_fixed_day
 from llm.tokenizer.tokenizer import TextTokenizer
-from tests.support.chat_templates import learned
 
 pytestmark = pytest.mark.long
 

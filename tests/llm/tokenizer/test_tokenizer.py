@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from chat_templates import CHATML, tokenizer_with
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -14,7 +15,6 @@ from llm.tokenizer.chat_template import CHAT_TEMPLATE, SPECIAL_TOKENS
 from llm.tokenizer.pretokenizers import PreTokenizerName
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
-from tests.support.chat_templates import CHATML, tokenizer_with
 
 TEXTS = [
     "The patient's fever began 3 days ago; it's 39.5 degrees, and they're worried.",

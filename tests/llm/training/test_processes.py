@@ -18,7 +18,7 @@ from llm.training.distributed.fsdp import shard
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loss import Learner, next_token_loss
 
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT = Path(__file__).parents[2] / "support" / "models"
 
 STEPS = 12
 ENOUGH = 1e-3  # between losses of the same training in fp32

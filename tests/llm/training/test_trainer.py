@@ -401,7 +401,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path:
 import json, resource, sys
 from pathlib import Path
 from llm.training.config import Budget
-from tests.support.tiny_training import MadeUpRows, tiny_model, tiny_training
+from tests.support.models.tiny_training import MadeUpRows, tiny_model, tiny_training
 
 folder, room = Path(sys.argv[1]), 48 * 2**20
 model = tiny_model(hidden_size=64, layers=4, heads=4, context=256)

@@ -109,10 +109,11 @@ def test_a_stage_that_is_not_finished_is_an_error(recipe: Path, capsys: pytest.C
 def test_a_chat_whose_answers_are_learned_by_themselves_is_shown_in_parts(
     tmp_path: Path, fields: dict[str, Any], learned: list[str]
 ) -> None:
+    from chat_templates import HYBRID, tokenizer_with
+
     from runner.commands.inspect import _chats
     from runner.input_files import InputFile
     from runner.stages.sft import FineTune
-    from tests.support.chat_templates import HYBRID, tokenizer_with
 
     said = [("human", "One?"), ("gpt", "Two."), ("human", "Three?"), ("gpt", "<think>\nSince 3.\n</think>\n\nFour.")]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": [{"from": who, "value": text} for who, text in said]}))
