@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from tiny_training import VOCABULARY, tiny_model, tiny_training
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -21,7 +22,6 @@ from llm.errors import InputError
 from llm.tokenizer.train_bpe import train_bpe
 from llm.training.config import Budget, Optimizer, Schedule
 from llm.training.loss import cross_entropy_sum, next_token_loss
-from tests.support.tiny_training import VOCABULARY, tiny_model, tiny_training
 
 CONTEXT = 24
 
