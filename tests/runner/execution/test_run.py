@@ -17,7 +17,7 @@ from watched_processes import wait_for, workers_of
 from runner.cache import digests
 from runner.cache.heartbeat import this_machine
 from runner.cache.store import Store
-from runner.execution import liveness
+from runner.engine import liveness
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(finished: Folder) -> None:

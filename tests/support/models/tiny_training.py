@@ -34,8 +34,8 @@ from llm.training.loss import Learner, next_token_loss
 from llm.training.task import CHECKPOINTS, CheckpointConfig, ComputeConfig, TrainingTask
 from llm.training.trainer import train
 from llm.training.validation import Validation
-from runner.execution.fork_server import become_worker
 from runner.engine.launch import group_environments
+from runner.execution.fork_server import become_worker
 
 VOCABULARY = 40
 ROWS = 5  # of a step
