@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import HYBRID, tokenizer_with
 
 from llm.data.chat_dataset import write_rows
 from llm.data.chat_parts import Table
@@ -17,7 +18,6 @@ from llm.data.packing import PackedRows
 from llm.errors import InputError
 from llm.text.executor import LocalProcesses
 from llm.tokenizer.tokenizer import TextTokenizer
-from tests.support.chat_templates import HYBRID, tokenizer_with
 
 ROOT = Path(__file__).parents[3]
 TOKENIZER = tokenizer_with(HYBRID)
@@ -27,7 +27,7 @@ from pathlib import Path
 from llm.data.chat_dataset import write_rows
 from llm.data.chat_parts import Table
 from llm.data.conversations import Template
-from tests.support.chat_templates import HYBRID, tokenizer_with
+from chat_templates import HYBRID, tokenizer_with
 
 def report(done=0, **_):
     if done >= 36:
