@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from chat_templates import CALLING, CHATML, DROPPING, ENDLESS, HYBRID, MARKED, learned, tokenizer_with
+from chat_templates import CALLING, CHATML, DROPPING, ENDLESS, HYBRID, MARKED, PHI_4, learned, tokenizer_with
 
 from llm.errors import InputError
 
@@ -131,9 +131,21 @@ def test_other_tags_of_calls_in_an_answer_are_text(template: str, text: str) -> 
     assert text in said
 
 
+def test_of_phi_4_answers_and_reasoning_are_learned_and_calls_refused() -> None:
+    chat = [user("One? <|im_sep|>"), bot("Two."), user("Three?"), bot("Four.", reasoning_content="Since 3.")]
+    assert learned(tokenizer_with(PHI_4), [{"role": "system", "content": "Brief."}, *chat]) == [
+        "<|im_start|>system<|im_sep|>Brief.<|im_end|><|im_start|>user<|im_sep|>One? <|im_sep|><|im_end|>"
+        "<|im_start|>assistant<|im_sep|>[Two.<|im_end|>]<|im_start|>user<|im_sep|>Three?<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>[<think>\nSince 3.\n</think>\n\nFour.<|im_end|>]",
+    ]
+
+
 @pytest.mark.parametrize(
     ("template", "chat", "complaint"),
     [
+        (PHI_4, [user("q", tools=[TOOL]), bot("a")], "tells the model of tools, got one that does not"),
+        (PHI_4, [user("q"), bot(None, tool_calls=[call("f")])], "writes calls of tools, got one that does not"),
+        (PHI_4, [user("q"), {"role": "tool", "content": "1"}, bot("a")], "writes the results of tools, got one that does not"),
         (CHATML, [user("q", tools=[TOOL]), bot("a")], "tells the model of tools, got one that does not"),
         (CHATML, [user("q"), bot(None, tool_calls=[call("f")])], "writes calls of tools, got one that does not"),
         (

@@ -10,7 +10,7 @@ from llm.tokenizer.messages import Chat
 from llm.tokenizer.tokenizer import TextTokenizer
 from llm.tokenizer.train_bpe import train_bpe
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|tool|>", "<|bot|>", "<filename>")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|tool|>", "<|bot|>", "<filename>", "<|im_sep|>")
 ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<td>")  # not special
 
 # Like SmolLM2: what is said is written as it is.
@@ -40,6 +40,14 @@ DROPPING = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}"
     "{{ '<|bot|>' + m.content.split('</think>')[-1] + '<|endoftext|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}"
+)
+# Phi-4's own, as published: no tools and no calls, and what a message of another role says is left out.
+PHI_4 = (
+    "{% for message in messages %}{% if (message['role'] == 'system') %}"
+    "{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}"
+    "{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}"
+    "{{'<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 # Like GLM-4: no token ends an answer but that of the next role.
 ENDLESS = (
