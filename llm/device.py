@@ -14,12 +14,37 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 from torch.utils import deterministic
 
 Precision = Literal["fp32", "bf16"]
 
+MPS = "STOCKPOT_MPS"  # "1" computes on Apple's GPU
+NARROW = {"mps"}  # kinds of devices without fp64
+
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def main_device(index: int = 0) -> torch.device:
+    """Where a model computes: the GPU of that number, else Apple's where STOCKPOT_MPS asks for it, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", index)
+    if os.environ.get(MPS) == "1":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"{MPS}: expected a Mac whose GPU torch can use, got none")
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype for sums of many numbers: fp64 where the device has it."""
+    return torch.float32 if device.type in NARROW else torch.float64
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the widest dtype of its device."""
+    return x.to(widest(x.device))
 
 
 def has_compiler(device: str) -> bool:
@@ -137,3 +162,13 @@ def synchronize(device: torch.device) -> None:
     """Return when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back what the allocator of a GPU keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -67,7 +67,9 @@ class Batch:
     def loss_count(self) -> float:
         """The number that the loss of a step is divided by: targets, by their weights, or pairs if answers are compared."""
         if self.weights is not None:
-            return float(self.weights.double().sum())
+            from llm.device import widened
+
+            return float(widened(self.weights).sum())
         if self.reference is None:
             return int((self.targets != IGNORE).sum())
         return int(((self.documents.amax(1) + 1) // 2).sum())

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from llm.device import free_memory, is_out_of_memory
+from llm.device import free_memory, is_out_of_memory, main_device, release_cached_memory
 from llm.inference.processes import Processes
 from llm.inference.timer import GenerationTimer
 
@@ -113,6 +113,5 @@ class _Halving(Generic[T]):
             self._most = size = len(part) // 2
             self._release()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_cached_memory(main_device())
         return found

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from llm.adapters.merge import merge_adapters
-from llm.device import resolve_precision
+from llm.device import main_device, resolve_precision
 from llm.errors import InputError
 from llm.inference.json_grammar import JsonGrammars
 from llm.inference.sampling import Sampling
@@ -68,7 +68,7 @@ def load_model(
     checkpoint: Path, adapter: Path | None = None, *, precision: Literal["auto", "fp32", "bf16"] = "auto"
 ) -> tuple[LanguageModel, TextTokenizer]:
     """The model of a checkpoint, with an adapter merged if there is one, ready to generate, and its tokenizer."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = main_device()
     dtype = dtype_of(resolve_precision(precision, device=device))
     model = load_checkpoint(checkpoint, dtype=dtype if adapter is None else torch.float32, device=device)
     if adapter is not None:

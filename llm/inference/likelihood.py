@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llm.data.batch import IGNORE
-from llm.device import autocast
+from llm.device import autocast, widest
 from llm.inference.batches import Limits, OnProgress, memory_for_batch, similar_lengths, work_in_batches
 from llm.inference.processes import ALONE, Processes
 from llm.inference.timer import GenerationTimer
@@ -78,7 +78,7 @@ def _nats(model: LanguageModel, windows: Sequence[Window], timer: GenerationTime
         targets[row, : len(window.targets)] = torch.tensor(window.targets)
     tokens, targets = tokens.to(model.device), targets.to(model.device)
     where = targets != IGNORE
-    losses = torch.zeros(tokens.shape, dtype=torch.float64, device=model.device)
+    losses = torch.zeros(tokens.shape, dtype=widest(model.device), device=model.device)
     with autocast(precision_of(model), device=model.device):
         hidden = model.hidden(tokens)[where]
         losses[where] = -log_probabilities(model.lm_head, hidden, targets[where], vocab_size=model.vocab_size)
@@ -129,7 +129,7 @@ def _of_continuations(decoding: Decoding, choices: Sequence[Choice], timer: Gene
     sums = torch.zeros(len(choices), 1 + max(len(choice.continuations) for choice in choices), dtype=torch.float64)
     for row, choice in enumerate(choices):
         begins = torch.tensor([tokens[0] for tokens in choice.continuations], device=first.device)
-        sums[row, : len(begins)] = first[row, begins].double().cpu()
+        sums[row, : len(begins)] = first[row, begins].cpu().double()
     for numbers in passes:
         tokens, targets, branches = table = torch.zeros(3, len(choices), _width(choices, numbers), dtype=torch.int64)
         branches.fill_(-1)  # padding is a branch of its own, and is summed up in the last column

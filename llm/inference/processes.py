@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from llm.device import main_device
 from llm.errors import InputError, Interrupted
 
 T = TypeVar("T")
@@ -100,8 +101,7 @@ def join() -> tuple[Processes, torch.device]:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=TIMEOUT)
         atexit.register(_leave)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = main_device(local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     return Processes(size=size, rank=rank, local=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), device

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llm.device import widened
 from llm.errors import InputError
 
 
@@ -171,8 +172,8 @@ def sample_tokens(logits: Tensor, sampling: Sampling, *, streams: Sequence[Rando
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) in float64 after temperature, top-k, top-p and min-p, in this order."""
-    logits = logits.double() / sampling.temperature
+    """Probabilities (B, V) in the widest dtype after temperature, top-k, top-p and min-p, in this order."""
+    logits = widened(logits) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:

@@ -11,6 +11,7 @@ from functools import cache
 
 from torch import Tensor
 
+from llm.device import widened
 from llm.tokenizer.tokenizer import TextTokenizer
 
 
@@ -27,7 +28,7 @@ def reporter(found: list[TokenReport], *, likeliest: int) -> Callable[[Tensor, i
     """Adds a report of each token to `found`, with that many alternatives; called with logits (V,) and the token chosen."""
 
     def watch(logits: Tensor, token: int) -> None:
-        scores = logits.double().log_softmax(-1)
+        scores = widened(logits).log_softmax(-1)
         top = scores.topk(min(likeliest, len(scores)))
         alternatives = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         found.append(TokenReport(token, float(scores[token]), alternatives))

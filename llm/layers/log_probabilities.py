@@ -8,15 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llm.device import widened, widest
+
 LOGITS = 2**25  # numbers in one piece of logits: 128 MiB in fp32, and 128 positions of the largest vocabulary in use
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
-    """log P of each of targets (N,) after hidden (N, D), in fp64; `head` makes logits (n, V) of hidden states (n, D)."""
+    """log P of each of targets (N,) after hidden (N, D), in the widest dtype; `head` makes logits (n, V) of hidden states (n, D)."""
     rows = max(1, LOGITS // vocab_size)
-    found = torch.empty(len(targets), dtype=torch.float64, device=hidden.device)
+    found = torch.empty(len(targets), dtype=widest(hidden.device), device=hidden.device)
     for start in range(0, len(targets), rows):
         logits = head(hidden[start : start + rows]).float()
         chosen = logits.gather(-1, targets[start : start + rows, None])[:, 0]
-        found[start : start + rows] = chosen.double() - logits.logsumexp(-1)
+        found[start : start + rows] = widened(chosen) - logits.logsumexp(-1)
     return found

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm.adapters.frozen import FrozenLinear
 from llm.data.batch import IGNORE, Batch
-from llm.device import Precision, autocast
+from llm.device import Precision, autocast, widest
 from llm.layers.ops import compute_dtype
 from llm.models.interface import LanguageModel
 
@@ -59,7 +59,7 @@ def next_token_loss(model: LanguageModel, batch: Batch) -> tuple[Tensor, ...]:
     if batch.sources is not None:
         losses = hidden.new_zeros(targets.shape, dtype=torch.float32)
         losses[learned] = token_losses(model.lm_head, hidden[learned], targets[learned])
-        return losses.sum(dtype=torch.float64), learned.sum(), losses.view_as(batch.targets)
+        return losses.sum(dtype=widest(losses.device)), learned.sum(), losses.view_as(batch.targets)
     weights = None if batch.weights is None else batch.weights.flatten()
     # Boolean indexing asks the device how many there are. On a GPU that would stall the queue, so there all are computed.
     if hidden.device.type == "cpu" and not bool(learned.all()):

@@ -67,7 +67,7 @@ def peak_flops(precision: Precision, *, device: torch.device, threads: int, seco
 
 def _measured(precision: Precision, *, device: torch.device) -> float:
     """By the fastest of a few rounds: other work on the machine only makes them slower."""
-    size = SQUARES[device.type][0]
+    size = SQUARES.get(device.type, SQUARES["cpu"])[0]
     product = Product((size, size, size), precision, device=device)
     product()
     calls = max(1, math.ceil(ROUND_SECONDS / seconds_per_call(product, device=device)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.data.batch import IGNORE, Batch, RowSource
-from llm.device import is_out_of_memory
+from llm.device import is_out_of_memory, widened, widest
 from llm.models.interface import LanguageModel
 from llm.training.distributed.fsdp import is_sharded, reshard
 from llm.training.distributed.process_group import ProcessGroup
@@ -86,8 +86,8 @@ class _Sums:
     def __init__(self, validation: Validation, device: torch.device) -> None:
         self._watched, self._names = validation.watched, validation.sources
         shape = (max(1, len(self._names)), 3)
-        self._sums = torch.zeros(shape, dtype=torch.float64, device=device)  # (sources, 3) nats, targets, bytes of text
-        self._others = torch.zeros(len(self._watched), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(shape, dtype=widest(device), device=device)  # (sources, 3) nats, targets, bytes of text
+        self._others = torch.zeros(len(self._watched), dtype=widest(device), device=device)
 
     def add(self, batch: Batch, loss: Tensor, number: Tensor, *others: Tensor) -> None:
         """Take a batch into account, with what the objective returned for it."""
@@ -95,12 +95,12 @@ class _Sums:
             counted = (others[0], batch.targets != IGNORE, batch.text_bytes)
             for column, values in enumerate(counted):
                 if values is not None:
-                    self._sums[:, column].index_add_(0, batch.sources.flatten().long(), values.flatten().double())
+                    self._sums[:, column].index_add_(0, batch.sources.flatten().long(), widened(values.flatten()))
         else:
             self._sums[0, 0] += loss
             self._sums[0, 1] += number
             if batch.text_bytes is not None:
-                self._sums[0, 2] += batch.text_bytes.sum(dtype=torch.float64)
+                self._sums[0, 2] += widened(batch.text_bytes).sum()
         for column in range(len(self._watched)):
             self._others[column] += others[column]
 

@@ -62,7 +62,7 @@ class LearnPreferences(PackedTraining, kind="dpo", version=4, makes=Checkpoint):
         import torch
 
         from llm.data.packing import has_reference
-        from llm.device import resolve_precision
+        from llm.device import main_device, resolve_precision
         from llm.models.checkpoint import load_checkpoint
         from llm.training.dpo import write_reference
 
@@ -70,7 +70,7 @@ class LearnPreferences(PackedTraining, kind="dpo", version=4, makes=Checkpoint):
         missing = [folder for folder in folders if folder.exists() and not has_reference(folder)]
         if not missing:
             return
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = main_device()
         torch.set_num_threads(context.cores)
         model = load_checkpoint(base.folder, device=device)
         precision = resolve_precision(context.parallel.precision, device=device)

@@ -119,14 +119,13 @@ class CheckParity(Stage, kind="parity", version=3, makes=Parity):
         return [ParityVerdict("", f"{equal.total()} comparisons equal, in {', '.join(equal)}", passed=True), *others]
 
     def _checks(self, context: Context, inputs: ParityInputs, sentences: list[str]) -> "Iterator[Check]":
-        import torch
-
+        from llm.device import main_device
         from llm.export.parity import PROBES, Reference, check_answers, check_chats, check_likelihoods, check_tokens
         from llm.export.transformers_backend import TransformersBackend
         from llm.models.checkpoint import load_checkpoint
 
         folder, tokenizer = context.open(self.model).folder, inputs.tokenizer
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = main_device().type
         model = load_checkpoint(folder, device=device)
         reference = Reference.of(model, tokenizer, inputs.prompts, max_new_tokens=inputs.max_new_tokens)
         texts = [*PROBES, *sentences]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch does not list them
 from torch.nn.parallel import DistributedDataParallel
 
+from llm.device import main_device
 from llm.errors import InputError, Interrupted
 from llm.training.distributed.fsdp import Strategy, is_sharded
 from llm.training.loss import Learner
@@ -33,7 +34,7 @@ class ProcessGroup:
             broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
         )
         handlers = [options, InitProcessGroupKwargs(timeout=timeout)]
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+        self._accelerator = Accelerator(cpu=main_device().type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         found = self._accelerator.device
