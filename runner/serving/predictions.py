@@ -159,6 +159,7 @@ def prediction_of(
         raise InputError(f"{task.files.pattern}: expected rows of at least two labels, got {len(labels)}")
     found = Labels(predictor, task.template, labels, shown, task.long)
     known = [place for place, of_row in enumerate(expected) if set(of_row) <= set(labels)]
+    say(f"reading {len(known):,} rows whose labels are known first: how sure the model may be is learned from them")
     scores = predictor.label_scores([prompts[place] for place in known], labels, long=task.long)
     if task.has_several_labels:
         return _with_threshold(found, task, [expected[place] for place in known], scores, say)
