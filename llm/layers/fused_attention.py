@@ -1,17 +1,12 @@
 """Causal attention inside documents as one C++ kernel: for training in bf16 on CPUs with AVX512-BF16.
 
-`fused_attention.cpp` is built by the machine's own compiler when a training first needs it, and kept beside the output of
-torch.compile, in a folder that only its owner can enter. On other machines, and without a compiler, `llm.layers.attention`
-multiplies blocks: equal up to rounding.
+`fused_attention.cpp` is built when a training first needs it (`cpp_kernel.py`). On other machines, and without a compiler,
+`llm.layers.attention` multiplies blocks: equal up to rounding.
 
 Letters: B rows, T positions, H query heads, K key and value heads, E head size.
 """
 
 import ctypes
-import hashlib
-import os
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,19 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from llm.device import find_compiler
-from llm.files import private_folder
+from llm.layers.cpp_kernel import OPENMP, UnavailableError, load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-std=c++17", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-fopenmp"]
+FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", OPENMP]
 PANEL = 32  # positions and sizes come in multiples of it
 # Positions of a row, at most. What the kernel keeps for the backward pass grows with their square: at 1,024, T bytes for each
 # position, layer and head, less than all else that a layer keeps of a position (about 40 E bytes for each head).
 LONGEST = 1024
-
-
-class UnavailableError(Exception):
-    """The kernel cannot be built or run here; the message says why."""
 
 
 class _Shape(ctypes.Structure):
@@ -53,49 +43,14 @@ def load_kernel() -> ctypes.CDLL:
     """The kernel, built on first use. UnavailableError where it cannot run."""
     if not is_cpu_supported():
         raise UnavailableError("expected a CPU with AVX512-BF16 and without AMX, since it is faster only there")
-    program = find_compiler()
-    if program is None or "clang" in Path(program).name:  # clang's OpenMP would start threads of its own beside torch's
-        raise UnavailableError(f"expected g++ to build it, got {program or 'no C++ compiler'}")
-    try:
-        name = hashlib.sha256(" ".join([program, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()[:32]
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        if folder is not None:
-            return _load(program, Path(folder) / "attention" / f"{name}.so")
-        with tempfile.TemporaryDirectory() as scratch:
-            return _load(program, Path(scratch) / f"{name}.so")
-    except OSError as error:
-        raise UnavailableError(str(error)) from error
+    kernel = load(SOURCE, FLAGS, folder="attention")
+    kernel.weights_per_head.restype = ctypes.c_int64
+    return kernel
 
 
 def is_cpu_supported() -> bool:
     """Whether the kernel is faster than products of blocks on this CPU: oneDNN uses AMX, and the kernel does not."""
     return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
-
-
-def _load(program: str, place: Path) -> ctypes.CDLL:
-    private_folder(place.parent)  # what lies there is run
-    if not place.exists():
-        _build(program, place)
-    try:
-        kernel = ctypes.CDLL(str(place))
-    except OSError:  # built on another system, say
-        _build(program, place)
-        kernel = ctypes.CDLL(str(place))
-    kernel.weights_per_head.restype = ctypes.c_int64
-    return kernel
-
-
-def _build(program: str, place: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:  # other processes may build it at the same time
-        partial = Path(scratch) / place.name
-        command = [program, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(partial)]
-        built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if built.returncode != 0:
-            lines = built.stderr.splitlines() or ["it failed"]
-            raise UnavailableError(f"{program}: {next((line for line in lines if ': error: ' in line), lines[0])}")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # loading a file torn by a power cut would crash the process
-        partial.replace(place)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, starts: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
 from llm.device import find_compiler
 from llm.files import private_folder
-from llm.layers import fused_attention
+from llm.layers import cpp_kernel
 from runner import compiled_code
 from runner.cli import main
 from runner.engine import launch
@@ -85,7 +85,7 @@ def test_a_library_in_such_a_folder_is_not_opened(made: Callable[[Path], None], 
     place = (folder if folder.is_dir() else tmp_path) / "kernel.so"
     subprocess.run([str(find_compiler()), "-shared", "-fPIC", str(source), "-o", str(place)], check=True)
     with pytest.raises(OSError, match="attention"):
-        fused_attention._load(str(find_compiler()), folder / "kernel.so")
+        cpp_kernel._load([str(find_compiler())], folder / "kernel.so")
     assert not told.exists()
 
 

@@ -162,7 +162,7 @@ def test_a_model_of_unsupported_sizes_trains_without_the_kernel(sizes: dict[str,
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
-        ("", "expected g++ to build it, got no C++ compiler"),
+        ("", "expected g++ or clang++ to build it, got no C++ compiler"),
         ("echo hi >&2; echo 'a.cpp:1: error: what is that' >&2; exit 1", "error: what is that"),
         ('for last; do :; done; echo text > "$last"', ""),  # what the loader says of it
     ],
