@@ -24,7 +24,7 @@ from llm.layers.attention import attend, attend_cached, attention_mask
 from llm.layers.log_probabilities import log_probabilities
 from llm.layers.ops import activate, capped
 from llm.models.decoder.compiled_decode import CompiledRow
-from llm.models.decoder.decoding_layer import DecodingLayer, is_matrix, projection
+from llm.models.decoder.decoding_layer import DecodingLayer, is_matrix, product_dtype, projection
 from llm.models.decoder.model import Decoder
 from llm.models.decoder.rope import Waves, rope_angles
 from llm.models.options import Kind, LongRope
@@ -62,7 +62,8 @@ class DecoderDecoding:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.context = model.context
-        self.device, self._dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        self.device = model.lm_head.weight.device
+        self._dtype = product_dtype(model.lm_head.weight)
         self.vocab_size = model.vocab_size
         self._final_norm = model.model.norm.scale.float()
         layers = zip(model.layers, model.kinds, strict=True)

@@ -35,19 +35,37 @@ def test_bf16_weights_are_as_near_to_fp32_as_the_model_itself_is() -> None:
 
 @pytest.mark.parametrize("rows", [1, decoding_layer.MANY_ROWS - 1, decoding_layer.MANY_ROWS, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_in_bf16_without_units_for_it_are_those_in_fp32_rounded_once(
-    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_without_units_for_them_are_those_in_fp32_of_many_rows(
+    rows: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding_layer, "_can_pack", lambda weight: False)  # as on a CPU without them
+    monkeypatch.setattr(decoding_layer, "WIDENED", 32 * 7)  # of 64 outputs 7 at a time
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(32, size, bias=bias).bfloat16() for size in (48, 16)]
-    x = torch.randn(rows, 1, 32).bfloat16()
+    layers = [torch.nn.Linear(32, size, bias=bias).to(dtype) for size in (48, 16)]
+    x = torch.randn(rows, 1, 32)
     exact = torch.cat(
         [torch.nn.functional.linear(x.double(), *(part.double() for part in one.parameters())) for one in layers], -1
     )
     found = decoding_layer.projection(*layers)(x)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6 if rows >= decoding_layer.MANY_ROWS else 2**-8)
+    assert found.dtype == torch.float32
+    few = 2**-7 if rows < decoding_layer.MANY_ROWS else 1e-6
+    torch.testing.assert_close(found.double(), exact, rtol=few, atol=few)
+
+
+def test_a_model_with_an_adapter_over_weights_in_bf16_decodes_as_it_computes() -> None:
+    model, rows = small(kv_heads=2).bfloat16(), rows_of(LENGTHS)
+    attach(model, LoraConfig(r=2, alpha=4), seed=1)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    found = torch.cat(decoded(model.eval().decoding(), rows, read=LENGTHS))
+    for row in (0, 2):
+        torch.testing.assert_close(
+            decoded(model.decoding(), [rows[row]], read=[LENGTHS[row]])[0],
+            found.view(len(LENGTHS), -1, found.shape[-1])[row],
+            atol=0.1,
+            rtol=0,
+        )
 
 
 def test_a_model_with_an_adapter_decodes_with_it() -> None:
