@@ -72,7 +72,7 @@ def add_sampling_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--compile",
         action="store_true",
-        help="compile the model: on a CPU a token takes 0.6 of the time, after 15 s at the first start and 5 s at later ones",
+        help="on a CPU decode by a kernel, which takes about half of the time; it is compiled once, in some seconds",
     )
 
 

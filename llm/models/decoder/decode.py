@@ -1,9 +1,10 @@
 """The decoding form of a decoder: its weights arranged to read prompts, and then one token per step, behind a key-value cache.
 
 It computes what `model.py` computes, without gradients and dropout and in few operations: at one token per step the time goes
-into reading weights and launching operations, not into arithmetic. Products have the dtype of the weights; the residual
-stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the step is a CUDA graph; on a CPU that of
-one row can be compiled (`compiled_decode.py`). `llm.inference.generate` chooses tokens and ends texts.
+into reading weights and launching operations, not into arithmetic. Products have the dtype of the weights, where the machine
+is fast in it; the residual stream, the norms and the rotation are fp32, as in training under autocast. On a GPU the step is a
+CUDA graph; on a CPU that of a few rows can be one kernel (`row_step.py`). `llm.inference.generate` chooses tokens and ends
+texts.
 
 Letters: B rows, T new positions, S cache slots, D hidden size, H heads, K key and value heads, G = H / K, E head size, V
 vocabulary.
@@ -18,18 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llm.device import has_compiler
 from llm.errors import InputError
 from llm.layers.attention import attend, attend_cached, attention_mask
+from llm.layers.cpp_kernel import UnavailableError
 from llm.layers.log_probabilities import log_probabilities
 from llm.layers.ops import activate, capped
-from llm.models.decoder.compiled_decode import CompiledRow
 from llm.models.decoder.decoding_layer import DecodingLayer, is_matrix, product_dtype, projection
 from llm.models.decoder.model import Decoder
 from llm.models.decoder.rope import Waves, rope_angles
+from llm.models.decoder.row_step import MOST_ROWS, RowStep
 from llm.models.options import Kind, LongRope
 
-SPARE_SLOTS = 8  # beyond the context, for the compiled step, which must never see all slots
 ALIGNMENT = 8  # slots of a cache are a multiple: aligned rows of a mask are faster on GPUs
 READ_TOKENS = 4096  # positions of prompts that are read together, padding included; their activations are in memory at once
 
@@ -41,7 +41,6 @@ class KVCache:
     stored: Tensor  # (layers, B, 2 K, S, E): the keys, then the values
     positions: Tensor  # (B, 1): where the next token of each row goes
     filled: int = 0  # slots that some row has reached
-    compiled: CompiledRow | None = None  # the compiled step, if `stored` is its cache
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
@@ -83,21 +82,20 @@ class DecoderDecoding:
         named = model.layers.named_modules()
         self._plain = all(is_matrix(module) for name, module in named if name.endswith("_proj"))
         self._use_graphs = self._plain and self.device.type == "cuda"
-        self._compiled: CompiledRow | None = None
+        self._row_step: RowStep | None = None
 
     def compile(self) -> None:
-        """Compile the step of a batch of one row, which then takes about 0.6 of the time: in 15 s, or 4 with torch's cache.
+        """Have the steps of up to MOST_ROWS rows computed by a kernel, which is built in some seconds where it is not kept.
 
-        Does nothing on a GPU, whose steps are graphs, and with adapters. InputError without a C++ compiler. The compiled step
-        rounds differently, so sampled text may differ from that of other batches.
+        Does nothing on a GPU, whose steps are graphs, and with adapters. InputError where it cannot be built. It rounds
+        differently, so sampled text may differ from that of larger batches.
         """
         if not self._on_cpu or not self._plain or not is_matrix(self.model.lm_head):
             return
-        if not has_compiler("cpu"):
-            raise InputError("compiling: expected a C++ compiler (CXX, g++ or clang++), got none")
-        self._compiled = CompiledRow(self.model, self._new_cache(1, self.context + SPARE_SLOTS, length=1).stored[:, 0])
-        self.read([[0]], room=1)
-        self.step([0])
+        try:
+            self._row_step = RowStep(self.model)
+        except UnavailableError as error:
+            raise InputError(f"compiling: {error}") from error
 
     @property
     def bytes_per_position(self) -> int:
@@ -130,8 +128,8 @@ class DecoderDecoding:
         batch.tokens.copy_(torch.tensor(tokens)[:, None])
         batch.filled += 1
         batch.steps += 1
-        if batch.compiled is not None:
-            return self._compiled_step(batch.compiled, *tokens)
+        if self._row_step is not None and len(tokens) <= MOST_ROWS:
+            return self._kernel_step(self._row_step)
         if not self._use_graphs or batch.steps == 1:  # libraries initialize in the first step, outside a graph
             return self._eager_step()
         if batch.graph is None:
@@ -184,8 +182,6 @@ class DecoderDecoding:
         config = self.model.config
         self._set_angles(slots, length=length)
         positions = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        if rows == 1 and self._compiled is not None and slots <= self._compiled.cache.shape[2]:
-            return KVCache(self._compiled.cache[:, None], positions, compiled=self._compiled)
         shape = (config.layers, rows, 2 * config.kv_heads, slots, config.head_size)
         if math.prod(shape) > len(self._cache):
             self.release()
@@ -204,21 +200,27 @@ class DecoderDecoding:
         batch.positions += 1
         return logits
 
-    def _compiled_step(self, row: CompiledRow, token: int) -> Tensor:
+    def _kernel_step(self, kernel: RowStep) -> Tensor:
         batch = self._batch
-        position = batch.positions[0]
-        angles = {kind: tuple(table[position] for pair in pairs for table in pair) for kind, pairs in self._angles.items()}
-        logits = row.logits(token, self._slots[: batch.filled], position, angles)
+        logits = kernel.logits(self._embedded(batch.tokens)[:, 0].contiguous(), batch.stored, batch.positions, self._angles)
         batch.positions += 1
-        return logits
+        return self._finished(logits)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         normal = self._rms_norm(hidden.reshape(-1, 1, hidden.shape[-1]), self._final_norm)
-        logits: Tensor = self._head(normal).float().view(*hidden.shape[:-1], -1)
+        return self._finished(self._head(normal).float().view(*hidden.shape[:-1], -1))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Logits as the model gives them, of those of the head."""
         if self.model.logit_divisor != 1:
             logits.div_(self.model.logit_divisor)
         return capped(logits, self.model.config.parts.final_softcap)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """What the first layer reads, (..., D) in fp32, of tokens (...)."""
+        x: Tensor = self.model.model.embed_tokens(tokens).float()
+        return x if self.model.embedding_scale == 1 else x * self.model.embedding_scale
 
     def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMSNorm of x (N, 1, D), in the dtype of the products; x itself where there is no norm."""
@@ -309,9 +311,7 @@ class DecoderDecoding:
             if biases is None
         }
         caches = zip(stored.unbind(0), stored[:, :, :kv_heads].unbind(0), stored[:, :, kv_heads:].unbind(0), strict=True)
-        x: Tensor = self.model.model.embed_tokens(tokens.reshape(-1, 1)).float()  # (B T, 1, D)
-        if self.model.embedding_scale != 1:
-            x = x * self.model.embedding_scale
+        x = self._embedded(tokens.reshape(-1, 1))  # (B T, 1, D)
         for layer, (cache, keys, values) in zip(self._layers, caches, strict=True):
             normal = self._rms_norm(x, layer.norms[0])
             q, new = layer.queries_and_new(normal, rotations[layer.kind], self._cache_dtype)

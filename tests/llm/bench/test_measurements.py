@@ -141,7 +141,6 @@ def test_shares_of_the_peak_are_computed_from_speeds() -> None:
         assert one["share_of_peak"] == pytest.approx(np.median(shares))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("compiled_code")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_taught_model_decodes_as_transformers_does(compiled: bool) -> None:

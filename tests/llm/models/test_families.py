@@ -21,7 +21,6 @@ from llm.adapters.lora import LoraConfig, adapted_layers, attach, copy_dequantiz
 from llm.errors import InputError
 from llm.models import architectures, from_transformers
 from llm.models.checkpoint import load_checkpoint, save_checkpoint
-from llm.models.decoder import compiled_decode
 from llm.models.decoder.config import DecoderConfig, flops_per_token, parameter_count
 from llm.models.families import families
 from llm.tokenizer.train_bpe import train_bpe
@@ -118,9 +117,8 @@ def test_branches_after_a_prompt_equal_the_whole_forward_pass(case: str) -> None
 
 @every_case
 @torch.inference_mode()
-def test_the_step_that_is_compiled_equals_the_whole_forward_pass(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code as it is: `test_compiled_decode` compiles it, which takes seconds."""
-    monkeypatch.setattr(compiled_decode.torch, "compile", lambda function, **how: function)
+@pytest.mark.usefixtures("compiled_code")
+def test_the_kernel_for_a_step_equals_the_whole_forward_pass(case: str) -> None:
     model, _ = pair(case)
     decoding, row = model.decoding(), tokens(1, CONTEXT)[0]
     decoding.compile()
