@@ -104,7 +104,8 @@ def _widened_linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor
     """
     if x.numel() < MANY_ROWS * x.shape[-1]:
         return linear(x.to(weight.dtype), weight, bias).float()
-    parts = weight.split(max(1, WIDENED // weight.shape[1]))
+    rows = max(1, WIDENED // weight.shape[1])
+    parts = (weight[start : start + rows] for start in range(0, len(weight), rows))
     out = torch.cat([linear(x, part.float()) for part in parts], -1)
     return out if bias is None else out.add_(bias)
 

@@ -140,8 +140,8 @@ class RowStep:
         found: list[_Matrix] = []
         for linear in linears:
             left = sizes[len(found) :] if len(linears) == 1 else [linear.out_features]
-            weights = linear.weight.detach().contiguous().split(left)
-            biases = [None] * len(left) if linear.bias is None else linear.bias.detach().float().split(left)
+            weights = torch.split_with_sizes(linear.weight.detach().contiguous(), left)
+            biases = [None] * len(left) if linear.bias is None else torch.split_with_sizes(linear.bias.detach().float(), left)
             for weight, bias in zip(weights, biases, strict=True):
                 assert weight.dtype == self.dtype
                 bias_pointer = None if bias is None else self._pointer(bias)

@@ -12,8 +12,9 @@ import torch
 from llm.data.batch import Batch, RowSource
 from llm.device import is_out_of_memory
 from llm.errors import InputError, MemoryShortageError
+from llm.layers.cpp_kernel import UnavailableError
 from llm.layers.dropout import set_counters
-from llm.layers.fused_attention import LONGEST, PANEL, UnavailableError, is_supported, load_kernel
+from llm.layers.fused_attention import LONGEST, PANEL, is_supported, load_kernel
 from llm.models.interface import LanguageModel
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.loader import batches

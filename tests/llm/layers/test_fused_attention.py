@@ -14,7 +14,8 @@ from llm.adapters import lora
 from llm.errors import Interrupted
 from llm.layers import fused_attention
 from llm.layers.attention import attend, attention_mask
-from llm.layers.fused_attention import UnavailableError, is_supported, load_kernel
+from llm.layers.cpp_kernel import UnavailableError
+from llm.layers.fused_attention import is_supported, load_kernel
 from llm.training.config import Budget
 from llm.training.distributed.process_group import ProcessGroup
 from llm.training.runtime import WORTH, Runtime, resolve_fused_attention, restore_runtime
