@@ -266,6 +266,10 @@ class Stage(Spec):
         """What does not fit the other stages of the recipe, each fault with its place: `gates[0].above: expected ...`."""
         yield from ()
 
+    def faults_given(self, stages: Mapping[str, "Stage"], made: Mapping[str, Path]) -> Iterator[str]:
+        """What is wrong with the artifacts `made` by stages above, told before other stages run."""
+        yield from ()
+
     def lacks(self) -> Iterator[str]:
         """What this machine lacks to run the stage, each with its place and the cure; asked only if it is about to run."""
         yield from ()

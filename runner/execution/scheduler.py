@@ -24,7 +24,7 @@ from runner.execution.stop import LockWait, StopRequest
 from runner.graph import input_files
 from runner.planning import outcomes
 from runner.planning.code_digest import code_digest
-from runner.planning.data_look import check_data
+from runner.planning.data_look import check_artifacts, check_data
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
@@ -73,6 +73,7 @@ class Scheduler:
                 if entry and self._run_stage(entry, plan):
                     made.add(str(entry.key))
                 plan = self._plan(until, forced)
+                check_artifacts(plan)
             self._stop.raise_if_requested()
             self._logged(plan, until, complete=True)
             self._perform_effects(plan)

@@ -54,6 +54,7 @@ def check_data(plan: Plan, note: Callable[[str], None]) -> None:
     faults: list[str] = []
     left_out: dict[str, list[str]] = {}  # places by sentence: a recipe names the same rows in several tables
     done: set[tuple[Any, ...]] = set()  # evaluations share tables
+    check_artifacts(plan)
     for name in names:
         faults += [f"stage.{name}.{lack}" for lack in stages[name].lacks()]
         for table in data_tables(name, stages):
@@ -67,6 +68,16 @@ def check_data(plan: Plan, note: Callable[[str], None]) -> None:
                         faults.append(f"{table.place}: {fault.sentence}")
     for sentence, places in left_out.items():
         note(f"{places[0]}{f' and {len(places) - 1} other tables' if len(places) > 1 else ''}: {sentence}")
+    if faults:
+        raise RecipeError("\n".join(f"{plan.recipe.path}: {fault}" for fault in faults))
+
+
+def check_artifacts(plan: Plan) -> None:
+    """RecipeError with what finished stages made that a stage which will run cannot use."""
+    stages = {entry.name: entry.stage for entry in plan}
+    made = {entry.name: entry.path for entry in plan if entry.path is not None}
+    ahead = [entry for entry in plan if entry.state in AHEAD]
+    faults = [f"stage.{entry.name}.{fault}" for entry in ahead for fault in entry.stage.faults_given(stages, made)]
     if faults:
         raise RecipeError("\n".join(f"{plan.recipe.path}: {fault}" for fault in faults))
 

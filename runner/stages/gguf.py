@@ -11,6 +11,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import Field, field_validator
@@ -20,7 +21,7 @@ from runner.artifacts import Checkpoint, Gguf
 from runner.files import write_whole
 from runner.graph import ancestors, inputs_of
 from runner.stage import Context, Metrics, Ref, Semantic, Stage
-from runner.stages.checkpoint import ImportCheckpoint
+from runner.stages.checkpoint import TOKENIZER, ImportCheckpoint
 from runner.stages.fields.parity_inputs import TextTable, read_sentences
 
 IMPORTANCE_SENTENCES = 10_000  # about 1,000 chunks of text; the matrices of others are made from 100 to 500 of 512 tokens
@@ -50,19 +51,21 @@ class WriteGguf(Stage, kind="gguf", version=3, makes=Gguf):
 
     def faults_among(self, stages: Mapping[str, Stage]) -> Iterator[str]:
         """A tokenizer that llama.cpp has no name for, where it lies in a folder: before anything is trained."""
-        from llm.errors import InputError
-        from llm.tokenizer.llama_cpp import for_llama_cpp
+        if (name := self._imported(stages)) is not None:
+            stage = stages[name]
+            assert isinstance(stage, ImportCheckpoint)
+            yield from _tokenizer_faults(stage.tokenizer_file)
 
+    def faults_given(self, stages: Mapping[str, Stage], made: Mapping[str, Path]) -> Iterator[str]:
+        """The same, where it was fetched from the Hub."""
+        if (name := self._imported(stages)) is not None and name in made:
+            yield from _tokenizer_faults(made[name] / TOKENIZER[0])
+
+    def _imported(self, stages: Mapping[str, Stage]) -> str | None:
+        """The stage that the model's tokenizer was imported by, if there is one."""
         above = ancestors(inputs_of(stages), self.model) | {self.model}
-        imported = [stage for stage in map(stages.get, sorted(above)) if isinstance(stage, ImportCheckpoint)]
-        if len(imported) != 1 or (path := imported[0].tokenizer_file) is None:
-            return
-        try:
-            for_llama_cpp(json.loads(path.read_text(encoding="utf-8")), thorough=False)
-        except InputError as error:
-            yield f"model: {path}: {error}"
-        except (OSError, ValueError, KeyError, TypeError):  # the stage that imports it says so
-            return
+        imported = [name for name in sorted(above) if isinstance(stages.get(name), ImportCheckpoint)]
+        return imported[0] if len(imported) == 1 else None
 
     def lacks(self) -> Iterator[str]:
         """The tools of llama.cpp, for K-quants."""
@@ -126,3 +129,18 @@ class WriteGguf(Stage, kind="gguf", version=3, makes=Gguf):
             adds_begin=adds_begin(checkpoint.folder, tokenizer),
         )
         write_whole(made.modelfile, text)
+
+
+def _tokenizer_faults(path: Path | None) -> Iterator[str]:
+    """What llama.cpp lacks for the tokenizer in `path`."""
+    from llm.errors import InputError
+    from llm.tokenizer.llama_cpp import for_llama_cpp
+
+    if path is None:
+        return
+    try:
+        for_llama_cpp(json.loads(path.read_text(encoding="utf-8")), thorough=False)
+    except InputError as error:
+        yield f"model: {path}: {error}"
+    except (OSError, ValueError, KeyError, TypeError):  # the stage that imports it says so
+        return

@@ -106,6 +106,28 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused_before_anything_runs(
         load_recipe(tmp_path / "recipe.toml")
 
 
+def test_a_tokenizer_from_the_hub_that_llama_cpp_lacks_is_refused_before_anything_is_trained(
+    published: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    shutil.copytree(published("smollm"), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    put(hub, tmp_path / "model")
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "small"\n{BASE}repo = "{REPO}"\n'
+        '[stage.half]\nkind = "merge"\nbase = "base"\nadapters = ["adapter"]\n'
+        '[stage.adapter]\nkind = "lora"\nbase = "base"\ndata = [{ files = "rows.jsonl" }]\nbudget = { steps = 1 }\n'
+        '[stage.gguf]\nkind = "gguf"\nmodel = "half"\n'
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    command = [sys.executable, "-m", "runner.cli", str(tmp_path / "recipe.toml"), "--cache", str(tmp_path / "cache")]
+    for _ in range(2):  # after its import, and at once when that is cached
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "stage.gguf.model: " in done.stderr and "tokenizer.json: expected no normalizer, or NFC" in done.stderr
+        assert {path.name.partition("-")[0] for path in (tmp_path / "cache").glob("*/*-*")} == {"checkpoint"}
+
+
 def of_folder(folder: Path, **fields: Any) -> ImportCheckpoint:
     return ImportCheckpoint.model_validate({"folder": ModelFolder(folder.name, folder.parent)} | fields)
 
