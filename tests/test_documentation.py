@@ -124,6 +124,14 @@ def test_toml_on_a_page_validates(page: str, text: str) -> None:
     assert not [fault for fault in faults if not fault.endswith(": is missing")], page
 
 
+def test_every_test_that_a_table_names_is_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"\| `(test_\w+)` \|", page.read_text(encoding="utf-8"))}
+    there = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert named <= there and named, named - there
+
+
 def tree() -> list[Path]:
     """The folders named in the README's tree, relative to the root; captions name those inside a folder."""
     block = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("recipes/"))

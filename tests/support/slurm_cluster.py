@@ -67,6 +67,7 @@ class SlurmCluster:
     folder: Path
     inside: tuple[str, ...]  # before a command
     environment: dict[str, str]
+    daemons: "list[subprocess.Popen[bytes]]"
 
     def ask(self, *words: str) -> str:
         done = subprocess.run([*self.inside, *words], env=self.environment, capture_output=True, text=True, check=True)
@@ -74,15 +75,17 @@ class SlurmCluster:
 
     def processes_of(self, node: str) -> list[psutil.Process]:
         """The daemon of a node and all that it started."""
-        found = []
+        found = set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 environment, words = process.environ(), process.cmdline()
-                here = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                daemon = words[:1] == ["slurmd"] and words[-1] == node
-                if here and (daemon or environment.get("SLURMD_NODENAME") == node or f"[{node}" in " ".join(words)):
-                    found.append(process)
-        return found
+                if environment.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
+                    continue
+                if environment.get("SLURMD_NODENAME") == node:
+                    found |= {process, *(parent for parent in process.parents() if "slurmstepd" in parent.name())}
+                elif words[:1] == ["slurmd"] and words[-1] == node:
+                    found.add(process)
+        return list(found)
 
     def cut_power(self, node: str) -> None:
         """Ends everything on a node at once."""
@@ -93,7 +96,7 @@ class SlurmCluster:
                     process.send_signal(number)
 
     def start_node(self, node: str) -> None:
-        _daemon([*self.inside, "slurmd", "-D", "-N", node], self.environment)
+        self.daemons.append(_daemon([*self.inside, "slurmd", "-D", "-N", node], self.environment))
 
 
 def _daemon(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
@@ -123,23 +126,24 @@ def slurm_cluster(folder: Path, *, nodes: int = 2) -> Iterator[SlurmCluster]:
         start_new_session=True,
     )
     inside = ("nsenter", f"--net=/proc/{namespace.pid}/ns/net")
-    cluster = SlurmCluster(folder, inside, environment)
+    cluster = SlurmCluster(folder, inside, environment, [])
     munge = [
         f"--{name}={folder}/munge{end}" for name, end in (("socket", ".socket"), ("key-file", ".key"), ("pid-file", ".pid"))
     ]
     munge += [f"--seed-file={folder}/munge.seed", f"--log-file={folder}/munge.log", "--force", "--foreground"]
-    daemons = [_daemon(["munged", *munge], environment)]
+    cluster.daemons.append(_daemon(["munged", *munge], environment))
     try:
         _until(lambda: (folder / "munge.socket").exists())
         _until(lambda: "192.0.2.99" in subprocess.run([*inside, "ip", "addr"], capture_output=True, text=True).stdout)
-        daemons.append(_daemon([*inside, "slurmctld", "-D"], environment))
-        daemons += [_daemon([*inside, "slurmd", "-D", "-N", name], environment) for name in names]
+        cluster.daemons.append(_daemon([*inside, "slurmctld", "-D"], environment))
+        for name in names:
+            cluster.start_node(name)
         _until(lambda: _idle(cluster) == nodes)
         yield cluster
     finally:
         for name in names:
             cluster.cut_power(name)
-        for process in [*daemons, namespace]:
+        for process in [*cluster.daemons, namespace]:
             process.kill()
             process.wait()
         for process in psutil.process_iter():  # slurmctld's helper
