@@ -23,6 +23,7 @@ from llm.inference.batches import Limits, memory_for_batch
 from llm.inference.likelihood import ACTIVATION_BYTES
 from llm.inference.processes import ALONE
 from llm.models.interface import dtype_of
+from llm.tokenizer.stock_template import with_bounded_template
 
 LM_EVAL_ROWS = 8  # rows of a batch at most
 LM_EVAL_LENGTH = 2048  # tokens of a row that memory is reckoned for; few benchmarks have longer ones
@@ -54,6 +55,7 @@ def evaluate_folder(
         raise InputError(
             f"lm_eval:{benchmark}: expected the package lm-eval, got {error}; pip install 'stockpot[lm-eval]'"
         ) from error
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     plain = lm_eval.utils.env
@@ -72,6 +74,8 @@ def evaluate_folder(
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
+    except TemplateError as error:
+        raise InputError(f"lm_eval:{benchmark}: {error}") from error
     finally:
         lm_eval.utils.env, evaluate.load = plain, load
     results = {**found["results"], **found.get("groups", {})}[benchmark]
@@ -103,7 +107,7 @@ def _opened(wrapper: Any, folder: Path, *, precision: Precision, device: str) ->
         bytes_per_token=ACTIVATION_BYTES * config.hidden_size,
     )
     rows = limits.rows_of(min(config.max_position_embeddings, LM_EVAL_LENGTH))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = with_bounded_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     return with_late_logits(wrapper)(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 

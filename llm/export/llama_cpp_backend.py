@@ -1,6 +1,6 @@
 """A GGUF file in llama.cpp, as a backend of `llm.export.parity`.
 
-llama.cpp comes with the package xllamacpp and serves on the loopback interface of this process. Keys and values are in f32 and
+llama.cpp comes with the package xllamacpp and serves on the loopback interface of a process of its own. Keys and values are in f32 and
 flash attention is off: with llama.cpp's default cache in f16, greedy text diverges from the model's.
 """
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from llm.errors import InputError
+from llm.export.llama_cpp_process import LlamaCppProcess
 from llm.tokenizer.tokenizer import ChatMessage
 
 PACKAGE = "xllamacpp"
+TEMPLATE_SECONDS = 10.0  # to render a chat
 LIKELIEST = 1000  # tokens whose log-probabilities are requested per position; a reply with all of 50,000 takes megabytes
 
 
@@ -38,28 +40,13 @@ class LlamaCppBackend:
 
     def __init__(self, path: Path, *, name: str, context: int, vocab_size: int, ends: Sequence[int], threads: int = 1) -> None:
         """`context` is the longest sequence; `ends` are the tokens that end an answer; `name` is for messages."""
-        import xllamacpp
-
         self.name = name
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = context
-        params.n_gpu_layers = 0
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.warmup = params.fit_params = params.ui = False
-        params.verbosity = 0  # errors only
-        try:
-            self._server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise InputError(f"{path.name}: expected a file that llama.cpp opens, got an error: {error}") from error
-        self._connection = _Connection(urllib.parse.urlsplit(self._server.listening_address).netloc)
+        self._process = LlamaCppProcess(path, context=context, threads=threads)
+        self._netloc = urllib.parse.urlsplit(self._process.address).netloc
+        self._connection = _Connection(self._netloc)
         weakref.finalize(self, self._connection.close)
         self._vocab_size, self._ends = vocab_size, frozenset(ends)
         self._whole = self.encode("a")[0]  # a token of whole characters
-        # A server that is dropped before its queue runs waits forever; this request goes through the queue.
-        self._complete([self._whole], n_predict=1)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; the characters of special tokens are plain text."""
@@ -68,9 +55,21 @@ class LlamaCppBackend:
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The tokens of a chat up to where the assistant answers, rendered by the template in the file."""
-        prompt = self._ask("/apply-template", messages=list(messages))["prompt"]
+        prompt = self._rendered(messages)
         tokens: list[int] = self._ask("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
         return tokens
+
+    def _rendered(self, messages: Sequence[ChatMessage]) -> str:
+        """A chat by the template in the file; InputError if that takes too long, or ends the process."""
+        apart = _Connection(self._netloc, timeout=TEMPLATE_SECONDS)
+        try:
+            apart.request(*_message("/apply-template", messages=list(messages)))
+            return str(_content("/apply-template", apart.getresponse())["prompt"])
+        except (TimeoutError, http.client.RemoteDisconnected, ConnectionError) as error:
+            self._process.close()
+            raise InputError("the chat template takes too much time or memory in llama.cpp") from error
+        finally:
+            apart.close()
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> None:
         """None: llama.cpp renders chats only up to an answer."""
@@ -102,16 +101,23 @@ class LlamaCppBackend:
         return self._ask("/completion", prompt=list(prompt), return_tokens=True, cache_prompt=False, **greedy, **options)
 
     def _ask(self, path: str, **fields: Any) -> dict[str, Any]:
+        message = _message(path, **fields)
         try:
-            reply = self._post(path, json.dumps(fields).encode())
+            self._connection.request(*message)
+            reply = self._connection.getresponse()
         except (http.client.RemoteDisconnected, ConnectionError):  # it closes a connection after 100 requests, or when idle
             self._connection.close()
-            reply = self._post(path, json.dumps(fields).encode())
-        found: dict[str, Any] = json.loads(reply.read() or b"{}")
-        if reply.status != http.HTTPStatus.OK:
-            raise InputError(f"llama.cpp refuses {path}: {found.get('error', {}).get('message', reply.reason)}")
-        return found
+            self._connection.request(*message)
+            reply = self._connection.getresponse()
+        return _content(path, reply)
 
-    def _post(self, path: str, body: bytes) -> http.client.HTTPResponse:
-        self._connection.request("POST", path, body, {"Content-Type": "application/json"})
-        return self._connection.getresponse()
+
+def _message(path: str, **fields: Any) -> tuple[str, str, bytes, dict[str, str]]:
+    return "POST", path, json.dumps(fields).encode(), {"Content-Type": "application/json"}
+
+
+def _content(path: str, reply: http.client.HTTPResponse) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(reply.read() or b"{}")
+    if reply.status != http.HTTPStatus.OK:
+        raise InputError(f"llama.cpp refuses {path}: {found.get('error', {}).get('message', reply.reason)}")
+    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm.adapters.lora import check_config
+from llm.tokenizer.stock_template import rendered_by_stock
 from llm.tokenizer.tokenizer import ChatMessage
 
 BATCH = 16  # prompts answered at once
@@ -45,10 +46,7 @@ class TransformersBackend:
 
     def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> list[int]:
         """The tokens of a whole chat, up to where the assistant answers if `add_generation_prompt`."""
-        tokens: list[int] = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
-        )
-        return tokens
+        return self.encode(rendered_by_stock(self._tokenizer, messages, add_generation_prompt=add_generation_prompt))
 
     @torch.inference_mode()
     def log_probabilities(self, tokens: Sequence[int]) -> Tensor:

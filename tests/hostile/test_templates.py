@@ -2,12 +2,21 @@
 
 import resource
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from foreign_models import FAMILIES, smollm
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from llm.errors import InputError
+from llm.export.transformers_backend import TransformersBackend
 from llm.tokenizer.chat_template import CHAT_TEMPLATE, render_chats
+from llm.tokenizer.stock_template import rendered_by_stock, with_bounded_template
+from llm.tokenizer.tokenizer import TextTokenizer
 
+ROOT = Path(__file__).parents[2]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
 CLEAN = "{{ messages[0]['content'] }}"
@@ -93,3 +102,41 @@ def test_a_chat_that_the_template_refuses_does_not_take_others_with_it() -> None
     template = "{% if messages | length > 1 %}{{ raise_exception('too long') }}{% endif %}{{ messages[0].content }}"
     short, long = render_chats([{"messages": CHAT[:1]}, {"messages": CHAT}], template, TOKENS)
     assert (short, str(long)) == (("hello", []), "the chat template refuses this chat: too long")
+
+
+ROUTES: dict[str, Callable[[Path], object]] = {
+    "chat and serve": lambda folder: TextTokenizer.load(folder).encode_prompt(CHAT[:1]),
+    "training and inspect": lambda folder: TextTokenizer.load(folder).encode_chat(CHAT),
+    "parity, prompts": lambda folder: TransformersBackend(folder, ends=[0], padding=0).encode_prompt(CHAT[:1]),
+    "parity, chats": lambda folder: TransformersBackend(folder, ends=[0], padding=0).encode_chat(CHAT),
+    "lm-eval": lambda folder: with_bounded_template(AutoTokenizer.from_pretrained(folder)).apply_chat_template(CHAT),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["memory", "loops", "class"])
+def test_every_route_renders_a_strangers_template_in_its_process(route: str, name: str, tmp_path: Path) -> None:
+    smollm(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(HOSTILE[name])
+    assert rendered(CLEAN) == "hello"
+    begun = time.process_time()
+    with pytest.raises((InputError, TemplateError), match="the chat template "):
+        ROUTES[route](tmp_path)
+    assert time.process_time() - begun < 2
+    assert rendered(CLEAN) == "hello"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_template_is_rendered_as_stock_transformers_does(family: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FAMILIES[family](tmp_path))
+    for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False}):
+        expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **options)
+        assert rendered_by_stock(tokenizer, CHAT, **options) == expected
+        same = tokenizer.apply_chat_template(CHAT, return_dict=False, **options)
+        assert tokenizer(expected, add_special_tokens=False).input_ids == same
+
+
+def test_nothing_else_calls_the_template_of_transformers() -> None:
+    written = [path for name in ("llm", "runner") for path in (ROOT / name).rglob("*.py")]
+    calling = {path.name for path in written if ".apply_chat_template(" in path.read_text(encoding="utf-8")}
+    assert calling <= {"model_card_usage.py"}, "whose text it is"
