@@ -6,6 +6,7 @@ Letters: V vocabulary.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,45 @@ if TYPE_CHECKING:
 
 # Spaces are fixed, as Python writes JSON: where they are free, a small model may write them until its limit.
 OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+DEEPEST = 100  # levels of tables and lists
+LARGEST_PATTERN = 20_000  # parts: the library would take seconds, and gigabytes for repeats within repeats
+_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+
+
+def schema_fault(schema: Mapping[str, Any]) -> str | None:
+    """Why a schema asks for too much; None if it does not. The library bounds the rest."""
+    waiting: list[tuple[Any, int]] = [(schema, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            return f"expected at most {DEEPEST} levels, got more"
+        if isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value]
+        elif isinstance(value, dict):
+            waiting += [(item, depth + 1) for item in value.values()]
+            named = value.get("patternProperties")
+            patterns = [value.get("pattern"), *(named if isinstance(named, dict) else ())]
+            if large := [pattern for pattern in patterns if isinstance(pattern, str) and _weight(pattern) > LARGEST_PATTERN]:
+                return f"expected a pattern of at most {LARGEST_PATTERN:,} parts, got {large[0]!r:.80}"
+    return None
+
+
+def _weight(pattern: str) -> int:
+    """The parts of a regular expression, where those that are repeated {n} times count n times."""
+    groups = [[0, 0]]  # the parts of each open group, and of the last part of it
+    for found in _PARTS.finditer(pattern):
+        group = groups[-1]
+        if found[0] == "(":
+            groups.append([0, 0])
+        elif found[0] == ")" and len(groups) > 1:
+            inside = groups.pop()[0]
+            groups[-1] = [groups[-1][0] + inside, inside]
+        elif found[1]:
+            count = int((found[2] or found[1])[:9])
+            group[:] = [group[0] + group[1] * (count - 1), group[1] * count]
+        else:
+            group[:] = [group[0] + 1, 1]
+    return sum(parts for parts, _ in groups)
 
 
 class JsonGrammars:
@@ -41,6 +81,8 @@ class JsonGrammars:
         """For one answer: JSON that fits `schema`. InputError for a schema that the library does not know."""
         from llguidance import LLMatcher
 
+        if fault := schema_fault(schema):
+            raise InputError(f"schema: {fault}")
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
         except ValueError as error:
