@@ -1,4 +1,6 @@
-"""Writes files and folders that are complete under their final name: under a temporary name first, then renamed."""
+"""Writes files and folders that are complete under their final name: under a temporary name first, then renamed. Reads files
+of others, of which no more is read than they may have.
+"""
 
 import errno
 import json
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm.errors import InputError
+
 if TYPE_CHECKING:  # this module is also used where torch is not imported
     from torch import Tensor
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:  # this module is also used where torch is not imported
 KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 KINDS |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 TEMPORARY = ".tmp"  # ends the name of what is not complete
+LARGEST_JSON = 8 << 20  # bytes of a configuration; lists of lists take 25 times as much in memory
 
 
 @contextmanager
@@ -46,6 +51,49 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """The bytes of a file, one more than `largest` at most. OSError at once for something else, such as a pipe or a device, of
+    which reading may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        content, left = b"", largest + 1
+        while left > 0 and (piece := os.read(descriptor, min(left, max(status.st_size - len(content), 0) + 1))):
+            content, left = content + piece, left - len(piece)
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
+    """The text of somebody else's file; FileNotFoundError if there is none, InputError if it is no such file."""
+    try:
+        content = read_bounded(path, largest)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: expected a file that can be read, got something else: {error.strerror}") from error
+    if len(content) > largest:
+        raise InputError(f"{path}: expected at most {largest:,} bytes, got more")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, got byte {content[error.start]:#04x}") from error
+
+
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """The value in somebody else's JSON file; FileNotFoundError if there is none, InputError if it is no such file."""
+    try:
+        return json.loads(read_text(path, largest))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got a file that cannot be parsed: {error}") from error
 
 
 def private_folder(path: Path) -> Path:

@@ -5,6 +5,7 @@ eval "$(register-python-argcomplete run)"       # in ~/.bashrc or ~/.zshrc
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,11 @@ def propose(parser: argparse.ArgumentParser, commands: Sequence[str]) -> None:
 
 
 def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """The stages of the recipe on the command line; none if it cannot be read."""
+    """The stages of the recipe on the command line; none if it cannot be read. Other names a shell might run."""
     from runner.errors import RecipeError
     from runner.input_files import AllowedFolders
     from runner.recipe.toml import read_with_parents
+    from runner.stage import NAME
 
     recipe = getattr(parsed_args, "recipe", None)
     if recipe is None:
@@ -40,4 +42,4 @@ def stages(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
         tables = read_with_parents(recipe, (), AllowedFolders(recipe.resolve().parent, ())).get("stage")
     except RecipeError:
         return []
-    return list(tables) if isinstance(tables, dict) else []
+    return [name for name in tables if re.fullmatch(NAME, name)] if isinstance(tables, dict) else []

@@ -3,8 +3,9 @@
 import errno
 import os
 import shutil
-import stat
 from pathlib import Path
+
+from llm.files import read_bounded as read_bounded
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -25,23 +26,6 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
-
-
-def read_bounded(path: Path, largest: int) -> bytes:
-    """The bytes of a file, one more than `largest` at most. OSError at once for something else, such as a pipe or a device, of
-    which reading may never end.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a file", str(path))
-        content, left = b"", largest + 1
-        while left > 0 and (piece := os.read(descriptor, min(left, max(status.st_size - len(content), 0) + 1))):
-            content, left = content + piece, left - len(piece)
-        return content
-    finally:
-        os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

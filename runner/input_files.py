@@ -132,9 +132,16 @@ class AllowedFolders:
     others: tuple[Path, ...] = ()  # those that the user allows
 
     def contain(self, path: Path) -> bool:
-        """Whether a path is inside one of them after all links are followed."""
-        real = Path(os.path.realpath(path))
-        return any(real.is_relative_to(os.path.realpath(folder)) for folder in (self.recipe, *self.others))
+        """Whether a path is inside one of them after all links are followed. What is hidden in the user's home folder, such as
+        keys and settings, is not the recipe's, even if the recipe was saved there.
+        """
+        real, own = Path(os.path.realpath(path)), Path(os.path.realpath(self.recipe))
+        if any(real.is_relative_to(os.path.realpath(folder)) for folder in self.others):
+            return True
+        if not real.is_relative_to(own):
+            return False
+        is_home = Path(os.path.realpath(os.path.expanduser("~"))).is_relative_to(own)  # noqa: PTH111  # Path fails without one
+        return not (is_home and any(part.startswith(".") for part in real.relative_to(own).parts))
 
     def fault(self, found: str, path: Path) -> str:
         """The message for a path that is outside."""

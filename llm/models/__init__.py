@@ -89,10 +89,14 @@ def from_transformers(found: Mapping[str, Any], *, dropout: float) -> DecoderCon
     }
     try:
         return DecoderConfig.model_validate({"name": family.name, "dropout": dropout, **family.fields_of(fields)})
+    except InputError:
+        raise
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "value_error":
             raise InputError(str(first["ctx"]["error"])) from error
         message = first["msg"].replace("Input should be", "expected")
-        raise InputError(f"{place}: {message}, got {first['input']!r}" if place else message) from error
+        raise InputError(f"{place}: {message}, got {first['input']!r:.80}" if place else message) from error
+    except (TypeError, AttributeError, ValueError, ArithmeticError, LookupError) as error:  # values of other types
+        raise InputError(f"expected the values that Transformers writes, got others: {error}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llm.errors import InputError
-from llm.files import KINDS, write_json, write_tensors
+from llm.files import KINDS, read_json, write_json, write_tensors
 from llm.models import architectures, from_transformers
 from llm.models.families import families
 from llm.models.interface import LanguageModel, ModelConfig
@@ -27,6 +27,8 @@ from llm.tokenizer.tokenizer import TextTokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-{}-of-{}.safetensors"
+MOST_TOKENS = 1 << 24  # of a vocabulary; the largest known one has 262,144
+MOST_WEIGHTS = 20_000  # of a file; Llama 3.1 405B has 1,138
 SHARD_BYTES = 5 * 10**9  # as in huggingface_hub: files of this size are downloaded in parallel, and read one after the other
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -154,17 +156,15 @@ def _popped(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def read_config(path: Path, *, dropout: float = 0.0) -> tuple[ModelConfig, int]:
     """The architecture and vocabulary size in a Transformers `config.json`; InputError names a field that is not supported."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a model folder as Transformers writes it, got no file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got a file that cannot be parsed: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a table, got {found!r:.80}")
     try:
         config = from_transformers(found, dropout=dropout)
-        if not isinstance(vocab_size := found.get("vocab_size"), int):
-            raise InputError(f"vocab_size: expected a whole number above 0, got {vocab_size!r}")
+        if not isinstance(vocab_size := found.get("vocab_size"), int) or not 0 < vocab_size <= MOST_TOKENS:
+            raise InputError(f"vocab_size: expected a whole number from 1 to {MOST_TOKENS:,}, got {vocab_size!r:.80}")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return config, vocab_size
@@ -178,8 +178,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         raise InputError(f"{folder}: {no_weights(path.name for path in folder.iterdir())}")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: expected a table weight_map of names of files, got something else") from error
     if outside := [
         name for name in names if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors")
@@ -242,8 +242,12 @@ def _read_tensors(path: Path, *, device: str) -> dict[str, Tensor]:
 
     The library would map the whole file for each, which a limit of address space does not allow.
     """
+    if path.exists() and not path.is_file():  # a pipe would never open
+        raise InputError(f"{path}: expected a file, got something else")
     with safe_open(path, framework="pt", device=device) as file:  # which checks what the file says of itself
         names = list(file.keys())
+        if len(names) > MOST_WEIGHTS:
+            raise InputError(f"{path}: expected at most {MOST_WEIGHTS:,} weights, got {len(names):,}")
         if device != "cpu":
             return {name: file.get_tensor(name) for name in names}
     with path.open("rb") as opened:

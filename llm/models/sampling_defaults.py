@@ -3,12 +3,12 @@
 They are its publisher's, and stay with a model that is adapted; one that is trained from nothing answers greedily.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from llm.errors import InputError
+from llm.files import read_json
 
 FILE = "generation_config.json"
 # Field -> smallest and largest value.
@@ -32,14 +32,16 @@ def read_sampling(folder: Path) -> dict[str, bool | int | float]:
     Of a model that answers greedily only the repetition penalty matters.
     """
     path = folder / FILE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a table, got {found!r:.80}")
     sampling: dict[str, bool | int | float] = {"do_sample": bool(found.get("do_sample"))}
     for field, (low, high) in RANGES.items():
         value = found.get(field)
         if value is None or not (sampling["do_sample"] or field == "repetition_penalty"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise InputError(f"{path}: {field}: expected a number from {low:g} to {high:g}, got {value!r}")
+            raise InputError(f"{path}: {field}: expected a number from {low:g} to {high:g}, got {value!r:.80}")
         sampling[field] = value
     return sampling
 

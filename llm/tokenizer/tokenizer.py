@@ -23,6 +23,7 @@ from llm.tokenizer.control_tokens import ControlTokens
 from llm.tokenizer.files import (
     CONFIG_FILE,
     ENDS_OF_TURNS,
+    PANIC,
     TOKENIZER_FILE,
     chat_template,
     ends_of_turns,
@@ -72,7 +73,7 @@ class TextTokenizer:
         self.template = template  # the chat template
         self._named = dict(named)
         # Number of tokens, special ones included; one more than the largest id.
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
         # In the order of their ids.
         self.special_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self.end = self.token_id(named["eos_token"])
@@ -148,7 +149,10 @@ class TextTokenizer:
         them."""
         stored = json.loads(self._marked.to_str())
         stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < rows or not token["special"]]
-        whole = Tokenizer.from_str(json.dumps(stored))
+        try:
+            whole = Tokenizer.from_str(json.dumps(stored))
+        except Exception as error:  # ids that the library numbered by itself
+            raise InputError(f"expected special tokens that an embedding of {rows:,} rows can be without: {error}") from error
         whole.post_processor = self._post_processor
         return type(self)(whole, self._named, self.template, ends=[end for end in self.ends if end < rows])
 
@@ -190,7 +194,7 @@ class TextTokenizer:
             encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
         found = []
         for text, encoding in zip(texts, encodings, strict=True):
-            starts = [start for start, _ in encoding.offsets[1:]] + [len(text)]
+            starts = [start for start, _ in encoding.offsets[1:]] + [len(text)] * bool(encoding.offsets)
             # A character of several tokens is whole only with the last of them.
             found.append([min(end, start) for (_, end), start in zip(encoding.offsets, starts, strict=True)])
         return found
@@ -227,7 +231,8 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of the ids, without special tokens unless `special`."""
-        return self._marked.decode(list(ids), skip_special_tokens=not special)
+        with _whole_words():
+            return self._marked.decode(list(ids), skip_special_tokens=not special)
 
     def piece(self, token: int) -> str:
         """How the vocabulary spells a token, in its own alphabet."""
@@ -349,11 +354,13 @@ def _restored(
 
 @contextlib.contextmanager
 def _whole_words() -> Iterator[None]:
-    """InputError where an expression of the tokenizer takes too long for a text, which its library reports as a panic."""
+    """InputError where the tokenizer cannot encode a text: an expression takes too long, which its library reports as a panic,
+    or there is no token for a word.
+    """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of pyo3, which has no other name for it
+        if type(error) is not Exception and type(error).__name__ != PANIC:
             raise
         raise InputError(f"the tokenizer cannot split a text into words: {error}") from error
 

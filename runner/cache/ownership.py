@@ -22,11 +22,13 @@ def cache_of(recipe: Path, option: Path | None) -> Path:
     """The cache that `--cache` or STOCKPOT_CACHE names, else the one beside the recipe, which becomes the user's where it
     holds nothing yet; RecipeError where it holds something and is not the user's.
     """
-    beside = cache_beside(recipe).resolve()
+    place = cache_beside(recipe)
+    beside = place.resolve()
     named = option or os.environ.get("STOCKPOT_CACHE")
     root = Path(named).resolve() if named else beside
     if root == beside and not _is_claimed(root):
-        if not (empty := _is_empty(root)) and not named:
+        came = place.is_symlink()  # to a folder that whoever made the link chose
+        if (not (empty := _is_empty(root)) or came) and not named:
             raise RecipeError(
                 f"{root}: expected a cache that your runs made, got one that came with its folder, from another machine or "
                 f"from another user: its results may be forged; to use them, pass --cache {root} once; else remove it"

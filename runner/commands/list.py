@@ -7,7 +7,9 @@ from pathlib import Path
 import tomli
 
 from runner.errors import RecipeError
+from runner.files import read_bounded
 from runner.options import SHIPPED
+from runner.recipe.toml import LARGEST
 
 FACTS = ("Hardware", "Time", "Result")  # first words of the lines in a recipe's header
 
@@ -25,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     for path in sorted(options.folder.glob("*.toml")):
         words = description(path)
         print(f"{path.name}: {words}" if words else path.name)
-        for fact, value in header(path.read_text(encoding="utf-8", errors="replace")).items():
+        for fact, value in header(_text(path)).items():
             print(f"  {fact.lower()}: {value}")
     return 0
 
@@ -33,9 +35,17 @@ def main(options: argparse.Namespace) -> int:
 def description(path: Path) -> str:
     """What a recipe says of itself, or why it cannot be read."""
     try:
-        return str(tomli.loads(path.read_text(encoding="utf-8", errors="replace")).get("description", ""))
-    except tomli.TOMLDecodeError as error:
+        return str(tomli.loads(_text(path)).get("description", ""))
+    except (ValueError, RecursionError) as error:
         return f"is not TOML: {error}"
+
+
+def _text(path: Path) -> str:
+    """The text of a file; empty for what is none, such as a folder or a pipe, of which reading may never end."""
+    try:
+        return read_bounded(path, LARGEST).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def header(text: str) -> dict[str, str]:

@@ -11,10 +11,13 @@ from typing import Any
 import tomli
 
 from runner.errors import RecipeError
+from runner.files import read_bounded
 from runner.input_files import AllowedFolders, Located
 from runner.recipe.validation import shown
 
 DEPTH = 50  # of tables and lists
+LARGEST = 4 << 20  # bytes of a recipe, of which lists of tables take 50 times as much in memory; the longest here has 12,000
+LONGEST_CHAIN = 20  # of recipes that extend each other
 ALTERNATIVES = frozenset({"budget"})  # tables with one of several fields: a recipe's replaces that of the one it extends
 
 
@@ -24,9 +27,12 @@ def read_with_parents(path: Path, children: tuple[Path, ...], folders: AllowedFo
     if path in children:
         chain = " -> ".join(child.name for child in (*children, path))
         raise RecipeError(f"{children[-1]}: extends: expected a file that does not extend this one, got {chain}")
+    if len(children) > LONGEST_CHAIN:
+        raise RecipeError(f"{path}: expected at most {LONGEST_CHAIN} recipes that extend each other, got more")
     try:
-        with path.open("rb") as file:
-            table = tomli.load(file)
+        if len(text := read_bounded(path, LARGEST)) > LARGEST:
+            raise RecipeError(f"{path}: expected a recipe of at most {LARGEST:,} bytes, got more")
+        table = tomli.loads(text.decode())
     except FileNotFoundError as error:
         by = f", which {children[-1].name} extends" if children else ""
         raise RecipeError(f"{path}: no such recipe{by}") from error

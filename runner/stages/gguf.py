@@ -8,7 +8,6 @@
 `llm.export.gguf` writes the files; the kind `parity` checks that llama.cpp computes the same.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -134,13 +133,19 @@ class WriteGguf(Stage, kind="gguf", version=3, makes=Gguf):
 def _tokenizer_faults(path: Path | None) -> Iterator[str]:
     """What llama.cpp lacks for the tokenizer in `path`."""
     from llm.errors import InputError
+    from llm.files import read_json
+    from llm.tokenizer.bounds import LARGEST
     from llm.tokenizer.llama_cpp import for_llama_cpp
 
     if path is None:
         return
     try:
-        for_llama_cpp(json.loads(path.read_text(encoding="utf-8")), thorough=False)
+        stored = read_json(path, LARGEST)
+    except (OSError, InputError):  # the stage that imports it says so
+        return
+    try:
+        for_llama_cpp(stored, thorough=False)
     except InputError as error:
         yield f"model: {path}: {error}"
-    except (OSError, ValueError, KeyError, TypeError):  # the stage that imports it says so
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # as above
         return

@@ -46,6 +46,7 @@ class TrackerProcess:
                     stdout=log,
                     stderr=log,
                     env=safe_environment(dict(os.environ)),
+                    cwd=self._cache,  # clients read settings in the current folder: wandb/settings names the server
                     text=True,
                     start_new_session=True,
                 )

@@ -106,7 +106,7 @@ def test_a_broken_tokenizer_is_an_error(content: str, tmp_path: Path) -> None:
 def test_nested_files_beside_a_tokenizer_are_errors(name: str, tmp_path: Path) -> None:
     _tokenizer("a").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_text('{"a":' * 100_000)
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="expected JSON"):
         TextTokenizer.load(tmp_path)
 
 

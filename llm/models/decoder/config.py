@@ -44,19 +44,19 @@ class DecoderConfig(Table):
     """The architecture: the family of models whose config.json says the same."""
     preset: str | None = None
     """Sizes by name; fields written beside it win. "happy-llm-215m" is the largest."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=1 << 17)
     """Width of the residual stream."""
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=1024)
     """Decoder layers."""
-    heads: int = Field(gt=0)
+    heads: int = Field(gt=0, le=1024)
     """Query heads."""
-    kv_heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0, le=1024)
     """Key and value heads, each shared by heads / kv_heads query heads; default: heads."""
-    head_size: int = Field(gt=0)
+    head_size: int = Field(gt=0, le=1 << 17)
     """Width of a head; default: hidden_size / heads."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=1 << 20)
     """Width of the feed-forward layer; default: 8/3 hidden_size, rounded up to a multiple of 64."""
-    context: int | None = Field(default=None, gt=0)
+    context: int | None = Field(default=None, gt=0, le=1 << 30)
     """Longest sequence; default: the context of the tokens it is trained on."""
     rope_base: float = Field(default=10000.0, gt=0)
     """Base of the rotary position embedding (Su et al. 2021); that of the family by default: 10000 for LLaMA."""

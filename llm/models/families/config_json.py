@@ -11,6 +11,7 @@ from llm.errors import InputError
 from llm.models.options import DynamicScaling, LinearScaling, Llama3Scaling, LongRope, RopeScaling, YarnScaling
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+MOST = 1 << 20  # of any of them, before a list is made of them
 ORIGINAL = "original_max_position_embeddings"
 # The numbers that a scaling cannot do without.
 NEEDED = {
@@ -35,6 +36,8 @@ def read_rope(
     """Base and scaling of the rotary embedding in the fields of a config.json."""
     name = "rope_scaling" if found.get("rope_scaling") else "rope_parameters"
     rope: Mapping[str, Any] = found.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise refused(name, "a table", rope)
     base = rope.get("rope_theta") or found.get("rope_theta") or base
     key = "rope_type" if "rope_type" in rope else "type"  # "type" is the older name
     kind = rope.get(key, "default")

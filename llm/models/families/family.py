@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llm.errors import InputError
-from llm.models.families.config_json import SIZES, read_rope, refused, write_rope
+from llm.models.families.config_json import MOST, SIZES, read_rope, refused, write_rope
 from llm.models.options import Kind, Options, shortest
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ class Family:
             if found.get(name) is not None:
                 raise refused(name, "nothing", found[name])
         for name in SIZES:
-            if not isinstance(size := found.get(name), int) or size < 1:
-                raise InputError(f"{name}: expected a whole number above 0, got {size!r}")
+            if not isinstance(size := found.get(name), int) or not 0 < size <= MOST:
+                raise InputError(f"{name}: expected a whole number from 1 to {MOST:,}, got {size!r:.80}")
         missing = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **self.missing}
         known = missing | {name: value for name, value in found.items() if value is not None}
         heads = known["num_attention_heads"]

@@ -133,7 +133,7 @@ from pathlib import Path
 from tiny_release import open_in_llama_cpp
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-for _ in range(40):
+for _ in range(3):
     open_in_llama_cpp(Path({str(tmp_path / "model.gguf")!r}), Path({str(checkpoint)!r}))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(tiny_release.__file__).parent)}

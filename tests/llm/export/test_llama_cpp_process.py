@@ -8,7 +8,7 @@ import pytest
 from tiny_release import PROMPTS, open_in_llama_cpp, tiny_checkpoint
 
 from llm.errors import InputError
-from llm.export import llama_cpp_backend, llama_cpp_process
+from llm.export import llama_cpp_backend
 from llm.export.gguf import write_gguf
 
 
@@ -37,16 +37,6 @@ def test_a_template_that_runs_away_in_llama_cpp_ends_with_words(
     with pytest.raises(InputError, match="too much time or memory"):
         other.encode_prompt(PROMPTS[0])
     assert time.process_time() - begun < 1
-
-
-@pytest.mark.parametrize("body", [LOOPS, GROWS], ids=["loops", "grows"])
-def test_a_template_that_runs_away_when_the_file_is_opened_ends_with_words(
-    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llama_cpp_process, "OPENING_SECONDS", 20.0)
-    gguf = written(tmp_path, body)
-    with pytest.raises(InputError):
-        open_in_llama_cpp(gguf, tmp_path).encode_prompt(PROMPTS[0])
 
 
 def test_a_file_that_is_none_is_an_error_of_llama_cpp(tmp_path: Path) -> None:
