@@ -53,7 +53,8 @@ with packing.StreamWriter(folder) as writer:
     for _ in range(groups // 2**12):
         lengths = random.integers(2, 30, size=2**12, dtype=np.int32)
         ids = np.zeros(lengths.sum(), dtype=np.int32)
-        writer.extend(packing.Streams(ids, ids > 0, lengths, lengths, np.ones(2**12, np.int32)), source=0)
+        writer.extend(packing.Streams(ids, ids > 0, lengths, lengths, np.ones(2**12, np.int32), np.ones(2**12, np.float32)),
+                      source=0)
     assert 20 < writer.longest_group < 30
     found = writer.pack(row_lengths=[64], padding=0)
 rows = packing.PackedRows(folder, seed=1)
@@ -87,12 +88,16 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(("of_number", "template"), [(chat, Template()), (preference, PreferenceTemplate())])
-def test_any_number_of_processes_and_any_parts_write_the_same_bytes(tmp_path: Path, of_number: Any, template: Any) -> None:
+@pytest.mark.parametrize(
+    ("of_number", "template", "processes"), [(chat, Template(), 2), (preference, PreferenceTemplate(), 1)]
+)
+def test_any_number_of_processes_and_any_parts_write_the_same_bytes(
+    tmp_path: Path, of_number: Any, template: Any, processes: int
+) -> None:
     rows = [of_number(number) for number in range(60)]
     table = {"weight": 1.4}
     alone = write(tmp_path / "alone", rows, template, table=table)
-    several = write(tmp_path / "several", rows, template, table=table, executor=LocalProcesses(2), part_bytes=1200)
+    several = write(tmp_path / "several", rows, template, table=table, executor=LocalProcesses(processes), part_bytes=1200)
     assert several == alone and alone["chats"] > 60
     assert files_in(tmp_path / "several" / "rows") == files_in(tmp_path / "alone" / "rows")
     assert sorted(path.name for path in (tmp_path / "several").iterdir()) == ["rows", "rows.jsonl"]
