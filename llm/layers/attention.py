@@ -1,7 +1,8 @@
 """Causal attention inside documents: the one place that chooses how to compute it, on CPU and on GPU.
 
 On CPU, plain matrix products (`llm.layers.blocked_attention`), or for long trainings in bf16 a kernel for the same
-(`llm.layers.fused_attention`). On GPU, SDPA. Nothing here draws random numbers: attention has no dropout.
+(`llm.layers.fused_attention`). On GPU, flash attention for packed documents (`llm.layers.packed_attention`, not yet run), or
+SDPA. Nothing here draws random numbers: attention has no dropout.
 
 Letters: B rows, T positions, H query heads, K key and value heads, G = H / K, E head size, S cache slots.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llm.layers import blocked_attention, fused_attention
+from llm.layers import blocked_attention, fused_attention, packed_attention
 from llm.layers.ops import capped
 
 
@@ -22,19 +23,29 @@ class AttentionMask:
 
     starts: Tensor | None  # on CPU: (1 or B, T), where each one's document begins, or its window
     dense: Tensor | None = None  # elsewhere: (B, 1, T, T), True where visible; None means plain causal attention
-    fused: bool = False  # whether the kernel computes it
+    fused: bool = False  # whether the CPU's kernel computes it
+    borders: Tensor | None = None  # for the GPU's kernel of packed documents, instead of `dense`: (N + 1,), where each begins
+    window: int | None = None  # beside `borders`
 
 
 def attention_mask(
-    length: int, *, documents: Tensor | None, device: torch.device, fused: bool = False, window: int | None = None
+    length: int,
+    *,
+    documents: Tensor | None,
+    device: torch.device,
+    fused: bool = False,
+    packed: bool = False,
+    window: int | None = None,
 ) -> AttentionMask:
     """The mask by which each of `length` positions sees itself and earlier ones of its document, at most `window` in all.
 
-    `documents` is (B, T) or None; the positions of a document are contiguous. `fused` makes it for the kernel, which has to
-    support the sizes.
+    `documents` is (B, T) or None; the positions of a document are contiguous. `fused` and `packed` make it for the
+    kernels, which have to support the sizes.
     """
     if window is not None and window >= length:
         window = None
+    if packed and documents is not None:
+        return AttentionMask(None, borders=packed_attention.document_borders(documents), window=window)
     if device.type == "cpu":
         starts = _document_starts(length, documents)
         if window is not None:  # what a position sees begins where its document does, or its window
@@ -67,6 +78,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, softcap: flo
             assert not softcap
             return fused_attention.attend(q, k, v, starts=mask.starts)
         return blocked_attention.attend(q, k, v, starts=mask.starts, softcap=softcap)
+    if mask.borders is not None:
+        assert not softcap
+        return packed_attention.attend(q, k, v, borders=mask.borders, window=mask.window)
     group = q.shape[1] // k.shape[1]
     if mask.dense is None and not softcap:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)

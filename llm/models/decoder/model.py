@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llm.layers import packed_attention
 from llm.layers.attention import AttentionMask, attend, attention_mask
 from llm.layers.dropout import Dropout
 from llm.layers.fused_attention import is_supported
@@ -264,8 +265,10 @@ class Decoder(LanguageModel):
         angles = {kind: rope_angles(self.config, positions, kind=kind) for kind in set(self.kinds)}
         fused = self.fused_attention and not self.config.parts.attention_softcap
         fused = fused and is_supported(length, self.config.head_size, compute_dtype(x))
+        packed = packed_attention.is_supported(self.config.head_size, compute_dtype(x), x.device)
+        kernels = {"fused": fused, "packed": packed and not self.config.parts.attention_softcap}
         masks = {
-            window: attention_mask(length, documents=documents, device=tokens.device, fused=fused, window=window)
+            window: attention_mask(length, documents=documents, device=tokens.device, window=window, **kernels)
             for window in {None, self.config.parts.window}
         }
         compiled = self.compiled and self.training
