@@ -132,7 +132,7 @@ def test_bytes_of_the_corpus_change_only_with_the_version_of_the_kind(
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*SENTENCES, *SENTENCES]))
     context = make_context()
     stage(tmp_path, sources=[{"files": "a.jsonl", "weight": 1.5}], validation=0.1).run(context)
-    assert MakeCorpus.version == 1
+    assert MakeCorpus.version == 2
     corpus = Corpus(context.work)
     assert digest_file(corpus.train) == "c9d7a0869eebbd7cabb35c936f6b79393e4f1c11aa5e3b60a2a4148e707d6392"
     assert digest_file(corpus.validation) == "384e4b040f75225ba0132f4bf67f9d707fb9aeffc1a371f25dda12616037bbef"
