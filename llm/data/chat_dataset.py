@@ -95,16 +95,11 @@ def write_rows(
     """
     parts = folder.with_name(f"{folder.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        for note in encoding_notes(table.files, table.template.form):
-            report(note=note)
+    for note in (note for table in tables for note in encoding_notes(table.files, table.template.form)):
+        report(note=note)
+    with_labels = class_weights is not None
     named = [replace(table, files=()) for table in tables]  # the rows come with each part
-    decided: dict[str, Any] = {
-        "tables": named,
-        "tokenizer": tokenizer,
-        "positions": context,
-        "with_labels": class_weights is not None,
-    }
+    decided: Any = {"tables": named, "tokenizer": tokenizer, "positions": context, "with_labels": with_labels}
     work = partial(tokenize_part, **decided, settings=settings_digest(**decided), folder=parts)
     counts = [Counts() for _ in tables]
     rows_of_label: dict[str, float] = {}  # with how often each counts
@@ -116,30 +111,42 @@ def write_rows(
             report(done=sum(count.rows for count in counts), unit="rows")
             if should_stop():
                 raise Interrupted("stopped while packing rows")
-        totals = {
-            name: sum(getattr(of_one, name) for of_one in counts) for name, value in vars(Counts()).items() if value == 0
-        }
+        totals = _totals(counts)
         if not len(writer):
-            names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
-            raise InputError(
-                f"{names}: expected rows to train on, got none: {json.dumps(totals)}; `run inspect` shows why each is left out"
-            )
+            raise InputError(_no_rows(tables, totals))
         if class_weights:
             factors = class_factors(list(rows_of_label.items()), class_weights)
             writer.scale_weights([factors[label] for label in rows_of_label])
-        row_lengths = [row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)]
+        first = row_length or context * (2 if isinstance(tables[0].template, PreferenceTemplate) else 1)
         if follow_lengths:
-            row_lengths = [min(row_lengths[0], max(SHORTEST_ROW, 1 << (writer.longest_group - 1).bit_length()))]
-        while row_length is None and 2 * row_lengths[-1] <= (longest_row or 0):
-            row_lengths.append(2 * row_lengths[-1])
-        packed = writer.pack(row_lengths=row_lengths, padding=tokenizer.padding)
+            first = min(first, max(SHORTEST_ROW, 1 << (writer.longest_group - 1).bit_length()))
+        longest = longest_row if longest_row is not None and row_length is None else first
+        packed = writer.pack(row_lengths=_doubled(first, longest), padding=tokenizer.padding)
         statistics = totals | packed | {"tables": [asdict(count) for count in counts]}
         if cut := cut_sentence(totals, context):
-            statistics["cut"] = cut
             report(note=cut)
+            statistics["cut"] = cut
         (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
     shutil.rmtree(parts)
     return statistics
+
+
+def _totals(counts: Sequence[Counts]) -> dict[str, int]:
+    """The sums of what is counted of each table."""
+    return {name: sum(getattr(count, name) for count in counts) for name, value in vars(Counts()).items() if value == 0}
+
+
+def _no_rows(tables: Sequence[Table], totals: dict[str, int]) -> str:
+    names = ", ".join(sorted({str(file) for table in tables for file in table.files}))
+    return f"{names}: expected rows to train on, got none: {json.dumps(totals)}; `run inspect` shows why each is left out"
+
+
+def _doubled(first: int, longest: int) -> list[int]:
+    """`first`, and its doubles up to `longest`."""
+    lengths = [first]
+    while 2 * lengths[-1] <= longest:
+        lengths.append(2 * lengths[-1])
+    return lengths
 
 
 def _numbered(part: TokenizedPart, rows_of_label: dict[str, float], weights: ClassWeights) -> NDArray[np.int64]:

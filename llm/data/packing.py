@@ -92,8 +92,8 @@ class StreamWriter:
         self._streams += 1
 
     def end_group(self, passes: int, *, source: int = 0, weight: float = 1.0) -> None:
-        """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times, and each
-        of its targets counts `weight` times in the loss.
+        """Make a group of the streams since the last one; all groups have equal size. An epoch sees it `passes` times, and
+        each of its targets counts `weight` times in the loss.
         """
         self._write(_PASSES, [passes])
         self._write(_SOURCES, [source])

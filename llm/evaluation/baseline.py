@@ -26,7 +26,8 @@ def classify_without_model(
     several: bool = False,
     threshold: float | None = None,
 ) -> Outcome:
-    """Learn from chats and their labels (one each, unless there are `several`), and score `questions` as `llm.evaluation.classification.classify` does."""
+    """Learn from chats and their labels (one each, unless there are `several`), and score `questions` as
+    `llm.evaluation.classification.classify` does."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier

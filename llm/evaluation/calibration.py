@@ -73,7 +73,8 @@ class Calibration:
 def calibrate(scores: Floats, expected: Sequence[int]) -> Calibration:
     """The best temperature for log-likelihoods (N, L), if it helps on rows that did not choose it; 1.0 otherwise.
 
-    Fewer than FEWEST rows choose none. Each half of the rows is judged with the temperature that the other half chooses; the one that is kept is chosen by all.
+    Fewer than FEWEST rows choose none. Each half of the rows is judged with the temperature that the other half chooses; the
+    one that is kept is chosen by all.
     """
     if len(expected) < FEWEST:
         error = calibration_error(probabilities(scores), expected)

@@ -45,8 +45,8 @@ def classify(
 
     The prompt is computed once for all labels. A prompt that does not fit the context with the longest label is cut as in
     training; or read in windows, whose log-probabilities are averaged; or fails. InputError for a
-    label that is not in `labels`, or if there are fewer than two labels. With `several` labels of a row the scores are those of
-    `llm.evaluation.multi_label`.
+    label that is not in `labels`, or if there are fewer than two labels. With `several` labels of a row the scores are those
+    of `llm.evaluation.multi_label`.
     """
     names = label_names(questions, labels)
     timer = GenerationTimer()

@@ -16,7 +16,8 @@ Head = Callable[[Tensor], Tensor]  # hidden states (N, D) to logits (N, V)
 
 
 def with_late_logits(wrapper: type[Any]) -> type[Any]:
-    """lm-eval's class of models, whose logits are made where they are read. Its own way would hold (B, T, V), twice in fp32."""
+    """lm-eval's class of models, whose logits are made where they are read. Its own way would hold (B, T, V), twice in
+    fp32."""
 
     class LateLogits(wrapper):  # type: ignore[misc]  # known only where lm-eval is installed
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:

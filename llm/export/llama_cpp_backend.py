@@ -1,7 +1,7 @@
 """A GGUF file in llama.cpp, as a backend of `llm.export.parity`.
 
-llama.cpp comes with the package xllamacpp and serves on the loopback interface of a process of its own. Keys and values are in f32 and
-flash attention is off: with llama.cpp's default cache in f16, greedy text diverges from the model's.
+llama.cpp comes with the package xllamacpp and serves on the loopback interface of a process of its own. Keys and values are in
+f32 and flash attention is off: with llama.cpp's default cache in f16, greedy text diverges from the model's.
 """
 
 import http

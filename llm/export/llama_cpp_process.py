@@ -42,7 +42,8 @@ class LlamaCppProcess:
         if not line:
             self.close()
             raise InputError(
-                f"{path.name}: expected a file that llama.cpp opens within {seconds:.0f} s and the memory of its size, got one "
+                f"{path.name}: expected a file that llama.cpp opens within {seconds:.0f} s and the memory of its size, "
+                "got one "
                 "that takes more"
             )
         answer = json.loads(line)

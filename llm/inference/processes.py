@@ -1,4 +1,4 @@
-"""The processes that share the work of one evaluation, started as `accelerate launch` does; or this process alone.
+"""The processes that share the work of one evaluation, started by `accelerate launch`; or this process alone.
 
 They exchange small Python values between main memories, over gloo, and each works on a part of the rows.
 """

@@ -14,7 +14,8 @@ LOGITS = 2**25  # numbers in one piece of logits: 128 MiB in fp32, and 128 posit
 
 
 def log_probabilities(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
-    """log P of each of targets (N,) after hidden (N, D), in the widest dtype; `head` makes logits (n, V) of hidden states (n, D)."""
+    """log P of each of targets (N,) after hidden (N, D), in the widest dtype; `head` makes logits (n, V) of hidden states (n,
+    D)."""
     rows = max(1, LOGITS // vocab_size)
     found = torch.empty(len(targets), dtype=widest(hidden.device), device=hidden.device)
     for start in range(0, len(targets), rows):

@@ -1,5 +1,5 @@
-"""The chat template of a tokenizer of stock Transformers, rendered as Transformers does, but in a process with bounded time and
-memory: `apply_chat_template` would render a stranger's template in this one.
+"""The chat template of a tokenizer of stock Transformers, rendered as Transformers does, but in a process with bounded time
+and memory: `apply_chat_template` would render a stranger's template in this one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ def rendered_by_stock(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **o
 
 
 def with_bounded_template(tokenizer: Any) -> Any:
-    """The tokenizer, for a library that calls its `apply_chat_template` for texts: a refusal is an error of Jinja, as there."""
+    """The tokenizer, for a library that calls its `apply_chat_template` for texts: a refusal is an error of Jinja, as
+    there."""
     from jinja2 import TemplateError
 
     def apply(messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, **options: Any) -> str:

@@ -24,8 +24,8 @@ BUSY = 0.5  # processes per core that want to run, in the last minute, from whic
 
 
 def machine_speed(*, say: Callable[[str], None] | None = None) -> float | None:
-    """The work of trainings (`runner.recipe.training_work`) per second. If it was never measured, it is measured now (10 s), and
-    `say` is told; without `say`, or if measuring fails, None.
+    """The work of trainings (`runner.recipe.training_work`) per second. If it was never measured, it is measured now (10 s),
+    and `say` is told; without `say`, or if measuring fails, None.
     """
     path = _path()
     if path is not None:

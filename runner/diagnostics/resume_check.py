@@ -74,7 +74,7 @@ def prove(recipe: Recipe, store: Store, name: str, *, steps: int, tell: Callable
         processes, cores = resources.process_count(recipe.head.parallel), available_cores()
         job = job_of(short, plan, recipe, store, work=folder, processes=processes, cores=cores)
         job = replace(job, parallel=plain(_as_it_trained(recipe.head.parallel, entry)))
-        server = fork_server(entry.stage.imports, place=folder)
+        server = fork_server(entry.stage.imports, place=folder) if processes == 1 else None
         with contextlib.closing(server) if server else contextlib.nullcontext():
             fork = functools.partial(server.start, entry.stage.imports) if server else None
             result = _kill_and_compare(_Training(name, job, folder, log, fork), entry.stage, range(first, end), tell)
@@ -197,7 +197,7 @@ class _Training:
 
     def __init__(self, name: str, job: Job, folder: Path, log: IO[bytes], fork: Fork | None = None) -> None:
         self.name, self.folder = name, folder
-        self._job, self._log, self._fork = job, log, fork  # `fork` starts workers
+        self._job, self._log, self._fork = job, log, fork  # `fork` starts a single worker
 
     def begin(self, name: str, *, prepared: Path | None = None) -> TrainingOutput:
         """The folder for a training, empty or a copy of `prepared`."""
@@ -244,9 +244,7 @@ class _Training:
         processes = 1 if command else self._job.processes
         threads = max(1, available_cores() // processes)
         command = command or launch.group_command(output.scratch / JOB, processes)
-        workers = launch.group_environments(processes, threads=threads)
-        fork = functools.partial(self._fork, environments=workers) if self._fork else None
-        return launch.started(command, log=self._log, environment=launch.environment_of(threads), fork=fork)
+        return launch.started(command, log=self._log, environment=launch.environment_of(threads), fork=self._fork)
 
     def _check(self, code: int, output: TrainingOutput) -> None:
         if code == 0:

@@ -24,7 +24,7 @@ class Process(Protocol):
         """The exit code; subprocess.TimeoutExpired after `timeout` seconds."""
 
 
-Fork = Callable[..., Process]  # starts workers, as `runner.execution.fork_server.ForkServer.start` for their modules
+Fork = Callable[..., Process]  # starts a single worker, as `runner.execution.fork_server.ForkServer.start` for its modules
 
 
 class Gang(Protocol):

@@ -1,5 +1,5 @@
-"""Starts and ends the processes of a stage on this machine: workers that are forked where that is safe, else one, or several
-under `accelerate launch`.
+"""Starts and ends the processes of a stage on this machine: one worker, forked where that is safe, or several under
+`accelerate launch`.
 
 The standard input of the workers is a pipe; they exit when it closes, which also happens when this process dies. Their output
 is the key's log, whose open file holds the key's lock. A request to stop is a file in the scratch folder, which a training
@@ -98,19 +98,6 @@ def group_command(job: Path, processes: int, place: Place = ALONE) -> list[str]:
     return [*PYTHON, "-m", LAUNCHER, *options, "--multi_gpu", "-m", MODULE, str(job)]
 
 
-def group_environments(processes: int, *, threads: int) -> list[dict[str, str]]:
-    """What each of `processes` forked workers has beside the environment of all: its place in the group, as `accelerate launch`
-    tells it.
-    """
-    if processes == 1:
-        return [{}]
-    group = {"MASTER_ADDR": ALONE.host, "MASTER_PORT": free_port(), "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    group |= {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
-    return [
-        {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()} for rank in range(processes)
-    ]
-
-
 def environment_of(threads: int, *, compiled: Path | None = None) -> dict[str, str]:
     """The environment of workers; `compiled` is the folder of compiled code, by default the user's."""
     defaults = {"GOMP_SPINCOUNT": SPIN_COUNT, **MEMORY}
@@ -124,7 +111,7 @@ class LocalProcess:
     def __init__(
         self, command: list[str], *, log: IO[bytes] | None, environment: dict[str, str], fork: Fork | None = None
     ) -> None:
-        """Starts them; they are made by `fork`, if given, and have the server's environment."""
+        """Starts them; a single worker is made by `fork`, if given, and has the server's environment."""
         if LAUNCHER in command and gpu_count() == 0:  # a single worker detects it
             environment = environment | {"ACCELERATE_USE_CPU": "true"}
         self._process, self._write_end = _begun(command, log, environment, fork)

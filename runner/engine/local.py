@@ -1,6 +1,5 @@
 """The engine of this machine."""
 
-import functools
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,9 +19,7 @@ class LocalEngine:
             command = launch.plain_command(wish.job, *wish.arguments)
         else:
             command = launch.group_command(wish.job, wish.per_node)
-        if fork:
-            processes = 1 if wish.arguments else wish.per_node
-            fork = functools.partial(fork, environments=launch.group_environments(processes, threads=wish.threads))
+            fork = fork if wish.per_node == 1 else None
         return LocalGang(command, wish.job.parent, log=log, environment=launch.environment_of(wish.threads), fork=fork)
 
     def gpus_per_node(self) -> int:

@@ -63,7 +63,8 @@ def _take_part(options: argparse.Namespace, seat: Seat, ending: threading.Event)
     """Checks, meets the other nodes, and follows the processes of this one."""
     if not seat.is_seen(SHARED_SECONDS):
         raise Refused(
-            f"{seat.folder}: expected the cache of the run, got no such folder; the cache (--cache) has to be one folder at one "
+            f"{seat.folder}: expected the cache of the run, got no such folder; the cache (--cache) has to be one folder "
+            "at one "
             "path that all nodes share"
         )
     job = Job.read(options.job)

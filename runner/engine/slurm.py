@@ -1,7 +1,7 @@
 """The engine of a Slurm cluster, by plain `srun`: one task per node, which is a `runner.engine.node`.
 
-Inside an allocation (`sbatch`, `salloc`) a stage is a step of it; elsewhere each stage is a job of its own, which waits its turn
-in the queue. Only the commands that every user of Slurm has are used: srun, squeue, sinfo, scancel.
+Inside an allocation (`sbatch`, `salloc`) a stage is a step of it; elsewhere each stage is a job of its own, which waits its
+turn in the queue. Only the commands that every user of Slurm has are used: srun, squeue, sinfo, scancel.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 start without delay. It starts beside the first stages of a run, which need no torch; if none does, it forks them too.
 
 Without it a run only takes longer. It is not used with a GPU, whose driver does not survive a fork, nor where fork is unsafe.
-The workers of a group are forked by a process of their own, which waits for them as a launcher does.
+The processes of a group start under `accelerate launch`.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -28,12 +27,10 @@ from runner.stages import stage_kinds
 
 MESSAGE_BYTES = 2**16
 IMPORT_SECONDS = 120.0  # for the imports from a cold disk; then a worker starts without the server
-GROUP_SECONDS = 1.0  # for the other workers of a group to end after the first that failed
-ALONE: tuple[dict[str, str], ...] = ({},)  # a single worker, with the server's environment
 
 
 class ForkedWorker:
-    """A forked worker or the parent of a group of them, with the part of `subprocess.Popen` that `launch` uses."""
+    """A forked worker, with the part of `subprocess.Popen` that `launch` uses."""
 
     def __init__(self, pid: int, server: socket.socket) -> None:
         self.pid, self._server = pid, server
@@ -83,21 +80,13 @@ class ForkServer:
                 start_new_session=True,
             )
 
-    def start(
-        self,
-        modules: Sequence[str],
-        arguments: Sequence[str],
-        *,
-        stdin: int,
-        log: IO[bytes],
-        environments: Sequence[Mapping[str, str]] = ALONE,
-    ) -> ForkedWorker:
-        """A worker for each of `environments`, which are added to the server's, with `modules` imported, in their own session.
+    def start(self, modules: Sequence[str], arguments: Sequence[str], *, stdin: int, log: IO[bytes]) -> ForkedWorker:
+        """A worker with `modules` imported, in its own session.
 
-        The first of several that fails decides the exit code and ends the others. ConnectionError if the server does not answer;
-        the server is then ended, and a worker that it may have forked ends when the other end of `stdin` closes.
+        ConnectionError if the server does not answer; the server is then ended, and a worker that it may have forked ends when
+        the other end of `stdin` closes.
         """
-        request = json.dumps({"modules": modules, "arguments": arguments, "environments": environments}).encode()
+        request = json.dumps({"modules": modules, "arguments": arguments}).encode()
         with contextlib.suppress(OSError):
             self._connection.settimeout(IMPORT_SECONDS)
             socket.send_fds(self._connection, [request], [stdin, log.fileno()])
@@ -132,7 +121,7 @@ def main() -> int:
 
 
 def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
-    """Forks what one request asks for, one at a time; in a worker, returns its arguments."""
+    """Forks one worker per request, one at a time; in a worker, returns its arguments."""
     with connection, contextlib.suppress(ConnectionError):
         while True:
             while later and not select.select([connection], [], [], 0)[0]:
@@ -157,48 +146,11 @@ def _serve(connection: socket.socket, later: list[str]) -> list[str] | None:
             for file in files:
                 os.close(file)
             if pid == 0:
-                become_worker(request["environments"])
                 return list(request["arguments"])
             connection.send(json.dumps({"pid": pid}).encode())
             _, status = os.waitpid(pid, 0)
             connection.send(json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode())
     return None
-
-
-def become_worker(environments: Sequence[Mapping[str, str]]) -> None:
-    """Returns in each worker, with its environment; several are forked here, and this process ends when all have ended."""
-    environment = environments[0] if len(environments) == 1 else _forked(environments)
-    os.environ.update(environment)
-    if "OMP_NUM_THREADS" in environment and "torch" in sys.modules:  # which has read the server's
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
-
-
-def _forked(environments: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-    """A worker's own environment, in each of them. The parent ends as the first that fails."""
-    workers, failed = set[int](), 0
-    for environment in environments:
-        pid = os.fork()
-        if pid == 0:
-            return environment
-        workers.add(pid)
-
-    def end() -> None:
-        for other in tuple(workers):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(other, signal.SIGKILL)
-
-    while workers:
-        ended, status = os.wait()
-        workers.discard(ended)
-        if status and not failed:
-            failed = status
-            threading.Timer(GROUP_SECONDS, end).start()
-    code = os.waitstatus_to_exitcode(failed)
-    if code < 0:
-        with contextlib.suppress(OSError):  # SIGKILL has no handler
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
 
 
 def _import(module: str) -> None:

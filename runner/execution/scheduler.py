@@ -28,6 +28,7 @@ from runner.planning.data_look import check_artifacts, check_data
 from runner.planning.plan import RUNNABLE, Entry, Plan
 from runner.recipe.recipe import Recipe
 from runner.reporting.progress import RunView, duration
+from runner.resources import process_count
 from runner.stage import EffectContext, Stage
 from runner.tracking.tracker_process import TrackerProcess
 
@@ -86,8 +87,11 @@ class Scheduler:
         return plan
 
     def _fork_server_for(self, plan: Plan) -> ForkServer | None:
-        """The fork server for the remaining stages, if they import anything slow: it imports that from now on."""
-        left = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        """The fork server for the remaining stages of one process, if they import anything slow: it imports that from now
+        on."""
+        here = process_count(self._recipe.head.parallel)
+        pending = (entry.stage for entry in plan if entry.state in RUNNABLE or entry.state == "waiting")
+        left = [stage for stage in pending if here == 1 or not (stage.trains or stage.in_processes)]
         modules = [module for stage in left for module in stage.imports]
         return fork_server(modules, place=self._store.root) if modules and self._engine.kind == "local" else None
 

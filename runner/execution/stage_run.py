@@ -54,7 +54,7 @@ class StageRun:
         log: IO[bytes],
         *,
         engine: Engine,
-        fork: Fork | None = None,  # starts workers of this machine
+        fork: Fork | None = None,  # starts a single worker
     ) -> None:
         self._entry, self._plan, self._recipe, self._store, self._log = entry, plan, recipe, store, log
         self._engine, self._fork = engine, fork

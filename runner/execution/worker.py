@@ -148,7 +148,7 @@ def _write_error(scratch: Path, rank: int, message: str, *, again: bool) -> None
 def _assert_world_size(expected: int) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != expected:
-        raise RuntimeError(f"process group: expected {expected} processes, got {started}")
+        raise RuntimeError(f"accelerate launch: expected {expected} processes, got {started}")
 
 
 if __name__ == "__main__":

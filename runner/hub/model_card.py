@@ -198,7 +198,8 @@ def _scores(model: Model) -> str:
     return f"""## Scores
 
 {_table(["score", *scores], rows)}
-Perplexity, bits per byte and the calibration error `ece` are better when lower, everything else when higher. In brackets: the 95% interval of a bootstrap
+Perplexity, bits per byte and the calibration error `ece` are better when lower, everything else when higher.
+In brackets: the 95% interval of a bootstrap
 over the examples.
 {_tasks(model)}{_by_class(model)}{_gates(model)}"""
 

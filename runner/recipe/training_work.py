@@ -4,7 +4,8 @@ A machine does about the same work per second in all trainings, so the time of o
 """
 
 # Of the rest: per step, and per position. Measured on 2 idle cores in bf16: 2,048 positions of 9.3 and 33.8 GFLOP in 0.073 and
-# 0.211 s, 4,096 of 18.5 and 67.7 in 0.105 and 0.311 s, with an adapter 9.8 and 35.3 in 0.057 and 0.153 s. Not measured on a GPU.
+# 0.211 s, 4,096 of 18.5 and 67.7 in 0.105 and 0.311 s, with an adapter 9.8 and 35.3 in 0.057 and 0.153 s. Not measured on a
+# GPU.
 STEP_FLOPS, POSITION_FLOPS = 2.5e9, 1.0e6
 
 

@@ -16,7 +16,8 @@ def confusion_svg(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str
     room = MARGIN + LETTER * max(map(len, shown)) + 6
     size = room + CELL * len(labels) + MARGIN
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="confusion" viewBox="0 0 {size} {size}" width="{size}" height="{size}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="confusion" viewBox="0 0 {size} {size}" width="{size}" '
+        f'height="{size}" '
         'role="img" aria-label="confusion matrix" font-family="system-ui, sans-serif" font-size="12">'
     ]
     for place, (label, short) in enumerate(zip(labels, shown, strict=True)):

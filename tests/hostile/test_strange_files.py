@@ -1,5 +1,5 @@
-"""Files that are none, or none of their kind: pipes, devices, folders and files without end where a recipe or a model should be,
-and tokenizers, configurations and documents that ask for more than a machine has.
+"""Files that are none, or none of their kind: pipes, devices, folders and files without end where a recipe or a model should
+be, and tokenizers, configurations and documents that ask for more than a machine has.
 """
 
 import io
@@ -289,7 +289,8 @@ def test_patterns_of_dates_and_numbers_are_taken(pattern: str) -> None:
 def docx(body: str) -> bytes:
     kind, relation = "application/vnd.openxmlformats-", "http://schemas.openxmlformats.org/"
     content = f"""<Types xmlns="{relation}package/2006/content-types">
-<Default Extension="rels" ContentType="{kind}package.relationships+xml"/><Default Extension="xml" ContentType="application/xml"/>
+<Default Extension="rels" ContentType="{kind}package.relationships+xml"/>
+<Default Extension="xml" ContentType="application/xml"/>
 <Override PartName="/word/document.xml" ContentType="{kind}officedocument.wordprocessingml.document.main+xml"/></Types>"""
     relations = f"""<Relationships xmlns="{relation}package/2006/relationships"><Relationship Id="a"
 Type="{relation}officeDocument/2006/relationships/officeDocument" Target="word/document.xml"/></Relationships>"""

@@ -1,5 +1,5 @@
-"""GLM-4 of 2025 (GLM-4-0414, Z1; Zhipu AI), and GLM-4-9B of 2024 before it: LLaMA with biases on queries, keys and values, half
-of each head rotated in pairs of neighbours, and gate and up as one matrix; that of 2025 with norms around each branch.
+"""GLM-4 of 2025 (GLM-4-0414, Z1; Zhipu AI), and GLM-4-9B of 2024 before it: LLaMA with biases on queries, keys and values,
+half of each head rotated in pairs of neighbours, and gate and up as one matrix; that of 2025 with norms around each branch.
 """
 
 from collections.abc import Mapping

@@ -27,7 +27,8 @@ def read_json(path: Path, encoding: str | None) -> Iterator[FileRow]:
         needed = 2 * len(pending)
         if len(pending) > LONGEST_LINE:
             raise InputError(
-                f"{path}:{number}: expected a value of at most {LONGEST_LINE:,} characters, got a longer one, or one that does "
+                f"{path}:{number}: expected a value of at most {LONGEST_LINE:,} characters, got a longer one, or one that "
+                "does "
                 "not end"
             )
     rows, pending, number, opened = _taken(str(path), pending, number, opened, faults, more=False)

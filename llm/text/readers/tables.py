@@ -79,7 +79,8 @@ def read_parquet(path: Path, needed: set[str] | None, *, row_group: int | None =
                         number += 1
     except MemoryError as error:
         raise InputError(
-            f"{path}: expected a table whose pages fit into memory, got larger ones ({error}); write it with smaller row groups"
+            f"{path}: expected a table whose pages fit into memory, got larger ones ({error}); write it with smaller row "
+            "groups"
         ) from error
     except pa.ArrowException as error:
         raise InputError(f"{path}: is not a readable Parquet file ({error})") from error

@@ -24,7 +24,7 @@ from llm.training.loss import Learner
 
 
 class ProcessGroup:
-    """This process and the others that were started with it, as `accelerate launch` does; or this process alone."""
+    """This process and the others that `accelerate launch` started with it; or this process alone."""
 
     def __init__(self, *, find_unused_parameters: bool = False, timeout_minutes: float = 30.0) -> None:
         """Join the group; each process waits `timeout_minutes` for the others, here and whenever they compute together."""

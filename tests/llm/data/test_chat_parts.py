@@ -1,6 +1,7 @@
 """Chats as tokens part by part: the same bytes from any number of processes, nothing made twice, and bounded memory."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def test_after_a_kill_finished_parts_are_used_and_the_bytes_are_those_of_an_unin
     killed = tmp_path / "killed"
     killed.mkdir()
     (killed / "rows.jsonl").write_bytes((tmp_path / "whole" / "rows.jsonl").read_bytes())
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, check=False)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support' / 'models'}"}
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(killed)], cwd=ROOT, check=False, env=environment)
     assert ended.returncode == -9 and not (killed / "rows").exists()
     parts = killed / "rows.parts"
     finished = {path.name: path.stat().st_ino for path in parts.glob("*.npz")}

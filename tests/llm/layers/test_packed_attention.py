@@ -41,8 +41,7 @@ def as_documented(
 def test_the_kernel_is_given_what_the_attention_of_the_cpu_computes(
     monkeypatch: pytest.MonkeyPatch, groups: bool, window: int | None, lengths: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(packed_attention, "varlen_attn", as_documented)
-    monkeypatch.setattr(packed_attention, "_TAKES_GROUPS", groups)
+    monkeypatch.setattr(packed_attention, "kernel", lambda: (as_documented, groups))
     torch.manual_seed(0)
     documents = documents_of(lengths)
     documents[-1, -1:] = -1  # padding
@@ -66,7 +65,8 @@ def test_the_kernel_takes_the_options_that_it_is_given_on_tensors_of_one_device(
         given.extend(one for one in tensors if isinstance(one, Tensor))
         return varlen_attn(*tensors, **options)
 
-    monkeypatch.setattr(packed_attention, "varlen_attn", watched)
+    takes_groups = packed_attention.kernel()[1]
+    monkeypatch.setattr(packed_attention, "kernel", lambda: (watched, takes_groups))
     with FakeTensorMode(), torch.no_grad():  # a build without CUDA computes neither gradients nor indexing of such tensors
         q, k, v = (torch.zeros(2, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
         borders = torch.zeros(6, dtype=torch.int32, device="cuda")

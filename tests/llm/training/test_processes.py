@@ -33,7 +33,8 @@ ACCELERATE += ["--num_cpu_threads_per_process", "1", "--multi_gpu", "--main_proc
 def launch(
     folder: Path, processes: int, cases: dict[str, dict[str, Any]], *, dies: bool = False, accelerate: bool = False
 ) -> dict[str, list[Any]]:
-    """The results of each process of a group, by case; the processes are forked, or started by accelerate as those with GPUs."""
+    """The results of each process of a group, by case; the processes are forked, or started by accelerate as those with
+    GPUs."""
     command = [sys.executable, *([*ACCELERATE, str(processes)] if accelerate else []), str(SUPPORT / "tiny_training.py")]
     command += [str(folder), json.dumps(cases), *([] if accelerate else [str(processes)])]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}

@@ -171,7 +171,7 @@ def test_the_language_is_guessed_from_the_rows_and_every_guess_is_told_as_an_opt
     german = ["Die Lieferung war schnell, und alles war heil.", "Nach zwei Tagen war das Geschenk meiner Mutter kaputt."]
     lines = [f"{german[number % 2]} {number};{('gut', 'schlecht')[number % 2]}" for number in range(30)]
     (tmp_path / "a.csv").write_text("\n".join(["Bewertung Text;Urteil", *lines]), encoding="utf-8")
-    recipe = new(tmp_path / "mine.toml", tmp_path / "a.csv", "--minutes", "5")
+    recipe = new(tmp_path / "mine.toml", tmp_path / "a.csv", "--minutes", "4")
     assert recipe.resolved()["stage"]["corpus"]["sources"][0]["language"] == "de"
     told = capsys.readouterr().err
     assert "--text 'Bewertung Text' --label Urteil --language de" in told and "--minutes" not in told

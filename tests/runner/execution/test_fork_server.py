@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import pytest
-from watched_processes import wait_for
 
 from runner.engine import launch
 from runner.execution.fork_server import ForkedWorker, ForkServer
@@ -57,28 +56,6 @@ def test_a_worker_leads_a_session_and_reports_the_signal_that_ended_it(server: F
     assert os.getsid(worker.pid) == worker.pid
     os.killpg(worker.pid, signal.SIGTERM)
     assert worker.wait(timeout=30) == -signal.SIGTERM
-
-
-@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM])
-def test_the_first_worker_of_a_group_that_ends_early_ends_the_others_and_is_reported(
-    server: ForkServer, tmp_path: Path, ends: signal.Signals
-) -> None:
-    places = launch.group_environments(3, threads=1)
-    assert [place["RANK"] for place in places] == ["0", "1", "2"] and len({place["MASTER_PORT"] for place in places}) == 1
-    group = begin(server, tmp_path, waiting_job(tmp_path), environments=places)
-    parent = psutil.Process(group.pid)
-    wait_for(lambda: len(parent.children()) == 3)
-    workers = parent.children()
-    assert {os.getpgid(worker.pid) for worker in workers} == {group.pid}
-    workers[1].send_signal(ends)
-    assert group.wait(timeout=30) == -ends
-    assert not psutil.wait_procs(workers, timeout=30)[1]
-
-
-def test_all_workers_of_a_group_write_the_same_log(server: ForkServer, tmp_path: Path) -> None:
-    places = launch.group_environments(2, threads=1)
-    assert begin(server, tmp_path, tmp_path / "none.json", environments=places).wait(timeout=30) == 1
-    assert (tmp_path / "log").read_text().count(f"No such file or directory: '{tmp_path / 'none.json'}'") == 2
 
 
 def test_without_its_server_a_worker_counts_as_killed_and_no_new_one_starts(server: ForkServer, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forked_group import become_one_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -34,8 +35,6 @@ from llm.training.loss import Learner, next_token_loss
 from llm.training.task import CHECKPOINTS, CheckpointConfig, ComputeConfig, TrainingTask
 from llm.training.trainer import train
 from llm.training.validation import Validation
-from runner.engine.launch import group_environments
-from runner.execution.fork_server import become_worker
 
 VOCABULARY = 40
 ROWS = 5  # of a step
@@ -344,7 +343,7 @@ def main() -> None:
     its results into the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     if sys.argv[3:]:
-        become_worker(group_environments(int(sys.argv[3]), threads=1))
+        become_one_of(int(sys.argv[3]))
     rank = os.environ.get("RANK", "0")
     for name, case in cases.items():
         if case.get("objective") == "preferences":

@@ -128,8 +128,8 @@ class ChatTask(RowTable, QuestionTask):
 
 
 class ClassificationTask(ChatTask):
-    """Accuracy, macro-F1 and expected calibration error (`ece`) of choosing the likeliest label; the response is the label. With
-    `multi_label` micro-F1, macro-F1 and the share of rows of which all labels are right (`subset_accuracy`).
+    """Accuracy, macro-F1 and expected calibration error (`ece`) of choosing the likeliest label; the response is the label.
+    With `multi_label` micro-F1, macro-F1 and the share of rows of which all labels are right (`subset_accuracy`).
 
     The labels of pairs of texts too, as GLUE has them (Wang et al. 2018): prompt = "{sentence1}\\n{sentence2}".
     """
@@ -143,8 +143,8 @@ class ClassificationTask(ChatTask):
     by window and average the log-probabilities of each label; or fail."""
 
     threshold: Semantic[Annotated[float, Field(gt=0, le=1)] | None] = None
-    """With `multi_label`: a label is chosen if it is at least this share as likely as the likeliest one; by default the share with
-    the highest micro-F1, that of each half of the rows chosen on the other half."""
+    """With `multi_label`: a label is chosen if it is at least this share as likely as the likeliest one; by default the share
+    with the highest micro-F1, that of each half of the rows chosen on the other half."""
 
     @field_validator("labels")
     @classmethod
