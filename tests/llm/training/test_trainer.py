@@ -417,7 +417,7 @@ print(json.dumps({"micro_batch": metrics["choices"]["micro_batch"], "loss": metr
     # Of the room, which is one of addresses, each thread would reserve 72 MiB for its heap and stack, and uses a few KiB.
     command = ["prlimit", f"--stack={2**21}:", sys.executable, "-c", program, str(tmp_path / "narrow")]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     narrow = json.loads(done.stdout.splitlines()[-1])
     model, rows = tiny_model(hidden_size=64, layers=4, heads=4, context=256), MadeUpRows(context=256)
     changes: dict[str, Any] = {"rows": rows, "validation": None, "batch_tokens": 64 * 256, "budget": Budget(steps=2)}

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from forked_group import become_one_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -343,6 +342,8 @@ def main() -> None:
     its results into the folder, by rank."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     if sys.argv[3:]:
+        from forked_group import become_one_of  # beside this script
+
         become_one_of(int(sys.argv[3]))
     rank = os.environ.get("RANK", "0")
     for name, case in cases.items():
