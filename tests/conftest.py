@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one test per core, not each on all of
     os.environ["STOCKPOT_CORES"] = "1"  # of the runs that a test starts
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background, and all that that starts
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt runs
-for own in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):  # what tests trust, the user does not
+for own in ("STOCKPOT_CACHE", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):  # what tests trust or leave, the user does not
     os.environ[own] = tempfile.mkdtemp(prefix="stockpot-")
 LONG_SECONDS = 3000.0  # for one test that is marked as long; the others have what pyproject.toml says
 LONGEST = ["test_quickstart.py", "test_sweep.py", "test_bench.py", "test_torture.py"]
