@@ -111,9 +111,8 @@ def write_rows(
             report(done=sum(count.rows for count in counts), unit="rows")
             if should_stop():
                 raise Interrupted("stopped while packing rows")
-        totals = _totals(counts)
         if not len(writer):
-            raise InputError(_no_rows(tables, totals))
+            raise InputError(_no_rows(tables, _totals(counts)))
         if class_weights:
             factors = class_factors(list(rows_of_label.items()), class_weights)
             writer.scale_weights([factors[label] for label in rows_of_label])
@@ -122,8 +121,8 @@ def write_rows(
             first = min(first, max(SHORTEST_ROW, 1 << (writer.longest_group - 1).bit_length()))
         longest = longest_row if longest_row is not None and row_length is None else first
         packed = writer.pack(row_lengths=_doubled(first, longest), padding=tokenizer.padding)
-        statistics = totals | packed | {"tables": [asdict(count) for count in counts]}
-        if cut := cut_sentence(totals, context):
+        statistics = _totals(counts) | packed | {"tables": [asdict(count) for count in counts]}
+        if cut := cut_sentence(_totals(counts), context):
             report(note=cut)
             statistics["cut"] = cut
         (temporary / STATISTICS).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
