@@ -27,7 +27,7 @@ def with_bounded_template(tokenizer: Any) -> Any:
 
     def apply(messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, **options: Any) -> str:
         if tokenize:
-            raise NotImplementedError("expected tokenize=False, since only the text is rendered here")
+            raise ValueError("tokenize: expected False, since only the text is rendered here, got True")
         try:
             return rendered_by_stock(tokenizer, messages, **options)
         except InputError as error:
